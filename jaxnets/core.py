@@ -19,15 +19,16 @@ import optax
 #: train step reduce over this axis where an executor has bound it.
 DATA_AXIS = "data"
 
-Params: TypeAlias = Any  # nested dict of trainable arrays
-ModelState: TypeAlias = Mapping[
-    str, Any
-]  # other collections: "batch_stats", "hyperparameters", ...
-Batch: TypeAlias = Mapping[
-    str, Any
-]  # leading axis = examples; optional "weights" [batch], 0 = padding
+#: Nested dict of trainable arrays.
+Params: TypeAlias = Any
+#: Further collections: "batch_stats", "hyperparameters", ...; {} if none.
+ModelState: TypeAlias = Mapping[str, Any]
+#: Arrays whose leading axis is examples; optional "weights" [batch], 0 = padding.
+Batch: TypeAlias = Mapping[str, Any]
+#: Weighted sums by name.
 Metrics: TypeAlias = dict[str, "Mean"]
-BatchSource: TypeAlias = Callable[[int], Iterator[Batch]]  # first step -> batches from there on
+#: First step -> the batches from there on.
+BatchSource: TypeAlias = Callable[[int], Iterator[Batch]]
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +60,7 @@ class Mean:
             values: [batch, ...], any numeric dtype; summed in float32 or wider.
             weights: [batch] or any other leading part of the shape of `values`, 0 = ignore; by
                 default every element of `values` counts 1. A value of weight 0 is ignored even
-                where it is not finite, and so is its gradient.
+                where it is not finite.
 
         Returns:
             Mean with `total` of the shape left after the axes of `weights`, and a scalar `count`.
@@ -158,7 +159,7 @@ class StepFn(Protocol):
     """One training step. `axis_name` is the mapped axis over which the batch is split, if any."""
 
     def __call__(
-        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
+        self, state: TrainState, batch: Batch, /, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]: ...
 
 

@@ -1,0 +1,329 @@
+"""Save and restore training states: atomic, checked, strict; the only file that imports Orbax.
+
+A checkpoint is a folder `step_00000100` with the arrays as Orbax writes them (`state_0/`) and a
+`manifest.json` that names every leaf and the sha256 of every file. The manifest is moved into
+place last, in one atomic rename: a checkpoint exists exactly when its manifest does, so a save
+that is killed at any moment leaves the checkpoints before it, and nothing that looks like one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.core import tree_path
+
+_MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"step_(\d+)")
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written, or what is on disk is damaged."""
+
+
+def save(
+    directory: str | os.PathLike[str],
+    state: Any,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    step: int | None = None,
+) -> Path:
+    """Write one checkpoint; it appears whole or not at all.
+
+    A checkpoint of the same step is replaced, and what killed saves left behind is removed.
+
+    Args:
+        directory: folder of the run's checkpoints, made if missing; one run per folder.
+        state: pytree of arrays, such as a `TrainState`; typed random keys are allowed.
+        metadata: anything JSON can hold, given back by `restore`.
+        step: number of the checkpoint; `state.step` by default.
+
+    Returns:
+        Folder of the checkpoint.
+
+    Raises:
+        TypeError: a leaf is not an array, or JSON cannot hold the metadata.
+        CheckpointError: the disk is full, read-only or not writable; nothing older is lost.
+    """
+    leaves = _named_leaves(state)
+    step = int(np.max(np.asarray(state.step))) if step is None else step
+    description = {
+        "format": 1,
+        "step": step,
+        "leaves": [_describe(path, leaf) for path, leaf in leaves.items()],
+        "metadata": json.loads(json.dumps(metadata or {})),
+    }
+    folder = _folder(directory, step)
+    payload = None
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(Path(directory))
+        folder.mkdir(exist_ok=True)
+        payload = next(p for n in range(10**6) if not (p := folder / f"state_{n}").exists())
+        _write_arrays(payload, leaves)
+        files = {str(f.relative_to(folder)): _digest(f, sync=True) for f in _files(payload)}
+        _write_manifest(folder, {**description, "payload": payload.name, "files": files})
+        for stale in folder.glob("state_*"):
+            if stale != payload:
+                shutil.rmtree(stale)
+    # TensorStore reports a failed write, a full disk for one, as ValueError.
+    except (OSError, ValueError) as error:
+        if payload is not None:
+            shutil.rmtree(payload, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save step {step} in {directory}: {error}; free some space or choose a "
+            "directory that can be written; the checkpoints before it are untouched"
+        ) from error
+    return folder
+
+
+def restore(
+    directory: str | os.PathLike[str], template: Any, *, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Read a checkpoint back, bit for bit, in the form and place of a template.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        template: pytree of the saved structure; its leaves are arrays or `jax.ShapeDtypeStruct`
+            (from `jax.eval_shape`), whose shardings say on which devices the leaves go: these
+            need not be the devices, nor as many, as when saving.
+        step: the checkpoint to read; None takes the newest that is intact, with a warning about
+            each damaged one that is passed over.
+
+    Returns:
+        State with the structure of `template`, and the metadata given to `save`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        CheckpointError: the one asked for, or every one, is damaged.
+        ValueError: structure, shape or dtype of a leaf differ from the template's.
+    """
+    steps = all_steps(directory)
+    if not steps or step not in (None, *steps):
+        found = f"there are steps {steps}" if steps else "there is none"
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise FileNotFoundError(f"no {wanted} in {directory}: {found}")
+    for candidate in reversed(steps) if step is None else [step]:
+        try:
+            manifest = _read_manifest(_folder(directory, candidate))
+        except CheckpointError as error:
+            if step is not None or candidate == steps[0]:
+                raise
+            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            continue
+        break
+    _check_template(_named_leaves(template), manifest["leaves"], _folder(directory, candidate))
+    return _read_arrays(_folder(directory, candidate), manifest, template), manifest["metadata"]
+
+
+def all_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """List the steps of the complete checkpoints, oldest first; [] if there are none."""
+    folders = Path(directory).glob("step_*") if Path(directory).is_dir() else ()
+    matches = (_FOLDER.fullmatch(folder.name) for folder in folders if _exists(folder))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
+    """Return the step of the newest complete checkpoint, None if there is none."""
+    return max(all_steps(directory), default=None)
+
+
+def verify(directory: str | os.PathLike[str], step: int) -> None:
+    """Compare every file of a checkpoint with its sha256.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    _read_manifest(_folder(directory, step))
+
+
+def prune(
+    directory: str | os.PathLike[str], *, keep: int, protect: Collection[int] = ()
+) -> list[int]:
+    """Remove all but the newest checkpoints.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        keep: how many of the newest stay.
+        protect: steps that stay beside them.
+
+    Returns:
+        The steps removed.
+    """
+    steps = all_steps(directory)
+    removed = [step for step in steps[: max(len(steps) - keep, 0)] if step not in protect]
+    for step in removed:
+        folder = _folder(directory, step)
+        # Without its manifest it is no checkpoint: a kill from here on leaves no half of one.
+        (folder / _MANIFEST).unlink()
+        shutil.rmtree(folder)
+    return removed
+
+
+def parameters_sha256(params: Any) -> str:
+    """Digest parameters: equal exactly when every path, dtype, shape and bit is.
+
+    Args:
+        params: pytree of arrays.
+
+    Returns:
+        Hexadecimal sha256 over the leaves in the order of their paths.
+
+    Example:
+        >>> parameters_sha256({"a": jnp.zeros(2), "b": jnp.ones(3)})[:8]
+        '96ba9ea1'
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(_named_leaves(params).items()):
+        array = np.asarray(_key_data(leaf))
+        digest.update(f"{path} {leaf.dtype} {array.shape}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _folder(directory: str | os.PathLike[str], step: int) -> Path:
+    return Path(directory).absolute() / f"step_{step:08d}"
+
+
+def _exists(folder: Path) -> bool:
+    return (folder / _MANIFEST).is_file()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for folder in directory.glob("step_*"):
+        if _FOLDER.fullmatch(folder.name) and not _exists(folder):
+            shutil.rmtree(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(path: Path, *, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {tree_path(path): leaf for path, leaf in pairs}
+    if len(leaves) < len(pairs):
+        raise ValueError("two leaves have the same path; do not use slashes in names")
+    for path, leaf in leaves.items():
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            raise TypeError(f"{path} is {leaf!r}, not an array; wrap it with jnp.asarray")
+    return leaves
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _describe(path: str, leaf: Any) -> dict[str, Any]:
+    description = {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return description | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
+
+
+def _write_arrays(payload: Path, leaves: Mapping[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses arrays without elements; the manifest holds all there is to know of them.
+    stored = {path: _key_data(leaf) for path, leaf in leaves.items() if leaf.size}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(payload, args=ocp.args.PyTreeSave(stored))
+
+
+def _read_arrays(folder: Path, manifest: Mapping[str, Any], template: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    targets = _named_leaves(template)
+    stored = {path: leaf for path, leaf in targets.items() if np.prod(leaf.shape, dtype=int)}
+    arguments = {path: _restore_argument(leaf) for path, leaf in stored.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        arrays = checkpointer.restore(
+            folder / manifest["payload"],
+            args=ocp.args.PyTreeRestore(item=stored, restore_args=arguments),
+        )
+    keys = {leaf["path"]: leaf["key"] for leaf in manifest["leaves"] if "key" in leaf}
+    leaves = []
+    for path, target in targets.items():
+        array = arrays.get(path, np.zeros(target.shape, None if path in keys else target.dtype))
+        if not isinstance(target, np.ndarray):
+            # Uncommitted where the template is, so that any mesh may take it as before.
+            array = jnp.asarray(array)
+        leaves.append(jax.random.wrap_key_data(array, impl=keys[path]) if path in keys else array)
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _restore_argument(leaf: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not getattr(leaf, "committed", True):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+
+
+def _check_template(targets: Mapping[str, Any], saved: list[dict[str, Any]], where: Path) -> None:
+    known = {leaf["path"]: leaf for leaf in saved}
+    for path in [*known, *targets]:
+        if path not in targets or path not in known:
+            place = "the checkpoint only" if path in known else "the template only"
+            raise ValueError(f"{path} is in {place}; {where} holds another kind of state")
+        shapes = tuple(known[path]["shape"]), tuple(targets[path].shape)
+        dtypes = known[path]["dtype"], str(targets[path].dtype)
+        if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
+            raise ValueError(
+                f"{path} is {dtypes[0]}{list(shapes[0])} in {where} but {dtypes[1]}"
+                f"{list(shapes[1])} in the template; restore with the configuration of the save"
+            )
+
+
+def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    body = json.dumps(content)
+    temporary = folder / f"{_MANIFEST}.new"
+    with temporary.open("w") as file:
+        # The digest stands in a first line of its own, over the very bytes of the second.
+        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / _MANIFEST)
+    for path in (folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        digest, _, body = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(body.rstrip(b"\n")).hexdigest().encode() != digest:
+            raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
+        manifest: dict[str, Any] = json.loads(body)
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if _digest(path) != expected:
+                raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"damaged checkpoint: cannot read {path}: {error}") from error
+    return manifest

@@ -1,0 +1,238 @@
+"""Random image changes as pure functions of a key, to be called inside the compiled step.
+
+Every example of a batch is changed in its own way; shapes are static, and all functions can be
+mapped over keys and batches with `jax.vmap`. A step draws its key from the stream "augmentation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Compute `(x - mean) / std` per channel, with pixels x in [0, 1].
+
+    Args:
+        images: [..., height, width, channels]; uint8 is divided by 255, floats are in [0, 1].
+        mean: per channel, in [0, 1].
+        std: per channel, positive.
+
+    Returns:
+        float32 of the shape of `images`.
+
+    Raises:
+        ValueError: `mean` or `std` does not have one value per channel.
+
+    Example:
+        >>> normalize(jnp.full((1, 1, 1), 255, jnp.uint8), mean=(0.5,), std=(0.25,)).item()
+        2.0
+    """
+    channels = images.shape[-1]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"{len(mean)} means and {len(std)} standard deviations do not fit images of shape "
+            f"{images.shape}; give {channels} of each"
+        )
+    scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+    shape = (1,) * (images.ndim - 1) + (channels,)
+    offset = jnp.asarray(mean, jnp.float32).reshape(shape)
+    return (images.astype(jnp.float32) / scale - offset) / jnp.asarray(std, jnp.float32).reshape(
+        shape
+    )
+
+
+def random_shift(
+    key: jax.Array, inputs: jax.Array, max_shift: int, *, axes: Sequence[int] = (1, 2)
+) -> jax.Array:
+    """Move each example by its own random offset, zeros where nothing was.
+
+    Args:
+        key: random key.
+        inputs: [batch, ...], any dtype; images, or with `axes=(1,)` signals [batch, time, ...].
+        max_shift: the offset of each axis is uniform in -max_shift ... max_shift.
+        axes: axes to move along, not the batch axis.
+
+    Returns:
+        Shape and dtype of `inputs`.
+
+    Raises:
+        ValueError: negative `max_shift`, or the batch axis among `axes`.
+
+    Example:
+        >>> random_shift(jax.random.key(0), jnp.ones((2, 5, 1)), 2, axes=(1,)).shape
+        (2, 5, 1)
+    """
+    if 0 in axes:
+        raise ValueError(f"axes {tuple(axes)} hold the batch axis 0; shift along later axes")
+    return _pad_and_cut(key, inputs, max_shift, axes, "constant")
+
+
+def random_crop(
+    key: jax.Array,
+    images: jax.Array,
+    padding: int,
+    *,
+    mode: Literal["zero", "reflect"] = "zero",
+) -> jax.Array:
+    """Pad the borders and cut a random window of the original size from each image.
+
+    Args:
+        key: random key.
+        images: [batch, height, width, channels], any dtype.
+        padding: pixels added on each side; 4 is usual for 32 x 32 images.
+        mode: fill the border with zeros, or with the image reflected at its edge.
+
+    Returns:
+        Shape and dtype of `images`.
+
+    Raises:
+        ValueError: negative `padding`, unknown `mode`, or a reflection of more pixels than there
+            are.
+
+    References:
+        He et al. (2016), Deep Residual Learning for Image Recognition, arXiv 1512.03385,
+        section 4.2 (padding 4, zeros).
+
+    Example:
+        >>> random_crop(jax.random.key(0), jnp.ones((2, 8, 8, 3)), 1).shape
+        (2, 8, 8, 3)
+    """
+    chex.assert_rank(images, 4)
+    if mode not in ("zero", "reflect"):
+        raise ValueError(f"unknown mode {mode!r}; use 'zero' or 'reflect'")
+    if mode == "reflect" and padding >= min(images.shape[1:3]):
+        raise ValueError(
+            f"cannot reflect {padding} pixels of images of shape {images.shape}; "
+            f"use a padding below {min(images.shape[1:3])} or mode 'zero'"
+        )
+    return _pad_and_cut(key, images, padding, (1, 2), "constant" if mode == "zero" else mode)
+
+
+def _pad_and_cut(
+    key: jax.Array, inputs: jax.Array, padding: int, axes: Sequence[int], mode: str
+) -> jax.Array:
+    if padding < 0:
+        raise ValueError(f"cannot move by {padding} pixels; give 0 or more")
+    widths = [(padding, padding) if axis in axes else (0, 0) for axis in range(inputs.ndim)]
+    padded = jnp.pad(inputs, widths, mode=mode)
+    limits = jnp.array([2 * width + 1 for width, _ in widths[1:]])
+    starts = jax.random.randint(key, (len(inputs), inputs.ndim - 1), 0, limits[None])
+    return jax.vmap(lambda example, start: jax.lax.dynamic_slice(example, start, inputs.shape[1:]))(
+        padded, starts
+    )
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirror each image left to right with probability 1/2.
+
+    Args:
+        key: random key.
+        images: [batch, height, width, channels], any dtype.
+
+    Returns:
+        Shape and dtype of `images`.
+
+    Example:
+        >>> random_flip(jax.random.key(0), jnp.ones((2, 8, 8, 3))).shape
+        (2, 8, 8, 3)
+    """
+    chex.assert_rank(images, 4)
+    flip = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
+    return jnp.where(flip, images[:, :, ::-1], images)
+
+
+def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """Set a random square of each image to zero, which after `normalize` is the mean colour.
+
+    The centre is uniform over the pixels, so a square at the border is cut off.
+
+    Args:
+        key: random key.
+        images: [batch, height, width, channels], any dtype.
+        size: side of the square in pixels; 16 is usual for CIFAR-10.
+
+    Returns:
+        Shape and dtype of `images`.
+
+    Raises:
+        ValueError: `size` below 1.
+
+    References:
+        DeVries and Taylor (2017), Improved Regularization of Convolutional Neural Networks with
+        Cutout, arXiv 1708.04552, section 3.2.
+
+    Example:
+        >>> kept = cutout(jax.random.key(0), jnp.ones((1, 8, 8, 1)), 1)
+        >>> int(64 - kept.sum())
+        1
+    """
+    chex.assert_rank(images, 4)
+    if size < 1:
+        raise ValueError(f"cannot cut out a square of {size} pixels; give a size of 1 or more")
+    batch, height, width, _ = images.shape
+
+    def covered(axis_key: jax.Array, length: int) -> jax.Array:
+        first = jax.random.randint(axis_key, (batch, 1), 0, length) - size // 2
+        pixels = jnp.arange(length)[None]
+        return (pixels >= first) & (pixels < first + size)  # [batch, length]
+
+    row_key, column_key = jax.random.split(key)
+    rows, columns = covered(row_key, height), covered(column_key, width)
+    square = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(square, jnp.zeros_like(images), images)
+
+
+def mixup(
+    key: jax.Array, images: jax.Array, labels_one_hot: jax.Array, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Blend each example and its label with another one of the batch.
+
+    `x = m x_i + (1 - m) x_j` and `y = m y_i + (1 - m) y_j` with `m ~ Beta(alpha, alpha)` per
+    example and j a random permutation of the batch. Give it full batches: padding would be
+    blended in.
+
+    Args:
+        key: random key.
+        images: [batch, ...], floating.
+        labels_one_hot: [batch, classes], floating.
+        alpha: positive; 0.2 blends little, 1 uniformly.
+
+    Returns:
+        Images and labels of the given shapes and dtypes.
+
+    Raises:
+        ValueError: `alpha` not positive, integer images or labels, or unequal batch sizes.
+
+    References:
+        Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization, arXiv 1710.09412, eq. 1.
+        Differs from the paper's code, not its equations: one m per example, not per batch.
+
+    Example:
+        >>> images, labels = jnp.ones((4, 8, 8, 1)), jax.nn.one_hot(jnp.arange(4), 10)
+        >>> [array.shape for array in mixup(jax.random.key(0), images, labels, 0.2)]
+        [(4, 8, 8, 1), (4, 10)]
+    """
+    if isinstance(alpha, (int, float)) and alpha <= 0:
+        raise ValueError(f"alpha {alpha} is not positive; give for example 0.2, or leave mixup out")
+    for name, array in (("images", images), ("labels_one_hot", labels_one_hot)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} have dtype {array.dtype}; blend floats, after normalize")
+    if len(images) != len(labels_one_hot):
+        raise ValueError(
+            f"{len(images)} images and {len(labels_one_hot)} labels; give one label per image"
+        )
+    mix_key, order_key = jax.random.split(key)
+    batch = len(images)
+    mix = jax.random.beta(mix_key, alpha, alpha, (batch,))
+    partner = jax.random.permutation(order_key, batch)
+
+    def blend(array: jax.Array) -> jax.Array:
+        weight = mix.astype(array.dtype).reshape(batch, *[1] * (array.ndim - 1))
+        return weight * array + (1 - weight) * jnp.take(array, partner, axis=0)
+
+    return blend(images), blend(labels_one_hot)

@@ -1,0 +1,231 @@
+"""Batch sources that are pure functions of (seed, step), so that any run resumes exactly.
+
+A source takes the first step and returns an iterator of batches from there on. The order of
+examples is arithmetic on the step, never the state of an iterator: batch `s` is the same
+whether the run started at step 0 or was resumed at `s`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from jaxnets.core import Batch, BatchSource
+from jaxnets.data.arrays import Arrays, check_arrays, check_seed, pad_arrays, random_order
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexBatches:
+    """Endless batches of example indices, every epoch in its own order; see `index_batches`."""
+
+    num_examples: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size)
+        if self.batch_size > self.num_examples:
+            raise ValueError(
+                f"batch size {self.batch_size} is larger than the {self.num_examples} examples; "
+                f"use a batch size of at most {self.num_examples}"
+            )
+        check_seed(self.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch; the rest of `num_examples % batch_size` examples sits it out."""
+        return self.num_examples // self.batch_size
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from `first_step` on, without end: {"indices": int32 [batch]}."""
+        _check_first_step(first_step)
+        first_epoch, position = divmod(first_step, self.steps_per_epoch)
+        for epoch in itertools.count(first_epoch):
+            order = random_order(self.num_examples, self.seed, epoch).astype(np.int32)
+            for step in range(position, self.steps_per_epoch):
+                yield {"indices": order[step * self.batch_size : (step + 1) * self.batch_size]}
+            position = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShuffledBatches:
+    """Endless shuffled batches of arrays in memory; see `shuffled_batches`."""
+
+    data: Arrays
+    order: IndexBatches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch."""
+        return self.order.steps_per_epoch
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from `first_step` on, without end: arrays [batch, ...] by name."""
+        for batch in self.order(first_step):
+            indices = batch["indices"]
+            yield {name: np.take(array, indices, axis=0) for name, array in self.data.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequentialBatches:
+    """One pass in order with the last batch padded; see `sequential_batches`."""
+
+    data: Arrays
+    batch_size: int
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the pass, padding not counted."""
+        return len(next(iter(self.data.values())))
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from batch `first_step` to the last one: arrays and "weights" [batch]."""
+        _check_first_step(first_step)
+        for start in range(first_step * self.batch_size, self.num_examples, self.batch_size):
+            stop = start + self.batch_size
+            batch = {name: array[start:stop] for name, array in self.data.items()}
+            yield pad_arrays(batch, self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChunkedBatches:
+    """Several steps' batches stacked on a new leading axis; see `chunked`.
+
+    Attributes:
+        source: where the batches come from.
+        steps_per_batch: steps in one stacked batch.
+    """
+
+    source: BatchSource
+    steps_per_batch: int
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate over chunks, the first of which starts at `first_step`, whatever it is."""
+        batches = iter(self.source(first_step))
+        while chunk := list(itertools.islice(batches, self.steps_per_batch)):
+            if len(chunk) < self.steps_per_batch:
+                raise ValueError(
+                    f"the source ended after {len(chunk)} batches of a chunk of "
+                    f"{self.steps_per_batch}; use an endless source or a num_steps that divides it"
+                )
+            yield {name: np.stack([batch[name] for batch in chunk]) for name in chunk[0]}
+
+
+def index_batches(num_examples: int, batch_size: int, *, seed: int) -> IndexBatches:
+    """Yield the indices of `shuffled_batches`, for data that lives on the device.
+
+    Args:
+        num_examples: examples of the data set.
+        batch_size: examples per batch.
+        seed: non-negative; the same seed gives exactly the order of `shuffled_batches`.
+
+    Returns:
+        A source of {"indices": int32 [batch]}, with the property `steps_per_epoch`.
+
+    Raises:
+        ValueError: a batch size below 1 or above `num_examples`, a negative seed.
+
+    Example:
+        >>> source = index_batches(5, 2, seed=0)
+        >>> [batch["indices"].shape for batch, _ in zip(source(0), range(3))]
+        [(2,), (2,), (2,)]
+    """
+    return IndexBatches(num_examples, batch_size, seed)
+
+
+def shuffled_batches(
+    data: Mapping[str, np.ndarray], batch_size: int, *, seed: int
+) -> ShuffledBatches:
+    """Yield shuffled batches without end, for training.
+
+    Step s belongs to epoch s // steps_per_epoch, whose permutation is a pure function of the seed
+    and the epoch. The ragged rest of an epoch (examples % batch_size) is dropped, other examples
+    in every epoch, so that each batch is full.
+
+    Args:
+        data: arrays [examples, ...] by name, kept as they are (images may stay uint8).
+        batch_size: examples per batch.
+        seed: non-negative.
+
+    Returns:
+        A source of {name: array [batch, ...]}, with the property `steps_per_epoch`.
+
+    Raises:
+        ValueError: data that `check_arrays` refuses, a batch size below 1 or above the number of
+            examples, a negative seed.
+
+    Example:
+        >>> source = shuffled_batches({"inputs": np.arange(6.0)}, 3, seed=0)
+        >>> epoch = [batch["inputs"] for batch, _ in zip(source(0), range(2))]
+        >>> sorted(np.concatenate(epoch).tolist())
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    """
+    arrays = check_arrays(data)
+    num_examples = len(next(iter(arrays.values())))
+    return ShuffledBatches(arrays, IndexBatches(num_examples, batch_size, seed))
+
+
+def sequential_batches(data: Mapping[str, np.ndarray], batch_size: int) -> SequentialBatches:
+    """Yield every example once and in order, for evaluation.
+
+    The last batch is padded with examples of weight 0, and every batch has "weights", so one
+    compiled program serves all of them and the weighted sums are exact.
+
+    Args:
+        data: arrays [examples, ...] by name.
+        batch_size: examples per batch.
+
+    Returns:
+        A source of {name: array [batch, ...]} with "weights" float32 [batch]; it ends, and
+        `source(0)` is the whole pass.
+
+    Raises:
+        ValueError: data that `check_arrays` refuses, or a batch size below 1.
+
+    Example:
+        >>> source = sequential_batches({"inputs": np.arange(3.0)}, 2)
+        >>> [batch["weights"].tolist() for batch in source(0)]
+        [[1.0, 1.0], [1.0, 0.0]]
+    """
+    _check_batch_size(batch_size)
+    return SequentialBatches(check_arrays(data), batch_size)
+
+
+def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:
+    """Stack the batches of several steps, for an executor that scans over them.
+
+    Args:
+        source: any batch source; put `prefetch` around the result, not inside it.
+        num_steps: steps per chunk.
+
+    Returns:
+        A source of {name: array [num_steps, batch, ...]} with `steps_per_batch` = num_steps. Its
+        first step may be any step: the first chunk starts there.
+
+    Raises:
+        ValueError: `num_steps` below 1; while iterating, a source that ends within a chunk.
+
+    Example:
+        >>> source = chunked(index_batches(8, 2, seed=0), 3)
+        >>> next(source(1))["indices"].shape, source.steps_per_batch
+        ((3, 2), 3)
+    """
+    if num_steps < 1:
+        raise ValueError(f"a chunk of {num_steps} steps is empty; give num_steps of 1 or more")
+    return ChunkedBatches(source, num_steps)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is below 1; give at least 1")
+
+
+def _check_first_step(first_step: int) -> None:
+    if first_step < 0:
+        raise ValueError(f"first step {first_step} is negative; steps count from 0")

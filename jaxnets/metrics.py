@@ -1,0 +1,164 @@
+"""Measures as weighted sums, exact over any split of the data.
+
+Each function returns a `Mean`; add them up over batches and take `compute()`, or the function
+named beside it, at the end.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxnets.core import Mean, at_least_float32
+
+
+def class_labels(labels: jax.Array) -> jax.Array:
+    """Return integer labels from integer labels or from class probabilities.
+
+    Args:
+        labels: integer [...], or floating [..., num_classes] (one-hot, mixed).
+
+    Returns:
+        Integer [...].
+    """
+    return labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(labels, axis=-1)
+
+
+def accuracy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> Mean:
+    """Count the examples whose most likely class is the label.
+
+    Args:
+        logits: [..., num_classes].
+        labels: integer [...], or class probabilities [..., num_classes].
+        weights: [...], 0 = ignore.
+
+    Returns:
+        Mean; `compute()` is the accuracy in [0, 1].
+
+    Example:
+        >>> logits = jnp.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+        >>> round(float(accuracy(logits, jnp.array([0, 1, 1])).compute()), 4)
+        0.6667
+    """
+    return Mean.of(jnp.argmax(logits, axis=-1) == class_labels(labels), weights)
+
+
+def top_k_accuracy(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None, *, k: int = 5
+) -> Mean:
+    """Count the examples whose label is among the `k` most likely classes.
+
+    Args:
+        logits: [..., num_classes].
+        labels: integer [...], or class probabilities [..., num_classes].
+        weights: [...], 0 = ignore.
+        k: from 1 to num_classes.
+
+    Returns:
+        Mean; `compute()` is the top-k accuracy in [0, 1]. Equal logits rank in class order.
+
+    Raises:
+        ValueError: `k` outside its range.
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"k is {k}; give 1 to the number of classes, {logits.shape[-1]}")
+    _, best = jax.lax.top_k(logits, k)
+    return Mean.of(jnp.any(best == class_labels(labels)[..., None], axis=-1), weights)
+
+
+def confusion_matrix(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None
+) -> Mean:
+    """Count the pairs of true and predicted class.
+
+    Args:
+        logits: [batch, num_classes].
+        labels: integer [batch], or class probabilities [batch, num_classes].
+        weights: [batch], 0 = ignore.
+
+    Returns:
+        Mean with `total` [true class, predicted class]. `precision_recall_f1` reads it.
+    """
+    num_classes = logits.shape[-1]
+    dtype = at_least_float32(logits).dtype
+    true = jax.nn.one_hot(class_labels(labels), num_classes, dtype=dtype)
+    predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes, dtype=dtype)
+    if weights is None:
+        weights = jnp.ones(true.shape[:1], dtype)
+    weights = weights.astype(dtype)
+    return Mean((true * weights[:, None]).T @ predicted, jnp.sum(weights))
+
+
+def precision_recall_f1(confusion: Mean) -> dict[str, jax.Array]:
+    """Read precision, recall and F1 of every class from a confusion matrix.
+
+    Args:
+        confusion: from `confusion_matrix`, summed over all batches.
+
+    Returns:
+        "precision", "recall" and "f1", each [num_classes], and "macro_f1", their plain mean. A
+        class that is never predicted has precision 0, one that never occurs has recall 0, as in
+        scikit-learn with `zero_division=0`.
+    """
+    counts = confusion.total
+    hits = jnp.diagonal(counts)
+    predicted, true = jnp.sum(counts, axis=0), jnp.sum(counts, axis=1)
+    f1 = _ratio(2 * hits, predicted + true)
+    return {
+        "precision": _ratio(hits, predicted),
+        "recall": _ratio(hits, true),
+        "f1": f1,
+        "macro_f1": jnp.mean(f1),
+    }
+
+
+def calibration(
+    logits: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    num_bins: int = 15,
+) -> Mean:
+    """Sort the examples by confidence and sum up each bin.
+
+    Args:
+        logits: [batch, num_classes].
+        labels: integer [batch], or class probabilities [batch, num_classes].
+        weights: [batch], 0 = ignore.
+        num_bins: equal bins of the confidence, the probability of the most likely class;
+            bin i holds the confidences in (i / num_bins, (i + 1) / num_bins].
+
+    Returns:
+        Mean with `total` [num_bins, 3]: weight, summed confidence, summed hits of every bin.
+        `expected_calibration_error` reads it.
+    """
+    probabilities = jax.nn.softmax(at_least_float32(logits), axis=-1)
+    confidence = jnp.max(probabilities, axis=-1)
+    hits = (jnp.argmax(logits, axis=-1) == class_labels(labels)).astype(confidence.dtype)
+    if weights is None:
+        weights = jnp.ones_like(confidence)
+    weights = weights.astype(confidence.dtype)
+    index = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
+    in_bin = jax.nn.one_hot(index, num_bins, dtype=confidence.dtype) * weights[:, None]
+    columns = jnp.stack([jnp.ones_like(confidence), confidence, hits], axis=-1)
+    return Mean(in_bin.T @ columns, jnp.sum(weights))
+
+
+def expected_calibration_error(bins: Mean) -> jax.Array:
+    """Average the gap between confidence and accuracy over the bins, weighted by their size.
+
+    Args:
+        bins: from `calibration`, summed over all batches.
+
+    Returns:
+        Scalar in [0, 1].
+
+    References:
+        Guo et al., 2017, arXiv:1706.04599, equation 3.
+    """
+    weight, confidence, hits = jnp.moveaxis(bins.total, -1, 0)
+    return jnp.sum(jnp.abs(hits - confidence)) / jnp.sum(weight)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    return jnp.where(denominator == 0, 0.0, numerator / jnp.where(denominator == 0, 1, denominator))

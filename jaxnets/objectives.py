@@ -1,0 +1,274 @@
+"""Losses per example, and the generic objectives made of them.
+
+An objective sums its losses and their weights; it never takes a mean. All losses are computed in
+float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnets.core import (
+    Batch,
+    Mean,
+    ModelState,
+    Objective,
+    ObjectiveOutput,
+    Params,
+    apply_module,
+    at_least_float32,
+    rng_streams,
+)
+from jaxnets.metrics import accuracy
+
+
+class Measure(Protocol):
+    """A measure of predictions, such as `metrics.accuracy`."""
+
+    def __call__(
+        self, predictions: jax.Array, labels: jax.Array, weights: jax.Array | None, /
+    ) -> Mean: ...
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Cross-entropy between labels and the softmax of logits.
+
+    -sum_c p_c log softmax(logits)_c, where p is the label's distribution, mixed with the uniform
+    one: (1 - label_smoothing) p + label_smoothing / num_classes.
+
+    Args:
+        logits: [..., num_classes].
+        labels: integer [...] in [0, num_classes), or class probabilities [..., num_classes].
+        label_smoothing: in [0, 1).
+
+    Returns:
+        Nats per example, [...]. NaN for an integer label outside its range, so that a wrong label
+        stops training instead of counting as another class.
+
+    Raises:
+        ValueError: shapes that do not fit, or `label_smoothing` outside its range.
+
+    References:
+        Szegedy et al., 2016, arXiv:1512.00567, section 7 (label smoothing).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
+    logits = at_least_float32(logits)
+    num_classes = logits.shape[-1]
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    expected = logits.shape[:-1] if integer else logits.shape
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels of shape {labels.shape} and type {labels.dtype} do not fit logits of shape "
+            f"{logits.shape}; give integers {logits.shape[:-1]} or probabilities {logits.shape}"
+        )
+    if integer:
+        probabilities = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+    else:
+        probabilities = labels.astype(logits.dtype)
+    if label_smoothing:
+        probabilities = (1 - label_smoothing) * probabilities + label_smoothing / num_classes
+    losses = optax.softmax_cross_entropy(logits, probabilities)
+    if integer:
+        losses = jnp.where((labels < 0) | (labels >= num_classes), jnp.nan, losses)
+    return losses
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of independent yes-or-no labels under the sigmoid of logits.
+
+    Args:
+        logits: [...].
+        labels: probabilities in [0, 1], [...].
+
+    Returns:
+        Nats per label, [...].
+    """
+    chex.assert_equal_shape([logits, labels])
+    logits = at_least_float32(logits)
+    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
+
+
+def squared_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
+    """(prediction - label)^2, elementwise.
+
+    Args:
+        predictions: [...].
+        labels: [...], same shape.
+
+    Returns:
+        [...], in the square of the labels' unit.
+    """
+    chex.assert_equal_shape([predictions, labels])
+    predictions = at_least_float32(predictions)
+    return jnp.square(predictions - labels.astype(predictions.dtype))
+
+
+def absolute_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
+    """|prediction - label|, elementwise.
+
+    Args:
+        predictions: [...].
+        labels: [...], same shape.
+
+    Returns:
+        [...], in the labels' unit.
+    """
+    chex.assert_equal_shape([predictions, labels])
+    predictions = at_least_float32(predictions)
+    return jnp.abs(predictions - labels.astype(predictions.dtype))
+
+
+def huber_error(predictions: jax.Array, labels: jax.Array, *, delta: float = 1.0) -> jax.Array:
+    """Squared error / 2 up to `delta`, growing linearly beyond it, elementwise.
+
+    Args:
+        predictions: [...].
+        labels: [...], same shape.
+        delta: the distance at which the loss becomes linear, in the labels' unit.
+
+    Returns:
+        [...].
+
+    References:
+        Huber, 1964, "Robust Estimation of a Location Parameter".
+    """
+    chex.assert_equal_shape([predictions, labels])
+    predictions = at_least_float32(predictions)
+    return optax.huber_loss(predictions, labels.astype(predictions.dtype), delta=delta)
+
+
+def classification(
+    module: Any,
+    *,
+    label_smoothing: float = 0.0,
+    measures: Mapping[str, Measure] | None = None,
+) -> Objective:
+    """Build the objective of a classifier.
+
+    Batches hold "inputs" [batch, ...], "labels" (integer [batch], or class probabilities
+    [batch, num_classes]) and optionally "weights" [batch]. The loss is in nats per example. With
+    `train`, the module gets a "dropout" stream.
+
+    Args:
+        module: inputs -> logits [batch, num_classes].
+        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+        measures: functions of (logits, labels, weights); by default the accuracy.
+
+    Returns:
+        An `Objective`.
+    """
+    measures = {"accuracy": accuracy} if measures is None else dict(measures)
+
+    def objective(
+        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> ObjectiveOutput:
+        inputs, labels, weights = _unpack(batch)
+        rngs = rng_streams(rng, "dropout")
+        logits, model_state = apply_module(
+            module, params, model_state, inputs, rngs=rngs, train=train
+        )
+        losses = cross_entropy(logits, labels, label_smoothing=label_smoothing if train else 0.0)
+        metrics = {name: measure(logits, labels, weights) for name, measure in measures.items()}
+        return ObjectiveOutput(Mean.of(losses, weights), model_state, metrics)
+
+    return objective
+
+
+def regression(
+    module: Any,
+    *,
+    loss: Literal["squared", "absolute", "huber"] = "squared",
+    measures: Mapping[str, Measure] | None = None,
+) -> Objective:
+    """Build the objective of a network that predicts numbers.
+
+    Batches hold "inputs" [batch, ...], "labels" [batch, ...] of the shape of the predictions, and
+    optionally "weights" [batch]. The loss of an example is its mean over the predicted numbers.
+
+    Args:
+        module: inputs -> predictions [batch, ...].
+        loss: the error per number.
+        measures: functions of (predictions, labels, weights); by default "absolute_error".
+
+    Returns:
+        An `Objective`.
+
+    Raises:
+        ValueError: an unknown `loss`.
+    """
+    errors = {"squared": squared_error, "absolute": absolute_error, "huber": huber_error}
+    if loss not in errors:
+        raise ValueError(f"loss is {loss!r}; choose one of {sorted(errors)}")
+
+    def mean_absolute_error(
+        predictions: jax.Array, labels: jax.Array, weights: jax.Array | None
+    ) -> Mean:
+        return Mean.of(_per_example(absolute_error(predictions, labels)), weights)
+
+    measures = {"absolute_error": mean_absolute_error} if measures is None else dict(measures)
+
+    def objective(
+        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> ObjectiveOutput:
+        inputs, labels, weights = _unpack(batch)
+        rngs = rng_streams(rng, "dropout")
+        predictions, model_state = apply_module(
+            module, params, model_state, inputs, rngs=rngs, train=train
+        )
+        losses = _per_example(errors[loss](predictions, labels))
+        metrics = {
+            name: measure(predictions, labels, weights) for name, measure in measures.items()
+        }
+        return ObjectiveOutput(Mean.of(losses, weights), model_state, metrics)
+
+    return objective
+
+
+def with_batch_transform(
+    objective: Objective, transform: Callable[[Batch, jax.Array, bool], Batch]
+) -> Objective:
+    """Change the batch inside the step: normalise it, augment it.
+
+    Args:
+        objective: sees the changed batch.
+        transform: `(batch, rng, train) -> batch`; `rng` is the stream "augmentation" of the step,
+            so what it draws is a function of the run's seed and the step.
+
+    Returns:
+        An `Objective`.
+    """
+
+    def transformed(
+        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> ObjectiveOutput:
+        stream = rng_streams(rng, "augmentation")["augmentation"]
+        return objective(params, model_state, transform(batch, stream, train), rng, train=train)
+
+    return transformed
+
+
+def _unpack(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    missing = {"inputs", "labels"} - set(batch)
+    if missing:
+        raise ValueError(
+            f"the batch has {sorted(batch)} and lacks {sorted(missing)}; "
+            "name its arrays 'inputs', 'labels' and optionally 'weights'"
+        )
+    inputs, labels, weights = batch["inputs"], batch["labels"], batch.get("weights")
+    sizes = {name: array.shape[0] for name, array in batch.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the arrays of the batch differ in their number of examples: {sizes}")
+    return inputs, labels, weights
+
+
+def _per_example(errors: jax.Array) -> jax.Array:
+    return jnp.mean(errors, axis=tuple(range(1, errors.ndim)))

@@ -1,0 +1,327 @@
+"""The train step: the only file of the library that takes a gradient of an objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnets.core import (
+    Batch,
+    Metrics,
+    ModelState,
+    Objective,
+    ObjectiveOutput,
+    Params,
+    TrainState,
+    Update,
+)
+
+
+def create_train_state(
+    variables: Mapping[str, Any], updates: Update | Sequence[Update], *, rng: jax.Array
+) -> TrainState:
+    """Build the state of a run before its first step.
+
+    Args:
+        variables: what `module.init` returns: "params" and any other collections.
+        updates: the update or updates that `make_train_step` gets.
+        rng: root key of the run, from `jax.random.key(seed)`.
+
+    Returns:
+        TrainState at step 0. Under `jax.vmap` over keys (and hyper-parameters) it is the state of
+        a population.
+
+    Raises:
+        ValueError: no "params" in `variables`, or updates that do not fit the networks in it.
+    """
+    if "params" not in variables:
+        raise ValueError(
+            f"variables has the collections {sorted(variables)} and no 'params'; "
+            "pass what module.init returned"
+        )
+    model_state = {name: tree for name, tree in variables.items() if name != "params"}
+    params = variables["params"]
+    owners = _check_updates(_as_tuple(updates), params)
+    if None in owners:
+        opt_state = owners[None].optimizer.init(params)
+    else:
+        opt_state = {
+            name: update.optimizer.init(params[name]) for name, update in owners.items() if name
+        }
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        rng=jnp.copy(rng),  # a donated state must not take the caller's key with it
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One training step as a pure function of state and batch; `make_train_step` builds it.
+
+    Attributes:
+        updates: the gradient phases of a step, in order; each sees the results of those before.
+        num_microbatches: parts of the batch whose gradients are added up one after the other.
+    """
+
+    updates: tuple[Update, ...]
+    num_microbatches: int = 1
+
+    def __call__(
+        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Run one step.
+
+        Args:
+            state: TrainState.
+            batch: dict of arrays [batch, ...].
+            axis_name: mapped axis over which the batch is split; sums are reduced over it.
+
+        Returns:
+            The next state, and the metrics as sums: "loss" and those of the objective, under
+            "network/..." where updates name their network.
+        """
+        _check_updates(self.updates, state.params)
+        params, model_state, opt_state = state.params, state.model_state, state.opt_state
+        metrics: Metrics = {}
+        for index, update in enumerate(self.updates):
+            rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), index)
+            if axis_name is not None:
+                rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+            gradients, output = self._gradient_sums(update, params, model_state, batch, rng)
+            loss, new_metrics, new_model_state = output.loss, output.metrics, output.model_state
+            if axis_name is not None:
+                # Outside the differentiated function: a collective inside it would be
+                # transposed and give wrong gradients in silence (jax issue 3970).
+                gradients, loss, new_metrics = jax.lax.psum(
+                    (gradients, loss, new_metrics), axis_name
+                )
+                new_model_state = _mean_of_floats(new_model_state, axis_name)
+            gradients = _divide(gradients, loss.count)
+            params, opt_state = _apply(update, gradients, params, opt_state, loss)
+            model_state = _merge_model_state(update, params, model_state, new_model_state)
+            prefix = "" if update.wrt is None else f"{update.wrt}/"
+            for name, value in {"loss": loss, **new_metrics}.items():
+                # A network that is updated several times in a step reports the mean over them.
+                earlier = metrics.get(prefix + name)
+                metrics[prefix + name] = value if earlier is None else earlier + value
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    def _gradient_sums(
+        self,
+        update: Update,
+        params: Params,
+        model_state: ModelState,
+        batch: Batch,
+        rng: jax.Array,
+    ) -> tuple[Params, ObjectiveOutput]:
+        """Gradient of the summed loss over the whole batch, and the sums of the objective."""
+
+        def sums(
+            model_state: ModelState, batch: Batch, rng: jax.Array
+        ) -> tuple[Params, ObjectiveOutput]:
+            def total_loss(trained: Params) -> tuple[jax.Array, ObjectiveOutput]:
+                joined = trained if update.wrt is None else {**params, update.wrt: trained}
+                output = update.objective(joined, model_state, batch, rng, train=True)
+                _check_output(output, model_state)
+                return output.loss.total, output
+
+            trained = params if update.wrt is None else params[update.wrt]
+            return jax.grad(total_loss, has_aux=True)(trained)
+
+        if self.num_microbatches == 1:
+            return sums(model_state, batch, rng)
+
+        def add_microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
+            gradients, loss, metrics, model_state = carry
+            index, microbatch = inputs
+            more, output = sums(model_state, microbatch, jax.random.fold_in(rng, index))
+            gradients, loss, metrics = jax.tree.map(
+                jnp.add, (gradients, loss, metrics), (more, output.loss, output.metrics)
+            )
+            return (gradients, loss, metrics, output.model_state), None
+
+        microbatches = _split(batch, self.num_microbatches)
+        one = jax.tree.map(lambda x: x[0], microbatches)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(sums, model_state, one, rng),
+        )
+        carry = (zeros[0], zeros[1].loss, zeros[1].metrics, model_state)
+        indices = jnp.arange(self.num_microbatches)
+        carry, _ = jax.lax.scan(add_microbatch, carry, (indices, microbatches))
+        gradients, loss, metrics, model_state = carry
+        return gradients, ObjectiveOutput(loss=loss, model_state=model_state, metrics=metrics)
+
+
+def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int = 1) -> TrainStep:
+    """Build the one train step that every executor compiles.
+
+    For each update in order: the gradient of the *summed* loss, divided once by the summed
+    weights, so that gradient accumulation, padding, token masks and data parallelism are the same
+    exact formula, sum of gradients / sum of weights.
+
+    Args:
+        updates: one update, or several for several networks (a GAN: discriminator, generator).
+        num_microbatches: split the batch in this many parts and add up their gradients, for
+            batches that do not fit in memory. Equal to the whole batch, uneven weights included,
+            except that batch normalisation sees one part at a time.
+
+    Returns:
+        TrainStep, a `(state, batch, *, axis_name=None) -> (state, metrics)`.
+
+    Raises:
+        ValueError: no update, or `num_microbatches` below 1.
+
+    Example:
+        >>> from jaxnets.core import Mean, ObjectiveOutput
+        >>> def objective(params, model_state, batch, rng, *, train):
+        ...     loss = Mean.of((batch["inputs"] * params["w"] - batch["labels"]) ** 2)
+        ...     return ObjectiveOutput(loss, model_state, {})
+        >>> update = Update(objective, optax.sgd(0.1))
+        >>> state = create_train_state({"params": {"w": jnp.zeros(())}}, update,
+        ...                            rng=jax.random.key(0))
+        >>> batch = {"inputs": jnp.array([1.0, 2.0]), "labels": jnp.array([2.0, 4.0])}
+        >>> state, metrics = make_train_step(update)(state, batch)
+        >>> float(metrics["loss"].compute()), float(state.params["w"])
+        (10.0, 1.0)
+    """
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches is {num_microbatches}; give 1 or more")
+    updates = _as_tuple(updates)
+    if not updates:
+        raise ValueError("updates is empty; give at least one Update(objective, optimizer)")
+    return TrainStep(updates, num_microbatches)
+
+
+def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metrics]:
+    """Build the evaluation of an objective, to be compiled by the caller.
+
+    Args:
+        objective: called with `train=False` and a key that is the same at every call, so a
+            random evaluation (a sampled bound, say) is reproducible.
+
+    Returns:
+        `(state, batch) -> metrics`, sums with "loss" among them. `jax.vmap` it over a population.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        rng = jax.random.fold_in(state.rng, zlib.crc32(b"evaluation"))
+        output = objective(state.params, state.model_state, batch, rng, train=False)
+        return {"loss": output.loss, **output.metrics}
+
+    return eval_step
+
+
+def _as_tuple(updates: Update | Sequence[Update]) -> tuple[Update, ...]:
+    return (updates,) if isinstance(updates, Update) else tuple(updates)
+
+
+def _check_updates(updates: tuple[Update, ...], params: Params) -> dict[str | None, Update]:
+    """Return the first update of each network after checking that they fit together."""
+    owners: dict[str | None, Update] = {}
+    for update in updates:
+        if update.wrt is not None and update.wrt not in params:
+            raise ValueError(
+                f"an update is with respect to {update.wrt!r}, but params has {sorted(params)}"
+            )
+        first = owners.setdefault(update.wrt, update)
+        if first.optimizer is not update.optimizer:
+            raise ValueError(
+                f"two updates with respect to {update.wrt!r} have different optimizers; "
+                "share one optimizer object between them"
+            )
+    if None in owners and len(owners) > 1:
+        raise ValueError(
+            "some updates name their network (wrt=...) and some train all of params; name all"
+        )
+    return owners
+
+
+def _check_output(output: ObjectiveOutput, model_state: ModelState) -> None:
+    before: Any = jax.tree.structure(model_state)
+    after: Any = jax.tree.structure(output.model_state)
+    if before != after:
+        raise ValueError(
+            f"the objective changed the structure of model_state from {before} to {after}; "
+            "return the collections it was given, with new values"
+        )
+    if jnp.ndim(output.loss.total) != 0:
+        raise ValueError(
+            f"the objective's loss.total has shape {jnp.shape(output.loss.total)}, not (); "
+            "sum over the examples with Mean.of(per_example_loss, weights)"
+        )
+
+
+def _apply(
+    update: Update, gradients: Params, params: Params, opt_state: Any, loss: Any
+) -> tuple[Params, Any]:
+    """Apply one optimizer update; return params and opt_state with only `wrt` replaced."""
+    optimizer = optax.with_extra_args_support(update.optimizer)
+    trained = params if update.wrt is None else params[update.wrt]
+    own_state = opt_state if update.wrt is None else opt_state[update.wrt]
+    changes, own_state = optimizer.update(gradients, own_state, trained, value=loss.compute())
+    trained = optax.apply_updates(trained, changes)
+    if update.wrt is None:
+        return trained, own_state
+    return {**params, update.wrt: trained}, {**opt_state, update.wrt: own_state}
+
+
+def _divide(gradients: Params, count: jax.Array) -> Params:
+    # A batch that is padding only has no gradient; 0 / 0 would poison the parameters.
+    scale = 1.0 / jnp.where(count == 0, jnp.ones_like(count), count)
+    return jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
+
+
+def _mean_of_floats(tree: Any, axis_name: str) -> Any:
+    return jax.tree.map(
+        lambda x: jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        tree,
+    )
+
+
+def _merge_model_state(
+    update: Update, params: Params, old: ModelState, new: ModelState
+) -> ModelState:
+    """Keep of `new` what the update's network owns; all of it where it trains all of params."""
+    if update.wrt is None:
+        return new
+    merged = {}
+    for name, collection in new.items():
+        if isinstance(collection, Mapping) and set(collection) <= set(params):
+            own = {update.wrt: collection[update.wrt]} if update.wrt in collection else {}
+            merged[name] = {**old[name], **own}
+        else:
+            merged[name] = collection
+    return merged
+
+
+def _split(batch: Batch, num_parts: int) -> Batch:
+    def split(array: jax.Array) -> jax.Array:
+        array = jnp.asarray(array)
+        if array.shape[0] % num_parts:
+            raise ValueError(
+                f"batch size {array.shape[0]} is not divisible by num_microbatches "
+                f"{num_parts}; pad with pad_batch or drop {array.shape[0] % num_parts} examples"
+            )
+        # Part k takes examples k, k + num_parts, ...: on a batch that is sharded over devices
+        # each part is then spread over all of them and no example moves.
+        parts = array.reshape(array.shape[0] // num_parts, num_parts, *array.shape[1:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(split, dict(batch))
