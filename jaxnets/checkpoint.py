@@ -8,19 +8,23 @@ that is killed at any moment leaves the checkpoints before it, and nothing that 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxnets.core import tree_path
 
@@ -41,7 +45,8 @@ def save(
 ) -> Path:
     """Write one checkpoint; it appears whole or not at all.
 
-    A checkpoint of the same step is replaced, and what killed saves left behind is removed.
+    A checkpoint of the same step is replaced, and what killed saves left behind is removed. Where
+    several processes train, each of them calls this with a directory that all of them see.
 
     Args:
         directory: folder of the run's checkpoints, made if missing; one run per folder.
@@ -67,23 +72,27 @@ def save(
     folder = _folder(directory, step)
     payload = None
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(Path(directory))
-        folder.mkdir(exist_ok=True)
-        payload = next(p for n in range(10**6) if not (p := folder / f"state_{n}").exists())
+        if jax.process_index() == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(Path(directory))
+            folder.mkdir(exist_ok=True)
+        multihost_utils.sync_global_devices("checkpoint folder is made")
+        payload = next(p for n in itertools.count() if not (p := folder / f"state_{n}").exists())
         _write_arrays(payload, leaves)
-        files = {str(f.relative_to(folder)): _digest(f, sync=True) for f in _files(payload)}
-        _write_manifest(folder, {**description, "payload": payload.name, "files": files})
-        for stale in folder.glob("state_*"):
-            if stale != payload:
-                shutil.rmtree(stale)
+        if jax.process_index() == 0:
+            files = {str(f.relative_to(folder)): _digest(f, sync=True) for f in _files(payload)}
+            _write_manifest(folder, {**description, "payload": payload.name, "files": files})
+            for stale in folder.glob("state_*"):
+                if stale != payload:
+                    shutil.rmtree(stale)
+        multihost_utils.sync_global_devices("checkpoint is complete")
     # TensorStore reports a failed write, a full disk for one, as ValueError.
     except (OSError, ValueError) as error:
-        if payload is not None:
-            shutil.rmtree(payload, ignore_errors=True)
+        for partial in folder.glob(f"{payload.name}*") if payload else ():
+            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"cannot save step {step} in {directory}: {error}; free some space or choose a "
-            "directory that can be written; the checkpoints before it are untouched"
+            f"cannot save step {step} in {directory}: free some space or choose a directory that "
+            f"can be written; the checkpoints before it are untouched; {error}"
         ) from error
     return folder
 
@@ -163,11 +172,13 @@ def prune(
     """
     steps = all_steps(directory)
     removed = [step for step in steps[: max(len(steps) - keep, 0)] if step not in protect]
-    for step in removed:
+    multihost_utils.sync_global_devices("checkpoints are listed")
+    for step in removed if jax.process_index() == 0 else ():
         folder = _folder(directory, step)
         # Without its manifest it is no checkpoint: a kill from here on leaves no half of one.
         (folder / _MANIFEST).unlink()
         shutil.rmtree(folder)
+    multihost_utils.sync_global_devices("checkpoints are pruned")
     return removed
 
 
@@ -182,7 +193,7 @@ def parameters_sha256(params: Any) -> str:
 
     Example:
         >>> parameters_sha256({"a": jnp.zeros(2), "b": jnp.ones(3)})[:8]
-        '96ba9ea1'
+        '3565bda7'
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(_named_leaves(params).items()):
@@ -241,12 +252,24 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
     return description | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
 
 
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Keep Orbax's threads from logging a traceback each beside the one error that is raised."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _write_arrays(payload: Path, leaves: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     # Orbax refuses arrays without elements; the manifest holds all there is to know of them.
     stored = {path: _key_data(leaf) for path, leaf in leaves.items() if leaf.size}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _quiet_absl(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(payload, args=ocp.args.PyTreeSave(stored))
 
 
@@ -300,8 +323,8 @@ def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     body = json.dumps(content)
     temporary = folder / f"{_MANIFEST}.new"
     with temporary.open("w") as file:
-        # The digest stands in a first line of its own, over the very bytes of the second.
-        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+        # The digest stands in a line of its own and covers every byte after that line.
+        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / _MANIFEST)
@@ -315,7 +338,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
         digest, _, body = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(body.rstrip(b"\n")).hexdigest().encode() != digest:
+        if hashlib.sha256(body).hexdigest().encode() != digest:
             raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
         manifest: dict[str, Any] = json.loads(body)
         for name, expected in manifest["files"].items():

@@ -28,10 +28,14 @@ _JOIN_OFFSETS_BELOW = 16
 _MAX_UNROLLED_WINDOW = 16
 
 
+_Axes: TypeAlias = tuple[int, ...]
+_Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+
 class _Geometry(NamedTuple):
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
+    strides: _Axes
+    padding: _Pairs
+    dilation: _Axes
     groups: int
 
 
@@ -146,23 +150,12 @@ def average_pool(
 
     Returns:
         [batch, ..., channels], of the dtype of `x`; summed in float32 or wider.
-
-    Example:
-        >>> average_pool(jnp.arange(6.0).reshape(1, 6, 1), 2)[0, :, 0].tolist()
-        [0.5, 2.5, 4.5]
     """
     sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
-    reduce_sum = functools.partial(
-        lax.reduce_window,
-        init_value=0.0,
-        computation=lax.add,
-        window_dimensions=(1, *sizes, 1),
-        window_strides=(1, *steps, 1),
-        padding=((0, 0), *pairs, (0, 0)),
-    )
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    counts = reduce_sum(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype))
-    return (reduce_sum(wide) / counts).astype(x.dtype)
+    ones = jnp.ones((1, *x.shape[1:-1], 1), wide.dtype)
+    total, count = (_reduce_window(v, 0.0, lax.add, sizes, steps, pairs) for v in (wide, ones))
+    return (total / count).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
@@ -178,11 +171,7 @@ def global_average_pool(x: jax.Array) -> jax.Array:
     return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=wide).astype(x.dtype)
 
 
-# --- convolution ----------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
     axes = "HW"[: x.ndim - 2]
     return lax.conv_general_dilated(
         x,
@@ -195,10 +184,13 @@ def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Ar
     )
 
 
+_convolution = jax.custom_vjp(_plain_convolution, nondiff_argnums=(2,))
+
+
 def _convolution_forward(
     x: jax.Array, kernel: jax.Array, geometry: _Geometry
 ) -> tuple[jax.Array, Any]:
-    return _convolution.fun(x, kernel, geometry), (x, kernel)
+    return _plain_convolution(x, kernel, geometry), (x, kernel)
 
 
 def _convolution_backward(
@@ -207,15 +199,14 @@ def _convolution_backward(
     x, kernel = residuals
 
     def plain_dx(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda v: _convolution.fun(v, kernel, geometry), x)(dy)[0]
+        return jax.linear_transpose(lambda v: _plain_convolution(v, kernel, geometry), x)(dy)[0]
 
     def plain_dkernel(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda v: _convolution.fun(x, v, geometry), kernel)(dy)[0]
+        return jax.linear_transpose(lambda v: _plain_convolution(x, v, geometry), kernel)(dy)[0]
 
     own_dx = functools.partial(_input_gradient, size=x.shape[1:-1], geometry=geometry)
     own_dkernel = functools.partial(_kernel_gradient, size=kernel.shape[:-2], geometry=geometry)
-    # Two choices rather than one, so that the gradient of the first layer's input, which nobody
-    # asks for, is dropped by the compiler.
+    # Two choices, so that the compiler can drop the input gradient that nobody asks for.
     dx = lax.platform_dependent(kernel, dy, cpu=own_dx, default=plain_dx)
     dkernel = lax.platform_dependent(x, dy, cpu=own_dkernel, default=plain_dkernel)
     return dx, dkernel
@@ -225,7 +216,7 @@ _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 def _input_gradient(
-    kernel: jax.Array, dy: jax.Array, *, size: tuple[int, ...], geometry: _Geometry
+    kernel: jax.Array, dy: jax.Array, *, size: _Axes, geometry: _Geometry
 ) -> jax.Array:
     """Return the gradient [batch, *size, channels] of the input of a convolution."""
     strides, padding, dilation, groups = geometry
@@ -236,19 +227,19 @@ def _input_gradient(
         flipped = jnp.flip(kernel, spatial).reshape(*taps, width, groups, features // groups)
         flipped = jnp.swapaxes(flipped, -1, -3).reshape(*taps, features // groups, groups * width)
         reach = _extent(taps, dilation)
-        pairs = tuple(
-            (r - 1 - low, r - 1 - high) for r, (low, high) in zip(reach, padding, strict=True)
-        )
+        spans = zip(reach, padding, strict=True)
+        pairs = tuple((r - 1 - low, r - 1 - high) for r, (low, high) in spans)
         return _convolution(dy, flipped, _Geometry(strides, pairs, dilation, groups))
     if groups > 1:
-        single = functools.partial(_input_gradient, size=size, geometry=geometry._replace(groups=1))
-        dx = jax.vmap(single, in_axes=-2, out_axes=-2)(
-            _split_last(kernel, groups), _split_last(dy, groups)
-        )
-        return dx.reshape(*dx.shape[:-2], groups * width)
+        ungrouped = geometry._replace(groups=1)
+        single = functools.partial(_input_gradient, size=size, geometry=ungrouped)
+        return _per_group(single, groups, kernel, dy)
     # Every output sends its share to every input it saw: one product, then a strided sum.
     shares = lax.dot_general(
-        dy.reshape(-1, features), kernel.reshape(-1, features), (((1,), (1,)), ((), ()))
+        dy.reshape(-1, features),
+        kernel.reshape(-1, features),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
     ).reshape(*dy.shape[:-1], math.prod(taps), width)
     zero = jnp.zeros((), shares.dtype)
     total = jnp.zeros((dy.shape[0], *size, width), shares.dtype)
@@ -259,26 +250,19 @@ def _input_gradient(
             for start, extent, count, stride in zip(low, size, dy.shape[1:-1], strides, strict=True)
         ]
         total += lax.pad(shares[..., index, :], zero, [(0, 0, 0), *edges, (0, 0, 0)])
-    return total
+    return total.astype(dy.dtype)
 
 
-def _kernel_gradient(
-    x: jax.Array, dy: jax.Array, *, size: tuple[int, ...], geometry: _Geometry
-) -> jax.Array:
+def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: _Axes, geometry: _Geometry) -> jax.Array:
     """Return the gradient [*size, channels / groups, features] of the kernel of a convolution."""
     strides, padding, dilation, groups = geometry
     channels, features = x.shape[-1], dy.shape[-1]
     if 1 < groups < channels:
-        single = functools.partial(
-            _kernel_gradient, size=size, geometry=geometry._replace(groups=1)
-        )
-        dkernel = jax.vmap(single, in_axes=-2, out_axes=-2)(
-            _split_last(x, groups), _split_last(dy, groups)
-        )
-        return dkernel.reshape(*size, channels // groups, features)
-    padded = lax.pad(
-        x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, 0) for pair in padding), (0, 0, 0)]
-    )
+        ungrouped = geometry._replace(groups=1)
+        single = functools.partial(_kernel_gradient, size=size, geometry=ungrouped)
+        return _per_group(single, groups, x, dy)
+    edges = [(low, high, 0) for low, high in padding]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     patches = [  # what each kernel offset sees, each [batch, *outputs, channels]
         _strided(padded, [o * d for o, d in zip(offset, dilation, strict=True)], dy.shape, strides)
         for offset in itertools.product(*map(range, size))
@@ -301,10 +285,15 @@ def _kernel_gradient(
     return dkernel.reshape(*size, channels // groups, features).astype(x.dtype)
 
 
-def _strided(
-    x: jax.Array, starts: Sequence[int], shape: tuple[int, ...], strides: tuple[int, ...]
-) -> jax.Array:
-    """Take every stride-th element from `starts` on, as many as `shape` [batch, *counts, ...] has."""
+def _per_group(function: Any, groups: int, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Apply `function` to each group of the last axes and join what it returns along its last."""
+    arrays = (_split_last(first, groups), _split_last(second, groups))
+    joined = jax.vmap(function, in_axes=-2, out_axes=-2)(*arrays)
+    return joined.reshape(*joined.shape[:-2], groups * joined.shape[-1])
+
+
+def _strided(x: jax.Array, starts: Sequence[int], shape: _Axes, strides: _Axes) -> jax.Array:
+    """Take every stride-th element from `starts` on, as many as `shape` has on its axes."""
     spans = zip(starts, shape[1:-1], strides, strict=True)
     slices = (slice(a, a + (count - 1) * step + 1, step) for a, count, step in spans)
     return x[(slice(None), *slices)]
@@ -314,39 +303,34 @@ def _split_last(array: jax.Array, groups: int) -> jax.Array:
     return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)
 
 
-# --- pooling --------------------------------------------------------------------------------------
-
-
-def _reduce_max(
-    x: jax.Array,
-    window: tuple[int, ...],
-    strides: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
+def _reduce_window(
+    x: jax.Array, initial: Any, function: Any, sizes: _Axes, steps: _Axes, pairs: _Pairs
 ) -> jax.Array:
+    padding = ((0, 0), *pairs, (0, 0))
+    return lax.reduce_window(x, initial, function, (1, *sizes, 1), (1, *steps, 1), padding)
+
+
+def _reduce_max(x: jax.Array, sizes: _Axes, steps: _Axes, pairs: _Pairs) -> jax.Array:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return lax.reduce_window(
-        x,
-        -jnp.inf if floating else jnp.iinfo(x.dtype).min,
-        lax.max,
-        (1, *window, 1),
-        (1, *strides, 1),
-        ((0, 0), *padding, (0, 0)),
-    )
+    lowest = -jnp.inf if floating else jnp.iinfo(x.dtype).min
+    return _reduce_window(x, lowest, lax.max, sizes, steps, pairs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _tile_max(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+def _plain_tile_max(x: jax.Array, window: _Axes) -> jax.Array:
     return _reduce_max(x, window, window, ((0, 0),) * len(window))
 
 
-def _tile_max_forward(x: jax.Array, window: tuple[int, ...]) -> tuple[jax.Array, Any]:
-    y = _tile_max.fun(x, window)
+_tile_max = jax.custom_vjp(_plain_tile_max, nondiff_argnums=(1,))
+
+
+def _tile_max_forward(x: jax.Array, window: _Axes) -> tuple[jax.Array, Any]:
+    y = _plain_tile_max(x, window)
     return y, (x, y)
 
 
-def _tile_max_backward(window: tuple[int, ...], residuals: Any, dy: jax.Array) -> tuple[jax.Array]:
+def _tile_max_backward(window: _Axes, residuals: Any, dy: jax.Array) -> tuple[jax.Array]:
     def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda v: _tile_max.fun(v, window), x)[1](dy)[0]
+        return jax.vjp(lambda v: _plain_tile_max(v, window), x)[1](dy)[0]
 
     own = functools.partial(_tile_max_gradient, window=window)
     return (lax.platform_dependent(*residuals, dy, cpu=own, default=plain),)
@@ -355,42 +339,36 @@ def _tile_max_backward(window: tuple[int, ...], residuals: Any, dy: jax.Array) -
 _tile_max.defvjp(_tile_max_forward, _tile_max_backward)
 
 
-def _tile_max_gradient(
-    x: jax.Array, y: jax.Array, dy: jax.Array, *, window: tuple[int, ...]
-) -> jax.Array:
+def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: _Axes) -> jax.Array:
     """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
     winner = jnp.full(y.shape, -1, jnp.int8)
     offsets = list(itertools.product(*map(range, window)))
     for index, offset in reversed(list(enumerate(offsets))):  # backwards: the first match stays
         winner = jnp.where(_strided(x, offset, y.shape, window) == y, jnp.int8(index), winner)
     within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
-    positions = jnp.arange(len(offsets), dtype=jnp.int8).reshape(
-        1, *(n for w in window for n in (1, w)), 1
-    )
+    per_tile = [n for w in window for n in (1, w)]
+    positions = jnp.arange(len(offsets), dtype=jnp.int8).reshape(1, *per_tile, 1)
     chosen = jnp.expand_dims(winner, within) == positions
     dx = jnp.where(chosen, jnp.expand_dims(dy, within), jnp.zeros((), dy.dtype))
-    tiled = [count * w for count, w in zip(y.shape[1:-1], window, strict=True)]
-    rest = [(0, size - t) for size, t in zip(x.shape[1:-1], tiled, strict=True)]
+    tiled = [size - size % w for size, w in zip(x.shape[1:-1], window, strict=True)]
+    rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
     return jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
 
 
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def _per_axis(value: Extent, num_axes: int, name: str) -> tuple[int, ...]:
+def _per_axis(value: Extent, num_axes: int, name: str) -> _Axes:
     values = (value,) * num_axes if isinstance(value, int) else tuple(value)
     if len(values) != num_axes or any(v < 1 for v in values):
         raise ValueError(f"{name}={value} must be a positive int or {num_axes} of them")
     return values
 
 
-def _extent(window: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+def _extent(window: Sequence[int], dilation: Sequence[int]) -> _Axes:
     return tuple((w - 1) * d + 1 for w, d in zip(window, dilation, strict=True))
 
 
 def _padding_pairs(
     padding: Padding, sizes: Sequence[int], window: Sequence[int], strides: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
+) -> _Pairs:
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
             raise ValueError(f"padding={padding!r} must be 'SAME', 'VALID', an int or pairs")
@@ -413,7 +391,7 @@ def _padding_pairs(
 
 def _pool_geometry(
     x: jax.Array, window: Extent, strides: Extent | None, padding: Padding
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
+) -> tuple[_Axes, _Axes, _Pairs]:
     spatial = x.ndim - 2
     if spatial < 1:
         raise ValueError(f"pooling got shape {x.shape}; give [batch, ..., channels]")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import numpy as np
 
 from jaxnets.core import Metrics
@@ -138,16 +137,12 @@ class History:
 
     def settle(self, *, until: int | None) -> None:
         """Fetch the queued calls up to step `until` (None: all), add them up and write rows."""
-        calls = []
         while self._queue and (until is None or self._queue[0].last <= until):
-            calls.append(self._queue.popleft())
-        fetched = jax.device_get([(call.metrics, call.values) for call in calls])
-        for call, (metrics, values) in zip(calls, fetched, strict=True):
-            self._add(call, metrics, values)
+            self._add(self._queue.popleft())
 
-    def _add(self, call: _Call, metrics: Metrics, values: Mapping[str, Any]) -> None:
-        for name in sorted(metrics):
-            total, count = (np.float64(part) for part in (metrics[name].total, metrics[name].count))
+    def _add(self, call: _Call) -> None:
+        for name, mean in sorted(call.metrics.items()):
+            total, count = np.asarray(mean.total, np.float64), np.asarray(mean.count, np.float64)
             if not np.all(np.isfinite(total)):
                 raise NonFiniteError(_where(name, call, total))
             before = self.sums.get(name, (np.float64(0), np.float64(0)))
@@ -158,7 +153,7 @@ class History:
             with np.errstate(invalid="ignore", divide="ignore"):
                 row |= {name: _number(total / count) for name, (total, count) in self.sums.items()}
             self.sums = {}
-        row |= {name: _number(value) for name, value in values.items()}
+        row |= {name: _number(value) for name, value in call.values.items()}
         if len(row) > 1:
             self.rows.append(row)
             for writer in self._writers:

@@ -8,6 +8,7 @@ on the device and fetched a log interval later. Only hooks that read the state w
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +72,8 @@ def fit(
             trimmed to end at `num_steps`, which compiles the step once more.
         num_steps: absolute: a finished run, run again, does nothing.
         hooks: see `Hook`.
-        writers: called with every row, in step order, when it is complete.
+        writers: called with every row, in step order, when it is complete; of several processes
+            only the first one writes.
         log_every: steps between rows of training metrics; the last step always has one.
         history: of the run that `state` was restored from, continued in place.
         progress: show a progress bar on standard error; None shows it in a terminal only.
@@ -85,6 +87,7 @@ def fit(
             of the source holds, or `history` is not that of `state`.
     """
     first = current_step(state)
+    writers = writers if jax.process_index() == 0 else ()
     history = History() if history is None else history
     history.begin(first, writers)
     if first >= num_steps:
@@ -291,9 +294,8 @@ class _ProgressBar(contextlib.AbstractContextManager["_ProgressBar"]):
         self._bar.update(step - self._bar.n)
         if history and history.rows and not self._hidden:
             rate = self._examples / (time.perf_counter() - self._began)
-            losses = history.column("loss")[1][-1:]
-            shown = {"loss": f"{np.mean(loss):.4g}" for loss in losses}
-            self._bar.set_postfix({**shown, "examples/s": f"{rate:.3g}"})
+            losses = history.column("loss")[1] or [math.nan]
+            self._bar.set_postfix_str(f"loss {np.mean(losses[-1]):.4g}, {rate:.3g} examples/s")
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:

@@ -60,7 +60,7 @@ def test_labels_of_a_wrong_shape_are_refused(logits):
         cross_entropy(logits, LABELS[:, None])
     with pytest.raises(ValueError, match="give integers"):
         cross_entropy(logits, LABELS.astype(np.float32))
-    with pytest.raises(ValueError, match="label_smoothing is 1.5"):
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.5"):
         cross_entropy(logits, LABELS, label_smoothing=1.5)
 
 

@@ -13,6 +13,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxnets.core import at_least_float32
+
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Compute `(x - mean) / std` per channel, with pixels x in [0, 1].
@@ -23,7 +25,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
         std: per channel, positive.
 
     Returns:
-        float32 of the shape of `images`.
+        The shape of `images`; float64 stays float64, all else becomes float32.
 
     Raises:
         ValueError: `mean` or `std` does not have one value per channel.
@@ -38,12 +40,10 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
             f"{len(mean)} means and {len(std)} standard deviations do not fit images of shape "
             f"{images.shape}; give {channels} of each"
         )
-    scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+    images = at_least_float32(images / 255 if images.dtype == jnp.uint8 else images)
     shape = (1,) * (images.ndim - 1) + (channels,)
-    offset = jnp.asarray(mean, jnp.float32).reshape(shape)
-    return (images.astype(jnp.float32) / scale - offset) / jnp.asarray(std, jnp.float32).reshape(
-        shape
-    )
+    offset, scale = (jnp.asarray(value, images.dtype).reshape(shape) for value in (mean, std))
+    return (images - offset) / scale
 
 
 def random_shift(
@@ -210,7 +210,7 @@ def mixup(
 
     References:
         Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization, arXiv 1710.09412, eq. 1.
-        Differs from the paper's code, not its equations: one m per example, not per batch.
+        Differs from the authors' code: every example has its own m.
 
     Example:
         >>> images, labels = jnp.ones((4, 8, 8, 1)), jax.nn.one_hot(jnp.arange(4), 10)

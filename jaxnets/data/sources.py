@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -91,6 +91,18 @@ class SequentialBatches:
             stop = start + self.batch_size
             batch = {name: array[start:stop] for name, array in self.data.items()}
             yield pad_arrays(batch, self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemberBatches:
+    """Batches of several sources side by side; see `member_batches`."""
+
+    sources: tuple[BatchSource, ...]
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from `first_step` on: arrays [members, batch, ...] by name."""
+        for batches in zip(*(source(first_step) for source in self.sources), strict=False):
+            yield {name: np.stack([b[name] for b in batches]) for name in batches[0]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,6 +207,29 @@ def sequential_batches(data: Mapping[str, np.ndarray], batch_size: int) -> Seque
     """
     _check_batch_size(batch_size)
     return SequentialBatches(check_arrays(data), batch_size)
+
+
+def member_batches(sources: Sequence[BatchSource]) -> MemberBatches:
+    """Give every member of a population its own batches, each from its own source.
+
+    Args:
+        sources: one per member, with batches of equal shapes.
+
+    Returns:
+        A source of {name: array [members, batch, ...]}, for `population_step` with
+        `shared_batch=False`. It ends with the first source that ends.
+
+    Raises:
+        ValueError: no source.
+
+    Example:
+        >>> source = member_batches([index_batches(8, 2, seed=s) for s in range(3)])
+        >>> next(source(0))["indices"].shape
+        (3, 2)
+    """
+    if not sources:
+        raise ValueError("sources is empty; give one source per member")
+    return MemberBatches(tuple(sources))
 
 
 def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:

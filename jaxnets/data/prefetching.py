@@ -65,6 +65,8 @@ class _Producer:
         return item
 
     def stop(self) -> None:
+        if self._stopped:  # by `atexit`; now the iterator is dropped from a module torn down
+            return
         atexit.unregister(self.stop)
         self._stopped = True
         self._slots.release()

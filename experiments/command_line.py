@@ -1,0 +1,85 @@
+"""The command line of the experiments: recipes, options by tyro, errors without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tyro
+
+import jaxnets as jn
+from experiments.run_folder import RunError
+
+
+class Stopped(Exception):
+    """The run was asked to stop before its end and can be resumed."""
+
+
+def parse(name: str, recipes: Mapping[str, Any]) -> Any:
+    """Read the options of an experiment.
+
+    `--preset` or else `--model` chooses the recipe, every other option changes it.
+
+    Args:
+        name: of the experiment.
+        recipes: {name: dataclass of options}; the first is the default.
+
+    Returns:
+        The options.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--model")
+    chosen, _ = first.parse_known_args()
+    key = chosen.preset or chosen.model or next(iter(recipes))
+    if chosen.preset and chosen.preset not in recipes:
+        fail(f"unknown preset {chosen.preset!r}; choose one of {', '.join(recipes)}")
+    return tyro.cli(
+        type(next(iter(recipes.values()))),
+        prog=f"python -m experiments.{name}",
+        description=f"Recipes (--preset, or --model for the model's own): {', '.join(recipes)}.",
+        default=recipes.get(key, next(iter(recipes.values()))),
+    )
+
+
+def check(config: Any) -> None:
+    """Refuse numbers that make no run.
+
+    Raises:
+        RunError: naming the option and what it may be.
+    """
+    positive = ["seeds", "batch_size", "steps_per_dispatch", "epochs", "learning_rate", "log_every"]
+    positive += [
+        option
+        for option in ("steps", "eval_every", "checkpoint_every")
+        if getattr(config, option) is not None
+    ]
+    for option in positive:
+        if not getattr(config, option) > 0:
+            flag = option.replace("_", "-")
+            raise RunError(f"--{flag} is {getattr(config, option)}; give a number above 0")
+    for option in ("seed", "weight_decay", "crop", "cutout", "mixup"):
+        if getattr(config, option) < 0:
+            flag = option.replace("_", "-")
+            raise RunError(f"--{flag} is {getattr(config, option)}; give 0 or more")
+
+
+@contextlib.contextmanager
+def errors_without_traceback() -> Iterator[None]:
+    """Turn the errors a user can mend into one line on standard error and exit code 2."""
+    try:
+        yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(3)
+    except (RunError, ValueError, OSError, jn.NonFiniteError, jn.CheckpointError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print an error and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,142 @@
+"""Functional neural networks on JAX: one definition, every executor, proved equal.
+
+import jaxnets as jn
+
+module = jn.MLP(features=(128, 128), num_outputs=10)
+update = jn.Update(jn.classification(module), optax.adamw(1e-3))
+state = jn.create_train_state(module.init(key, images[:1]), update, rng=key)
+step = jn.jit_step(jn.make_train_step(update))
+state, history = jn.fit(step, state, batches, num_steps=1_000)
+"""
+
+from jaxnets import checkpoint, convolutional, data, feedforward, functional, layers, metrics
+from jaxnets.checkpoint import CheckpointError, parameters_sha256
+from jaxnets.convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
+from jaxnets.core import (
+    DATA_AXIS,
+    Batch,
+    BatchSource,
+    Executor,
+    Mean,
+    Metrics,
+    ModelState,
+    Objective,
+    ObjectiveOutput,
+    Params,
+    Precision,
+    StepFn,
+    TrainState,
+    Update,
+    apply_module,
+    rng_streams,
+)
+from jaxnets.diagnostics import find_learning_rate, overfit_one_batch
+from jaxnets.equivalence import check_equivalence
+from jaxnets.feedforward import MLP, MLPMixer
+from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
+from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from jaxnets.layers import capture
+from jaxnets.loop import Hook, Interrupted, StopTraining, evaluate, fit
+from jaxnets.objectives import (
+    absolute_error,
+    binary_cross_entropy,
+    classification,
+    cross_entropy,
+    huber_error,
+    regression,
+    squared_error,
+    with_batch_transform,
+)
+from jaxnets.optimizers import averaged_parameters, decay_mask, with_parameter_average
+from jaxnets.parallel import (
+    data_mesh,
+    fsdp_sharding,
+    jit_step,
+    pmap_step,
+    population_step,
+    replicate,
+    resident_steps,
+    scan_steps,
+    sharded_step,
+)
+from jaxnets.training import TrainStep, create_train_state, make_eval_step, make_train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DATA_AXIS",
+    "MLP",
+    "Batch",
+    "BatchSource",
+    "CheckpointError",
+    "Checkpointing",
+    "ConvNeXt",
+    "ConvNet",
+    "EarlyStopping",
+    "Executor",
+    "History",
+    "Hook",
+    "Interrupted",
+    "LeNet5",
+    "MLPMixer",
+    "Mean",
+    "Metrics",
+    "ModelState",
+    "NonFiniteError",
+    "Objective",
+    "ObjectiveOutput",
+    "Params",
+    "Precision",
+    "ResNet",
+    "ResNet9",
+    "StepFn",
+    "StopTraining",
+    "TrainState",
+    "TrainStep",
+    "Update",
+    "WideResNet",
+    "absolute_error",
+    "apply_module",
+    "averaged_parameters",
+    "binary_cross_entropy",
+    "capture",
+    "check_equivalence",
+    "checkpoint",
+    "classification",
+    "convolutional",
+    "create_train_state",
+    "cross_entropy",
+    "data",
+    "data_mesh",
+    "decay_mask",
+    "evaluate",
+    "evaluation",
+    "every",
+    "feedforward",
+    "find_learning_rate",
+    "fit",
+    "fsdp_sharding",
+    "functional",
+    "huber_error",
+    "jit_step",
+    "jsonl_writer",
+    "layers",
+    "make_eval_step",
+    "make_train_step",
+    "metrics",
+    "overfit_one_batch",
+    "parameters_sha256",
+    "pmap_step",
+    "population_step",
+    "regression",
+    "replicate",
+    "resident_steps",
+    "resume",
+    "rng_streams",
+    "scan_steps",
+    "sharded_step",
+    "squared_error",
+    "tensorboard_writer",
+    "with_batch_transform",
+    "with_parameter_average",
+]

@@ -1,0 +1,10 @@
+import subprocess
+import sys
+
+
+def test_importing_the_data_package_imports_no_optional_or_slow_package():
+    script = "import sys, jaxnets.data; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"sklearn", "grain", "PIL", "matplotlib"} & set(done.stdout.split())

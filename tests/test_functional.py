@@ -1,0 +1,277 @@
+"""Convolution and pooling against XLA's own operations: values, gradients, transformations."""
+
+import itertools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxnets import functional
+
+# Every example compiles for its own shapes; a fixed seed keeps the run repeatable and cached.
+some = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """Compare in float64, where rounding cannot hide a wrong formula."""
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(shape, seed, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def reference_convolution(x, kernel, *, strides, padding, dilation, groups):
+    axes = "HW"[: x.ndim - 2]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=groups,
+    )
+
+
+def loss_and_gradients(function, *operands):
+    """Return the value of `function` and the gradients of a sum that is not linear in it."""
+
+    @jax.jit
+    def both(*operands):
+        value, pull = jax.vjp(function, *operands)
+        return value, pull(jnp.cos(value) + 0.5)
+
+    return both(*operands)
+
+
+@st.composite
+def convolutions(draw):
+    spatial = draw(st.integers(1, 2))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(spatial))
+
+    taps, strides, dilation = each(1, 3), each(1, 3), each(1, 2)
+    sizes = each(5, 8)
+    padding = draw(st.sampled_from(["SAME", "VALID", "pairs"]))
+    if padding == "pairs":
+        padding = tuple(zip(each(0, 3), each(0, 3), strict=True))
+    groups, width, multiplier = draw(st.integers(1, 3)), draw(st.integers(1, 2)), each(1, 2)[0]
+    if draw(st.booleans()):
+        groups, width = 1, 17  # many channels take another form of the kernel gradient
+    return {
+        "x": (2, *sizes, groups * width),
+        "kernel": (*taps, width, groups * multiplier),
+        "options": {
+            "strides": strides,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+        },
+    }
+
+
+@some
+@hypothesis.given(convolutions())
+def test_convolution_and_its_gradients_equal_xla_for_any_geometry(case):
+    x, kernel = normal(case["x"], 0), normal(case["kernel"], 1)
+
+    def ours(x, kernel):
+        return functional.convolution(x, kernel, **case["options"])
+
+    def theirs(x, kernel):
+        return reference_convolution(x, kernel, **case["options"])
+
+    value, gradients = loss_and_gradients(ours, x, kernel)
+    expected, expected_gradients = loss_and_gradients(theirs, x, kernel)
+    np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-10)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+@st.composite
+def pools(draw):
+    spatial = draw(st.integers(1, 2))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(spatial))
+
+    window = each(1, 5)
+    strides = window if draw(st.booleans()) else each(1, 3)
+    return (2, *each(5, 8), 2), window, strides, draw(st.sampled_from(["VALID", "SAME"]))
+
+
+@some
+@hypothesis.given(pools(), st.booleans())
+def test_max_pool_and_its_gradient_equal_xla_with_ties_too(case, ties):
+    shape, window, strides, padding = case
+    x = normal(shape, 0)
+    x = jnp.round(x) if ties else x
+
+    def ours(x):
+        return functional.max_pool(x, window, strides, padding)
+
+    def theirs(x):
+        full, steps = (1, *window, 1), (1, *strides, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, full, steps, padding)
+
+    value, (gradient,) = loss_and_gradients(ours, x)
+    expected, (expected_gradient,) = loss_and_gradients(theirs, x)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME", 1])
+def test_average_pool_counts_only_elements_that_exist(padding):
+    x = np.asarray(normal((1, 7, 1), 0))
+    pooled = functional.average_pool(jnp.asarray(x), 3, 2, padding)
+    starts = range(0, 5, 2) if padding == "VALID" else range(-1, 7, 2)
+    expected = [x[0, max(start, 0) : start + 3, 0].mean() for start in starts]
+    np.testing.assert_allclose(pooled[0, :, 0], expected, rtol=1e-12)
+
+
+def test_global_average_pool_is_the_mean_over_every_position():
+    x = normal((2, 3, 5, 4), 0)
+    np.testing.assert_allclose(
+        functional.global_average_pool(x), np.asarray(x).mean((1, 2)), rtol=1e-12
+    )
+
+
+def strided_network(x, kernel):
+    """A convolution of stride 2, one of stride 1, and a pool: every own gradient at once."""
+    x = functional.convolution(x, kernel, strides=2, padding=1)
+    x = functional.convolution(jnp.tanh(x), kernel)
+    return jnp.sum(jnp.sin(functional.max_pool(x, 2)))
+
+
+def plain_network(x, kernel):
+    options = {"dilation": (1, 1), "groups": 1}
+    x = reference_convolution(x, kernel, strides=(2, 2), padding=[(1, 1)] * 2, **options)
+    x = reference_convolution(jnp.tanh(x), kernel, strides=(1, 1), padding="SAME", **options)
+    x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return jnp.sum(jnp.sin(x))
+
+
+@pytest.fixture
+def operands():
+    return normal((4, 3, 8, 8, 2), 0), normal((4, 3, 3, 2, 2), 1)  # four sets of them
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jax.vmap,
+        lambda f: jax.jit(jax.vmap(f)),
+        lambda f: lambda *sets: lax.map(lambda one: f(*one), sets),
+        lambda f: lambda *sets: lax.scan(lambda carry, one: (carry, f(*one)), 0, sets)[1],
+        lambda f: lambda *sets: jax.pmap(f)(*sets),
+        lambda f: (
+            lambda *sets: jax.tree.map(
+                lambda *leaves: jnp.stack(leaves),
+                *(f(*one) for one in zip(*sets, strict=True)),
+            )
+        ),
+    ],
+    ids=["vmap", "jit", "map", "scan", "pmap", "eager"],
+)
+def test_gradients_are_the_same_under_every_transformation(operands, transform):
+    gradient = jax.grad(strided_network, argnums=(0, 1))
+    expected = jax.jit(jax.vmap(jax.grad(plain_network, argnums=(0, 1))))(*operands)
+    for ours, plain in zip(transform(gradient)(*operands), expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_a_population_sharing_its_batch_has_the_gradients_of_its_members(operands):
+    x, kernels = operands[0][0], operands[1]
+    population = jax.jit(jax.vmap(jax.grad(strided_network, 1), in_axes=(None, 0)))(x, kernels)
+    for member, kernel in zip(population, kernels, strict=True):
+        alone = jax.jit(jax.grad(plain_network, 1))(x, kernel)
+        np.testing.assert_allclose(member, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_reverse_mode_works_twice(operands):
+    x, kernel = operands[0][0], operands[1][0]
+    direction = normal(kernel.shape, 2)
+
+    def curvature(network):
+        def slope(kernel):
+            return jnp.vdot(jax.grad(network, 1)(x, kernel), direction)
+
+        return jax.jit(jax.grad(slope))(kernel)
+
+    np.testing.assert_allclose(
+        curvature(strided_network), curvature(plain_network), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_the_kernel_gradient_is_no_convolution_on_cpu():
+    x, kernel = normal((2, 8, 8, 2), 0), normal((3, 3, 2, 4), 1)
+    gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
+    text = jax.jit(gradient).lower(kernel).as_text()
+    assert text.count("stablehlo.convolution") == 1  # the forward pass
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_every_function_keeps_the_dtype_of_its_input(dtype):
+    x, kernel = normal((2, 6, 6, 2), 0, dtype), normal((3, 3, 2, 2), 1, dtype)
+    for strides, groups in itertools.product((1, 2), (1, 2)):
+
+        def convolve(x, kernel, strides=strides, groups=groups):
+            kernel = kernel[:, :, : 2 // groups]
+            return functional.convolution(x, kernel, strides=strides, groups=groups)
+
+        value, gradients = jax.eval_shape(
+            lambda x, k, f=convolve: (f(x, k), jax.vjp(f, x, k)[1](f(x, k))), x, kernel
+        )
+        assert {a.dtype for a in (value, *gradients)} == {jnp.dtype(dtype)}
+    for pooled in (
+        functional.max_pool(x, 2),
+        functional.max_pool(x, 3, 1, "SAME"),
+        functional.average_pool(x, 2),
+        functional.global_average_pool(x),
+        functional.linear(x, kernel[0, 0]),
+    ):
+        assert pooled.dtype == dtype
+
+
+def test_integers_can_be_pooled():
+    pooled = functional.max_pool(jnp.arange(6).reshape(1, 6, 1), 3, padding=1)
+    assert pooled[0, :, 0].tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: functional.convolution(jnp.ones((2, 8)), jnp.ones((3, 3))), r"\(2, 8\)"),
+        (
+            lambda: functional.convolution(jnp.ones((1, 8, 3)), jnp.ones((3, 2, 4))),
+            r"3 channels in 1 groups",
+        ),
+        (
+            lambda: functional.convolution(jnp.ones((1, 8, 3)), jnp.ones((3, 3, 4)), padding="X"),
+            "padding='X'",
+        ),
+        (
+            lambda: functional.convolution(
+                jnp.ones((1, 2, 1)), jnp.ones((3, 1, 4)), padding="VALID"
+            ),
+            "a window of 3 does not fit",
+        ),
+        (
+            lambda: functional.convolution(jnp.ones((1, 8, 1)), jnp.ones((3, 1, 4)), strides=0),
+            "strides=0",
+        ),
+        (lambda: functional.max_pool(jnp.ones((1, 8, 8, 1)), (2, 2, 2)), "window="),
+        (lambda: functional.max_pool(jnp.ones((1, 8)), 2), r"\(1, 8\)"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_its_value(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

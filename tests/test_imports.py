@@ -1,0 +1,111 @@
+"""The import direction of the library, read from its sources."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxnets"
+
+FAMILIES = {"feedforward", "convolutional", "resnet", "convnext"}
+ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoint", "equivalence"}
+
+# module -> modules of jaxnets it may import; a module that is not here may import none.
+ALLOWED = {
+    "functional": set(),
+    "layers": {"core", "functional"},
+    "feedforward": {"core", "functional", "layers"},
+    "convolutional": {"core", "functional", "layers"},
+    "resnet": {"core", "functional", "layers"},
+    "convnext": {"core", "functional", "layers"},
+    "metrics": {"core"},
+    "objectives": {"core", "metrics"},
+    "optimizers": {"core"},
+    "training": {"core"},
+    "parallel": {"core", "training"},
+    "history": {"core"},
+    "loop": {"core", "parallel", "history"},
+    "checkpoint": {"core"},
+    "hooks": {"core", "checkpoint", "history", "loop"},
+    "equivalence": {"core", "training", "parallel"},
+    "diagnostics": {"core", "training", "parallel"},
+    "data": {"core"},
+    "core": set(),
+}
+# The command line and the facade put everything together.
+FREE = {"__init__", "__main__"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield pytest.param(path, parts[0], id="/".join(parts))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "jaxnets":
+                yield from (f"jaxnets.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize(("path", "module"), modules())
+def test_modules_import_only_what_lies_below_them(path, module):
+    if module in FREE:
+        return
+    names = [name.split(".") for name in imported(path)]
+    own = {name[1] for name in names if name[0] == "jaxnets" and len(name) > 1}
+    assert own - {module} <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", sorted(ENGINE | {"functional", "objectives", "metrics"}))
+def test_the_engine_does_not_import_flax(module):
+    names = [name.split(".")[0] for name in imported(PACKAGE / f"{module}.py")]
+    assert "flax" not in names
+
+
+def test_only_the_checkpoint_imports_orbax():
+    users = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "orbax" for name in imported(path))
+    }
+    assert users == {"checkpoint.py"}
+
+
+def test_importing_the_library_is_light_and_changes_no_configuration():
+    code = (
+        "import sys, jax; before = dict(jax.config.values); import jaxnets;"
+        "assert dict(jax.config.values) == before;"
+        "heavy = {'orbax', 'grain', 'matplotlib', 'sklearn', 'PIL', 'torch', 'tyro', "
+        "'tensorboardX'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert output.strip() == "[]"
+
+
+def test_every_exported_name_exists_and_is_documented():
+    import jaxnets
+
+    for name in jaxnets.__all__:
+        assert getattr(jaxnets, name).__doc__, name
+
+
+def test_no_file_is_two_things():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for folder in ("jaxnets", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

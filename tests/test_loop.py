@@ -1,0 +1,619 @@
+"""The training loop: rows, sums, hooks, writers, populations, signals, errors."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnets.core import Mean, TrainState
+from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
+from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from jaxnets.loop import Interrupted, StopTraining, evaluate, first_nonfinite, fit
+
+OPTIMIZER = optax.adam(0.1)
+
+
+def make_state(seed=0):
+    rng = jax.random.key(seed)
+    params = {"linear": {"kernel": jax.random.normal(rng, (3,))}}
+    return TrainState(jnp.zeros((), jnp.int32), rng, params, {}, OPTIMIZER.init(params))
+
+
+def plain_step(state, batch):
+    def loss(params):
+        residual = batch["inputs"] @ params["linear"]["kernel"] - batch["targets"]
+        return jnp.sum(batch["weights"] * residual**2), residual
+
+    (total, residual), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
+    metrics = {
+        "loss": Mean(total, jnp.sum(batch["weights"])),
+        "residual": Mean.of(residual, batch["weights"]),
+        "outer": Mean(jnp.outer(residual, residual), jnp.sum(batch["weights"])),
+    }
+    params = optax.apply_updates(state.params, updates)
+    changed = {"step": state.step + 1, "params": params, "opt_state": opt_state}
+    return dataclasses.replace(state, **changed), metrics
+
+
+train_step = jax.jit(plain_step)
+
+
+@jax.jit
+def scanned_step(state, batches):
+    state, metrics = jax.lax.scan(plain_step, state, batches)
+    return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+
+
+population = jax.jit(jax.vmap(plain_step, in_axes=(0, None)))
+
+
+@jax.jit
+def eval_step(state, batch):
+    return plain_step(state, batch)[1]
+
+
+def make_batch(step, size=4):
+    rng = np.random.default_rng(step)
+    weights = rng.integers(0, 2, size).astype(np.float32)
+    weights[0] = 1.0
+    return {
+        "inputs": rng.normal(size=(size, 3)).astype(np.float32),
+        "targets": rng.normal(size=size).astype(np.float32),
+        "weights": weights,
+    }
+
+
+def source(first):
+    step = first
+    while True:
+        yield make_batch(step)
+        step += 1
+
+
+class Chunked:
+    def __init__(self, steps_per_batch):
+        self.steps_per_batch = steps_per_batch
+
+    def __call__(self, first):
+        singles = source(first)
+        while True:
+            batches = [next(singles) for _ in range(self.steps_per_batch)]
+            yield jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def reference_losses(num_steps, seed=0):
+    """Loss total and count of every step, by a plain Python loop."""
+    state, pairs = make_state(seed), []
+    for step in range(num_steps):
+        state, metrics = train_step(state, make_batch(step))
+        pairs.append((float(metrics["loss"].total), float(metrics["loss"].count)))
+    return state, pairs
+
+
+def assert_bitwise_equal(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for one, two in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, two = jax.random.key_data(one), jax.random.key_data(two)
+        assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+
+
+def test_rows_hold_the_exact_means_since_the_row_before():
+    expected, pairs = reference_losses(10)
+    state, history = fit(train_step, make_state(), source, num_steps=10, log_every=4)
+    assert_bitwise_equal(state, expected)
+    steps, losses = history.column("loss")
+    assert steps == [4, 8, 10]
+    for loss, interval in zip(losses, (pairs[:4], pairs[4:8], pairs[8:]), strict=True):
+        total, count = np.sum(np.asarray(interval, np.float64), axis=0)
+        assert loss == total / count
+    assert not any("outer" in row for row in history.rows)
+    assert history.sums == {} and history.step == 10 and history.stopped is None
+
+
+def test_a_finished_run_calls_nothing_and_touches_no_file(tmp_path):
+    def forbidden(*args):
+        raise AssertionError("called")
+
+    state = dataclasses.replace(make_state(), step=jnp.int32(7))
+    path = tmp_path / "metrics.jsonl"
+    hook, writer = Checkpointing(tmp_path / "c", every=1), jsonl_writer(path)
+    same, history = fit(forbidden, state, forbidden, num_steps=7, hooks=[hook], writers=[writer])
+    assert same is state and history.rows == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_called_with_the_first_step_and_closed():
+    seen = []
+
+    def watched(first):
+        seen.append(first)
+        try:
+            yield from source(first)
+        finally:
+            seen.append("closed")
+
+    state, _ = fit(train_step, make_state(), watched, num_steps=3)
+    fit(train_step, state, watched, num_steps=5)
+    assert seen == [0, "closed", 3, "closed"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 50])
+def test_chunks_of_steps_end_exactly_at_num_steps(size):
+    expected, pairs = reference_losses(10)
+    state, history = fit(scanned_step, make_state(), Chunked(size), num_steps=10, log_every=4)
+    assert int(state.step) == 10
+    np.testing.assert_allclose(
+        state.params["linear"]["kernel"], expected.params["linear"]["kernel"], rtol=1e-5
+    )
+    steps, losses = history.column("loss")
+    cuts = [now for now in (*range(size, 10, size), 10) if now // 4 > max(now - size, 0) // 4]
+    assert steps == sorted({*cuts, 10})
+    for loss, first, last in zip(losses, [0, *steps], steps, strict=False):
+        total, count = np.sum(pairs[first:last], axis=0)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_step_that_does_not_fit_its_source_is_refused():
+    with pytest.raises(ValueError, match=r"made 1 steps where the source gives 2 in a batch"):
+        fit(
+            lambda state, batch: train_step(state, jax.tree.map(lambda x: x[0], batch)),
+            make_state(),
+            Chunked(2),
+            num_steps=10,
+        )
+    with pytest.raises(ValueError, match=r"made 4 steps where the source gives 1"):
+        chunks = Chunked(4)
+        fit(scanned_step, make_state(), lambda first: chunks(first), num_steps=10)
+
+
+def test_a_source_that_ends_early_is_reported():
+    with pytest.raises(ValueError, match="ended at step 2 of 5"):
+        fit(train_step, make_state(), lambda first: iter([make_batch(0)] * 2), num_steps=5)
+    with pytest.raises(ValueError, match="ended at step 0 of 5"):
+        fit(train_step, make_state(), lambda first: iter([]), num_steps=5)
+
+
+def test_the_loop_does_not_read_what_is_younger_than_a_log_interval():
+    """The rows known at a hook lag a whole interval: nothing newer was fetched."""
+    known = []
+    history = History()
+
+    def hook(step, state, metrics):
+        known.append((step, [row["step"] for row in history.rows]))
+
+    fit(train_step, make_state(), source, num_steps=12, log_every=4, hooks=[hook], history=history)
+    assert known[7] == (8, [])  # at the call of step 8, the calls up to 4 are still queued
+    assert known[8] == (9, [4])
+    assert history.column("loss")[0] == [4, 8, 12]
+
+
+def test_hook_results_join_the_row_of_their_step_in_step_order():
+    written = []
+    hooks = [
+        every(3, lambda step, state, metrics: {"a/three": step}),
+        every(2, lambda step, state, metrics: {"b/saw": float("a/three" in metrics)}),
+    ]
+    _, history = fit(
+        train_step,
+        make_state(),
+        source,
+        num_steps=7,
+        log_every=4,
+        hooks=hooks,
+        writers=[written.append],
+    )
+    assert written == history.rows
+    rows = {row["step"]: {n: v for n, v in row.items() if n[1] == "/"} for row in written}
+    assert list(rows) == [2, 3, 4, 6, 7]
+    assert rows[2] == {"b/saw": 0.0} and rows[3] == {"a/three": 3.0} and rows[7] == {}
+    assert rows[6] == {"a/three": 6.0, "b/saw": 1.0}
+    assert [row["step"] for row in written if "loss" in row] == [4, 7]
+
+
+def test_a_hook_may_not_overwrite_what_is_measured():
+    with pytest.raises(ValueError, match=r"\['loss'\], which is measured already; add a prefix"):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=2,
+            hooks=[lambda step, state, metrics: {"loss": 1.0}],
+        )
+
+
+def test_every_fires_where_a_multiple_is_crossed_also_after_a_resume():
+    fired = []
+    hook = every(4, lambda step, state, metrics: fired.append(step))
+    state, _ = fit(scanned_step, make_state(), Chunked(3), num_steps=6, hooks=[hook])
+    fit(scanned_step, state, Chunked(3), num_steps=14, hooks=[hook])
+    assert fired == [6, 9, 12]
+    with pytest.raises(ValueError, match="give 1 or more"):
+        every(0, hook)
+    with pytest.raises(ValueError, match="Checkpointing counts its own steps"):
+        every(2, Checkpointing("unused", every=1))
+
+
+def test_hooks_and_writers_are_started_before_and_closed_after_an_error_too():
+    calls = []
+
+    class Watched:
+        def start(self, history, step):
+            calls.append(("start", step))
+
+        def __call__(self, *args):
+            if len(args) == 3:
+                raise RuntimeError("broken hook")
+
+        def close(self):
+            calls.append("close")
+
+    with pytest.raises(RuntimeError, match="broken hook"):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=2,
+            hooks=[Watched()],
+            writers=[Watched()],
+        )
+    assert calls == [("start", 0), ("start", 0), "close", "close"]
+
+
+def test_members_of_a_population_get_the_rows_of_their_solo_runs():
+    states = [make_state(seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    hooks = [every(3, evaluation(jax.vmap(eval_step, (0, None)), [make_batch(99)]))]
+    state, history = fit(population, stacked, source, num_steps=7, log_every=3, hooks=hooks)
+    assert state.step.tolist() == [7, 7]
+    for member, solo in enumerate(states):
+        hooks = [every(3, evaluation(eval_step, [make_batch(99)]))]
+        _, alone = fit(train_step, solo, source, num_steps=7, log_every=3, hooks=hooks)
+        assert [sorted(row) for row in alone.rows] == [sorted(row) for row in history.rows]
+        for row, other in zip(history.rows, alone.rows, strict=True):
+            for name, value in other.items():
+                got = row[name] if name == "step" else row[name][member]
+                assert got == pytest.approx(value, rel=1e-5)
+
+
+def test_members_at_different_steps_are_refused():
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), make_state())
+    state = dataclasses.replace(state, step=jnp.array([1, 2]))
+    with pytest.raises(ValueError, match=r"different steps \[1, 2\]"):
+        fit(population, state, source, num_steps=3)
+
+
+def test_history_survives_json_exactly_and_continues_its_sums():
+    kept = []
+
+    class Keep:
+        def start(self, history, step):
+            self.history = history
+
+        def __call__(self, step, state, metrics):
+            return None
+
+        def commit(self, step, state, *, last):
+            kept.append((state, json.loads(json.dumps(self.history.to_json()))))
+
+    hook = every_two = every(2, lambda step, state, metrics: {"x/y": 1 / (step + 0.3)})
+    final, whole = fit(
+        train_step, make_state(), source, num_steps=11, log_every=4, hooks=[hook, Keep()]
+    )
+    for state, content in kept:
+        history = History.from_json(content)
+        assert history.step == int(state.step)
+        assert json.loads(json.dumps(history.to_json())) == content
+        again, history = fit(
+            train_step,
+            state,
+            source,
+            num_steps=11,
+            log_every=4,
+            history=history,
+            hooks=[every_two],
+        )
+        assert history.rows == whole.rows
+        assert_bitwise_equal(again, final)
+
+
+def test_a_history_of_another_step_is_refused():
+    with pytest.raises(ValueError, match="history ends at step 5 and the state is at step 0"):
+        fit(train_step, make_state(), source, num_steps=9, history=History(step=5))
+
+
+def test_a_non_finite_loss_names_step_metric_and_parameter_and_keeps_the_rows_before():
+    def poisoned(first):
+        for step, batch in enumerate(source(first), first):
+            yield {**batch, "inputs": batch["inputs"] * (np.nan if step == 6 else 1)}
+
+    written = []
+    with pytest.raises(NonFiniteError) as caught:
+        fit(
+            train_step,
+            make_state(),
+            poisoned,
+            num_steps=50,
+            log_every=2,
+            writers=[written.append],
+        )
+    message = str(caught.value)
+    assert message.startswith("loss at step 7 is not finite")
+    assert "parameter linear/kernel is NaN" in message and "learning rate" in message
+    assert isinstance(caught.value, FloatingPointError)
+    assert [row["step"] for row in written] == [2, 4, 6]
+
+
+def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), make_state(0), make_state(1))
+    params = {"linear": {"kernel": stacked.params["linear"]["kernel"].at[1].set(jnp.inf)}}
+    with pytest.raises(NonFiniteError, match="loss of member 1 at step 1 "):
+        fit(population, dataclasses.replace(stacked, params=params), source, num_steps=3)
+    bad = dataclasses.replace(make_state(), params={"linear": {"kernel": jnp.full(3, jnp.nan)}})
+    with pytest.raises(NonFiniteError, match="loss at steps 1 to 3 is not finite"):
+        fit(scanned_step, bad, Chunked(3), num_steps=3)
+
+
+def test_first_nonfinite_passes_over_integers():
+    assert first_nonfinite({"a": jnp.arange(3), "b": jnp.ones(2)}) is None
+    assert first_nonfinite({"a": jnp.arange(3), "b": {"c": jnp.array([1, jnp.inf])}}) == "b/c"
+
+
+def test_evaluation_is_exact_with_padding_and_uneven_batches():
+    state = make_state()
+    big = jax.tree.map(lambda *leaves: np.concatenate(leaves), make_batch(0, 5), make_batch(1, 2))
+    loss_only = lambda state, batch: {"loss": eval_step(state, batch)["loss"]}  # noqa: E731
+    result = evaluate(loss_only, state, [make_batch(0, 5), make_batch(1, 2)])
+    kernel = np.asarray(state.params["linear"]["kernel"], np.float64)
+    residual = big["inputs"] @ kernel - big["targets"]
+    expected = np.average(residual**2, weights=big["weights"])
+    assert isinstance(result["loss"], float)
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+    several = evaluate(eval_step, state, lambda first: iter([make_batch(first)] * 2))
+    assert several["outer"].shape == (4, 4) and several["outer"].dtype == np.float64
+    with pytest.raises(ValueError, match="no batches to evaluate"):
+        evaluate(eval_step, state, iter([]))
+
+
+def scripted(values):
+    remaining = iter(values)
+    return lambda step, state, metrics: {"validation/loss": next(remaining)}
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "stop"),
+    [
+        ([3.0, 2.0, 2.5, 2.0, 1.0], {"patience": 2}, 4),
+        ([1.0, 2.0, 3.0, 3.0, 2.5], {"patience": 2, "mode": "max"}, 5),
+        ([3.0, 2.8, 2.7, 2.6, 2.5], {"patience": 2, "min_delta": 0.25}, 5),
+        ([3.0, math.nan, math.nan, 1.0, 0.5], {"patience": 2}, 3),
+        ([[3.0, 1.0], [3.0, 0.5], [2.0, 9.0], [9.0, 9.0], [9.0, 9.0]], {"patience": 2}, 5),
+    ],
+)
+def test_early_stopping_counts_evaluations_without_improvement(values, options, stop):
+    hooks = [scripted(values), EarlyStopping("validation/loss", **options)]
+    state, history = fit(train_step, make_state(), source, num_steps=6, hooks=hooks)
+    assert "has not improved in 2 evaluations" in history.stopped
+    assert int(state.step) == stop
+    assert not history.interrupted and history.rows[-1]["step"] == stop
+    assert "loss" in history.rows[-1]
+
+
+def test_early_stopping_resumes_its_count_and_stays_stopped():
+    values = [3.0, 2.0, 2.5, 2.6, 2.7, 2.8]
+    stopping = EarlyStopping("validation/loss", patience=3)
+    state, history = fit(
+        train_step, make_state(), source, num_steps=3, hooks=[scripted(values), stopping]
+    )
+    history = History.from_json(history.to_json())
+    fresh = EarlyStopping("validation/loss", patience=3)
+    state, history = fit(
+        train_step,
+        state,
+        source,
+        num_steps=9,
+        hooks=[scripted(values[3:]), fresh],
+        history=history,
+    )
+    assert int(state.step) == 5 and "in 3 evaluations" in history.stopped
+    same, history = fit(
+        train_step, state, source, num_steps=9, hooks=[scripted([]), fresh], history=history
+    )
+    assert same is state and "in 3 evaluations" in history.stopped
+
+
+def test_a_metric_that_no_hook_returns_is_reported():
+    hooks = [scripted([1.0]), EarlyStopping("validation/acuracy", patience=2)]
+    with pytest.raises(ValueError, match="no metric validation/acuracy; there are validation/loss"):
+        fit(train_step, make_state(), source, num_steps=3, hooks=hooks)
+    with pytest.raises(ValueError, match="loss is a training metric"):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=3,
+            hooks=[EarlyStopping("loss", patience=2)],
+        )
+    with pytest.raises(ValueError, match="mode is 'lowest'"):
+        EarlyStopping("validation/loss", patience=1, mode="lowest")
+
+
+def test_hooks_after_the_one_that_stops_still_see_the_step():
+    seen = []
+
+    def stop(step, state, metrics):
+        if step == 2:
+            raise StopTraining("enough")
+
+    _, history = fit(
+        train_step,
+        make_state(),
+        source,
+        num_steps=9,
+        hooks=[stop, lambda step, state, metrics: seen.append(step)],
+    )
+    assert seen == [1, 2] and history.stopped == "enough" and not history.interrupted
+
+
+def test_an_interrupted_run_gets_no_row_that_the_uninterrupted_one_lacks():
+    def stop(step, state, metrics):
+        if step == 6:
+            raise Interrupted("signal")
+
+    _, whole = fit(train_step, make_state(), source, num_steps=9, log_every=4)
+    state, history = fit(train_step, make_state(), source, num_steps=9, log_every=4, hooks=[stop])
+    assert history.interrupted and [row["step"] for row in history.rows] == [4]
+    _, history = fit(train_step, state, source, num_steps=9, log_every=4, history=history)
+    assert history.rows == whole.rows and not history.interrupted
+
+
+def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    fit(train_step, make_state(), source, num_steps=8, log_every=2, writers=[jsonl_writer(path)])
+    whole = path.read_bytes()
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [2, 4, 6, 8]
+    state, history = fit(train_step, make_state(), source, num_steps=4, log_every=2)
+    path.write_bytes(whole + b'{"step": 10, "lo')
+    fit(
+        train_step,
+        state,
+        source,
+        num_steps=8,
+        log_every=2,
+        history=history,
+        writers=[jsonl_writer(path)],
+    )
+    assert path.read_bytes() == whole
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_jsonl_log_is_strict_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    hook = lambda step, state, metrics: {"x/nan": math.nan, "x/list": [1.0, math.inf]}  # noqa: E731
+    fit(train_step, make_state(), source, num_steps=1, hooks=[hook], writers=[jsonl_writer(path)])
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    row = json.loads(path.read_text(), parse_constant=refuse)
+    assert row["x/nan"] is None and row["x/list"] == [1.0, None]
+
+
+def test_tensorboard_gets_every_number_of_every_row(tmp_path):
+    pytest.importorskip("tensorboardX")
+    hook = lambda step, state, metrics: {"x/list": [step, 2 * step]}  # noqa: E731
+    fit(
+        train_step,
+        make_state(),
+        source,
+        num_steps=4,
+        log_every=2,
+        hooks=[hook],
+        writers=[tensorboard_writer(tmp_path)],
+    )
+    content = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    for name in (b"loss", b"residual", b"x/list/0", b"x/list/1"):
+        assert name in content
+
+
+def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"jaxnets\[tensorboard\]"):
+        tensorboard_writer(tmp_path)
+
+
+def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys):
+    fit(train_step, make_state(), source, num_steps=40, log_every=2)
+    assert capsys.readouterr().err == ""
+    fit(train_step, make_state(), source, num_steps=40, log_every=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "40/40" in shown and "loss" in shown and "examples/s" in shown
+
+
+def test_time_is_measured_beside_the_rows():
+    _, history = fit(train_step, make_state(), source, num_steps=3)
+    assert history.first_call_seconds > 0 and history.seconds > 0
+    assert not any("seconds" in name for row in history.rows for name in row)
+
+
+def send(number, at):
+    def hook(step, state, metrics):
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    return hook
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_bitwise_the_same(tmp_path, number, capfd):
+    expected, whole = fit(train_step, make_state(), source, num_steps=9, log_every=4)
+    before = signal.getsignal(number)
+    hooks = [send(number, 6), Checkpointing(tmp_path, every=100)]
+    state, history = fit(train_step, make_state(), source, num_steps=9, log_every=4, hooks=hooks)
+    assert history.interrupted and history.stopped == f"{signal.Signals(number).name} at step 6"
+    assert signal.getsignal(number) == before
+    assert "saving at the end of this step" in capfd.readouterr().err
+    state, history = resume(tmp_path, make_state(5))
+    state, history = fit(
+        train_step, state, source, num_steps=9, log_every=4, history=history, hooks=hooks[1:]
+    )
+    assert_bitwise_equal(state, expected)
+    assert history.rows == whole.rows
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
+    def twice(step, state, metrics):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=9,
+            hooks=[twice, Checkpointing(tmp_path, every=100)],
+        )
+
+
+def test_a_signal_after_the_last_call_reaches_the_next_listener(tmp_path, capfd):
+    hook = Checkpointing(tmp_path, every=100)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=2,
+            hooks=[hook, send(signal.SIGINT, 2)],
+        )
+    assert resume(tmp_path, make_state())[1].step == 2
+
+
+def test_checkpointing_in_another_thread_leaves_signals_alone(tmp_path):
+    failures = []
+
+    def run():
+        try:
+            fit(
+                train_step,
+                make_state(),
+                source,
+                num_steps=2,
+                hooks=[Checkpointing(tmp_path, every=1)],
+            )
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failures == [] and resume(tmp_path, make_state())[1].step == 2
