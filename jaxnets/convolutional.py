@@ -128,8 +128,9 @@ class LeNet5(nn.Module):
 class ConvNet(nn.Module):
     """A plain convolutional network for images or audio, of any depth and width.
 
-    Each layer is a convolution, a norm, a max pool and an activation. The pool stands in front
-    of the activation: for an increasing one the result is the same and costs less.
+    Each layer is a convolution, a max pool, a norm and an activation. The pool stands in front
+    of the other two, which then cost a quarter; without a norm and with an increasing activation
+    the result is that of the usual order.
 
     Attributes:
         features: channels of each convolution.
@@ -151,8 +152,11 @@ class ConvNet(nn.Module):
     Example:
         >>> module = ConvNet(features=(8, 16))
         >>> images, audio = jax.numpy.ones((2, 28, 28, 1)), jax.numpy.ones((2, 100, 3))
-        >>> [module.init_with_output(jax.random.key(0), x)[0].shape for x in (images, audio)]
-        [(2, 10), (2, 10)]
+        >>> for inputs in (images, audio):
+        ...     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+        ...     print(shapes["params"]["conv_0"]["kernel"].shape)
+        (3, 3, 1, 8)
+        (3, 3, 8)
     """
 
     features: Sequence[int] = (32, 64)
@@ -204,8 +208,8 @@ class ConvNet(nn.Module):
         x = inputs
         for index, width in enumerate(self.features):
             x = Convolution(width, self.kernel_size, name=f"conv_{index}", **shared)(x)
-            x = normalized(x, f"conv_norm_{index}")
-            x = act(max_pool(x, self.pool) if self.pool > 1 else x)
+            x = max_pool(x, self.pool) if self.pool > 1 else x
+            x = act(normalized(x, f"conv_norm_{index}"))
         x = global_average_pool(x) if self.global_pool else x.reshape(x.shape[0], -1)
         for index, width in enumerate(self.hidden_features):
             x = Dropout(self.dropout_rate, name=f"dropout_{index}")(x, train=train)

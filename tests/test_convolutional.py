@@ -71,7 +71,7 @@ def test_lenet_has_the_parameters_of_the_book_for_padded_and_full_images(side):
         (
             ResNet(stage_sizes=(1, 1), width=4, num_outputs=3, stem="cifar"),
             (6, 8, 8, 1),
-            44 + 2 * 152 + (288 + 16 + 576 + 16 + 32 + 16) + 27 - 152,
+            44 + 2 * 152 + (288 + 16 + 576 + 16 + 32 + 16) + 27,
         ),
         (
             ResNet(stage_sizes=(1,), bottleneck=True, width=4, num_outputs=3),
@@ -81,9 +81,13 @@ def test_lenet_has_the_parameters_of_the_book_for_padded_and_full_images(side):
         (
             WideResNet(depth=10, widen_factor=1, num_outputs=3, dropout_rate=0.1),
             (4, 8, 8, 1),
-            77_283,
+            144 + 4_672 + 14_432 + 57_536 + 128 + 195,
         ),
-        (ResNet9(num_outputs=3, width=2), (6, 8, 8, 1), 6_662),
+        (
+            ResNet9(num_outputs=3, width=2),
+            (6, 8, 8, 1),
+            22 + 80 + 2 * 152 + 304 + 1_184 + 2 * 2_336 + 48,
+        ),
         (
             ConvNeXt(
                 stage_sizes=(1, 1),
@@ -190,14 +194,19 @@ def test_the_blocks_of_a_new_resnet_are_the_identity():
     x = images(2, 8, 8, 1)
     module = ResNet(stage_sizes=(3,), width=4, stem="cifar")
     one_block = ResNet(stage_sizes=(1,), width=4, stem="cifar")
-    variables = module.init(jax.random.key(0), x)
-    np.testing.assert_array_equal(module.apply(variables, x), one_block.apply(variables, x))
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    three, one = (jax.jit(m.apply)(variables, x) for m in (module, one_block))
+    np.testing.assert_allclose(three, one, rtol=1e-6, atol=1e-6)
 
 
 def test_convolutions_in_front_of_a_batch_norm_have_no_bias():
     for module in (ResNet(width=4), ResNet9(width=4), ConvNet(norm="batch")):
         params = shapes_of(module, images(2, 32, 32, 3))[0]["params"]
-        names = [path for path in flatten(params) if path[-1] == "bias" and "conv" in path[-2]]
+        names = [
+            path
+            for path in flatten(params)
+            if path[-1] == "bias" and "conv" in path[-2].split("_")[-2:]
+        ]
         assert names == []
 
 
@@ -246,19 +255,19 @@ def test_convnet_audio_and_an_image_of_one_row_agree():
         (lambda: ResNet(stem="tiny"), "'tiny'.*'cifar'"),
         (lambda: WideResNet(depth=27), r"depth=27 must be 6 n \+ 4"),
         (lambda: ConvNeXt(stage_sizes=(1, 2)), "one entry a stage"),
-        (lambda: LeNet5().init(jax.random.key(0), images(1, 8, 8, 1)), r"\(8, 8\).*28x28.*ConvNet"),
-        (lambda: ConvNet().init(jax.random.key(0), images(2, 28)), r"\(2, 28\).*\[\.\.\., None\]"),
-        (lambda: ResNet().init(jax.random.key(0), images(2, 28)), r"ResNet got.*\(2, 28\)"),
+        (lambda: shapes_of(LeNet5(), images(1, 8, 8, 1)), r"\(8, 8\).*28x28.*ConvNet"),
+        (lambda: shapes_of(ConvNet(), images(2, 28)), r"\(2, 28\).*\[\.\.\., None\]"),
+        (lambda: shapes_of(ResNet(), images(2, 28)), r"ResNet got.*\(2, 28\)"),
         (
-            lambda: ConvNet(features=(8,) * 4).init(jax.random.key(0), images(1, 8, 8, 1)),
+            lambda: shapes_of(ConvNet(features=(8,) * 4), images(1, 8, 8, 1)),
             "need 16 a side",
         ),
         (
-            lambda: ConvNeXt().init(jax.random.key(0), images(1, 28, 28, 1)),
+            lambda: shapes_of(ConvNeXt(), images(1, 28, 28, 1)),
             "need 32 a side; choose a smaller patch_size",
         ),
         (
-            lambda: ResNet9().init(jax.random.key(0), images(1, 4, 4, 1)),
+            lambda: shapes_of(ResNet9(), images(1, 4, 4, 1)),
             "a window of 2 does not fit",
         ),
     ],

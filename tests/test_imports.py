@@ -57,7 +57,7 @@ def imported(path):
                 yield node.module
 
 
-@pytest.mark.parametrize(("path", "module"), modules())
+@pytest.mark.parametrize(("path", "module"), list(modules()))
 def test_modules_import_only_what_lies_below_them(path, module):
     if module in FREE:
         return
