@@ -3,7 +3,13 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxnets.data import chunked, index_batches, sequential_batches, shuffled_batches
+from jaxnets.data import (
+    chunked,
+    index_batches,
+    member_batches,
+    sequential_batches,
+    shuffled_batches,
+)
 
 DATA = {
     "inputs": np.arange(23 * 4, dtype=np.uint8).reshape(23, 2, 2, 1),
@@ -121,6 +127,15 @@ def test_a_source_that_ends_within_a_chunk_is_an_error_not_a_loss_of_steps():
         next(chunks)
 
 
+@pytest.mark.parametrize("first_step", [0, 5])
+def test_every_member_gets_exactly_the_batches_of_its_own_source(first_step):
+    sources = [shuffled_batches(DATA, 5, seed=seed) for seed in range(3)]
+    together = take(member_batches(sources), first_step, 6)
+    for member, source in enumerate(sources):
+        own = [{name: array[member] for name, array in batch.items()} for batch in together]
+        assert_equal_batches(own, take(source, first_step, 6))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -131,6 +146,7 @@ def test_a_source_that_ends_within_a_chunk_is_an_error_not_a_loss_of_steps():
         (lambda: index_batches(5, 6, seed=0), "batch size 6 is larger than the 5"),
         (lambda: sequential_batches(DATA, 0), "batch size 0 is below 1"),
         (lambda: sequential_batches({}, 1), "no arrays"),
+        (lambda: member_batches([]), "sources is empty"),
         (lambda: chunked(index_batches(5, 5, seed=0), 0), "chunk of 0 steps"),
         (lambda: next(index_batches(5, 5, seed=0)(-1)), "first step -1 is negative"),
         (lambda: next(sequential_batches(DATA, 5)(-1)), "first step -1 is negative"),

@@ -218,6 +218,19 @@ def test_the_kernel_gradient_is_no_convolution_on_cpu():
     assert text.count("stablehlo.convolution") == 1  # the forward pass
 
 
+def test_other_platforms_get_the_gradients_of_xla(operands, monkeypatch):
+    x, kernel = operands[0][0], operands[1][0]
+    gradient = jax.grad(strided_network, argnums=(0, 1))
+    program = jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("stablehlo.convolution") == 2 + 4  # forward, and two gradients each
+    assert program.count("stablehlo.select_and_scatter") == 1
+    assert "stablehlo.dot" not in program
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    expected = jax.jit(jax.grad(plain_network, argnums=(0, 1)))(x, kernel)
+    for other, plain in zip(jax.jit(gradient)(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(other, plain, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_every_function_keeps_the_dtype_of_its_input(dtype):
     x, kernel = normal((2, 6, 6, 2), 0, dtype), normal((3, 3, 2, 2), 1, dtype)
