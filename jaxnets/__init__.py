@@ -59,6 +59,7 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
+from jaxnets.summary import Summary, summarize, summarize_model
 from jaxnets.training import TrainStep, create_train_state, make_eval_step, make_train_step
 
 __version__ = "0.1.0"
@@ -91,6 +92,7 @@ __all__ = [
     "ResNet9",
     "StepFn",
     "StopTraining",
+    "Summary",
     "TrainState",
     "TrainStep",
     "Update",
@@ -136,6 +138,8 @@ __all__ = [
     "scan_steps",
     "sharded_step",
     "squared_error",
+    "summarize",
+    "summarize_model",
     "tensorboard_writer",
     "with_batch_transform",
     "with_parameter_average",

@@ -544,8 +544,3 @@ def check_kills(folder, num_kills, num_steps):
 
 def test_a_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path):
     check_kills(tmp_path, num_kills=3, num_steps=60)
-
-
-@pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_as_the_uninterrupted_one(tmp_path):
-    check_kills(tmp_path, num_kills=20, num_steps=600)

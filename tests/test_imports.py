@@ -34,6 +34,9 @@ ALLOWED = {
     "equivalence": {"core", "training", "parallel"},
     "diagnostics": {"core", "training", "parallel"},
     "data": {"core"},
+    "presets": {"feedforward", "convolutional", "optimizers"},
+    "summary": {"core", "layers", "objectives", "presets", "training"},
+    "doctor": {"core", "data", "feedforward", "objectives", "parallel", "training"},
     "core": set(),
 }
 # The command line and the facade put everything together.

@@ -32,9 +32,7 @@ DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
 
 # name -> (module without batch statistics?, constructor, shape of one input)
 NETWORKS = {
-    "perceptron": (True, lambda p: feedforward.MLP((), num_outputs=3, precision=p), (5,)),
-    "mlp": (True, lambda p: feedforward.MLP((8, 8), num_outputs=3, precision=p), (5,)),
-    "mlp_layer_norm": (
+    "mlp": (
         True,
         lambda p: feedforward.MLP((8, 8), num_outputs=3, norm="layer", residual=True, precision=p),
         (5,),
@@ -44,20 +42,20 @@ NETWORKS = {
         lambda p: feedforward.MLP((8, 8), num_outputs=3, norm="batch", precision=p),
         (5,),
     ),
-    "conv_net": (
+    "conv_net_audio": (
         True,
         lambda p: convolutional.ConvNet((4, 4), num_outputs=3, precision=p),
-        (8, 8, 1),
+        (16, 2),
     ),
     "conv_net_batch_norm": (
         False,
         lambda p: convolutional.ConvNet((4, 4), num_outputs=3, norm="batch", precision=p),
         (8, 8, 1),
     ),
-    "conv_net_audio": (
+    "resnet": (
         False,
-        lambda p: convolutional.ConvNet((4, 4), num_outputs=3, norm="batch", precision=p),
-        (16, 2),
+        lambda p: convolutional.ResNet((1, 1), num_outputs=3, stem="cifar", width=4, precision=p),
+        (6, 6, 2),
     ),
 }
 
@@ -118,7 +116,7 @@ def test_executors_agree_in_float64_under_adam(name, enable_x64):
 @pytest.mark.parametrize("loop", ["vmap", "map"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_batch_norm", "conv_net_batch_norm"])
 def test_each_of_eight_members_equals_its_solo_run(name, loop):
-    check_population(name, loop, lambda rate: optax.sgd(rate, momentum=0.9), Precision(), 1e-6)
+    check_population(name, loop, optax.sgd, Precision(), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["mlp_batch_norm", "conv_net_batch_norm"])
@@ -131,7 +129,9 @@ def check_population(name, loop, make_optimizer, precision, tolerance):
     module = make_module(precision)
     _, _, batch = problem(name, optax.sgd(0.1), precision)
     rates = jnp.linspace(0.01, 0.2, 8, dtype=precision.parameter)
-    update = Update(classification(module), optax.inject_hyperparams(make_optimizer)(0.1))
+    update = Update(
+        classification(module), optax.inject_hyperparams(make_optimizer)(learning_rate=0.1)
+    )
 
     def create(seed, rate):
         key = jax.random.key(seed)

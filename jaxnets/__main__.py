@@ -1,0 +1,83 @@
+"""The command line: `python -m jaxnets doctor` and `python -m jaxnets summary MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from jaxnets import doctor, presets, summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after `python -m jaxnets`; by default those of this process.
+
+    Returns:
+        Exit code: 0, or 1 where the doctor finds a problem.
+
+    Raises:
+        SystemExit: with code 2 after an error in the arguments, with 0 after --help.
+    """
+    parser = argparse.ArgumentParser(prog="python -m jaxnets", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON object")
+
+    examine = "check versions, devices, data and a training step"
+    commands.add_parser("doctor", help=examine, description=examine, parents=[as_json])
+
+    describe = "layers, parameters, FLOPs and memory of a network, without allocating it"
+    summarize = commands.add_parser(
+        "summary",
+        help=describe,
+        description=describe,
+        epilog=f"models: {', '.join(presets.MODELS)}",
+        parents=[as_json],
+    )
+    summarize.add_argument("model", metavar="MODEL", help="name, see below")
+    summarize.add_argument(
+        "--input", type=int, nargs="+", metavar="SIZE", help="shape of one example: 224 224 3"
+    )
+    summarize.add_argument("--batch", type=int, default=32, help="examples (default %(default)s)")
+    summarize.add_argument("--classes", type=int, help="outputs (default: the model's own)")
+    summarize.add_argument(
+        "--optimizer",
+        default="adamw",
+        help=f"{', '.join(presets.OPTIMIZERS)} (default %(default)s)",
+    )
+    summarize.add_argument(
+        "--depth", type=int, default=1, help="levels of modules shown (default %(default)s)"
+    )
+    summarize.add_argument("--shapes", action="store_true", help="show the shape of each parameter")
+    summarize.add_argument("--no-compile", action="store_true", help="leave out FLOPs and memory")
+
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        report = doctor.examine()
+        print(json.dumps(report.to_json()) if options.json else report)
+        return 0 if report.healthy else 1
+    try:
+        result = summary.summarize_model(
+            options.model,
+            input_shape=tuple(options.input) if options.input else None,
+            batch_size=options.batch,
+            num_classes=options.classes,
+            optimizer=options.optimizer,
+            compiled=not options.no_compile,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if options.json:
+        print(json.dumps(result.to_json()))
+    else:
+        print(result.table(depth=options.depth, shapes=options.shapes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
