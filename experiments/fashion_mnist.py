@@ -12,14 +12,21 @@ from jaxnets.data import fashion_mnist
 RECIPES = {
     "cnn": Config(
         model="cnn",
-        epochs=12,
-        learning_rate=4e-3,
+        epochs=18,
+        learning_rate=5e-3,
         label_smoothing=0.05,
         flip=True,
-        crop=1,
         average_decay=0.999,
     ),
     "mlp": Config(model="mlp", epochs=15, learning_rate=3e-3, label_smoothing=0.05),
+    "resnet9": Config(
+        model="resnet9",
+        epochs=8,
+        learning_rate=4e-3,
+        label_smoothing=0.05,
+        flip=True,
+        average_decay=0.999,
+    ),
 }
 
 if __name__ == "__main__":

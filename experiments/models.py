@@ -40,7 +40,9 @@ def make_model(name: ModelName, dataset: jn.data.ImageDataset, precision: str) -
             return jn.LeNet5(**shared)
         case "cnn":
             features = (32, 64) if small else (32, 64, 128)
-            return jn.ConvNet(features, norm="batch", dropout_rate=0.3, **shared)
+            return jn.ConvNet(
+                features, hidden_features=(), norm="batch", dropout_rate=0.3, **shared
+            )
         case "resnet9":
             return jn.ResNet9(width=16, **shared)
         case "resnet18":

@@ -28,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json.add_argument("--json", action="store_true", help="print one JSON object")
 
     examine = "check versions, devices, data and a training step"
-    commands.add_parser("doctor", help=examine, description=examine, parents=[as_json])
-
+    commands.add_parser(
+        "doctor", help=examine, description=examine, parents=[as_json], allow_abbrev=False
+    )
     describe = "layers, parameters, FLOPs and memory of a network, without allocating it"
     summarize = commands.add_parser(
         "summary",
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=describe,
         epilog=f"models: {', '.join(presets.MODELS)}",
         parents=[as_json],
+        allow_abbrev=False,
     )
     summarize.add_argument("model", metavar="MODEL", help="name, see below")
     summarize.add_argument(

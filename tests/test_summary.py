@@ -36,8 +36,9 @@ def test_a_named_model_has_the_published_number_of_parameters(name, parameters):
     assert result.parameter_bytes == 4 * parameters
 
 
-def test_the_number_of_parameters_of_every_named_model_is_that_of_its_variables():
-    for name, model in presets.MODELS.items():
+def test_the_number_of_parameters_of_the_other_named_models_is_that_of_their_variables():
+    for name in presets.MODELS.keys() - PUBLISHED.keys() - PUBLISHED_FOR_CIFAR.keys():
+        model = presets.MODELS[name]
         inputs = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
         variables, output = shapes_of(model.build(7), inputs)
         result = summarize_model(name, batch_size=2, num_classes=7, compiled=False)
@@ -150,11 +151,18 @@ def test_a_training_step_counts_parameters_moments_and_batch_as_arguments():
     expected = 3 * result.parameter_bytes + 4 * (4 * 784 + 4)
     # Beside them step counters and the key.
     assert expected <= result.train_step.argument_bytes <= expected + 64
-    assert 0 <= result.train_step.output_bytes - 3 * result.parameter_bytes <= 128
     assert result.train_step.alias_bytes >= 3 * result.parameter_bytes
-    # A dense layer needs one product forward, one for its kernel's gradient, and all but the
-    # first layer one for its input's.
-    assert 2 < result.train_step.flops / result.forward.flops < 3.5
+    # The metrics, and XLA's table of the outputs.
+    assert 0 < result.train_step.output_bytes - result.train_step.alias_bytes < 1024
+
+
+def test_the_operations_of_a_training_step_are_known_by_hand():
+    result = summarize_model("mlp", batch_size=256, optimizer="sgd")
+    first, others = 784 * 128, 128 * 128 + 128 * 10
+    # One product forward, one for the gradient of the kernel and, but for the first layer, one
+    # for that of the input; biases, activations and the update come on top.
+    products = 2 * 256 * (2 * first + 3 * others)
+    assert products < result.train_step.flops < 1.03 * products
 
 
 def test_running_averages_are_state_and_not_trainable():

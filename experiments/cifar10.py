@@ -1,0 +1,48 @@
+"""CIFAR-10: photographs of ten classes, 32 x 32 pixels, 50,000 training and 10,000 test images.
+
+    python -m experiments.cifar10 --model cnn
+
+Where only the JPEG re-encoding of the data set is found, the result says "CIFAR-10 (JPEG q75)":
+its accuracies are not comparable with published ones.
+"""
+
+from experiments.classification import Config, main
+from jaxnets.data import cifar10
+
+RECIPES = {
+    "cnn": Config(
+        model="cnn", epochs=10, learning_rate=5e-3, flip=True, crop=2, average_decay=0.999
+    ),
+    "mlp": Config(model="mlp", epochs=15, learning_rate=2e-3, flip=True),
+    "resnet9": Config(
+        model="resnet9",
+        epochs=15,
+        learning_rate=5e-3,
+        flip=True,
+        crop=2,
+        cutout=8,
+        label_smoothing=0.1,
+        average_decay=0.999,
+    ),
+    "resnet18": Config(
+        model="resnet18",
+        epochs=30,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=5e-4,
+        flip=True,
+        crop=4,
+    ),
+    "wrn16_4": Config(
+        model="wrn16_4",
+        epochs=30,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=5e-4,
+        flip=True,
+        crop=4,
+    ),
+}
+
+if __name__ == "__main__":
+    main("cifar10", lambda config: cifar10(config.data), RECIPES)

@@ -1,0 +1,40 @@
+"""What the README says is true: its code runs, its commands and links exist."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_code_of_the_tour_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "'accuracy': 0.9" in printed
+    assert "learnt one batch by heart" in printed
+    assert "<- best" in printed
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        assert target.startswith("http") or (ROOT / target).is_file(), target
+
+
+def test_the_two_commands_are_one_line_each():
+    for name in ("digits", "test"):
+        (command,) = re.findall(rf"<!-- {name} command -->\n```sh\n(.*?)\n```", README, re.DOTALL)
+        assert "\n" not in command and command.startswith("python3 -m venv")
+
+
+def test_every_command_of_the_results_names_a_module_that_exists():
+    modules = set(re.findall(r"python -m (experiments\.\w+|jaxnets)", README))
+    assert len(modules) >= 3
+    for module in modules:
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
