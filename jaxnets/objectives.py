@@ -166,21 +166,12 @@ def classification(
     Returns:
         An `Objective`.
     """
-    measures = {"accuracy": accuracy} if measures is None else dict(measures)
+    measures = {"accuracy": accuracy} if measures is None else measures
 
-    def objective(
-        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
-    ) -> ObjectiveOutput:
-        inputs, labels, weights = _unpack(batch)
-        rngs = rng_streams(rng, "dropout")
-        logits, model_state = apply_module(
-            module, params, model_state, inputs, rngs=rngs, train=train
-        )
-        losses = cross_entropy(logits, labels, label_smoothing=label_smoothing if train else 0.0)
-        metrics = {name: measure(logits, labels, weights) for name, measure in measures.items()}
-        return ObjectiveOutput(Mean.of(losses, weights), model_state, metrics)
+    def losses(logits: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing if train else 0.0)
 
-    return objective
+    return _supervised(module, losses, measures)
 
 
 def regression(
@@ -214,23 +205,12 @@ def regression(
     ) -> Mean:
         return Mean.of(_per_example(absolute_error(predictions, labels)), weights)
 
-    measures = {"absolute_error": mean_absolute_error} if measures is None else dict(measures)
+    measures = {"absolute_error": mean_absolute_error} if measures is None else measures
 
-    def objective(
-        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
-    ) -> ObjectiveOutput:
-        inputs, labels, weights = _unpack(batch)
-        rngs = rng_streams(rng, "dropout")
-        predictions, model_state = apply_module(
-            module, params, model_state, inputs, rngs=rngs, train=train
-        )
-        losses = _per_example(errors[loss](predictions, labels))
-        metrics = {
-            name: measure(predictions, labels, weights) for name, measure in measures.items()
-        }
-        return ObjectiveOutput(Mean.of(losses, weights), model_state, metrics)
+    def losses(predictions: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
+        return _per_example(errors[loss](predictions, labels))
 
-    return objective
+    return _supervised(module, losses, measures)
 
 
 def with_batch_transform(
@@ -254,6 +234,28 @@ def with_batch_transform(
         return objective(params, model_state, transform(batch, stream, train), rng, train=train)
 
     return transformed
+
+
+def _supervised(
+    module: Any, losses: Callable[..., jax.Array], measures: Mapping[str, Measure]
+) -> Objective:
+    """Build an objective from a loss per example, `(predictions, labels, *, train)`."""
+
+    def objective(
+        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> ObjectiveOutput:
+        inputs, labels, weights = _unpack(batch)
+        rngs = rng_streams(rng, "dropout")
+        predictions, model_state = apply_module(
+            module, params, model_state, inputs, rngs=rngs, train=train
+        )
+        loss = Mean.of(losses(predictions, labels, train=train), weights)
+        metrics = {
+            name: measure(predictions, labels, weights) for name, measure in measures.items()
+        }
+        return ObjectiveOutput(loss, model_state, metrics)
+
+    return objective
 
 
 def _unpack(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
