@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -250,3 +251,35 @@ def test_twenty_kills_end_bitwise_as_one_uninterrupted_run(tmp_path):
     assert result["values"] == expected["values"]
     logs = [(folder / "metrics.jsonl").read_bytes() for folder in (whole, killed)]
     assert logs[0] == logs[1]
+
+
+def test_a_data_file_cut_short_is_named_with_its_digest(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b cut short")
+    outcome = subprocess.run(
+        [sys.executable, "-m", "experiments.mnist", "--data", tmp_path, "--out", tmp_path / "run"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 2
+    assert "train-images-idx3-ubyte.gz" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_full_disk_ends_the_run_with_an_error_and_keeps_what_was_saved(tmp_path):
+    options = ("--model", "mlp", "--steps", 300, "--steps-per-dispatch", 10)
+    options = (*options, "--checkpoint-every", 10, "--eval-every", 300, "--out", tmp_path)
+    process = subprocess.Popen(
+        command(*options), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_a_new_checkpoint(process, tmp_path, None)
+    # From here on no file can grow past a few bytes, as on a disk without room.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, 64))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "error: " in errors and str(tmp_path) in errors and "Traceback" not in errors
+    kept = latest_step(tmp_path / "checkpoints")
+    assert kept is not None and 10 <= kept < 300
+    assert json.loads(call(*options, "--resume").stdout.splitlines()[-1])["steps"] == 300
