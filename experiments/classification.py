@@ -18,7 +18,7 @@ import optax
 import jaxnets as jn
 from experiments import command_line, figures
 from experiments.models import ModelName, make_model, prefers_map
-from experiments.run_folder import RunFolder, environment, mean_and_interval
+from experiments.run_folder import RunFolder, environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,10 @@ def run(
     result["wall_seconds"] = round(time.perf_counter() - began, 2)
     draw(folder, dataset, problem, states, history, measured)
     folder.write("result.json", result)
+    interval = "" if result["ci95"] is None else f" +- {result['ci95']:.2%} over the seeds (95%)"
+    print(
+        f"test accuracy {result['value']:.2%}{interval}; figures in {folder.path}", file=sys.stderr
+    )
     return result
 
 
@@ -184,19 +188,18 @@ class Problem:
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Normalise, and augment while training."""
         config, data = self.config, jn.data
-        images = data.normalize(batch["inputs"], self.dataset.mean, self.dataset.std)
-        labels = batch["labels"]
-        if train:
-            keys = jax.random.split(rng, 4)
-            if config.crop:
-                images = data.random_crop(keys[0], images, config.crop)
-            if config.flip:
-                images = data.random_flip(keys[1], images)
-            if config.cutout:
-                images = data.cutout(keys[2], images, config.cutout)
-            if config.mixup:
-                one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)
-                images, labels = data.mixup(keys[3], images, one_hot, config.mixup)
+        images, labels = batch["inputs"], batch["labels"]
+        keys = jax.random.split(rng, 4)
+        if train and config.crop:  # on the raw pixels: what comes in at the border is black
+            images = data.random_crop(keys[0], images, config.crop)
+        if train and config.flip:
+            images = data.random_flip(keys[1], images)
+        images = data.normalize(images, self.dataset.mean, self.dataset.std)
+        if train and config.cutout:  # after normalisation: zero is the mean colour
+            images = data.cutout(keys[2], images, config.cutout)
+        if train and config.mixup:
+            one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)
+            images, labels = data.mixup(keys[3], images, one_hot, config.mixup)
         return {**batch, "inputs": images, "labels": labels}
 
     def _optimizer(self) -> optax.GradientTransformation:
@@ -328,7 +331,7 @@ def summarize(
     measured: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Return the content of `result.json`."""
-    value, interval = mean_and_interval(measured["accuracy"])
+    value, interval = jn.metrics.confidence_interval(measured["accuracy"])
     size = sum(leaf.size for leaf in jax.tree.leaves(states.params)) // config.seeds
     return {
         "experiment": name,

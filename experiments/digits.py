@@ -14,14 +14,13 @@ RECIPES = {
         epochs=60,
         batch_size=64,
         learning_rate=5e-3,
-        crop=1,
         average_decay=0.99,
         eval_every=100,
         checkpoint_every=500,
     ),
     "mlp": Config(model="mlp", epochs=60, batch_size=64, learning_rate=5e-3),
     "perceptron": Config(model="perceptron", epochs=60, batch_size=64, weight_decay=0.0),
-    "mixer": Config(model="mixer", epochs=60, batch_size=64, crop=1),
+    "mixer": Config(model="mixer", epochs=60, batch_size=64),
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import sys
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import scipy.stats
 
 #: Options that say where or how a run is computed, not what it computes.
 NOT_PART_OF_THE_RUN = ("out", "resume", "data", "checkpoint_every", "tensorboard")
@@ -124,23 +121,6 @@ def to_json(config: Any) -> dict[str, Any]:
         for name, value in dataclasses.asdict(config).items()
     }
     return json.loads(json.dumps(plain))
-
-
-def mean_and_interval(values: np.ndarray) -> tuple[float, float | None]:
-    """Return the mean over seeds and the half-width of its 95% confidence interval.
-
-    Args:
-        values: [seeds].
-
-    Returns:
-        mean, and t(0.975, n - 1) s / sqrt(n); None for a single seed, which has no interval.
-    """
-    values = np.asarray(values, np.float64)
-    mean = float(np.mean(values))
-    if values.size < 2:
-        return mean, None
-    t = scipy.stats.t.ppf(0.975, values.size - 1)
-    return mean, float(t * np.std(values, ddof=1) / math.sqrt(values.size))
 
 
 def environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxnets.core import DATA_AXIS, Batch, StepFn, TrainState, tree_path
+from jaxnets.core import DATA_AXIS, Batch, Mean, StepFn, TrainState, tree_path
 from jaxnets.parallel import (
     data_mesh,
     fsdp_sharding,
@@ -153,7 +153,13 @@ def check_equivalence(
 
 def _leaves(result: tuple[TrainState, Any]) -> dict[str, np.ndarray]:
     state, metrics = result
-    tree = {"state": state, "metrics": metrics}
+    # Means, not totals: the rounding of a sum grows with the batch.
+    means = jax.tree.map(
+        lambda x: x.compute() if isinstance(x, Mean) else x,
+        metrics,
+        is_leaf=lambda x: isinstance(x, Mean),
+    )
+    tree = {"state": state, "metrics": means}
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {tree_path(path): _to_numpy(leaf) for path, leaf in leaves}
 

@@ -108,7 +108,8 @@ def capture(
         module: any Linen network.
         variables: parameters and other collections, as given by `module.init`.
         inputs: input of the network.
-        keywords: further keyword inputs.
+        keywords: further keyword inputs; `capture_intermediates=True` records the output of
+            every layer too, under `[layer]["__call__"][0]`.
 
     Returns:
         The output, and {name: array} of the values recorded by the network itself, with one

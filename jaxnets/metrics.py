@@ -6,8 +6,11 @@ named beside it, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets.core import Mean, at_least_float32
 
@@ -158,6 +161,35 @@ def expected_calibration_error(bins: Mean) -> jax.Array:
     """
     weight, confidence, hits = jnp.moveaxis(bins.total, -1, 0)
     return jnp.sum(jnp.abs(hits - confidence)) / jnp.sum(weight)
+
+
+def confidence_interval(
+    values: Sequence[float] | np.ndarray, *, level: float = 0.95
+) -> tuple[float, float | None]:
+    """Return the mean over seeds and the half-width of its confidence interval.
+
+    mean +- t s / sqrt(n), with the standard deviation s of the n values and the quantile t of
+    Student's distribution with n - 1 degrees of freedom.
+
+    Args:
+        values: one per seed, [seeds].
+        level: probability that the interval covers the mean, in (0, 1).
+
+    Returns:
+        mean, and half-width; None for a single value, which has no interval.
+
+    Example:
+        >>> mean, half_width = confidence_interval([0.90, 0.92, 0.97])
+        >>> round(mean, 4), round(half_width, 4)
+        (0.93, 0.0896)
+    """
+    import scipy.stats  # takes as long to import as the rest of the library
+
+    array = np.asarray(values, np.float64)
+    if array.size < 2:
+        return float(np.mean(array)), None
+    t = scipy.stats.t.ppf((1 + level) / 2, array.size - 1)
+    return float(np.mean(array)), float(t * np.std(array, ddof=1) / np.sqrt(array.size))
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

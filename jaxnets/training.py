@@ -317,7 +317,7 @@ def _split(batch: Batch, num_parts: int) -> Batch:
         if array.shape[0] % num_parts:
             raise ValueError(
                 f"batch size {array.shape[0]} is not divisible by num_microbatches "
-                f"{num_parts}; pad with pad_batch or drop {array.shape[0] % num_parts} examples"
+                f"{num_parts}; pad with pad_batch or drop {array.shape[0] % num_parts}"
             )
         # Part k takes examples k, k + num_parts, ...: on a batch that is sharded over devices
         # each part is then spread over all of them and no example moves.

@@ -13,11 +13,10 @@ import time
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from experiments import command_line
 from experiments.classification import Config, run
-from experiments.run_folder import RunError, mean_and_interval
+from experiments.run_folder import RunError
 from jaxnets.checkpoint import latest_step
 from jaxnets.data import digits
 
@@ -155,13 +154,6 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         tiny(tmp_path, seeds=2, optimizer="sgd", learning_rate=1e30, steps=200)
     assert not (tmp_path / "result.json").exists()
     assert latest_step(tmp_path / "checkpoints") in (None, 10)
-
-
-def test_the_interval_is_students():
-    values = np.array([0.90, 0.92, 0.97])
-    mean, half = mean_and_interval(values)
-    expected = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx(expected)
 
 
 def environment():

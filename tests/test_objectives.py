@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from scipy.special import log_softmax
 
 from jaxnets import metrics
@@ -176,3 +177,11 @@ def test_calibration_error_by_hand_and_over_splits():
         logits[1:], labels[1:], num_bins=10
     )
     np.testing.assert_allclose(split.total, whole.total, rtol=1e-6)
+
+
+def test_the_interval_is_students():
+    values = np.array([0.90, 0.92, 0.97])
+    mean, half = metrics.confidence_interval(values)
+    expected = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx(expected)
+    assert metrics.confidence_interval([0.5]) == (0.5, None)

@@ -1,6 +1,7 @@
 """One definition, every executor: equal to rounding."""
 
 import dataclasses
+import itertools
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from jaxnets import convolutional, feedforward
 from jaxnets.core import DATA_AXIS, Precision, Update
 from jaxnets.data import chunked, index_batches, sequential_batches, shuffled_batches
 from jaxnets.equivalence import check_equivalence
+from jaxnets.loop import fit
 from jaxnets.objectives import classification
 from jaxnets.parallel import (
     data_mesh,
@@ -234,6 +236,13 @@ def test_donation_leaves_the_result_as_it_is():
     ):
         copy = jax.tree.map(jnp.copy, state)
         assert distance(expected, make()(copy, batch)[0]) < 1e-6
+
+
+def test_hundreds_of_calls_in_a_row_do_not_wait_for_each_other_for_ever():
+    step, state, batch = problem("mlp_batch_norm", optax.sgd(0.1))
+    for run in (pmap_step(step), sharded_step(step, data_mesh())):
+        final, _ = fit(run, state, lambda first: itertools.repeat(batch), num_steps=300)
+        assert int(final.step) == 300
 
 
 def test_fsdp_splits_the_largest_divisible_axis_of_large_arrays_only():

@@ -34,6 +34,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
         >>> normalize(jnp.full((1, 1, 1), 255, jnp.uint8), mean=(0.5,), std=(0.25,)).item()
         2.0
     """
+    images = jnp.asarray(images)
     channels = images.shape[-1]
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
