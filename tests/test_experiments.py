@@ -1,6 +1,7 @@
 """The experiments from the outside: command line, run folder, resume, kills."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -10,12 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import typing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import command_line
 from experiments.classification import Config, run
+from experiments.models import ModelName, make_model
 from experiments.run_folder import RunError
 from jaxnets.checkpoint import latest_step
 from jaxnets.data import digits
@@ -154,6 +160,20 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         tiny(tmp_path, seeds=2, optimizer="sgd", learning_rate=1e30, steps=200)
     assert not (tmp_path / "result.json").exists()
     assert latest_step(tmp_path / "checkpoints") in (None, 10)
+
+
+@pytest.mark.parametrize("name", typing.get_args(ModelName))
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
+def test_every_model_fits_the_images_of_every_data_set(name, shape):
+    dataset = types.SimpleNamespace(num_classes=10, image_shape=shape)
+    module = make_model(name, dataset, "float32")
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    build = functools.partial(jax.eval_shape, module.init_with_output, jax.random.key(0), images)
+    if name == "lenet5" and shape == (8, 8, 1):
+        with pytest.raises(ValueError, match="28x28 or 32x32, or use ConvNet"):
+            build()
+    else:
+        assert build()[0].shape == (2, 10)
 
 
 def environment():
