@@ -6,9 +6,21 @@ Where only the JPEG re-encoding of the data set is found, the result says "CIFAR
 its accuracies are not comparable with published ones.
 """
 
+import dataclasses
+
 from experiments.classification import Config, main
 from jaxnets.data import cifar10
 
+# The usual recipe of residual networks, shortened.
+RESIDUAL = Config(
+    model="resnet18",
+    epochs=30,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    flip=True,
+    crop=4,
+)
 RECIPES = {
     "cnn": Config(
         model="cnn", epochs=10, learning_rate=5e-3, flip=True, crop=2, average_decay=0.999
@@ -24,24 +36,8 @@ RECIPES = {
         label_smoothing=0.1,
         average_decay=0.999,
     ),
-    "resnet18": Config(
-        model="resnet18",
-        epochs=30,
-        optimizer="sgd",
-        learning_rate=0.1,
-        weight_decay=5e-4,
-        flip=True,
-        crop=4,
-    ),
-    "wrn16_4": Config(
-        model="wrn16_4",
-        epochs=30,
-        optimizer="sgd",
-        learning_rate=0.1,
-        weight_decay=5e-4,
-        flip=True,
-        crop=4,
-    ),
+    "resnet18": RESIDUAL,
+    "wrn16_4": dataclasses.replace(RESIDUAL, model="wrn16_4"),
 }
 
 if __name__ == "__main__":

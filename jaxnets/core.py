@@ -108,7 +108,18 @@ class ObjectiveOutput:
 
 
 class Objective(Protocol):
-    """A loss as a pure function of parameters, model state, batch and key."""
+    """A loss as a pure function.
+
+    Args:
+        params: trainable parameters.
+        model_state: further collections; returned with the same tree structure.
+        batch: arrays [batch, ...]; "weights" [batch] weighs the examples, 0 = padding.
+        rng: key of this step, to be split into streams with `rng_streams`.
+        train: training mode: noise is drawn, running averages move.
+
+    Returns:
+        ObjectiveOutput with sums, never means.
+    """
 
     def __call__(
         self, params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
@@ -156,7 +167,16 @@ class TrainState:
 
 
 class StepFn(Protocol):
-    """One training step. `axis_name` is the mapped axis over which the batch is split, if any."""
+    """One training step as a pure function.
+
+    Args:
+        state: where the step starts.
+        batch: arrays [batch, ...].
+        axis_name: mapped axis over which the batch is split, if any; sums are reduced over it.
+
+    Returns:
+        The next state, and the metrics as sums.
+    """
 
     def __call__(
         self, state: TrainState, batch: Batch, /, *, axis_name: str | None = None
@@ -188,7 +208,14 @@ class Precision:
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
-    """Widen bfloat16 and float16 to float32; leave float32 and float64 as they are."""
+    """Widen bfloat16 and float16 to float32; leave float32 and float64 as they are.
+
+    Args:
+        array: floating [...].
+
+    Returns:
+        [...], float32 or wider.
+    """
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 

@@ -3,108 +3,27 @@
 import dataclasses
 import json
 import math
-import os
-import signal
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from loop_problem import (
+    Chunked,
+    assert_bitwise_equal,
+    eval_step,
+    make_batch,
+    make_state,
+    population,
+    reference_losses,
+    scanned_step,
+    source,
+    train_step,
+)
 
-from jaxnets.core import Mean, TrainState
 from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
-from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
-from jaxnets.loop import Interrupted, StopTraining, evaluate, first_nonfinite, fit
-
-OPTIMIZER = optax.adam(0.1)
-
-
-def make_state(seed=0):
-    rng = jax.random.key(seed)
-    params = {"linear": {"kernel": jax.random.normal(rng, (3,))}}
-    return TrainState(jnp.zeros((), jnp.int32), rng, params, {}, OPTIMIZER.init(params))
-
-
-def plain_step(state, batch):
-    def loss(params):
-        residual = batch["inputs"] @ params["linear"]["kernel"] - batch["targets"]
-        return jnp.sum(batch["weights"] * residual**2), residual
-
-    (total, residual), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
-    metrics = {
-        "loss": Mean(total, jnp.sum(batch["weights"])),
-        "residual": Mean.of(residual, batch["weights"]),
-        "outer": Mean(jnp.outer(residual, residual), jnp.sum(batch["weights"])),
-    }
-    params = optax.apply_updates(state.params, updates)
-    changed = {"step": state.step + 1, "params": params, "opt_state": opt_state}
-    return dataclasses.replace(state, **changed), metrics
-
-
-train_step = jax.jit(plain_step)
-
-
-@jax.jit
-def scanned_step(state, batches):
-    state, metrics = jax.lax.scan(plain_step, state, batches)
-    return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-
-
-population = jax.jit(jax.vmap(plain_step, in_axes=(0, None)))
-
-
-@jax.jit
-def eval_step(state, batch):
-    return plain_step(state, batch)[1]
-
-
-def make_batch(step, size=4):
-    rng = np.random.default_rng(step)
-    weights = rng.integers(0, 2, size).astype(np.float32)
-    weights[0] = 1.0
-    return {
-        "inputs": rng.normal(size=(size, 3)).astype(np.float32),
-        "targets": rng.normal(size=size).astype(np.float32),
-        "weights": weights,
-    }
-
-
-def source(first):
-    step = first
-    while True:
-        yield make_batch(step)
-        step += 1
-
-
-class Chunked:
-    def __init__(self, steps_per_batch):
-        self.steps_per_batch = steps_per_batch
-
-    def __call__(self, first):
-        singles = source(first)
-        while True:
-            batches = [next(singles) for _ in range(self.steps_per_batch)]
-            yield jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
-
-def reference_losses(num_steps, seed=0):
-    """Loss total and count of every step, by a plain Python loop."""
-    state, pairs = make_state(seed), []
-    for step in range(num_steps):
-        state, metrics = train_step(state, make_batch(step))
-        pairs.append((float(metrics["loss"].total), float(metrics["loss"].count)))
-    return state, pairs
-
-
-def assert_bitwise_equal(tree, other):
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for one, two in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, two = jax.random.key_data(one), jax.random.key_data(two)
-        assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+from jaxnets.hooks import Checkpointing, evaluation, every
+from jaxnets.loop import evaluate, first_nonfinite, fit
 
 
 def test_rows_hold_the_exact_means_since_the_row_before():
@@ -229,18 +148,6 @@ def test_a_hook_may_not_overwrite_what_is_measured():
             num_steps=2,
             hooks=[lambda step, state, metrics: {"loss": 1.0}],
         )
-
-
-def test_every_fires_where_a_multiple_is_crossed_also_after_a_resume():
-    fired = []
-    hook = every(4, lambda step, state, metrics: fired.append(step))
-    state, _ = fit(scanned_step, make_state(), Chunked(3), num_steps=6, hooks=[hook])
-    fit(scanned_step, state, Chunked(3), num_steps=14, hooks=[hook])
-    assert fired == [6, 9, 12]
-    with pytest.raises(ValueError, match="give 1 or more"):
-        every(0, hook)
-    with pytest.raises(ValueError, match="Checkpointing counts its own steps"):
-        every(2, Checkpointing("unused", every=1))
 
 
 def test_hooks_and_writers_are_started_before_and_closed_after_an_error_too():
@@ -384,98 +291,6 @@ def test_evaluation_is_exact_with_padding_and_uneven_batches():
         evaluate(eval_step, state, iter([]))
 
 
-def scripted(values):
-    remaining = iter(values)
-    return lambda step, state, metrics: {"validation/loss": next(remaining)}
-
-
-@pytest.mark.parametrize(
-    ("values", "options", "stop"),
-    [
-        ([3.0, 2.0, 2.5, 2.0, 1.0], {"patience": 2}, 4),
-        ([1.0, 2.0, 3.0, 3.0, 2.5], {"patience": 2, "mode": "max"}, 5),
-        ([3.0, 2.8, 2.7, 2.6, 2.5], {"patience": 2, "min_delta": 0.25}, 5),
-        ([3.0, math.nan, math.nan, 1.0, 0.5], {"patience": 2}, 3),
-        ([[3.0, 1.0], [3.0, 0.5], [2.0, 9.0], [9.0, 9.0], [9.0, 9.0]], {"patience": 2}, 5),
-    ],
-)
-def test_early_stopping_counts_evaluations_without_improvement(values, options, stop):
-    hooks = [scripted(values), EarlyStopping("validation/loss", **options)]
-    state, history = fit(train_step, make_state(), source, num_steps=6, hooks=hooks)
-    assert "has not improved in 2 evaluations" in history.stopped
-    assert int(state.step) == stop
-    assert not history.interrupted and history.rows[-1]["step"] == stop
-    assert "loss" in history.rows[-1]
-
-
-def test_early_stopping_resumes_its_count_and_stays_stopped():
-    values = [3.0, 2.0, 2.5, 2.6, 2.7, 2.8]
-    stopping = EarlyStopping("validation/loss", patience=3)
-    state, history = fit(
-        train_step, make_state(), source, num_steps=3, hooks=[scripted(values), stopping]
-    )
-    history = History.from_json(history.to_json())
-    fresh = EarlyStopping("validation/loss", patience=3)
-    state, history = fit(
-        train_step,
-        state,
-        source,
-        num_steps=9,
-        hooks=[scripted(values[3:]), fresh],
-        history=history,
-    )
-    assert int(state.step) == 5 and "in 3 evaluations" in history.stopped
-    same, history = fit(
-        train_step, state, source, num_steps=9, hooks=[scripted([]), fresh], history=history
-    )
-    assert same is state and "in 3 evaluations" in history.stopped
-
-
-def test_a_metric_that_no_hook_returns_is_reported():
-    hooks = [scripted([1.0]), EarlyStopping("validation/acuracy", patience=2)]
-    with pytest.raises(ValueError, match="no metric validation/acuracy; there are validation/loss"):
-        fit(train_step, make_state(), source, num_steps=3, hooks=hooks)
-    with pytest.raises(ValueError, match="loss is a training metric"):
-        fit(
-            train_step,
-            make_state(),
-            source,
-            num_steps=3,
-            hooks=[EarlyStopping("loss", patience=2)],
-        )
-    with pytest.raises(ValueError, match="mode is 'lowest'"):
-        EarlyStopping("validation/loss", patience=1, mode="lowest")
-
-
-def test_hooks_after_the_one_that_stops_still_see_the_step():
-    seen = []
-
-    def stop(step, state, metrics):
-        if step == 2:
-            raise StopTraining("enough")
-
-    _, history = fit(
-        train_step,
-        make_state(),
-        source,
-        num_steps=9,
-        hooks=[stop, lambda step, state, metrics: seen.append(step)],
-    )
-    assert seen == [1, 2] and history.stopped == "enough" and not history.interrupted
-
-
-def test_an_interrupted_run_gets_no_row_that_the_uninterrupted_one_lacks():
-    def stop(step, state, metrics):
-        if step == 6:
-            raise Interrupted("signal")
-
-    _, whole = fit(train_step, make_state(), source, num_steps=9, log_every=4)
-    state, history = fit(train_step, make_state(), source, num_steps=9, log_every=4, hooks=[stop])
-    assert history.interrupted and [row["step"] for row in history.rows] == [4]
-    _, history = fit(train_step, state, source, num_steps=9, log_every=4, history=history)
-    assert history.rows == whole.rows and not history.interrupted
-
-
 def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     fit(train_step, make_state(), source, num_steps=8, log_every=2, writers=[jsonl_writer(path)])
@@ -543,77 +358,3 @@ def test_time_is_measured_beside_the_rows():
     _, history = fit(train_step, make_state(), source, num_steps=3)
     assert history.first_call_seconds > 0 and history.seconds > 0
     assert not any("seconds" in name for row in history.rows for name in row)
-
-
-def send(number, at):
-    def hook(step, state, metrics):
-        if step == at:
-            os.kill(os.getpid(), number)
-
-    return hook
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_resumed_run_is_bitwise_the_same(tmp_path, number, capfd):
-    expected, whole = fit(train_step, make_state(), source, num_steps=9, log_every=4)
-    before = signal.getsignal(number)
-    hooks = [send(number, 6), Checkpointing(tmp_path, every=100)]
-    state, history = fit(train_step, make_state(), source, num_steps=9, log_every=4, hooks=hooks)
-    assert history.interrupted and history.stopped == f"{signal.Signals(number).name} at step 6"
-    assert signal.getsignal(number) == before
-    assert "saving at the end of this step" in capfd.readouterr().err
-    state, history = resume(tmp_path, make_state(5))
-    state, history = fit(
-        train_step, state, source, num_steps=9, log_every=4, history=history, hooks=hooks[1:]
-    )
-    assert_bitwise_equal(state, expected)
-    assert history.rows == whole.rows
-
-
-def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
-    def twice(step, state, metrics):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            train_step,
-            make_state(),
-            source,
-            num_steps=9,
-            hooks=[twice, Checkpointing(tmp_path, every=100)],
-        )
-
-
-def test_a_signal_after_the_last_call_reaches_the_next_listener(tmp_path, capfd):
-    hook = Checkpointing(tmp_path, every=100)
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            train_step,
-            make_state(),
-            source,
-            num_steps=2,
-            hooks=[hook, send(signal.SIGINT, 2)],
-        )
-    assert resume(tmp_path, make_state())[1].step == 2
-
-
-def test_checkpointing_in_another_thread_leaves_signals_alone(tmp_path):
-    failures = []
-
-    def run():
-        try:
-            fit(
-                train_step,
-                make_state(),
-                source,
-                num_steps=2,
-                hooks=[Checkpointing(tmp_path, every=1)],
-            )
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert failures == [] and resume(tmp_path, make_state())[1].step == 2
