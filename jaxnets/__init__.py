@@ -9,7 +9,17 @@ step = jn.jit_step(jn.make_train_step(update))
 state, history = jn.fit(step, state, batches, num_steps=1_000)
 """
 
-from jaxnets import checkpoint, convolutional, data, feedforward, functional, layers, metrics
+from jaxnets import (
+    checkpoint,
+    convolutional,
+    data,
+    feedforward,
+    functional,
+    layers,
+    metrics,
+    recurrent,
+    sequence,
+)
 from jaxnets.checkpoint import CheckpointError, parameters_sha256
 from jaxnets.convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
 from jaxnets.core import (
@@ -59,6 +69,7 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
+from jaxnets.recurrent import Recurrent, SequenceClassifier
 from jaxnets.summary import Summary, summarize, summarize_model
 from jaxnets.training import TrainStep, create_train_state, make_eval_step, make_train_step
 
@@ -88,8 +99,10 @@ __all__ = [
     "ObjectiveOutput",
     "Params",
     "Precision",
+    "Recurrent",
     "ResNet",
     "ResNet9",
+    "SequenceClassifier",
     "StepFn",
     "StopTraining",
     "Summary",
@@ -130,12 +143,14 @@ __all__ = [
     "parameters_sha256",
     "pmap_step",
     "population_step",
+    "recurrent",
     "regression",
     "replicate",
     "resident_steps",
     "resume",
     "rng_streams",
     "scan_steps",
+    "sequence",
     "sharded_step",
     "squared_error",
     "summarize",

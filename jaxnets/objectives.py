@@ -156,7 +156,8 @@ def classification(
 
     Batches hold "inputs" [batch, ...], "labels" (integer [batch], or class probabilities
     [batch, num_classes]) and optionally "weights" [batch]. The loss is in nats per example. With
-    `train`, the module gets a "dropout" stream.
+    `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch], the module
+    gets them as a keyword.
 
     Args:
         module: inputs -> logits [batch, num_classes].
@@ -184,6 +185,7 @@ def regression(
 
     Batches hold "inputs" [batch, ...], "labels" [batch, ...] of the shape of the predictions, and
     optionally "weights" [batch]. The loss of an example is its mean over the predicted numbers.
+    If the batch has "lengths" [batch], the module gets them as a keyword.
 
     Args:
         module: inputs -> predictions [batch, ...].
@@ -246,8 +248,9 @@ def _supervised(
     ) -> ObjectiveOutput:
         inputs, labels, weights = _unpack(batch)
         rngs = rng_streams(rng, "dropout")
+        keywords = {"lengths": batch["lengths"]} if "lengths" in batch else {}
         predictions, model_state = apply_module(
-            module, params, model_state, inputs, rngs=rngs, train=train
+            module, params, model_state, inputs, rngs=rngs, train=train, **keywords
         )
         loss = Mean.of(losses(predictions, labels, train=train), weights)
         metrics = {

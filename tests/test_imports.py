@@ -11,17 +11,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxnets"
 
-FAMILIES = {"feedforward", "convolutional", "resnet", "convnext"}
+FAMILIES = {"feedforward", "convolutional", "resnet", "convnext", "recurrent"}
 ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoint", "equivalence"}
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
 ALLOWED = {
     "functional": set(),
+    "sequence": {"core", "functional"},
     "layers": {"core", "functional"},
     "feedforward": {"core", "functional", "layers"},
     "convolutional": {"core", "functional", "layers", "resnet", "convnext"},
     "resnet": {"core", "functional", "layers"},
     "convnext": {"core", "functional", "layers"},
+    "recurrent": {"core", "layers", "sequence"},
     "metrics": {"core"},
     "objectives": {"core", "metrics"},
     "optimizers": {"core"},
@@ -70,7 +72,9 @@ def test_modules_import_only_what_lies_below_them(path, module):
     assert own - {module} <= ALLOWED[module]
 
 
-@pytest.mark.parametrize("module", sorted(ENGINE | {"functional", "objectives", "metrics"}))
+@pytest.mark.parametrize(
+    "module", sorted(ENGINE | {"functional", "sequence", "objectives", "metrics"})
+)
 def test_the_engine_does_not_import_flax(module):
     names = [name.split(".")[0] for name in imported(PACKAGE / f"{module}.py")]
     assert "flax" not in names

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxnets import convolutional, feedforward
+from jaxnets import convolutional, feedforward, recurrent
 from jaxnets.core import DATA_AXIS, Precision, Update
 from jaxnets.data import chunked, index_batches, sequential_batches, shuffled_batches
 from jaxnets.equivalence import check_equivalence
@@ -59,6 +59,16 @@ NETWORKS = {
         lambda p: convolutional.ResNet((1, 1), num_outputs=3, stem="cifar", width=4, precision=p),
         (6, 6, 2),
     ),
+    "lstm": (
+        True,
+        lambda p: recurrent.SequenceClassifier(3, 4, precision=p),
+        (5, 2),
+    ),
+    "bidirectional_gru": (
+        True,
+        lambda p: recurrent.SequenceClassifier(3, 4, cell="gru", bidirectional=True, precision=p),
+        (5, 2),
+    ),
 }
 
 
@@ -71,6 +81,8 @@ def problem(name, optimizer, precision=Precision(), seed=0):
         "labels": rng.integers(0, 3, 8).astype(np.int32),
         "weights": np.array([1, 1, 0.5, 1, 0, 1, 2, 1], precision.parameter),
     }
+    if isinstance(module, recurrent.SequenceClassifier):
+        batch["lengths"] = np.array([5, 3, 1, 5, 0, 2, 4, 5], np.int32)
     update = Update(classification(module), optimizer)
     variables = jax.jit(module.init)(jax.random.key(seed), batch["inputs"])
     state = create_train_state(variables, update, rng=jax.random.key(seed + 1))
@@ -116,7 +128,7 @@ def test_executors_agree_in_float64_under_adam(name, enable_x64):
 
 
 @pytest.mark.parametrize("loop", ["vmap", "map"])
-@pytest.mark.parametrize("name", ["mlp", "mlp_batch_norm", "conv_net_batch_norm"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_batch_norm", "conv_net_batch_norm", "lstm"])
 def test_each_of_eight_members_equals_its_solo_run(name, loop):
     check_population(name, loop, optax.sgd, Precision(), 1e-6)
 
