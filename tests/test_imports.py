@@ -11,7 +11,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxnets"
 
-FAMILIES = {"feedforward", "convolutional", "resnet", "convnext", "recurrent"}
 ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoint", "equivalence"}
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
