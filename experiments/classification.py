@@ -249,7 +249,8 @@ class Problem:
         source = jn.data.member_batches(
             [jn.data.shuffled_batches(train, config.batch_size, seed=s) for s in self._seeds()]
         )
-        return source if config.executor != "jit" else jn.data.prefetch(source)
+        # pmap and sharded split each batch over the devices themselves, from the host.
+        return jn.data.prefetch(source) if config.executor == "jit" else source
 
     def executor(self) -> jn.Executor:
         """Compile the one step as the options say."""

@@ -78,7 +78,7 @@ class RunFolder:
             self.write("config.json", options)
         except OSError as error:
             raise RunError(
-                f"cannot write to {self.path}: {error.strerror}; choose --out"
+                f"cannot write to {self.path}: {error.strerror}; choose another --out"
             ) from error
         return None
 

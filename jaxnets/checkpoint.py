@@ -137,14 +137,28 @@ def restore(
 
 
 def all_steps(directory: str | os.PathLike[str]) -> list[int]:
-    """List the steps of the complete checkpoints, oldest first; [] if there are none."""
+    """List the steps of the complete checkpoints.
+
+    Args:
+        directory: folder of the run's checkpoints; it need not exist.
+
+    Returns:
+        Steps, oldest first; [] if there are none.
+    """
     folders = Path(directory).glob("step_*") if Path(directory).is_dir() else ()
     matches = (_FOLDER.fullmatch(folder.name) for folder in folders if _exists(folder))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """Return the step of the newest complete checkpoint, None if there is none."""
+    """Find the newest complete checkpoint.
+
+    Args:
+        directory: folder of the run's checkpoints; it need not exist.
+
+    Returns:
+        Its step, None if there is none.
+    """
     return max(all_steps(directory), default=None)
 
 

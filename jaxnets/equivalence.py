@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from jaxnets.core import DATA_AXIS, Batch, Mean, StepFn, TrainState, tree_path
+from jaxnets.core import Batch, Mean, StepFn, TrainState, tree_path
 from jaxnets.parallel import (
     data_mesh,
     fsdp_sharding,
@@ -124,14 +123,7 @@ def check_equivalence(
         "scan": scanned,
         "pmap": lambda: repeated(pmap_step(step)),
         "replicated": lambda: repeated(sharded_step(step, mesh)),
-        "fsdp": lambda: repeated(
-            sharded_step(
-                step,
-                mesh,
-                fsdp_sharding(state, mesh, min_bytes=0),
-                batch_spec=PartitionSpec(DATA_AXIS),
-            )
-        ),
+        "fsdp": lambda: repeated(sharded_step(step, mesh, fsdp_sharding(state, mesh, min_bytes=0))),
     }
     skipped = {}
     if isinstance(step, TrainStep):

@@ -147,6 +147,13 @@ def test_a_file_in_the_way_is_reported(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="no /proc on this system")
+def test_a_folder_that_nobody_can_write_is_reported():
+    # Not even root can make a folder in /proc, as on a read-only disk.
+    with pytest.raises(RunError, match=r"cannot write to /proc/jaxnets: .*choose another --out"):
+        tiny(pathlib.Path("/proc/jaxnets"))
+
+
 def test_a_damaged_configuration_is_reported(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="not readable JSON"):
