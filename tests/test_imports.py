@@ -15,10 +15,11 @@ ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoin
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
 ALLOWED = {
-    "convolution": {"core", "linear"},
+    "spatial": set(),
     "linear": set(),
-    "pooling": {"convolution"},
-    "functional": {"convolution", "linear", "pooling"},
+    "convolution": {"linear", "spatial"},
+    "pooling": {"spatial"},
+    "functional": {"convolution", "linear", "pooling", "spatial"},
     "normalization": {"core"},
     "attention": {"core"},
     "sequence": {"core", "functional", "normalization"},

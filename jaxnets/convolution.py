@@ -1,0 +1,219 @@
+"""Convolution over time, or over height and width, channels last.
+
+It means the plain XLA operation. Only its gradients differ, and only on CPU: inside a `lax.scan`
+XLA's kernel gradient is 20 to 150 times slower than outside. Which gradient runs is chosen when
+the program is compiled for its platform.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnets.linear import linear
+from jaxnets.spatial import (
+    Axes,
+    Extent,
+    Padding,
+    Pairs,
+    extent_of,
+    padding_pairs,
+    per_axis,
+    strided,
+)
+
+# Below this many channels one matrix product over all kernel offsets beats one product for each.
+_JOIN_OFFSETS_BELOW = 16
+
+
+class _Geometry(NamedTuple):
+    strides: Axes
+    padding: Pairs
+    dilation: Axes
+    groups: int
+
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Extent = 1,
+    padding: Padding = "SAME",
+    dilation: Extent = 1,
+    groups: int = 1,
+) -> jax.Array:
+    """Convolve over time, or over height and width.
+
+    Reverse-mode differentiable any number of times; forward mode is not supported.
+
+    Args:
+        x: [batch, time, channels] or [batch, height, width, channels].
+        kernel: [time, channels / groups, features] or [height, width, channels / groups,
+            features], of the dtype of `x`.
+        strides: step between outputs.
+        padding: "SAME", "VALID", a width, or (low, high) pairs.
+        dilation: step between the inputs that one output sees.
+        groups: number of channel groups convolved apart; the number of channels is depthwise.
+
+    Returns:
+        [batch, ..., features], of the dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or no 1-D or 2-D input.
+
+    Example:
+        >>> image, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2))
+        >>> convolution(image, kernel, padding="VALID").shape
+        (1, 2, 2, 2)
+    """
+    spatial = x.ndim - 2
+    if spatial not in (1, 2) or kernel.ndim != x.ndim:
+        raise ValueError(
+            f"convolution got x of shape {x.shape} and a kernel of shape {kernel.shape}; give "
+            "[batch, time, channels] with a rank 3 kernel, or [batch, height, width, channels] "
+            "with a rank 4 kernel"
+        )
+    channels, features = x.shape[-1], kernel.shape[-1]
+    if groups < 1 or channels != kernel.shape[-2] * groups or features % groups:
+        raise ValueError(
+            f"{channels} channels in {groups} groups do not fit a kernel of shape {kernel.shape}; "
+            "kernel.shape[-2] must be channels / groups and groups must divide the features"
+        )
+    steps = per_axis(strides, spatial, "strides")
+    gaps = per_axis(dilation, spatial, "dilation")
+    pairs = padding_pairs(padding, x.shape[1:-1], extent_of(kernel.shape[:-2], gaps), steps)
+    if groups == 1 and math.prod(kernel.shape[:-2]) == 1 and not any(map(any, pairs)):
+        every = tuple(slice(None, None, step) for step in steps)
+        return linear(x[(slice(None), *every)], kernel.reshape(channels, features))
+    return _convolution(x, kernel, _Geometry(steps, pairs, gaps, groups))
+
+
+def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+    axes = "HW"[: x.ndim - 2]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=geometry.strides,
+        padding=geometry.padding,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        feature_group_count=geometry.groups,
+    )
+
+
+_convolution = jax.custom_vjp(_plain_convolution, nondiff_argnums=(2,))
+
+
+def _convolution_forward(
+    x: jax.Array, kernel: jax.Array, geometry: _Geometry
+) -> tuple[jax.Array, Any]:
+    return _plain_convolution(x, kernel, geometry), (x, kernel)
+
+
+def _convolution_backward(
+    geometry: _Geometry, residuals: Any, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+
+    def plain_dx(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda v: _plain_convolution(v, kernel, geometry), x)(dy)[0]
+
+    def plain_dkernel(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda v: _plain_convolution(x, v, geometry), kernel)(dy)[0]
+
+    own_dx = functools.partial(_input_gradient, size=x.shape[1:-1], geometry=geometry)
+    own_dkernel = functools.partial(_kernel_gradient, size=kernel.shape[:-2], geometry=geometry)
+    # Two choices, so that the compiler can drop the input gradient that nobody asks for.
+    dx = lax.platform_dependent(kernel, dy, cpu=own_dx, default=plain_dx)
+    dkernel = lax.platform_dependent(x, dy, cpu=own_dkernel, default=plain_dkernel)
+    return dx, dkernel
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def _input_gradient(
+    kernel: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geometry
+) -> jax.Array:
+    """Return the gradient [batch, *size, channels] of the input of a convolution."""
+    strides, padding, dilation, groups = geometry
+    taps, (width, features) = kernel.shape[:-2], kernel.shape[-2:]
+    if all(stride == 1 for stride in strides):
+        # The transpose of a convolution of stride 1 is the convolution with the flipped kernel.
+        spatial = tuple(range(len(taps)))
+        flipped = jnp.flip(kernel, spatial).reshape(*taps, width, groups, features // groups)
+        flipped = jnp.swapaxes(flipped, -1, -3).reshape(*taps, features // groups, groups * width)
+        reach = extent_of(taps, dilation)
+        spans = zip(reach, padding, strict=True)
+        pairs = tuple((r - 1 - low, r - 1 - high) for r, (low, high) in spans)
+        return _convolution(dy, flipped, _Geometry(strides, pairs, dilation, groups))
+    if groups > 1:
+        ungrouped = geometry._replace(groups=1)
+        single = functools.partial(_input_gradient, size=size, geometry=ungrouped)
+        return _per_group(single, groups, kernel, dy)
+    # Every output sends its share to every input it saw: one product, then a strided sum.
+    shares = lax.dot_general(
+        dy.reshape(-1, features),
+        kernel.reshape(-1, features),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
+    ).reshape(*dy.shape[:-1], math.prod(taps), width)
+    zero = jnp.zeros((), shares.dtype)
+    total = jnp.zeros((dy.shape[0], *size, width), shares.dtype)
+    for index, offset in enumerate(itertools.product(*map(range, taps))):
+        low = [o * d - p[0] for o, d, p in zip(offset, dilation, padding, strict=True)]
+        edges = [
+            (start, extent - start - (count - 1) * stride - 1, stride - 1)
+            for start, extent, count, stride in zip(low, size, dy.shape[1:-1], strides, strict=True)
+        ]
+        total += lax.pad(shares[..., index, :], zero, [(0, 0, 0), *edges, (0, 0, 0)])
+    return total.astype(dy.dtype)
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geometry) -> jax.Array:
+    """Return the gradient [*size, channels / groups, features] of the kernel of a convolution."""
+    strides, padding, dilation, groups = geometry
+    channels, features = x.shape[-1], dy.shape[-1]
+    if 1 < groups < channels:
+        ungrouped = geometry._replace(groups=1)
+        single = functools.partial(_kernel_gradient, size=size, geometry=ungrouped)
+        return _per_group(single, groups, x, dy)
+    edges = [(low, high, 0) for low, high in padding]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    patches = [  # what each kernel offset sees, each [batch, *outputs, channels]
+        strided(padded, [o * d for o, d in zip(offset, dilation, strict=True)], dy.shape, strides)
+        for offset in itertools.product(*map(range, size))
+    ]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def product(patch: jax.Array) -> jax.Array:
+        rows, gradients = patch.reshape(-1, patch.shape[-1]), dy.reshape(-1, features)
+        contract_rows = (((0,), (0,)), ((), ()))
+        return lax.dot_general(rows, gradients, contract_rows, preferred_element_type=wide)
+
+    if groups > 1:  # depthwise: each feature sees one channel
+        outputs = _split_last(dy, channels)  # [batch, *outputs, channels, features / channels]
+        summed = tuple(range(dy.ndim - 1))
+        dkernel = jnp.stack([jnp.sum(p[..., None] * outputs, summed, wide) for p in patches])
+    elif channels < _JOIN_OFFSETS_BELOW:
+        dkernel = product(jnp.concatenate(patches, axis=-1))
+    else:
+        dkernel = jnp.stack([product(patch) for patch in patches])
+    return dkernel.reshape(*size, channels // groups, features).astype(x.dtype)
+
+
+def _per_group(function: Any, groups: int, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Apply `function` to each group of the last axes and join what it returns along its last."""
+    arrays = (_split_last(first, groups), _split_last(second, groups))
+    joined = jax.vmap(function, in_axes=-2, out_axes=-2)(*arrays)
+    return joined.reshape(*joined.shape[:-2], groups * joined.shape[-1])
+
+
+def _split_last(array: jax.Array, groups: int) -> jax.Array:
+    return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)

@@ -1,0 +1,143 @@
+"""Pooling over windows of time, or of height and width, channels last."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnets.spatial import Axes, Extent, Padding, Pairs, padding_pairs, per_axis, strided
+
+# Above this many elements a window's own gradient is unrolled too often to be worth compiling.
+_MAX_UNROLLED_WINDOW = 16
+
+
+def max_pool(
+    x: jax.Array, window: Extent, strides: Extent | None = None, padding: Padding = "VALID"
+) -> jax.Array:
+    """Take the maximum of each window; where several are equal the first gets the gradient.
+
+    Args:
+        x: [batch, time, channels] or [batch, height, width, channels].
+        window: size of the window.
+        strides: step between windows; by default the window, so that windows do not overlap.
+        padding: "SAME", "VALID", a width, or (low, high) pairs; padding is never the maximum.
+
+    Returns:
+        [batch, ..., channels], of the dtype of `x`.
+
+    Example:
+        >>> max_pool(jnp.arange(6.0).reshape(1, 6, 1), 2)[0, :, 0].tolist()
+        [1.0, 3.0, 5.0]
+    """
+    sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
+    if (
+        sizes == steps
+        and not any(map(any, pairs))
+        and math.prod(sizes) <= _MAX_UNROLLED_WINDOW
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    ):
+        return _tile_max(x, sizes)
+    return _reduce_max(x, sizes, steps, pairs)
+
+
+def average_pool(
+    x: jax.Array, window: Extent, strides: Extent | None = None, padding: Padding = "VALID"
+) -> jax.Array:
+    """Average each window over the elements that are not padding.
+
+    Args:
+        x: [batch, time, channels] or [batch, height, width, channels], floating.
+        window: size of the window.
+        strides: step between windows; by default the window, so that windows do not overlap.
+        padding: "SAME", "VALID", a width, or (low, high) pairs.
+
+    Returns:
+        [batch, ..., channels], of the dtype of `x`; summed in float32 or wider.
+    """
+    sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    ones = jnp.ones((1, *x.shape[1:-1], 1), wide.dtype)
+    total, count = (_reduce_window(v, 0.0, lax.add, sizes, steps, pairs) for v in (wide, ones))
+    return (total / count).astype(x.dtype)
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """Average over time, or over height and width.
+
+    Args:
+        x: [batch, ..., channels].
+
+    Returns:
+        [batch, channels], of the dtype of `x`; summed in float32 or wider.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=wide).astype(x.dtype)
+
+
+def _reduce_window(
+    x: jax.Array, initial: Any, function: Any, sizes: Axes, steps: Axes, pairs: Pairs
+) -> jax.Array:
+    padding = ((0, 0), *pairs, (0, 0))
+    return lax.reduce_window(x, initial, function, (1, *sizes, 1), (1, *steps, 1), padding)
+
+
+def _reduce_max(x: jax.Array, sizes: Axes, steps: Axes, pairs: Pairs) -> jax.Array:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    lowest = -jnp.inf if floating else jnp.iinfo(x.dtype).min
+    return _reduce_window(x, lowest, lax.max, sizes, steps, pairs)
+
+
+def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
+    return _reduce_max(x, window, window, ((0, 0),) * len(window))
+
+
+_tile_max = jax.custom_vjp(_plain_tile_max, nondiff_argnums=(1,))
+
+
+def _tile_max_forward(x: jax.Array, window: Axes) -> tuple[jax.Array, Any]:
+    y = _plain_tile_max(x, window)
+    return y, (x, y)
+
+
+def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax.Array]:
+    def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda v: _plain_tile_max(v, window), x)[1](dy)[0]
+
+    own = functools.partial(_tile_max_gradient, window=window)
+    return (lax.platform_dependent(*residuals, dy, cpu=own, default=plain),)
+
+
+_tile_max.defvjp(_tile_max_forward, _tile_max_backward)
+
+
+def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axes) -> jax.Array:
+    """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
+    winner = jnp.full(y.shape, -1, jnp.int8)
+    offsets = list(itertools.product(*map(range, window)))
+    for index, offset in reversed(list(enumerate(offsets))):  # backwards: the first match stays
+        winner = jnp.where(strided(x, offset, y.shape, window) == y, jnp.int8(index), winner)
+    within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
+    per_tile = [n for w in window for n in (1, w)]
+    positions = jnp.arange(len(offsets), dtype=jnp.int8).reshape(1, *per_tile, 1)
+    chosen = jnp.expand_dims(winner, within) == positions
+    dx = jnp.where(chosen, jnp.expand_dims(dy, within), jnp.zeros((), dy.dtype))
+    tiled = [size - size % w for size, w in zip(x.shape[1:-1], window, strict=True)]
+    rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
+    return jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
+
+
+def _pool_geometry(
+    x: jax.Array, window: Extent, strides: Extent | None, padding: Padding
+) -> tuple[Axes, Axes, Pairs]:
+    spatial = x.ndim - 2
+    if spatial < 1:
+        raise ValueError(f"pooling got shape {x.shape}; give [batch, ..., channels]")
+    sizes = per_axis(window, spatial, "window")
+    steps = sizes if strides is None else per_axis(strides, spatial, "strides")
+    return sizes, steps, padding_pairs(padding, x.shape[1:-1], sizes, steps)
