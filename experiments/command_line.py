@@ -45,28 +45,6 @@ def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     )
 
 
-def check(config: Any) -> None:
-    """Refuse numbers that make no run.
-
-    Raises:
-        RunError: naming the option and what it may be.
-    """
-    positive = ["seeds", "batch_size", "steps_per_dispatch", "epochs", "learning_rate", "log_every"]
-    positive += [
-        option
-        for option in ("steps", "eval_every", "checkpoint_every")
-        if getattr(config, option) is not None
-    ]
-    for option in positive:
-        if not getattr(config, option) > 0:
-            flag = option.replace("_", "-")
-            raise RunError(f"--{flag} is {getattr(config, option)}; give a number above 0")
-    for option in ("seed", "weight_decay", "crop", "cutout", "mixup"):
-        if getattr(config, option) < 0:
-            flag = option.replace("_", "-")
-            raise RunError(f"--{flag} is {getattr(config, option)}; give 0 or more")
-
-
 @contextlib.contextmanager
 def errors_without_traceback() -> Iterator[None]:
     """Turn the errors a user can mend into one line on standard error and exit code 2."""

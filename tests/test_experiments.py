@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from experiments import command_line
-from experiments.classification import Config, run
+from experiments.classification import Config, ImageClassification
 from experiments.models import ModelName, make_model
 from experiments.run_folder import RunError
+from experiments.training import run
 from jaxnets.checkpoint import latest_step
 from jaxnets.data import digits
 
@@ -39,7 +40,8 @@ TINY = Config(
 
 
 def tiny(out, **changes):
-    return run("digits", dataclasses.replace(TINY, out=out, **changes), lambda config: digits())
+    config = dataclasses.replace(TINY, out=out, **changes)
+    return run("digits", config, lambda config: ImageClassification(config, digits()))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_an_unfinished_run_wants_resume_and_then_ends_bitwise_the_same(
 
     every = jn.every
     monkeypatch.setattr(
-        "experiments.classification.jn.every",
+        "experiments.training.jn.every",
         lambda steps, hook: every(5, stop_at_ten) if steps == 10 else every(steps, hook),
     )
     with pytest.raises(command_line.Stopped, match="go on with --resume"):

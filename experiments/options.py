@@ -1,0 +1,85 @@
+"""The options that every experiment has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from experiments.run_folder import RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How long, how many, with which optimizer, where to."""
+
+    preset: str | None = None
+    """Named recipe instead of the model's own; --help lists them."""
+    epochs: float = 10.0
+    """Passes over the training set."""
+    steps: int | None = None
+    """Training steps; overrides --epochs."""
+    seeds: int = 1
+    """Number of networks, trained at once as a population in one program."""
+    seed: int = 0
+    """Seed of the first network; the others count up from it."""
+    executor: Literal["scan", "jit", "pmap", "sharded"] = "scan"
+    """scan: many steps a dispatch; pmap, sharded: several devices."""
+    steps_per_dispatch: int = 50
+    """Steps in one dispatch of the scan executor."""
+    batch_size: int = 128
+    """Examples per step and network."""
+    optimizer: Literal["adamw", "sgd", "rmsprop", "lion", "muon"] = "adamw"
+    """sgd has Nesterov momentum 0.9."""
+    learning_rate: float = 2e-3
+    """Peak rate, after a linear warm-up."""
+    warmup: float = 0.15
+    """Share of the steps in which the rate rises."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a cosine down to 0, or the peak rate."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of kernels (adamw, lion, muon), or L2 penalty (sgd, rmsprop)."""
+    beta2: float = 0.999
+    """Decay of the average of squared gradients (adamw)."""
+    clip: float = 0.0
+    """Largest norm of the whole gradient; 0 is no limit."""
+    average_decay: float = 0.0
+    """Decay of the averaged parameters that are evaluated; 0 evaluates the last ones."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products and activations."""
+    log_every: int = 50
+    """Steps between rows of the log."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out data, for the curves only; by default once an epoch."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; by default once an epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder too."""
+    data: Path | None = None
+    """Folder of the data set; by default it is searched for (see `python -m jaxnets doctor`)."""
+    out: Path = Path("runs")
+    """Folder of this run."""
+    resume: bool = False
+    """Continue an unfinished run."""
+
+
+#: Options of which 0 means "none".
+_NOT_NEGATIVE = ("seed", "weight_decay", "clip", "warmup", "average_decay")
+
+
+def check(options: Options) -> None:
+    """Refuse numbers that make no run.
+
+    Raises:
+        RunError: naming the option and what it may be.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        flag = field.name.replace("_", "-")
+        if field.name in _NOT_NEGATIVE or field.default == 0:
+            if not value >= 0:
+                raise RunError(f"--{flag} is {value}; give 0 or more")
+        elif not value > 0:
+            raise RunError(f"--{flag} is {value}; give a number above 0")

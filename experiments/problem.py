@@ -1,0 +1,202 @@
+"""What an experiment trains: data, network, objective and optimizer, always as a population."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+import jaxnets as jn
+from experiments.options import Options
+from experiments.run_folder import RunError, RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The outcome of a run.
+
+    Attributes:
+        metric: what `values` are, such as "test accuracy".
+        values: one per seed.
+        unit: "%" if the values are shares of one, else such as "nats per character".
+        details: further numbers for `result.json`.
+    """
+
+    metric: str
+    values: np.ndarray
+    unit: str = "%"
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Problem(abc.ABC):
+    """An experiment's data and network, and how they are trained as its options say.
+
+    A subclass sets the attributes in its constructor and defines the abstract methods.
+
+    Attributes:
+        options: of the run.
+        dataset_name: for the result.
+        module: the network.
+        objective: what is lowered.
+        loop: how a population runs, see `jaxnets.population_step`.
+        resident: training arrays that live on the device under the scan executor; None if the
+            batches come from the host.
+        can_scan: whether all batches have one shape, as the scan executor needs.
+        steps_per_epoch: batches in one pass over the training data.
+        eval_batches: held-out batches for the curves.
+    """
+
+    options: Options
+    dataset_name: str
+    module: Any
+    objective: jn.Objective
+    loop: Literal["vmap", "map"] = "map"
+    resident: Mapping[str, np.ndarray] | None = None
+    can_scan: bool = True
+    steps_per_epoch: int
+    eval_batches: Sequence[jn.Batch]
+
+    @abc.abstractmethod
+    def example(self) -> tuple[Any, ...]:
+        """Return inputs with which the network is initialised."""
+
+    @abc.abstractmethod
+    def member_source(self, seed: int) -> jn.BatchSource:
+        """Return the batches that the network of one seed sees."""
+
+    @abc.abstractmethod
+    def measure(self, states: jn.TrainState) -> Measured:
+        """Evaluate the final networks."""
+
+    @abc.abstractmethod
+    def draw(
+        self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
+    ) -> None:
+        """Write figures and samples into the run folder."""
+
+    def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
+        """Initialise one network."""
+        return self.module.init(key, *self.example())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        options = self.options
+        return options.steps or max(round(options.epochs * self.steps_per_epoch), 1)
+
+    @property
+    def update(self) -> jn.Update:
+        """The one gradient phase of a step."""
+        return jn.Update(self.objective, make_optimizer(self.options, self.num_steps))
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Seed of every network."""
+        return np.arange(self.options.seed, self.options.seed + self.options.seeds)
+
+    def create_states(self) -> jn.TrainState:
+        """Initialise the population: every leaf has a leading axis of seeds."""
+
+        def create(seed: jax.Array) -> jn.TrainState:
+            keys = jn.rng_streams(jax.random.key(seed), "params", "run")
+            variables = self.initial_variables(keys["params"])
+            return jn.create_train_state(variables, self.update, rng=keys["run"])
+
+        return jax.jit(jax.vmap(create))(self.seeds)
+
+    def batches(self) -> jn.BatchSource:
+        """Every network's own order of examples, so that each equals its run alone."""
+        options = self.options
+        source = jn.data.member_batches([self.member_source(int(seed)) for seed in self.seeds])
+        if options.executor == "scan":
+            if not self.can_scan:
+                raise RunError(
+                    "--executor scan needs batches of one shape, and here sentences of like "
+                    "length share a batch; choose jit, pmap or sharded"
+                )
+            return jn.data.chunked(source, options.steps_per_dispatch)
+        # pmap and sharded split each batch over the devices themselves, from the host.
+        return jn.data.prefetch(source) if options.executor == "jit" else source
+
+    def executor(self) -> jn.Executor:
+        """Compile the one step as the options say."""
+        step = jn.population_step(
+            jn.make_train_step(self.update), shared_batch=False, loop=self.loop
+        )
+        if self.options.executor == "scan":
+            if self.resident is not None:
+                return jn.resident_steps(step, self.resident, donate=True)
+            return jn.jit_step(jn.scan_steps(step), donate=True)
+        if self.options.executor == "pmap":
+            return jn.pmap_step(step, batch_axis=1, donate=True)
+        if self.options.executor == "sharded":
+            spec = jax.sharding.PartitionSpec(None, jn.DATA_AXIS)
+            return jn.sharded_step(step, jn.data_mesh(), batch_spec=spec, donate=True)
+        return jn.jit_step(step, donate=True)
+
+    def eval_step(
+        self, objective: jn.Objective | None = None
+    ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
+        """Compile the evaluation of the whole population."""
+        step = jn.population_step(
+            jn.make_eval_step(self.objective if objective is None else objective), loop=self.loop
+        )
+        return jax.jit(lambda states, batch: step(self.evaluated(states), batch))
+
+    def evaluated(self, states: jn.TrainState) -> jn.TrainState:
+        """Return the states with the parameters that count: the averaged ones, if any."""
+        if not self.options.average_decay:
+            return states
+        return dataclasses.replace(states, params=jn.averaged_parameters(states))
+
+    def evaluate(
+        self, states: jn.TrainState, batches: Sequence[jn.Batch], objective: jn.Objective
+    ) -> list[jn.Metrics]:
+        """Sum the metrics of every network over batches."""
+        step = self.eval_step(objective)
+        sums = [jax.device_get(step(states, batch)) for batch in batches]
+        total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums)
+        return [member(total, index) for index in range(self.options.seeds)]
+
+
+def member(population: Any, index: int) -> Any:
+    """Return one member of a population: the leaves at an index of their leading axis."""
+    return jax.tree.map(lambda leaf: leaf[index], population)
+
+
+def make_optimizer(options: Options, num_steps: int) -> optax.GradientTransformation:
+    """Build the optimizer and its schedule.
+
+    Args:
+        options: of the run.
+        num_steps: of the whole run.
+
+    Returns:
+        An Optax transformation.
+    """
+    warmup = max(1, round(options.warmup * num_steps))
+    peak, decay, mask = options.learning_rate, options.weight_decay, jn.decay_mask
+    if options.schedule == "constant":
+        rate = optax.linear_schedule(0.0, peak, warmup)
+    else:
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(num_steps, warmup + 1))
+    penalty = optax.add_decayed_weights(decay, mask=mask)
+    optimizer = {
+        "adamw": lambda: optax.adamw(rate, b2=options.beta2, weight_decay=decay, mask=mask),
+        "lion": lambda: optax.lion(rate, weight_decay=decay, mask=mask),
+        "muon": lambda: optax.contrib.muon(
+            rate, weight_decay=decay, weight_decay_mask=mask, adam_weight_decay=decay
+        ),
+        "sgd": lambda: optax.chain(penalty, optax.sgd(rate, momentum=0.9, nesterov=True)),
+        "rmsprop": lambda: optax.chain(penalty, optax.rmsprop(rate)),
+    }[options.optimizer]()
+    if options.clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(options.clip), optimizer)
+    if options.average_decay:
+        return jn.with_parameter_average(optimizer, options.average_decay)
+    return optimizer

@@ -1,0 +1,134 @@
+"""The course of every experiment: open the run folder, train, measure, write the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxnets as jn
+from experiments import command_line
+from experiments.options import Options, check
+from experiments.problem import Measured, Problem
+from experiments.run_folder import RunFolder, environment
+
+
+def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
+    """Run an experiment from the command line; the last line printed is its result as JSON.
+
+    Args:
+        name: of the experiment, also the default run folder.
+        make_problem: options -> problem; loads the data.
+        recipes: named options; those called like a model are that model's defaults.
+    """
+    recipes = {
+        key: dataclasses.replace(recipe, out=Path("runs") / f"{name}_{key}")
+        for key, recipe in recipes.items()
+    }
+    options = command_line.parse(name, recipes)
+    with command_line.errors_without_traceback():
+        result = run(name, options, make_problem)
+    print(json.dumps(result))
+
+
+def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> dict[str, Any]:
+    """Train, evaluate and write the run folder.
+
+    Args:
+        name: of the experiment.
+        options: of the run.
+        make_problem: options -> problem; loads the data.
+
+    Returns:
+        The content of `result.json`.
+    """
+    check(options)
+    folder = RunFolder(options.out)
+    finished = folder.open(options, resume=options.resume)
+    if finished is not None:
+        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        return finished
+    problem = make_problem(options)
+    states, history = jn.resume(folder.checkpoints, problem.create_states())
+    writers = [jn.jsonl_writer(folder.metrics)]
+    if options.tensorboard:
+        writers.append(jn.tensorboard_writer(folder.path / "tensorboard"))
+    began = time.perf_counter()
+    states, history = jn.fit(
+        problem.executor(),
+        states,
+        problem.batches(),
+        num_steps=problem.num_steps,
+        hooks=[
+            jn.every(
+                options.eval_every or problem.steps_per_epoch,
+                jn.evaluation(problem.eval_step(), problem.eval_batches, prefix="test"),
+            ),
+            jn.Checkpointing(
+                folder.checkpoints,
+                every=options.checkpoint_every or problem.steps_per_epoch,
+                keep=2,
+            ),
+        ],
+        writers=writers,
+        log_every=options.log_every,
+        history=history,
+    )
+    if history.interrupted:
+        raise command_line.Stopped(f"stopped by {history.stopped}; go on with --resume")
+    print(
+        f"trained {options.seeds} network(s) for {problem.num_steps} steps: first call "
+        f"{history.first_call_seconds:.1f} s (compilation), the others {history.seconds:.1f} s",
+        file=sys.stderr,
+    )
+    measured = problem.measure(states)
+    result = summarize(name, problem, states, history, measured)
+    result["wall_seconds"] = round(time.perf_counter() - began, 2)
+    problem.draw(folder, states, history, measured)
+    folder.write("result.json", result)
+    print(f"{describe(measured)}; figures in {folder.path}", file=sys.stderr)
+    return result
+
+
+def summarize(
+    name: str, problem: Problem, states: jn.TrainState, history: jn.History, measured: Measured
+) -> dict[str, Any]:
+    """Return the content of `result.json`."""
+    options = problem.options
+    value, interval = jn.metrics.confidence_interval(measured.values)
+    return {
+        "experiment": name,
+        "dataset": problem.dataset_name,
+        "model": getattr(options, "model", None),
+        "metric": measured.metric,
+        "unit": measured.unit,
+        "value": round(value, 6),
+        "ci95": None if interval is None else round(interval, 6),
+        "values": [round(float(v), 6) for v in measured.values],
+        "seeds": options.seeds,
+        "steps": problem.num_steps,
+        "parameters": sum(x.size for x in jax.tree.leaves(states.params)) // options.seeds,
+        **measured.details,
+        "train_seconds": round(history.seconds + history.first_call_seconds, 2),
+        "compile_seconds": round(history.first_call_seconds, 2),
+        "parameters_sha256": jn.parameters_sha256(states.params),
+        **environment(),
+    }
+
+
+def describe(measured: Measured) -> str:
+    """Return the outcome as a sentence, with its interval over the seeds."""
+    value, interval = jn.metrics.confidence_interval(measured.values)
+
+    def write(number: float) -> str:
+        return f"{number:.2%}" if measured.unit == "%" else f"{number:.4g}"
+
+    spread = "" if interval is None else f" +- {write(interval)} over the seeds (95%)"
+    unit = "" if measured.unit == "%" else f" {measured.unit}"
+    return f"{measured.metric} {write(value)}{spread}{unit}"
