@@ -13,7 +13,7 @@ import optax
 
 import jaxnets as jn
 from experiments.options import Options
-from experiments.run_folder import RunError, RunFolder
+from experiments.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Problem(abc.ABC):
         loop: how a population runs, see `jaxnets.population_step`.
         resident: training arrays that live on the device under the scan executor; None if the
             batches come from the host.
-        can_scan: whether all batches have one shape, as the scan executor needs.
         steps_per_epoch: batches in one pass over the training data.
         eval_batches: held-out batches for the curves.
     """
@@ -57,7 +56,6 @@ class Problem(abc.ABC):
     objective: jn.Objective
     loop: Literal["vmap", "map"] = "map"
     resident: Mapping[str, np.ndarray] | None = None
-    can_scan: bool = True
     steps_per_epoch: int
     eval_batches: Sequence[jn.Batch]
 
@@ -114,11 +112,6 @@ class Problem(abc.ABC):
         options = self.options
         source = jn.data.member_batches([self.member_source(int(seed)) for seed in self.seeds])
         if options.executor == "scan":
-            if not self.can_scan:
-                raise RunError(
-                    "--executor scan needs batches of one shape, and here sentences of like "
-                    "length share a batch; choose jit, pmap or sharded"
-                )
             return jn.data.chunked(source, options.steps_per_dispatch)
         # pmap and sharded split each batch over the devices themselves, from the host.
         return jn.data.prefetch(source) if options.executor == "jit" else source

@@ -1,0 +1,121 @@
+"""Addition as translation: read "123+456", write "579"; the sums of the test set are held out.
+
+    python -m experiments.addition --model gru --seeds 3
+    python -m experiments.addition --model transformer --seeds 3
+
+The classic check of a sequence-to-sequence network (Sutskever, Vinyals and Le 2014,
+arXiv:1409.3215; Zaremba and Sutskever 2014, arXiv:1410.4615). The digits of the sum are written
+from the last to the first, the order in which carries travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnets as jn
+from experiments import figures, training
+from experiments.options import Options
+from experiments.problem import Measured, Problem, member
+from experiments.run_folder import RunError, RunFolder
+
+PAD, BEGIN, END = 0, 1, 2
+SYMBOLS = "0123456789+"
+#: Id of the first symbol; 3 is "unknown" in all vocabularies of sentences.
+FIRST = 4
+VOCABULARY_SIZE = FIRST + len(SYMBOLS)
+#: Share of all pairs of numbers that is never trained on, and how many of them are tested.
+HELD_OUT, NUM_TESTED = 0.05, 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Options of the addition experiment."""
+
+    model: Literal["transformer", "rnn", "lstm", "gru"] = "gru"
+    """Encoder and decoder; the recurrent ones with attention."""
+    digits: int = 3
+    """Digits of each number."""
+    width: int = 128
+    """Size of the states or of the residual stream."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Endless batches of sums that are not held out, a pure function of (seed, step)."""
+
+    digits: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, first_step: int) -> Iterator[jn.Batch]:
+        """Iterate from `first_step` on."""
+        step = first_step
+        while True:
+            random = np.random.default_rng((self.seed, step))
+            pairs = draw_pairs(random, self.batch_size, self.digits, held_out=False)
+            yield encode(pairs, self.digits)
+            step += 1
+
+
+def draw_pairs(
+    random: np.random.Generator, count: int, digits: int, *, held_out: bool
+) -> np.ndarray:
+    """Draw pairs of numbers [count, 2] that are, or are not, in the test set."""
+    kept = np.empty((0, 2), np.int64)
+    while len(kept) < count:
+        drawn = random.integers(0, 10**digits, (count, 2))
+        kept = np.concatenate([kept, drawn[is_held_out(drawn, digits) == held_out]])
+    return kept[:count]
+
+
+def is_held_out(pairs: np.ndarray, digits: int) -> np.ndarray:
+    """Say of each pair of numbers [n, 2] whether it belongs to the test set."""
+    code = (pairs[:, 0] * 10**digits + pairs[:, 1]).astype(np.uint64)
+    mixed = code * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing; wraps around
+    return (mixed >> np.uint64(40)).astype(np.float64) < HELD_OUT * 2**24
+
+
+def encode(pairs: np.ndarray, digits: int) -> dict[str, np.ndarray]:
+    """Write sums as a batch of token ids.
+
+    Args:
+        pairs: integers [batch, 2] of at most `digits` digits.
+        digits: fixes the shapes.
+
+    Returns:
+        The arrays of a sequence-to-sequence batch: "inputs" [batch, 2 digits + 1], "labels"
+        [batch, digits + 2], ...
+    """
+    sums = [str(a + b)[::-1] for a, b in pairs.tolist()]
+    asked = [f"{a}+{b}" for a, b in pairs.tolist()]
+    ids = {symbol: FIRST + index for index, symbol in enumerate(SYMBOLS)}
+    inputs = np.zeros((len(pairs), 2 * digits + 1), np.int32)
+    labels = np.zeros((len(pairs), digits + 2), np.int32)
+    decoder_inputs = np.zeros_like(labels)
+    for row, (question, answer) in enumerate(zip(asked, sums, strict=True)):
+        inputs[row, : len(question)] = [ids[symbol] for symbol in question]
+        answer_ids = [ids[symbol] for symbol in answer]
+        labels[row, : len(answer) + 1] = [*answer_ids, END]
+        decoder_inputs[row, : len(answer) + 1] = [BEGIN, *answer_ids]
+    return {
+        "inputs": inputs,
+        "lengths": np.array([len(question) for question in asked], np.int32),
+        "decoder_inputs": decoder_inputs,
+        "labels": labels,
+        "label_lengths": np.array([len(answer) + 1 for answer in sums], np.int32),
+    }
+
+
+def decode(ids: np.ndarray) -> str:
+    """Read token ids up to the first that is no symbol."""
+    text = ""
+    for index in ids.tolist():
+        if index < FIRST:
+            break
+        text += SYMBOLS[index - FIRST]
+    return text
