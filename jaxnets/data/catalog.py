@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jaxnets.data import cifar, images
+from jaxnets.data import cifar, corpora, images
 from jaxnets.data.files import DataFile, find
 
 # By the name of the loader: the files that stand for the data set, one per layout.
@@ -13,6 +13,9 @@ _FILES: dict[str, tuple[DataFile, ...]] = {
     "mnist": images.MNIST_FILES[:1],
     "fashion_mnist": images.FASHION_MNIST_FILES[:1],
     "cifar10": cifar.LAYOUTS,
+    "tiny_shakespeare": (corpora.TINY_SHAKESPEARE_FILE,),
+    "multi30k": corpora.MULTI30K_FILES[:1],
+    "sst2": corpora.SST2_FILES[:1],
 }
 
 
@@ -24,11 +27,11 @@ def locate(directory: str | os.PathLike[str] | None = None) -> dict[str, Path | 
 
     Returns:
         The folder of each data set by the name of its loader, None where it would be downloaded.
-        The digits are not listed: they come with scikit-learn.
+        What comes with scikit-learn or Python is not listed.
 
     Example:
-        >>> sorted(locate())
-        ['cifar10', 'fashion_mnist', 'mnist']
+        >>> {"mnist", "multi30k"} <= set(locate())
+        True
     """
     found = {name: find(files, directory) for name, files in _FILES.items()}
     return {name: place and place[1].parent for name, place in found.items()}
