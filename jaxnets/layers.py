@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxnets import functional
 from jaxnets.core import Precision, at_least_float32, bound_data_axis
+from jaxnets.normalization import layer_norm
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 Activation: TypeAlias = str | Callable[[jax.Array], jax.Array]
@@ -278,11 +279,7 @@ class LayerNorm(nn.Module):
         shape, policy = x.shape[-1:], self.precision
         scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
-        x = at_least_float32(x)
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (y * _along_last(scale, y) + _along_last(bias, y)).astype(policy.compute)
+        return layer_norm(x, scale, bias, epsilon=self.epsilon).astype(policy.compute)
 
 
 def check_norm(kind: str | None) -> None:
@@ -324,10 +321,13 @@ class Dropout(nn.Module):
         rate: probability of zero, in [0, 1).
         per_example: drop whole examples of the batch instead of elements: on the branch of a
             residual block this is stochastic depth (Huang et al. 2016, arXiv:1603.09382).
+        shared_axes: axes along which one draw holds: (1,) drops the same channels at every step
+            of [batch, time, channels] (Gal and Ghahramani 2016, arXiv:1512.05287).
     """
 
     rate: float
     per_example: bool = False
+    shared_axes: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_rate(self.rate)
@@ -336,7 +336,7 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Return an array of the shape of `x`, [batch, ...]; `x` itself in evaluation."""
-        shared = tuple(range(1, x.ndim)) if self.per_example else ()
+        shared = tuple(range(1, x.ndim)) if self.per_example else tuple(self.shared_axes)
         return nn.Dropout(self.rate, broadcast_dims=shared)(x, deterministic=not train)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, TypeAlias
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +21,22 @@ from jax import lax
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional import linear
+from jaxnets.normalization import layer_norm
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 #: The states of a cell, each [batch, hidden_size]; the first one is its output.
 Carry: TypeAlias = tuple[jax.Array, ...]
 #: Name -> array, as listed by `Cell.parameters`.
 Weights: TypeAlias = Mapping[str, jax.Array]
+#: Functions that multiply [batch, hidden_size] by some columns of the recurrent kernel.
+Products: TypeAlias = Sequence[Callable[[jax.Array], jax.Array]]
 
 
 class Cell(abc.ABC):
     """One step of a recurrent layer, as a pure function of weights, carry and projected input.
 
     The kernels and the bias of all gates are packed side by side, in the order that the cell
-    names. A subclass defines `step`; one with further weights extends `parameters`.
+    names. A subclass defines `advance`; one with further weights extends `parameters`.
 
     Attributes:
         num_gates: number of gates, candidates included.
@@ -40,6 +45,11 @@ class Cell(abc.ABC):
 
     num_gates: ClassVar[int]
     states: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    @property
+    def products(self) -> tuple[int, ...]:
+        """Number of gates in each product with the recurrent kernel, from left to right."""
+        return (self.num_gates,)
 
     def parameters(
         self, num_channels: int, hidden_size: int
@@ -58,217 +68,49 @@ class Cell(abc.ABC):
 
     def project(self, weights: Weights, x: jax.Array) -> jax.Array:
         """Map inputs [..., channels] of any number of steps to [..., num_gates * hidden_size]."""
-        return _add(linear(x, weights["input_kernel"]), weights["bias"])
+        return add_row(linear(x, weights["input_kernel"]), weights["bias"])
 
     @abc.abstractmethod
-    def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
+    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
         """Advance one step.
 
         Args:
-            weights: as listed by `parameters`.
+            weights: as listed by `parameters`; the recurrent kernel is reached by `products`.
             carry: states before the step, each [batch, hidden_size].
-            projected: [batch, num_gates * hidden_size], from `project`.
+            x: projected inputs [batch, num_gates * hidden_size], from `project`.
+            products: one for each entry of the property `products`.
 
         Returns:
             The states after the step.
         """
 
-
-@dataclasses.dataclass(frozen=True)
-class ElmanCell(Cell):
-    """The simple recurrent cell: h' = activation(x W + h U + b).
-
-    Attributes:
-        activation: element-wise function.
-
-    References:
-        Elman 1990, Cognitive Science 14(2).
-    """
-
-    activation: Callable[[jax.Array], jax.Array] = jnp.tanh
-
-    num_gates: ClassVar[int] = 1
-
     def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
-        (hidden,) = carry
-        return (self.activation(projected + _product(hidden, weights["recurrent_kernel"])),)
+        """Advance one step, with all weights: `advance` with plain matrix products."""
+        products = [functools.partial(_product, kernel) for kernel in self.kernels(weights)]
+        return self.advance(weights, carry, projected, products)
 
+    def kernels(self, weights: Weights) -> list[jax.Array]:
+        """Cut the recurrent kernel into one for each entry of `products`."""
+        kernel = weights["recurrent_kernel"]
+        ends = np.cumsum((0, *self.products)) * kernel.shape[0]
+        return [kernel[:, first:end] for first, end in itertools.pairwise(ends)]
 
-@dataclasses.dataclass(frozen=True)
-class LSTMCell(Cell):
-    """Long short-term memory; gates packed as input, forget, candidate, output.
+    def scan(
+        self,
+        weights: Weights,
+        projected: jax.Array,
+        carry: Carry,
+        valid: jax.Array | None,
+        *,
+        reverse: bool,
+    ) -> tuple[jax.Array, Carry]:
+        """Run over projected inputs [time, batch, ...]; the rest as in `recurrent_scan`.
 
-    i, f, o = sigmoid(x W + h U + b), g = tanh(x W + h U + b), each with its own W, U and b;
-    c' = f c + i g; h' = o tanh(c').
-
-    Attributes:
-        forget_bias: initial bias of the forget gate; 1 lets gradients through from the start.
-        peephole: let the input and forget gates see c and the output gate see c', each through
-            one weight per unit.
-        layer_norm: normalise x W, h U and the c' that the output sees.
-
-    Differs from the paper of the layer norm: the biases of the first two norms, which would be
-    added to b, are left out.
-
-    References:
-        Hochreiter and Schmidhuber 1997, Neural Computation 9(8); Gers, Schraudolph and
-        Schmidhuber 2002, JMLR 3 (peephole); Jozefowicz, Zaremba and Sutskever 2015, ICML (forget
-        bias); Ba, Kiros and Hinton 2016, arXiv:1607.06450, equations 20 to 22.
-    """
-
-    forget_bias: float = 1.0
-    peephole: bool = False
-    layer_norm: bool = False
-
-    num_gates: ClassVar[int] = 4
-    states: ClassVar[tuple[str, ...]] = ("hidden", "memory")
-
-    def parameters(
-        self, num_channels: int, hidden_size: int
-    ) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
-        listed = super().parameters(num_channels, hidden_size)
-        zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
-        (packed,) = listed["bias"][1]
-        listed["bias"] = (self._initial_bias, (packed,))
-        if self.peephole:
-            listed["peephole"] = (zeros, (3, hidden_size))
-        if self.layer_norm:
-            listed["input_scale"] = listed["recurrent_scale"] = (ones, (packed,))
-            listed["memory_scale"] = (ones, (hidden_size,))
-            listed["memory_bias"] = (zeros, (hidden_size,))
-        return listed
-
-    def project(self, weights: Weights, x: jax.Array) -> jax.Array:
-        projected = linear(x, weights["input_kernel"])
-        if self.layer_norm:
-            projected = _normalize(projected, weights["input_scale"]).astype(projected.dtype)
-        return _add(projected, weights["bias"])
-
-    def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
-        hidden, memory = carry
-        recurrent = _product(hidden, weights["recurrent_kernel"])
-        if self.layer_norm:
-            recurrent = _normalize(recurrent, weights["recurrent_scale"])
-        write, forget, candidate, read = jnp.split(projected + recurrent, 4, axis=-1)
-        if self.peephole:
-            write = write + weights["peephole"][:1] * memory
-            forget = forget + weights["peephole"][1:2] * memory
-        written = jax.nn.sigmoid(write) * jnp.tanh(candidate)
-        memory = jax.nn.sigmoid(forget) * memory + written
-        if self.peephole:
-            read = read + weights["peephole"][2:] * memory
-        seen = memory
-        if self.layer_norm:
-            seen = _add(_normalize(memory, weights["memory_scale"]), weights["memory_bias"])
-        return jax.nn.sigmoid(read) * jnp.tanh(seen), memory
-
-    def _initial_bias(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
-    ) -> jax.Array:
-        return jnp.repeat(jnp.array([0, self.forget_bias, 0, 0], dtype), shape[0] // 4)
-
-
-@dataclasses.dataclass(frozen=True)
-class GRUCell(Cell):
-    """Gated recurrent unit; gates packed as reset, update, candidate.
-
-    r, z = sigmoid(x W + h U + b); h' = z h + (1 - z) n, where the candidate n is
-    tanh(x W + (r h) U + b) if the reset comes before the product, as in the paper, and
-    tanh(x W + r (h U + b') + b) if it comes after it, as in cuDNN and torch, which is faster.
-
-    Attributes:
-        reset: "before" or "after".
-
-    Raises:
-        ValueError: another `reset`.
-
-    References:
-        Cho et al. 2014, arXiv:1406.1078, equations 5 to 8.
-    """
-
-    reset: Literal["before", "after"] = "after"
-
-    num_gates: ClassVar[int] = 3
-
-    def __post_init__(self) -> None:
-        if self.reset not in ("before", "after"):
-            raise ValueError(f"reset is {self.reset!r}; choose 'before' or 'after'")
-
-    def parameters(
-        self, num_channels: int, hidden_size: int
-    ) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
-        listed = super().parameters(num_channels, hidden_size)
-        if self.reset == "after":
-            listed["candidate_bias"] = (jax.nn.initializers.zeros, (hidden_size,))
-        return listed
-
-    def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
-        (hidden,) = carry
-        kernel, size = weights["recurrent_kernel"], hidden.shape[-1]
-        gates, candidate = projected[:, : 2 * size], projected[:, 2 * size :]
-        if self.reset == "after":
-            recurrent = _product(hidden, kernel)
-            reset, update = _gates(gates + recurrent[:, : 2 * size])
-            seen = reset * _add(recurrent[:, 2 * size :], weights["candidate_bias"])
-        else:
-            reset, update = _gates(gates + _product(hidden, kernel[:, : 2 * size]))
-            seen = _product(reset * hidden, kernel[:, 2 * size :])
-        return (update * hidden + (1 - update) * jnp.tanh(candidate + seen),)
-
-
-@dataclasses.dataclass(frozen=True)
-class MinimalGatedCell(Cell):
-    """Minimal gated unit, two thirds of a GRU; gates packed as forget, candidate.
-
-    f = sigmoid(x W + h U + b); h' = (1 - f) h + f tanh(x W + (f h) U + b).
-
-    References:
-        Zhou, Wu, Zhang and Zhou 2016, arXiv:1603.09420, Table 1.
-    """
-
-    num_gates: ClassVar[int] = 2
-
-    def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
-        (hidden,) = carry
-        kernel, size = weights["recurrent_kernel"], hidden.shape[-1]
-        forget = jax.nn.sigmoid(projected[:, :size] + _product(hidden, kernel[:, :size]))
-        seen = _product(forget * hidden, kernel[:, size:])
-        candidate = jnp.tanh(projected[:, size:] + seen)
-        return ((1 - forget) * hidden + forget * candidate,)
-
-
-_CELLS: dict[str, Cell] = {
-    "rnn": ElmanCell(),
-    "lstm": LSTMCell(),
-    "gru": GRUCell(),
-    "mgu": MinimalGatedCell(),
-}
-
-
-def find_cell(cell: str | Cell) -> Cell:
-    """Look a cell up by name.
-
-    Args:
-        cell: "rnn", "lstm", "gru" or "mgu", each with its default options, or a `Cell`.
-
-    Returns:
-        The cell; a `Cell` comes back as it is.
-
-    Raises:
-        ValueError: the name is unknown; the message lists the known ones.
-
-    Example:
-        >>> find_cell("gru")
-        GRUCell(reset='after')
-    """
-    if isinstance(cell, Cell):
-        return cell
-    if cell not in _CELLS:
-        raise ValueError(
-            f"unknown cell {cell!r}; choose from {', '.join(_CELLS)}, or give a Cell such as "
-            "LSTMCell(peephole=True)"
-        )
-    return _CELLS[cell]
+        Returns:
+            Outputs [time, batch, hidden_size], arbitrary where not valid, and the last carry.
+        """
+        rest = {name: array for name, array in weights.items() if name != "recurrent_kernel"}
+        return _scan(self, reverse, self.kernels(weights), rest, projected, carry, valid)
 
 
 def recurrent_scan(
@@ -298,6 +140,7 @@ def recurrent_scan(
         the carry after the last step taken.
 
     Example:
+        >>> from jaxnets.recurrent_cells import ElmanCell
         >>> cell, x = ElmanCell(), jnp.ones((4, 2, 3))
         >>> weights = {
         ...     name: initializer(jax.random.key(0), shape, jnp.float32)
@@ -307,22 +150,127 @@ def recurrent_scan(
         >>> outputs.shape, bool(jnp.all(outputs[-1] == hidden))
         ((4, 2, 5), True)
     """
+    projected = cell.project(weights, x)
+    outputs, carry = cell.scan(weights, projected, carry, valid, reverse=reverse)
+    if valid is not None:
+        outputs = jnp.where(valid[..., None], outputs, jnp.zeros((), outputs.dtype))
+    return outputs, carry
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(
+    cell: Cell,
+    reverse: bool,
+    kernels: Sequence[jax.Array],
+    rest: Weights,
+    projected: jax.Array,
+    carry: Carry,
+    valid: jax.Array | None,
+) -> tuple[jax.Array, Carry]:
+    products = [functools.partial(_product, kernel) for kernel in kernels]
 
     def advance(
         carry: Carry, inputs: tuple[jax.Array, jax.Array | None]
     ) -> tuple[Carry, jax.Array]:
-        projected, now = inputs
-        after = cell.step(weights, carry, at_least_float32(projected))
-        if now is not None:
-            taken = now[:, None]
-            after = tuple(jnp.where(taken, a, b) for a, b in zip(after, carry, strict=True))
-        return after, after[0].astype(projected.dtype)
+        now, valid = inputs
+        after = cell.advance(rest, carry, at_least_float32(now), products)
+        after = _keep(valid, after, carry)
+        return after, after[0].astype(now.dtype)
 
-    projected = cell.project(weights, x)
     carry, outputs = lax.scan(advance, carry, (projected, valid), reverse=reverse)
-    if valid is not None:
-        outputs = jnp.where(valid[..., None], outputs, jnp.zeros((), outputs.dtype))
     return outputs, carry
+
+
+def _scan_forward(
+    cell: Cell,
+    reverse: bool,
+    kernels: Sequence[jax.Array],
+    rest: Weights,
+    projected: jax.Array,
+    carry: Carry,
+    valid: jax.Array | None,
+) -> tuple[tuple[jax.Array, Carry], Any]:
+    """Run forward, with what `_scan_backward` needs.
+
+    The plain gradient adds to an array of the size of the kernel at every step. Here the cotangent
+    of each product goes to its tap instead, an input that has no influence, and once those of all
+    steps are known one matrix product gives the kernel's.
+    """
+    shape, dtype = projected.shape[:2], carry[0].dtype
+    taps = [jnp.zeros((*shape, kernel.shape[1]), dtype) for kernel in kernels]
+    pairs = [(kernel, kernel.T) for kernel in kernels]  # transposed once, not at every step
+
+    def run(
+        rest: Weights, projected: jax.Array, carry: Carry, taps: Sequence[jax.Array]
+    ) -> tuple[tuple[jax.Array, Carry], list[jax.Array]]:
+        def advance(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
+            now, valid, taps = inputs
+            multiplied: list[jax.Array] = []
+
+            def product(pair: Any, tap: jax.Array, hidden: jax.Array) -> jax.Array:
+                multiplied.append(hidden)
+                return _tapped_product(hidden, tap, *pair)
+
+            products = [
+                functools.partial(product, pair, tap)
+                for pair, tap in zip(pairs, taps, strict=True)
+            ]
+            after = cell.advance(rest, carry, at_least_float32(now), products)
+            after = _keep(valid, after, carry)
+            narrow = [hidden.astype(projected.dtype) for hidden in multiplied]
+            return after, (after[0].astype(now.dtype), narrow)
+
+        carry, (outputs, multiplied) = lax.scan(
+            advance, carry, (projected, valid, taps), reverse=reverse
+        )
+        return (outputs, carry), multiplied
+
+    result, pullback, multiplied = jax.vjp(run, rest, projected, carry, taps, has_aux=True)
+    return result, (pullback, multiplied)
+
+
+def _scan_backward(
+    cell: Cell, reverse: bool, residuals: Any, cotangents: tuple[jax.Array, Carry]
+) -> tuple[Any, ...]:
+    pullback, multiplied = residuals
+    rest, projected, carry, products = pullback(cotangents)
+    kernels = [
+        jnp.einsum("tbh,tbk->hk", hidden, product.astype(hidden.dtype))
+        for hidden, product in zip(multiplied, products, strict=True)
+    ]
+    return kernels, rest, projected, carry, None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+@jax.custom_vjp
+def _tapped_product(
+    hidden: jax.Array, tap: jax.Array, kernel: jax.Array, transposed: jax.Array
+) -> jax.Array:
+    return _product(kernel, hidden)
+
+
+def _tapped_forward(
+    hidden: jax.Array, tap: jax.Array, kernel: jax.Array, transposed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _product(kernel, hidden), transposed
+
+
+def _tapped_backward(
+    transposed: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    return _product(transposed, cotangent), cotangent, None, None
+
+
+_tapped_product.defvjp(_tapped_forward, _tapped_backward)
+
+
+def _keep(valid: jax.Array | None, after: Carry, before: Carry) -> Carry:
+    if valid is None:
+        return after
+    taken = valid[:, None]
+    return tuple(jnp.where(taken, a, b) for a, b in zip(after, before, strict=True))
 
 
 def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -360,23 +308,13 @@ def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.where(valid[..., None], kept, jnp.zeros((), x.dtype)), valid
 
 
-def _product(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+def _product(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     return at_least_float32(hidden.astype(kernel.dtype) @ kernel)
 
 
-def _gates(packed: jax.Array) -> list[jax.Array]:
-    return jnp.split(jax.nn.sigmoid(packed), 2, axis=-1)
-
-
-def _add(x: jax.Array, vector: jax.Array) -> jax.Array:
+def add_row(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """Add a vector [features] to each row of [..., features]."""
     return x + vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def _normalize(x: jax.Array, scale: jax.Array) -> jax.Array:
-    x = at_least_float32(x)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return centred * lax.rsqrt(variance + 1e-6) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 def _each_gate(initializer: Initializer, num_gates: int) -> Initializer:
