@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,6 +61,92 @@ class Sums:
             pairs = draw_pairs(random, self.batch_size, self.digits, held_out=False)
             yield encode(pairs, self.digits)
             step += 1
+
+
+class Addition(Problem):
+    """Generated sums, a network that reads and writes digits, and how it is trained."""
+
+    dataset_name = "sums"
+
+    def __init__(self, config: Config) -> None:
+        self.options = self.config = config
+        if not 1 <= config.digits <= 9:
+            raise RunError(f"--digits is {config.digits}; give 1 to 9")
+        self.module = self._make_module()
+        self.objective = jn.sequence_to_sequence(self.module)
+        self.steps_per_epoch = 500
+        random = np.random.default_rng(0)
+        self.pairs = draw_pairs(random, NUM_TESTED, config.digits, held_out=True)
+        self.eval_batches = [encode(part, config.digits) for part in np.split(self.pairs, 4)]
+
+    def _make_module(self) -> Any:
+        config = self.config
+        precision = jn.Precision(compute=jnp.dtype(config.precision))
+        if config.model == "transformer":
+            block = jn.BlockConfig(features=config.width, positions="learned")
+            return jn.TransformerTranslator(
+                VOCABULARY_SIZE, num_layers=2, config=block, max_length=32, precision=precision
+            )
+        return jn.RecurrentTranslator(
+            VOCABULARY_SIZE,
+            embedding_size=config.width // 2,
+            hidden_size=config.width,
+            cell=config.model,
+            precision=precision,
+        )
+
+    def example(self) -> tuple[Any, ...]:
+        batch = self.eval_batches[0]
+        return tuple(batch[name][:1] for name in ("inputs", "decoder_inputs", "lengths"))
+
+    def member_source(self, seed: int) -> jn.BatchSource:
+        return Sums(self.config.digits, self.config.batch_size, seed)
+
+    def measure(self, states: jn.TrainState) -> Measured:
+        """Write the sums of the test set by greedy decoding; the whole answer counts."""
+        answers = [
+            self.answers(member(self.evaluated(states), index))
+            for index in range(self.config.seeds)
+        ]
+        right = [str(a + b) for a, b in self.pairs.tolist()]
+        self.mistakes = [
+            f"{a}+{b} = {true}, not {said}"
+            for (a, b), true, said in zip(self.pairs.tolist(), right, answers[0], strict=True)
+            if true != said
+        ]
+        exact = [np.mean([s == r for s, r in zip(said, right, strict=True)]) for said in answers]
+        return Measured("exact sums", np.array(exact), details={"tested_sums": len(right)})
+
+    def answers(self, state: jn.TrainState) -> list[str]:
+        """Return what a network says to the sums of the test set."""
+        variables, said = {"params": state.params}, []
+        capacity = self.config.digits + 3
+        for batch in self.eval_batches:
+            carry = self.module.apply(
+                variables, batch["inputs"], batch["lengths"], capacity, method="start"
+            )
+            generated = jn.generate(
+                self.module,
+                variables,
+                np.full((len(batch["inputs"]), 1), BEGIN),
+                num_tokens=capacity - 1,
+                rng=jax.random.key(0),
+                sampling=jn.Sampling(temperature=0.0),
+                stop_tokens=(END,),
+                carry=carry,
+            )
+            said += [decode(row)[::-1] for row in np.asarray(generated.tokens)]
+        return said
+
+    def draw(
+        self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
+    ) -> None:
+        panels = {
+            "nats per digit": ("loss", "test/loss"),
+            "accuracy": ("accuracy", "test/accuracy"),
+        }
+        figures.curves(history, panels, folder.path / "curves.png")
+        (folder.path / "mistakes.txt").write_text("".join(f"{m}\n" for m in self.mistakes))
 
 
 def draw_pairs(
@@ -119,3 +206,14 @@ def decode(ids: np.ndarray) -> str:
             break
         text += SYMBOLS[index - FIRST]
     return text
+
+
+RECIPES = {
+    "gru": Config(model="gru", steps=4000, learning_rate=3e-3, weight_decay=0.0),
+    "lstm": Config(model="lstm", steps=4000, learning_rate=3e-3, weight_decay=0.0),
+    "rnn": Config(model="rnn", steps=6000, learning_rate=1e-3, weight_decay=0.0, clip=1.0),
+    "transformer": Config(model="transformer", steps=4000, learning_rate=1e-3),
+}
+
+if __name__ == "__main__":
+    training.main("addition", Addition, RECIPES)
