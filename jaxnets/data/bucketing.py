@@ -191,10 +191,10 @@ def bucketed_batches(
     """Yield shuffled batches of examples of similar length without end, for training.
 
     Examples are sorted by length, that of the longer side, and divided into buckets of about
-    equally many. Every batch is of one bucket and has its shape: rows as long as the bucket's
-    longest, rounded up to `multiple`, and as many of them as give about `tokens_per_batch` on the
-    longer side. In each epoch every bucket is shuffled anew and so are the batches; the ragged
-    rest of a bucket is left out, other examples in every epoch.
+    equally many tokens. Every batch is of one bucket and has its shape: rows as long as the
+    longest of the bucket, rounded up to `multiple`, and as many rows as `tokens_per_batch` allows
+    on the longer side. In each epoch every bucket is shuffled anew and so are the batches; the
+    ragged rest of a bucket is left out, other examples in every epoch.
 
     With a sentence as the second of each pair, the decoder reads `BEGIN` + target and has to say
     target + `END`.
@@ -355,7 +355,10 @@ def _grouped(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.nd
     """Return the indices of the examples of each bucket, in order of length."""
     check_sizes(num_buckets=num_buckets, multiple=multiple)
     order = np.argsort(lengths, kind="stable")
-    last = -(-len(order) * np.arange(1, num_buckets + 1) // num_buckets) - 1
+    # Quantiles of the tokens, not of the examples: the long ones, where padding costs most, are
+    # then divided as finely as the short ones, and all buckets have about equally many batches.
+    tokens = np.cumsum(lengths[order])
+    last = np.searchsorted(tokens * num_buckets, tokens[-1] * np.arange(1, num_buckets + 1))
     bounds = np.unique(_round_up(lengths[order[last]], multiple))
     ends = np.searchsorted(lengths[order], bounds, side="right")
     return np.split(order, ends[:-1])
