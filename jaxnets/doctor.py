@@ -33,6 +33,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "experiments": ("tyro", "matplotlib", "pillow"),
     "grain": ("grain",),
     "tensorboard": ("tensorboardX",),
+    "text": ("tokenizers",),
     "notebooks": ("jupyter-client", "nbclient", "ipykernel"),
     "parity": ("torch", "transformers", "safetensors"),
 }

@@ -122,11 +122,11 @@ def test_a_file_found_nowhere_is_named_with_its_digest_and_the_remedy(tmp_path):
 
 
 def test_each_data_set_is_located_by_the_name_of_its_loader(tmp_path):
-    assert locate() == {"mnist": None, "fashion_mnist": None, "cifar10": None}
+    assert set(locate().values()) == {None}
     write(tmp_path / "system/fashion-mnist/train-images-idx3-ubyte.gz")
     write(tmp_path / "cache/jaxnets/cifar10/cifar-10-binary.tar.gz")
     write(tmp_path / "mnist/train-images-idx3-ubyte")
-    assert locate(tmp_path) == {
+    assert {name: folder for name, folder in locate(tmp_path).items() if folder} == {
         "mnist": tmp_path / "mnist",
         "fashion_mnist": tmp_path / "system/fashion-mnist",
         "cifar10": tmp_path / "cache/jaxnets/cifar10",

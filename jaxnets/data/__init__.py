@@ -9,7 +9,7 @@ from jaxnets.data.augment import (
     random_flip,
     random_shift,
 )
-from jaxnets.data.bucketing import bucketed_batches, bucketed_pass, pad_sequences
+from jaxnets.data.bucketing import bucketed_batches, bucketed_pass
 from jaxnets.data.catalog import locate
 from jaxnets.data.cifar import cifar10
 from jaxnets.data.corpora import (
@@ -23,6 +23,7 @@ from jaxnets.data.corpora import (
 )
 from jaxnets.data.files import safe_extract
 from jaxnets.data.images import ImageDataset, digits, fashion_mnist, mnist
+from jaxnets.data.padding import pad_sequences
 from jaxnets.data.pipeline import grain_batches
 from jaxnets.data.prefetching import prefetch
 from jaxnets.data.sources import (
@@ -32,14 +33,14 @@ from jaxnets.data.sources import (
     sequential_batches,
     shuffled_batches,
 )
+from jaxnets.data.subwords import SubwordTokenizer
 from jaxnets.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
-    SubwordTokenizer,
-    Tokenizer,
     WordTokenizer,
     load_tokenizer,
 )
+from jaxnets.data.vocabulary import Tokenizer
 from jaxnets.data.windows import sequential_windows, token_streams, token_windows
 
 __all__ = [

@@ -5,66 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxnets.core import Batch
 from jaxnets.data.arrays import Arrays, check_seed, random_order
-from jaxnets.data.tokenizers import BEGIN, END, PAD
+from jaxnets.data.padding import check_sequence, pad_sequences, round_up
+from jaxnets.data.vocabulary import BEGIN, END
 from jaxnets.data.windows import check_first_step, check_sizes
 
 #: Token ids, and what belongs to them: the token ids of a translation, or an integer class.
 Example: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
-
-
-def pad_sequences(
-    sequences: Sequence[npt.ArrayLike],
-    *,
-    length: int | None = None,
-    multiple: int = 1,
-    truncate: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Write sequences of token ids into one array, with `PAD` behind each.
-
-    Args:
-        sequences: integer [tokens], each with at least one token.
-        length: of the rows; by default that of the longest sequence.
-        multiple: round the default length up to a multiple, so that fewer shapes are compiled.
-        truncate: cut what is longer than `length`, which is an error otherwise.
-
-    Returns:
-        int32 [sequences, length], and the number of tokens of each, int32 [sequences].
-
-    Raises:
-        ValueError: no sequences, an empty one, one that is longer than `length`, ids that are no
-            integers or negative.
-
-    Example:
-        >>> pad_sequences([[5, 6, 7], [8]])
-        (array([[5, 6, 7],
-               [8, 0, 0]], dtype=int32), array([3, 1], dtype=int32))
-    """
-    if len(sequences) == 0:
-        raise ValueError("sequences is empty; give at least one sequence of token ids")
-    check_sizes(multiple=multiple, **({} if length is None else {"length": length}))
-    arrays = [_checked(sequence, index) for index, sequence in enumerate(sequences)]
-    lengths = np.array([len(array) for array in arrays], np.int32)
-    longest = int(lengths.max())
-    if length is None:
-        length = _round_up(longest, multiple)
-    elif longest > length and not truncate:
-        index = int(np.argmax(lengths))
-        raise ValueError(
-            f"sequence {index} has {longest} tokens, more than length={length}; raise the length, "
-            "drop the sequence, or cut it with truncate=True"
-        )
-    lengths = np.minimum(lengths, length).astype(np.int32)
-    padded = np.full((len(arrays), length), PAD, np.int32)
-    for row, array in zip(padded, arrays, strict=True):
-        row[: len(array)] = array[:length]
-    return padded, lengths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,10 +144,10 @@ def bucketed_batches(
     """Yield shuffled batches of examples of similar length without end, for training.
 
     Examples are sorted by length, that of the longer side, and divided into buckets of about
-    equally many. Every batch is of one bucket and has its shape: rows as long as the bucket's
-    longest, rounded up to `multiple`, and as many of them as give about `tokens_per_batch` on the
-    longer side. In each epoch every bucket is shuffled anew and so are the batches; the ragged
-    rest of a bucket is left out, other examples in every epoch.
+    equally many tokens. Every batch is of one bucket and has its shape: rows as long as the
+    longest of the bucket, rounded up to `multiple`, and as many rows as `tokens_per_batch` allows
+    on the longer side. In each epoch every bucket is shuffled anew and so are the batches; the
+    ragged rest of a bucket is left out, other examples in every epoch.
 
     With a sentence as the second of each pair, the decoder reads `BEGIN` + target and has to say
     target + `END`.
@@ -320,7 +273,7 @@ class _Examples:
         if self.targets is not None:
             targets = [self.targets[i] for i in group]
             longest = 1 + max(len(target) for target in targets)
-            labels, target_lengths = pad_sequences(targets, length=_round_up(longest, multiple))
+            labels, target_lengths = pad_sequences(targets, length=round_up(longest, multiple))
             data["decoder_inputs"] = np.insert(labels[:, :-1], 0, BEGIN, axis=1)
             labels[np.arange(len(labels)), target_lengths] = END
             data |= {"labels": labels, "label_lengths": target_lengths + 1}
@@ -337,10 +290,10 @@ def _parsed(pairs: Sequence[Example]) -> _Examples:
     if len(pairs) == 0:
         raise ValueError("pairs is empty; give at least one (token ids, target)")
     firsts, seconds = zip(*pairs, strict=True)
-    sources = [_checked(ids, index) for index, ids in enumerate(firsts)]
+    sources = [check_sequence(ids, index) for index, ids in enumerate(firsts)]
     ranks = {np.ndim(second) for second in seconds}
     if ranks == {1}:
-        targets = [_checked(ids, index) for index, ids in enumerate(seconds)]
+        targets = [check_sequence(ids, index) for index, ids in enumerate(seconds)]
         return _Examples(sources, targets, None)
     classes = np.asarray(seconds) if ranks == {0} else np.empty(0)
     if classes.dtype.kind not in "iu":
@@ -355,8 +308,11 @@ def _grouped(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.nd
     """Return the indices of the examples of each bucket, in order of length."""
     check_sizes(num_buckets=num_buckets, multiple=multiple)
     order = np.argsort(lengths, kind="stable")
-    last = -(-len(order) * np.arange(1, num_buckets + 1) // num_buckets) - 1
-    bounds = np.unique(_round_up(lengths[order[last]], multiple))
+    # Quantiles of the tokens, not of the examples: the long ones, where padding costs most, are
+    # then divided as finely as the short ones, and all buckets have about equally many batches.
+    tokens = np.cumsum(lengths[order])
+    last = np.searchsorted(tokens * num_buckets, tokens[-1] * np.arange(1, num_buckets + 1))
+    bounds = np.unique(round_up(lengths[order[last]], multiple))
     ends = np.searchsorted(lengths[order], bounds, side="right")
     return np.split(order, ends[:-1])
 
@@ -385,21 +341,3 @@ def _padding_share(buckets: Sequence[Bucket]) -> float:
 
 def _rows(data: Arrays, rows: np.ndarray) -> Arrays:
     return {name: array[rows] for name, array in data.items()}
-
-
-def _round_up(size: int | np.ndarray, multiple: int) -> Any:
-    return -(-size // multiple) * multiple
-
-
-def _checked(ids: npt.ArrayLike, index: int) -> np.ndarray:
-    array = np.asarray(ids)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(
-            f"sequence {index} has shape {array.shape}; give at least one token id, [tokens]"
-        )
-    if array.dtype.kind not in "iu" or array.min() < 0:
-        raise ValueError(
-            f"sequence {index} starts with {array[:3].tolist()} of type {array.dtype}; give "
-            "integer ids of 0 or more, such as tokenizer.encode(text)"
-        )
-    return array

@@ -246,7 +246,7 @@ def sst2(
 
     6,920 sentences for training, 872 for validation, 1,821 for testing, lower-cased, with spaces
     between the tokens. All are kept as published: two test sentences ("no" and "what 's next ?")
-    also stand in the training part, with the same label, and ten training sentences repeat
+    also stand in the training part, with the same label, and nine training sentences repeat
     others.
 
     Args:
