@@ -19,7 +19,7 @@ from jaxnets.parallel_recurrence import MinGRUCell, MinLSTMCell
 from jaxnets.recurrent_cells import ElmanCell, GRUCell, LSTMCell, MinimalGatedCell
 from jaxnets.recurrent_language_model import RecurrentLM
 from jaxnets.recurrent_layers import Recurrent, RecurrentLayer, find_cell
-#from jaxnets.recurrent_translator import RecurrentTranslator
+from jaxnets.recurrent_translator import RecurrentTranslator
 from jaxnets.sequence import Cell
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "Recurrent",
     "RecurrentLM",
     "RecurrentLayer",
-#    "RecurrentTranslator",
+    "RecurrentTranslator",
     "SequenceClassifier",
 ]
 

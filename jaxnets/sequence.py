@@ -8,11 +8,10 @@ product with the hidden state is left inside. Time comes first: [time, batch, fe
 from __future__ import annotations
 
 import abc
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from jax import lax
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional import linear
-from jaxnets.normalization import layer_norm
 
 Initializer: TypeAlias = Callable[..., jax.Array]
+Tree = TypeVar("Tree")
 #: The states of a cell, each [batch, hidden_size]; the first one is its output.
 Carry: TypeAlias = tuple[jax.Array, ...]
 #: Name -> array, as listed by `Cell.parameters`.
@@ -174,7 +173,7 @@ def _scan(
     ) -> tuple[Carry, jax.Array]:
         now, valid = inputs
         after = cell.advance(rest, carry, at_least_float32(now), products)
-        after = _keep(valid, after, carry)
+        after = keep(valid, after, carry)
         return after, after[0].astype(now.dtype)
 
     carry, outputs = lax.scan(advance, carry, (projected, valid), reverse=reverse)
@@ -212,11 +211,10 @@ def _scan_forward(
                 return _tapped_product(hidden, tap, *pair)
 
             products = [
-                functools.partial(product, pair, tap)
-                for pair, tap in zip(pairs, taps, strict=True)
+                functools.partial(product, pair, tap) for pair, tap in zip(pairs, taps, strict=True)
             ]
             after = cell.advance(rest, carry, at_least_float32(now), products)
-            after = _keep(valid, after, carry)
+            after = keep(valid, after, carry)
             narrow = [hidden.astype(projected.dtype) for hidden in multiplied]
             return after, (after[0].astype(now.dtype), narrow)
 
@@ -266,11 +264,21 @@ def _tapped_backward(
 _tapped_product.defvjp(_tapped_forward, _tapped_backward)
 
 
-def _keep(valid: jax.Array | None, after: Carry, before: Carry) -> Carry:
+def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
+    """Take the states after a step where it is valid, and those before it elsewhere.
+
+    Args:
+        valid: bool [batch]; None is all valid.
+        after: pytree of arrays [batch, features].
+        before: likewise.
+
+    Returns:
+        Pytree of the same structure.
+    """
     if valid is None:
         return after
     taken = valid[:, None]
-    return tuple(jnp.where(taken, a, b) for a, b in zip(after, before, strict=True))
+    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), after, before)
 
 
 def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:

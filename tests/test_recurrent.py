@@ -15,7 +15,6 @@ from jaxnets.layers import capture
 from jaxnets.objectives import classification
 from jaxnets.parallel import jit_step
 from jaxnets.recurrent import (
-    MinGRUCell,
     ElmanCell,
     GRUCell,
     LSTMCell,
