@@ -1,0 +1,29 @@
+"""The Linen pieces of which transformers are put together."""
+
+from jaxnets.transformer_layers.block import Attention, Block, FeedForward, RMSNorm
+from jaxnets.transformer_layers.config import BlockConfig, Positions, build_preset
+from jaxnets.transformer_layers.inputs import InputEmbedding, PositionEmbedding
+from jaxnets.transformer_layers.stack import (
+    Stack,
+    StackCarry,
+    mean_over_time,
+    stack_layers,
+    unstack_layers,
+)
+
+__all__ = [
+    "Attention",
+    "Block",
+    "BlockConfig",
+    "FeedForward",
+    "InputEmbedding",
+    "PositionEmbedding",
+    "Positions",
+    "RMSNorm",
+    "Stack",
+    "StackCarry",
+    "build_preset",
+    "mean_over_time",
+    "stack_layers",
+    "unstack_layers",
+]
