@@ -122,14 +122,17 @@ def test_a_file_found_nowhere_is_named_with_its_digest_and_the_remedy(tmp_path):
 
 
 def test_each_data_set_is_located_by_the_name_of_its_loader(tmp_path):
-    assert locate() == {"mnist": None, "fashion_mnist": None, "cifar10": None}
+    names = ("mnist", "fashion_mnist", "cifar10", "spoken_digits")
+    assert locate() == dict.fromkeys(names)
     write(tmp_path / "system/fashion-mnist/train-images-idx3-ubyte.gz")
     write(tmp_path / "cache/jaxnets/cifar10/cifar-10-binary.tar.gz")
     write(tmp_path / "mnist/train-images-idx3-ubyte")
+    write(tmp_path / "fsdd/recordings/0_george_0.wav")
     assert locate(tmp_path) == {
         "mnist": tmp_path / "mnist",
         "fashion_mnist": tmp_path / "system/fashion-mnist",
         "cifar10": tmp_path / "cache/jaxnets/cifar10",
+        "spoken_digits": tmp_path / "fsdd/recordings",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jaxnets.data import cifar, images
+from jaxnets.data import cifar, images, speech
 from jaxnets.data.files import DataFile, find
 
 # By the name of the loader: the files that stand for the data set, one per layout.
@@ -13,6 +13,7 @@ _FILES: dict[str, tuple[DataFile, ...]] = {
     "mnist": images.MNIST_FILES[:1],
     "fashion_mnist": images.FASHION_MNIST_FILES[:1],
     "cifar10": cifar.LAYOUTS,
+    "spoken_digits": speech.LAYOUTS,
 }
 
 
@@ -28,7 +29,7 @@ def locate(directory: str | os.PathLike[str] | None = None) -> dict[str, Path | 
 
     Example:
         >>> sorted(locate())
-        ['cifar10', 'fashion_mnist', 'mnist']
+        ['cifar10', 'fashion_mnist', 'mnist', 'spoken_digits']
     """
     found = {name: find(files, directory) for name, files in _FILES.items()}
     return {name: place and place[1].parent for name, place in found.items()}
