@@ -216,6 +216,12 @@ def _maker(
             f"gaps of up to {max_gap_seconds} s at {sample_rate} Hz are out of range; give 0 or "
             "more, at a positive rate"
         )
+    time = part["inputs"].shape[1]
+    if part["lengths"].min() < 1 or part["lengths"].max() > time:
+        raise ValueError(
+            f"lengths from {part['lengths'].min()} to {part['lengths'].max()} are not in "
+            f"[1, {time}]; count the samples of each recording"
+        )
     speakers = part["speakers"]
     by_speaker = tuple(np.flatnonzero(speakers == speaker) for speaker in np.unique(speakers))
     max_gap = int(max_gap_seconds * sample_rate)

@@ -258,8 +258,9 @@ class LogMel:
         if lengths is None:
             return features
         num_frames = features.shape[1]
+        lengths = jnp.asarray(lengths)
         # A negative length has made its signal NaN, which must not be hidden here.
-        num_valid = jnp.where(lengths < 0, num_frames, self.frames(jnp.asarray(lengths)))
+        num_valid = jnp.where(lengths < 0, num_frames, self.frames(lengths))
         valid = jnp.arange(num_frames)[None] < num_valid[:, None]
         return jnp.where(valid[..., None], features, jnp.zeros((), features.dtype))
 
