@@ -19,7 +19,9 @@ from jaxnets import (
     metrics,
     recurrent,
     sequence,
+    transformer,
 )
+from jaxnets.beam_search import beam_search
 from jaxnets.checkpoint import CheckpointError, parameters_sha256
 from jaxnets.convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
 from jaxnets.core import (
@@ -43,6 +45,7 @@ from jaxnets.core import (
 from jaxnets.diagnostics import find_learning_rate, overfit_one_batch
 from jaxnets.equivalence import check_equivalence
 from jaxnets.feedforward import MLP, MLPMixer
+from jaxnets.generation import generate
 from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
 from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
 from jaxnets.layers import capture
@@ -69,17 +72,29 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
-from jaxnets.recurrent import Recurrent, SequenceClassifier
+from jaxnets.recurrent import Recurrent, RecurrentLM, RecurrentTranslator, SequenceClassifier
+from jaxnets.sampling import Sampling
 from jaxnets.summary import Summary, summarize, summarize_model
 from jaxnets.training import TrainStep, create_train_state, make_eval_step, make_train_step
+from jaxnets.transformer import (
+    AudioTransformer,
+    BlockConfig,
+    TransformerClassifier,
+    TransformerEncoder,
+    TransformerLM,
+    TransformerTranslator,
+    VisionTransformer,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DATA_AXIS",
     "MLP",
+    "AudioTransformer",
     "Batch",
     "BatchSource",
+    "BlockConfig",
     "CheckpointError",
     "Checkpointing",
     "ConvNeXt",
@@ -100,19 +115,28 @@ __all__ = [
     "Params",
     "Precision",
     "Recurrent",
+    "RecurrentLM",
+    "RecurrentTranslator",
     "ResNet",
     "ResNet9",
+    "Sampling",
     "SequenceClassifier",
     "StepFn",
     "StopTraining",
     "Summary",
     "TrainState",
     "TrainStep",
+    "TransformerClassifier",
+    "TransformerEncoder",
+    "TransformerLM",
+    "TransformerTranslator",
     "Update",
+    "VisionTransformer",
     "WideResNet",
     "absolute_error",
     "apply_module",
     "averaged_parameters",
+    "beam_search",
     "binary_cross_entropy",
     "capture",
     "check_equivalence",
@@ -132,6 +156,7 @@ __all__ = [
     "fit",
     "fsdp_sharding",
     "functional",
+    "generate",
     "huber_error",
     "jit_step",
     "jsonl_writer",
@@ -156,6 +181,7 @@ __all__ = [
     "summarize",
     "summarize_model",
     "tensorboard_writer",
+    "transformer",
     "with_batch_transform",
     "with_parameter_average",
 ]

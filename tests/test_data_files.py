@@ -126,10 +126,12 @@ def test_each_data_set_is_located_by_the_name_of_its_loader(tmp_path):
     write(tmp_path / "system/fashion-mnist/train-images-idx3-ubyte.gz")
     write(tmp_path / "cache/jaxnets/cifar10/cifar-10-binary.tar.gz")
     write(tmp_path / "mnist/train-images-idx3-ubyte")
+    write(tmp_path / "fsdd/recordings/0_george_0.wav")
     assert {name: folder for name, folder in locate(tmp_path).items() if folder} == {
         "mnist": tmp_path / "mnist",
         "fashion_mnist": tmp_path / "system/fashion-mnist",
         "cifar10": tmp_path / "cache/jaxnets/cifar10",
+        "spoken_digits": tmp_path / "fsdd/recordings",
     }
 
 

@@ -1,6 +1,13 @@
-"""Data: deterministic batch sources, images, text, augmentation, files with pinned digests."""
+"""Data: deterministic sources of batches, images, text, speech, files with pinned digests."""
 
 from jaxnets.data.arrays import check_arrays, pad_batch, split
+from jaxnets.data.audio_augment import (
+    add_noise,
+    change_speed,
+    random_gain,
+    spec_augment,
+    time_shift,
+)
 from jaxnets.data.augment import (
     cutout,
     mixup,
@@ -21,11 +28,13 @@ from jaxnets.data.corpora import (
     sst2,
     tiny_shakespeare,
 )
+from jaxnets.data.digit_strings import digit_string_batches, digit_strings
 from jaxnets.data.files import safe_extract
 from jaxnets.data.images import ImageDataset, digits, fashion_mnist, mnist
 from jaxnets.data.padding import pad_sequences
 from jaxnets.data.pipeline import grain_batches
 from jaxnets.data.prefetching import prefetch
+from jaxnets.data.resampling import resample
 from jaxnets.data.sources import (
     chunked,
     index_batches,
@@ -33,6 +42,8 @@ from jaxnets.data.sources import (
     sequential_batches,
     shuffled_batches,
 )
+from jaxnets.data.spectrogram import LogMel, mel_filterbank, mfcc, standardize, stft
+from jaxnets.data.speech import SpeechDataset, spoken_digits, tone_words
 from jaxnets.data.subwords import SubwordTokenizer
 from jaxnets.data.tokenizers import (
     ByteTokenizer,
@@ -40,32 +51,46 @@ from jaxnets.data.tokenizers import (
     WordTokenizer,
     load_tokenizer,
 )
-from jaxnets.data.vocabulary import Tokenizer
+from jaxnets.data.vocabulary import BEGIN, END, PAD, UNKNOWN, Tokenizer
+from jaxnets.data.wav import read_wav, write_wav
+from jaxnets.data.waveform import to_waveform
 from jaxnets.data.windows import sequential_windows, token_streams, token_windows
 
 __all__ = [
+    "BEGIN",
+    "END",
+    "PAD",
+    "UNKNOWN",
     "ByteTokenizer",
     "CharacterTokenizer",
     "ImageDataset",
+    "LogMel",
     "SentenceDataset",
+    "SpeechDataset",
     "SubwordTokenizer",
     "TextDataset",
     "Tokenizer",
     "TranslationDataset",
     "WordTokenizer",
+    "add_noise",
     "bucketed_batches",
     "bucketed_pass",
+    "change_speed",
     "check_arrays",
     "chunked",
     "cifar10",
     "cutout",
+    "digit_string_batches",
+    "digit_strings",
     "digits",
     "fashion_mnist",
     "grain_batches",
     "index_batches",
     "load_tokenizer",
     "locate",
+    "mel_filterbank",
     "member_batches",
+    "mfcc",
     "mixup",
     "mnist",
     "multi30k",
@@ -76,14 +101,25 @@ __all__ = [
     "python_topics",
     "random_crop",
     "random_flip",
+    "random_gain",
     "random_shift",
+    "read_wav",
+    "resample",
     "safe_extract",
     "sequential_batches",
     "sequential_windows",
     "shuffled_batches",
+    "spec_augment",
     "split",
+    "spoken_digits",
     "sst2",
+    "standardize",
+    "stft",
+    "time_shift",
     "tiny_shakespeare",
+    "to_waveform",
     "token_streams",
     "token_windows",
+    "tone_words",
+    "write_wav",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jaxnets.data import cifar, corpora, images
+from jaxnets.data import cifar, corpora, images, speech
 from jaxnets.data.files import DataFile, find
 
 # By the name of the loader: the files that stand for the data set, one per layout.
@@ -16,6 +16,7 @@ _FILES: dict[str, tuple[DataFile, ...]] = {
     "tiny_shakespeare": (corpora.TINY_SHAKESPEARE_FILE,),
     "multi30k": corpora.MULTI30K_FILES[:1],
     "sst2": corpora.SST2_FILES[:1],
+    "spoken_digits": speech.LAYOUTS,
 }
 
 
