@@ -11,10 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, check_lengths
 
 
 def ctc_greedy(
@@ -127,7 +126,7 @@ def ctc_beam_search(
     valid = _valid_frames(frames, lengths, blank)
     labels, counts, totals = _search(frames, valid, num_beams, blank)
     if lengths is not None:
-        inside = (lengths >= 0) & (lengths <= frames.shape[1])
+        inside = check_lengths(lengths, rows=frames.shape[0], most=frames.shape[1])
         totals = jnp.where(inside, totals, jnp.nan)
     return labels, counts, totals
 
@@ -211,16 +210,5 @@ def _valid_frames(frames: jax.Array, lengths: jax.Array | None, blank: int) -> j
         raise ValueError(f"blank is {blank}; give one of the {num_classes} classes")
     if lengths is None:
         return jnp.ones((batch, time), bool)
-    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(
-            f"lengths of shape {jnp.shape(lengths)} and type {jnp.result_type(lengths)} do not fit "
-            f"{batch} utterances; give one integer for each, shape ({batch},)"
-        )
-    if not isinstance(lengths, jax.core.Tracer):
-        wrong = [int(n) for n in np.asarray(lengths) if not 0 <= n <= time]
-        if wrong:
-            raise ValueError(
-                f"length {wrong[0]} is not in [0, {time}]; lengths count the frames of each "
-                f"utterance, and there are {time}"
-            )
+    check_lengths(lengths, rows=batch, most=time)
     return jnp.arange(time)[None] < jnp.asarray(lengths)[:, None]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, check_lengths
 from jaxnets.sampling import Sampling, sample_tokens
 
 
@@ -219,7 +219,7 @@ def read_prompts(
     if lengths is None:
         return logits[:, -1], carry
     last = jnp.take_along_axis(logits, jnp.clip(lengths - 1, 0, time - 1)[:, None, None], axis=1)
-    inside = (lengths >= 1) & (lengths <= time)
+    inside = check_lengths(lengths, rows=batch, most=time, least=1)
     return jnp.where(inside[:, None], last[:, 0], jnp.nan), carry
 
 
@@ -282,7 +282,7 @@ def check_prompts(
     capacity = needed if capacity is None else capacity
     if lengths is not None:
         lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-        _check_lengths(lengths, shape)
+        check_lengths(lengths, rows=shape[0], most=shape[1], least=1)
         valid = np.arange(shape[1])[None] < lengths[:, None]
         prompts = jnp.where(valid, prompts, 0)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(carry)}
@@ -303,19 +303,3 @@ def check_prompts(
             "text with the tokenizer that the network was built for"
         )
     return jnp.asarray(prompts, jnp.int32), lengths, capacity
-
-
-def _check_lengths(lengths: jax.Array, shape: tuple[int, ...]) -> None:
-    dtype = lengths.dtype
-    if lengths.shape != shape[:1] or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(
-            f"lengths of shape {lengths.shape} and type {dtype} do not fit {shape[0]} "
-            f"prompts; give one integer for each, shape ({shape[0]},)"
-        )
-    if not isinstance(lengths, jax.core.Tracer):
-        wrong = [int(n) for n in np.asarray(lengths) if not 1 <= n <= shape[1]]
-        if wrong:
-            raise ValueError(
-                f"length {wrong[0]} is not in [1, {shape[1]}]; lengths count the tokens of each "
-                "prompt, which needs at least one"
-            )

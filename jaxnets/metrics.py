@@ -6,7 +6,7 @@ named beside it, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +161,81 @@ def expected_calibration_error(bins: Mean) -> jax.Array:
     """
     weight, confidence, hits = jnp.moveaxis(bins.total, -1, 0)
     return jnp.sum(jnp.abs(hits - confidence)) / jnp.sum(weight)
+
+
+def perplexity(loss: Mean) -> jax.Array:
+    """Return e to the mean loss: among how many equally likely tokens a model seems to choose.
+
+    Args:
+        loss: of a language model, in nats, summed over all batches.
+
+    Returns:
+        Scalar, 1 or more.
+
+    Example:
+        >>> round(float(perplexity(Mean.of(jnp.log(jnp.array([2.0, 8.0]))))), 4)
+        4.0
+    """
+    return jnp.exp(loss.compute())
+
+
+def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """Count the insertions, deletions and substitutions that make one sequence of the other.
+
+    Args:
+        first: text, words, labels or anything else that can be compared.
+        second: likewise.
+
+    Returns:
+        The fewest edits there can be.
+
+    Example:
+        >>> edit_distance("kitten", "sitting")
+        3
+
+    References:
+        Levenshtein 1966, Soviet Physics Doklady 10(8).
+    """
+    ids: dict[Hashable, int] = {}
+    numbers = np.array([ids.setdefault(item, len(ids)) for item in second], np.int64)
+    columns = np.arange(len(numbers) + 1)
+    row = columns
+    for item in first:
+        after = row + 1  # deletion
+        after[1:] = np.minimum(after[1:], row[:-1] + (numbers != ids.get(item, -1)))
+        # An insertion extends the entry to the left, so that the least entry so far spreads.
+        row = np.minimum.accumulate(after - columns) + columns
+    return int(row[-1])
+
+
+def error_rate(
+    predictions: Iterable[Sequence[Hashable]], references: Iterable[Sequence[Hashable]]
+) -> Mean:
+    """Count the edits between what was recognised and what was said.
+
+    Args:
+        predictions: one sequence of words (or characters, or labels) for each utterance.
+        references: the true ones.
+
+    Returns:
+        Mean; `compute()` is the word (character, label) error rate: edits per word of the
+        references, which can exceed 1.
+
+    Raises:
+        ValueError: not as many predictions as references.
+
+    Example:
+        >>> error_rate(["one two".split()], ["one two three four".split()]).compute().item()
+        0.5
+    """
+    predictions, references = list(predictions), list(references)
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions do not fit {len(references)} references; give one "
+            "for each utterance"
+        )
+    edits = sum(map(edit_distance, predictions, references))
+    return Mean(jnp.asarray(float(edits)), jnp.asarray(float(sum(map(len, references)))))
 
 
 def confidence_interval(

@@ -6,7 +6,7 @@ float32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import chex
@@ -168,11 +168,7 @@ def classification(
         An `Objective`.
     """
     measures = {"accuracy": accuracy} if measures is None else measures
-
-    def losses(logits: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
-        return cross_entropy(logits, labels, label_smoothing=label_smoothing if train else 0.0)
-
-    return _supervised(module, losses, measures)
+    return supervised(module, label_losses(label_smoothing), measures)
 
 
 def regression(
@@ -209,10 +205,10 @@ def regression(
 
     measures = {"absolute_error": mean_absolute_error} if measures is None else measures
 
-    def losses(predictions: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
-        return _per_example(errors[loss](predictions, labels))
+    def losses(predictions: jax.Array, batch: Batch, *, train: bool) -> jax.Array:
+        return _per_example(errors[loss](predictions, batch["labels"]))
 
-    return _supervised(module, losses, measures)
+    return supervised(module, losses, measures)
 
 
 def with_batch_transform(
@@ -238,41 +234,87 @@ def with_batch_transform(
     return transformed
 
 
-def _supervised(
-    module: Any, losses: Callable[..., jax.Array], measures: Mapping[str, Measure]
+def label_losses(label_smoothing: float = 0.0) -> Callable[..., jax.Array]:
+    """Build the losses of logits against the labels of a batch, for `supervised`.
+
+    Args:
+        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+
+    Returns:
+        `(logits, batch, *, train)` -> nats per label.
+    """
+
+    def losses(logits: jax.Array, batch: Batch, *, train: bool) -> jax.Array:
+        smoothing = label_smoothing if train else 0.0
+        return cross_entropy(logits, batch["labels"], label_smoothing=smoothing)
+
+    return losses
+
+
+def supervised(
+    module: Any,
+    losses: Callable[..., jax.Array],
+    measures: Mapping[str, Measure],
+    *,
+    inputs: Sequence[str] = ("inputs",),
+    needs: Sequence[str] = (),
+    weigh: Callable[[Batch], jax.Array | None] = lambda batch: batch.get("weights"),
+    apply: Callable[..., tuple[Any, ModelState]] = apply_module,
 ) -> Objective:
-    """Build an objective from a loss per example, `(predictions, labels, *, train)`."""
+    """Build an objective from losses of predictions; the factories of objectives are made of it.
+
+    With `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch], the
+    module gets them as a keyword.
+
+    Args:
+        module: anything with Linen's `apply`.
+        losses: `(predictions, batch, *, train)` -> the losses, such as [batch] or [batch, time].
+        measures: functions of (predictions, labels, weights).
+        inputs: names of the batch's arrays that the module gets.
+        needs: names of further arrays that the batch must have, besides "labels".
+        weigh: batch -> weights of the losses, a leading part of their shape; None weighs all 1.
+        apply: calls the module, with the arguments of `core.apply_module`.
+
+    Returns:
+        An `Objective`; it raises ValueError for a batch that lacks an array or whose arrays
+        differ in their number of examples.
+    """
 
     def objective(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        inputs, labels, weights = _unpack(batch)
-        rngs = rng_streams(rng, "dropout")
+        _check_batch(batch, {*inputs, *needs, "labels"})
         keywords = {"lengths": batch["lengths"]} if "lengths" in batch else {}
-        predictions, model_state = apply_module(
-            module, params, model_state, inputs, rngs=rngs, train=train, **keywords
+        predictions, model_state = apply(
+            module,
+            params,
+            model_state,
+            *(batch[name] for name in inputs),
+            rngs=rng_streams(rng, "dropout"),
+            train=train,
+            **keywords,
         )
-        loss = Mean.of(losses(predictions, labels, train=train), weights)
+        weights = weigh(batch)
+        loss = Mean.of(losses(predictions, batch, train=train), weights)
         metrics = {
-            name: measure(predictions, labels, weights) for name, measure in measures.items()
+            name: measure(predictions, batch["labels"], weights)
+            for name, measure in measures.items()
         }
         return ObjectiveOutput(loss, model_state, metrics)
 
     return objective
 
 
-def _unpack(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    missing = {"inputs", "labels"} - set(batch)
+def _check_batch(batch: Batch, names: set[str]) -> None:
+    missing = names - set(batch)
     if missing:
         raise ValueError(
             f"the batch has {sorted(batch)} and lacks {sorted(missing)}; "
-            "name its arrays 'inputs', 'labels' and optionally 'weights'"
+            f"name its arrays {sorted(names)} and optionally 'weights'"
         )
-    inputs, labels, weights = batch["inputs"], batch["labels"], batch.get("weights")
     sizes = {name: array.shape[0] for name, array in batch.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the arrays of the batch differ in their number of examples: {sizes}")
-    return inputs, labels, weights
 
 
 def _per_example(errors: jax.Array) -> jax.Array:

@@ -124,7 +124,7 @@ def test_a_wrong_length_is_refused_or_nan():
             decode(frames, np.array([4, 5, 1, 0]))
         with pytest.raises(ValueError, match=r"length -1 is not in \[0, 4\]"):
             decode(frames, np.array([4, -1, 1, 0]))
-        with pytest.raises(ValueError, match=r"shape \(2,\).*fit 4 utterances"):
+        with pytest.raises(ValueError, match=r"shape \(2,\).*fit 4 rows"):
             decode(frames, np.array([4, 2]))
         with pytest.raises(ValueError, match="blank is 3; give one of the 3 classes"):
             decode(frames, blank=3)

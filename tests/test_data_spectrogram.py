@@ -57,7 +57,9 @@ def test_frames_of_many_signals_are_counted_alike():
     for center in (True, False):
         counts = num_valid_frames(lengths, 8, 3, center=center)
         cut = functools.partial(frame, frame_length=8, hop=3, center=center)
-        singles = [jax.eval_shape(cut, jax.ShapeDtypeStruct((n,), float)).shape[0] for n in lengths]
+        singles = [
+            jax.eval_shape(cut, jax.ShapeDtypeStruct((n,), jnp.float32)).shape[0] for n in lengths
+        ]
         np.testing.assert_array_equal(counts, singles)
         assert counts.dtype == lengths.dtype
 
@@ -95,7 +97,7 @@ def test_the_energy_of_a_frame_is_that_of_its_spectrum():
     np.testing.assert_allclose(energy, ((samples * window) ** 2).sum(), rtol=1e-5)
 
 
-def test_a_tone_on_a_bin_has_the_height_of_half_the_window():
+def test_a_tone_on_a_bin_is_half_the_sum_of_the_window_high():
     """A sine of amplitude 1 gives N / 4 in its bin and half that in the two beside it."""
     spectrum = np.abs(stft(jnp.array(tone(1000)), frame_length=256, hop=128, center=False))
     np.testing.assert_allclose(spectrum[:, 32], 64, rtol=1e-4)

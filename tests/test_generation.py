@@ -296,7 +296,7 @@ def test_what_is_wrong_only_when_the_program_runs_gives_nan():
         ({"prompts": PROMPTS * 1.0}, "float64 do not fit; give integers"),
         ({"lengths": np.array([4, 0, 3])}, r"length 0 is not in \[1, 4\]"),
         ({"lengths": np.array([4, 5, 3])}, r"length 5 is not in \[1, 4\]"),
-        ({"lengths": np.array([4, 5])}, r"shape \(2,\).*fit 3 prompts"),
+        ({"lengths": np.array([4, 5])}, r"shape \(2,\).*fit 3 rows"),
         ({"capacity": 8}, "4 tokens and 5 new ones.*capacity 8; give capacity=9"),
         ({"prompts": PROMPTS + 1}, "token id 6 is outside the vocabulary of 6"),
         ({"prompts": PROMPTS - 2}, "token id -1 is outside"),
