@@ -227,6 +227,11 @@ class RecurrentTranslator(nn.Module):
         train: bool,
     ) -> tuple[jax.Array, DecoderCarry]:
         check_rank(tokens, self, layouts=["[batch, target]"])
+        if len(tokens) != len(carry["memory"]):
+            raise ValueError(
+                f"{len(tokens)} targets do not fit {len(carry['memory'])} sources; give one "
+                "target for each source"
+            )
         words = self.dropout_target(self.target_embedding(tokens), train=train)
         x, attention, carry = self.decoder(words, carry, lengths, train=train)
         record(self, "attention", attention)
