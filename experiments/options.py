@@ -63,8 +63,8 @@ class Options:
     """Continue an unfinished run."""
 
 
-#: Options of which 0 means "none".
-_NOT_NEGATIVE = ("seed", "weight_decay", "clip", "warmup", "average_decay")
+#: Numbers with a fraction that must not be 0; of the others 0 means "none".
+_POSITIVE = ("epochs", "learning_rate")
 
 
 def check(options: Options) -> None:
@@ -78,8 +78,8 @@ def check(options: Options) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         flag = field.name.replace("_", "-")
-        if field.name in _NOT_NEGATIVE or field.default == 0:
-            if not value >= 0:
-                raise RunError(f"--{flag} is {value}; give 0 or more")
-        elif not value > 0:
+        may_be_zero = field.default == 0 if isinstance(value, int) else field.name not in _POSITIVE
+        if may_be_zero and not value >= 0:
+            raise RunError(f"--{flag} is {value}; give 0 or more")
+        if not may_be_zero and not value > 0:
             raise RunError(f"--{flag} is {value}; give a number above 0")

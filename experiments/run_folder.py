@@ -68,7 +68,7 @@ class RunFolder:
             result = self._read("result.json")
             if result is not None:
                 return result
-            if not resume:
+            if not resume and any(self.checkpoints.glob("*")):
                 raise RunError(
                     f"{self.path} holds an unfinished run; go on with --resume, or choose "
                     "another folder with --out"

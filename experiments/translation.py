@@ -139,9 +139,7 @@ class Translation(Problem):
             steps_per_shape=config.steps_per_dispatch if config.executor == "scan" else 1,
         )
 
-    def translate(
-        self, state: jn.TrainState, sentences: list[str], *, num_beams: int
-    ) -> list[str]:
+    def translate(self, state: jn.TrainState, sentences: list[str], *, num_beams: int) -> list[str]:
         """Translate sentences by beam search.
 
         Args:
@@ -243,12 +241,24 @@ class Translation(Problem):
 
 RECIPES = {
     "transformer": Config(
-        epochs=35, learning_rate=2e-3, beta2=0.98, weight_decay=0.01, average_decay=0.999,
-        executor="jit", log_every=100,
+        epochs=35,
+        learning_rate=2e-3,
+        beta2=0.98,
+        weight_decay=0.01,
+        average_decay=0.999,
+        executor="jit",
+        log_every=100,
     ),
     "gru": Config(
-        model="gru", width=320, epochs=15, learning_rate=1e-3, weight_decay=0.01, clip=1.0,
-        average_decay=0.999, executor="jit", log_every=100,
+        model="gru",
+        width=320,
+        epochs=15,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        clip=1.0,
+        average_decay=0.999,
+        executor="jit",
+        log_every=100,
     ),
 }
 

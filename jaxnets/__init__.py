@@ -74,6 +74,7 @@ from jaxnets.parallel import (
 )
 from jaxnets.recurrent import Recurrent, RecurrentLM, RecurrentTranslator, SequenceClassifier
 from jaxnets.sampling import Sampling
+from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
 from jaxnets.summary import Summary, summarize, summarize_model
 from jaxnets.training import TrainStep, create_train_state, make_eval_step, make_train_step
 from jaxnets.transformer import (
@@ -145,6 +146,7 @@ __all__ = [
     "convolutional",
     "create_train_state",
     "cross_entropy",
+    "ctc",
     "data",
     "data_mesh",
     "decay_mask",
@@ -160,6 +162,7 @@ __all__ = [
     "huber_error",
     "jit_step",
     "jsonl_writer",
+    "language_modelling",
     "layers",
     "make_eval_step",
     "make_train_step",
@@ -176,6 +179,7 @@ __all__ = [
     "rng_streams",
     "scan_steps",
     "sequence",
+    "sequence_to_sequence",
     "sharded_step",
     "squared_error",
     "summarize",
@@ -183,5 +187,6 @@ __all__ = [
     "tensorboard_writer",
     "transformer",
     "with_batch_transform",
+    "with_carry",
     "with_parameter_average",
 ]

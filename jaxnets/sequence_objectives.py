@@ -35,7 +35,8 @@ def language_modelling(
 
     Batches hold "inputs" [batch, time] and "labels" [batch, time], for a language model the same
     tokens one step later; optionally "lengths" [batch], which the module gets as a keyword, and
-    "weights" [batch]. The loss is in nats per token, over the tokens within the lengths.
+    "weights" [batch] or [batch, time]. The loss is in nats per token, over the tokens within the
+    lengths.
 
     With `carry_across_batches`, row i of each batch goes on where row i of the batch before
     ended, and gradients stop at that border: truncated backpropagation through time. The carry
@@ -249,7 +250,10 @@ def _token_weights(batch: Batch, name: str) -> jax.Array | None:
         inside = check_lengths(lengths, rows=shape[0], most=shape[1])
         valid = jnp.arange(shape[1])[None] < jnp.asarray(lengths)[:, None]
         tokens = jnp.where(inside[:, None], valid.astype(tokens.dtype), jnp.nan)
-    return tokens if weights is None else tokens * jnp.asarray(weights)[:, None]
+    if weights is None:
+        return tokens
+    weights = jnp.asarray(weights)
+    return tokens * (weights[:, None] if weights.ndim == 1 else weights)
 
 
 def _frames_needed(labels: Any, valid: Any) -> jax.Array:

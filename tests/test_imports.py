@@ -67,7 +67,7 @@ ALLOWED = {
     "sampling": {"core"},
     "generation": {"core", "sampling"},
     "beam_search": {"core", "generation", "sampling"},
-    "ctc": {"core"},
+    "ctc_decoding": {"core"},
     "optimizers": {"core"},
     "training": {"core"},
     "parallel": {"core", "training"},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.ctc import ctc_beam_search, ctc_greedy
+from jaxnets.ctc_decoding import ctc_beam_search, ctc_greedy
 
 BATCH, TIME, CLASSES = 4, 4, 3
 LENGTHS = np.array([4, 3, 1, 0])
