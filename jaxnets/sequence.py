@@ -123,6 +123,8 @@ def recurrent_scan(
 ) -> tuple[jax.Array, Carry]:
     """Run a cell over a sequence.
 
+    Reverse-mode differentiable any number of times; forward mode is not supported.
+
     Args:
         cell: the step.
         weights: of the dtype of the matrix products.
