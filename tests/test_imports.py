@@ -30,9 +30,12 @@ ALLOWED = {
     "convolutional": {"core", "functional", "layers", "resnet", "convnext"},
     "resnet": {"core", "functional", "layers"},
     "convnext": {"core", "functional", "layers"},
-    "recurrent_layers": {"core", "layers", "parallel_recurrence", "sequence"},
+    "recurrent_cells": {"core", "functional", "normalization", "sequence"},
+    "attention_decoder": {"core", "functional", "layers", "recurrent_layers", "sequence"},
+    "recurrent_layers": {"recurrent_cells", "core", "layers", "parallel_recurrence", "sequence"},
     "recurrent_language_model": {"core", "embedding", "layers", "recurrent_layers", "sequence"},
     "recurrent_translator": {
+        "attention_decoder",
         "core",
         "embedding",
         "functional",
@@ -42,7 +45,8 @@ ALLOWED = {
     },
     "recurrent": {
         *("core", "layers", "parallel_recurrence", "sequence"),
-        *("recurrent_layers", "recurrent_language_model", "recurrent_translator"),
+        *("recurrent_cells", "recurrent_layers"),
+        *("recurrent_language_model", "recurrent_translator"),
     },
     "transformer_layers": {
         "attention",
