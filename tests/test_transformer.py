@@ -16,7 +16,6 @@ from transformer_problem import (
     check_wrong_lengths,
     close,
     config,
-    floats,
     made,
     tokens,
 )
