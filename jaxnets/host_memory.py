@@ -32,4 +32,5 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):
         return False
     wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26, _ARENA_MAX: 1}
-    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
+    accepted = [mallopt(name, value) == 1 for name, value in wanted.items()]
+    return all(accepted)
