@@ -1,8 +1,13 @@
-"""Four fake CPU devices, strict rank promotion."""
+"""Four fake CPU devices, strict rank promotion, and programs that compile fast."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all of the tests' time is LLVM optimising tiny programs. The slow group runs with the
+# default, as do the notebooks and everything outside of the tests.
+if os.environ.get("JAXNETS_OPTIMIZED_TESTS") != "1":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 import jax
 import pytest
