@@ -1,6 +1,6 @@
 """Strings of 3 to 7 spoken digits, recognised as a whole by connectionist temporal classification.
 
-    python -m experiments.digit_strings --model gru
+    python -m experiments.digit_strings --model gru --seeds 3
 
 Strings are put together from recordings of single digits by one speaker, with silence of random
 length between them: for training fresh ones in every step, from the 2,700 training recordings
@@ -200,7 +200,7 @@ def word_error_rate(said: list[str], heard: list[str]) -> float:
 
 
 BASE = Config(
-    steps=1500,
+    steps=1000,
     batch_size=32,
     learning_rate=2e-3,
     weight_decay=0.01,

@@ -84,7 +84,10 @@ class SoundTransform:
             decibels = {"min_decibels": -options.gain, "max_decibels": options.gain}
             samples = data.random_gain(keys[3], samples, **decibels)
         features, lengths = self.log_mel(samples, lengths), self.log_mel.frames(lengths)
-        features = data.standardize(features, lengths)
+        # One mean and variance for all features together: that takes out the loudness of a word and
+        # leaves the mean spectrum, which tells much about one as short as these.
+        flat = features.reshape(len(features), -1, 1)
+        features = data.standardize(flat, lengths * options.mels).reshape(features.shape)
         if train and (options.time_mask or options.frequency_mask):
             features = data.spec_augment(
                 keys[4],

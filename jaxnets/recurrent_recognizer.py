@@ -44,10 +44,9 @@ class SpeechRecognizer(nn.Module):
         ValueError: a field is out of range.
 
     Example:
-        >>> module = SpeechRecognizer(num_outputs=11, features=8, hidden_size=8)
+        >>> module = SpeechRecognizer(num_outputs=11, features=8, hidden_size=8, num_layers=1)
         >>> frames, lengths = jnp.ones((2, 30, 40)), jnp.array([30, 17])
-        >>> variables = module.init(jax.random.key(0), frames)
-        >>> logits, lengths = module.apply(variables, frames, lengths)
+        >>> (logits, lengths), _ = module.init_with_output(jax.random.key(0), frames, lengths)
         >>> logits.shape, lengths.tolist()
         ((2, 8, 11), [8, 5])
 
@@ -118,7 +117,8 @@ class SpeechRecognizer(nn.Module):
                 name=f"conv_{index}",
             )
             x = activation("relu")(convolution(x))
-            lengths = _shortened(lengths, stride)
+            # A length that is wrong stays wrong, which the loss sees.
+            lengths = jnp.where(lengths < 0, lengths, -(-lengths // stride))
         x = Dropout(self.dropout_rate, name="dropout_input")(x, train=train)
         x, _ = Recurrent(
             self.hidden_size,
@@ -149,14 +149,5 @@ class SpeechRecognizer(nn.Module):
             6
         """
         for stride in self.strides:
-            lengths = _rounded_up(lengths, stride)
+            lengths = -(-lengths // stride)
         return lengths
-
-
-def _rounded_up(lengths: Any, stride: int) -> Any:
-    return -(-lengths // stride)
-
-
-def _shortened(lengths: jax.Array, stride: int) -> jax.Array:
-    # A length that is wrong stays wrong, which the loss sees.
-    return jnp.where(lengths < 0, lengths, _rounded_up(lengths, stride))
