@@ -104,6 +104,26 @@ def mistakes(
     _save(figure, path)
 
 
+def attention(
+    weights: np.ndarray, source: Sequence[str], target: Sequence[str], path: Path
+) -> None:
+    """Draw what each written token looked at.
+
+    Args:
+        weights: [target, source]; the rows sum to 1.
+        source: texts of the tokens read.
+        target: texts of the tokens written.
+        path: PNG file.
+    """
+    size = 1.5 + 0.3 * len(source), 1.2 + 0.3 * len(target)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(source)), source, rotation=90)
+    axis.set_yticks(range(len(target)), target)
+    axis.xaxis.tick_top()
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -214,6 +214,7 @@ RECIPES = {
         dropout=0.0,
         learning_rate=1e-3,
         warmup=0.05,
+        final_rate=0.1,
         weight_decay=0.1,
         beta2=0.99,
         clip=1.0,

@@ -36,7 +36,9 @@ class Options:
     warmup: float = 0.15
     """Share of the steps in which the rate rises."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: a cosine down to 0, or the peak rate."""
+    """What follows the warm-up: a cosine down to --final-rate, or the peak rate."""
+    final_rate: float = 0.0
+    """Share of the peak rate at which the cosine ends."""
     weight_decay: float = 0.05
     """Decoupled weight decay of kernels (adamw, lion, muon), or L2 penalty (sgd, rmsprop)."""
     beta2: float = 0.999
@@ -47,6 +49,8 @@ class Options:
     """Decay of the averaged parameters that are evaluated; 0 evaluates the last ones."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations."""
+    keep_memory: bool = False
+    """Keep freed memory in the process: faster large steps on CPU, see jaxnets.keep_memory."""
     log_every: int = 50
     """Steps between rows of the log."""
     eval_every: int | None = None

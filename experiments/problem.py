@@ -177,7 +177,9 @@ def make_optimizer(options: Options, num_steps: int) -> optax.GradientTransforma
     if options.schedule == "constant":
         rate = optax.linear_schedule(0.0, peak, warmup)
     else:
-        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(num_steps, warmup + 1))
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, peak, warmup, max(num_steps, warmup + 1), end_value=options.final_rate * peak
+        )
     penalty = optax.add_decayed_weights(decay, mask=mask)
     optimizer = {
         "adamw": lambda: optax.adamw(rate, b2=options.beta2, weight_decay=decay, mask=mask),

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 #: Options that say where or how a run is computed, not what it computes.
-NOT_PART_OF_THE_RUN = ("out", "resume", "data", "checkpoint_every", "tensorboard")
+NOT_PART_OF_THE_RUN = ("out", "resume", "data", "checkpoint_every", "keep_memory", "tensorboard")
 
 
 class RunError(Exception):

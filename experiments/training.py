@@ -49,6 +49,8 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
         The content of `result.json`.
     """
     check(options)
+    if options.keep_memory:
+        jn.keep_memory()
     folder = RunFolder(options.out)
     finished = folder.open(options, resume=options.resume)
     if finished is not None:

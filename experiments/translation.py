@@ -40,6 +40,8 @@ class Config(Options):
     """Subword tokens, shared by both languages."""
     width: int = 256
     """Size of the residual stream, or of the states."""
+    embedding: int = 256
+    """Size of the token vectors (recurrent networks)."""
     hidden: int = 512
     """Width of the feed-forward networks (transformer)."""
     encoder_layers: int = 3
@@ -73,7 +75,7 @@ class Translation(Problem):
         self.train = self._encode(dataset.train)
         longest = [max(len(source), len(target)) for source, target in self.train]
         self.tokens_per_batch = config.batch_size * round(float(np.mean(longest)))
-        self.num_tokens = 2 * max(longest) // 2
+        self.num_tokens = max(longest) + 1
         self.module = self._make_module()
         self.objective = jn.sequence_to_sequence(
             self.module, label_smoothing=config.label_smoothing
@@ -116,10 +118,12 @@ class Translation(Problem):
             )
         return jn.RecurrentTranslator(
             size,
-            embedding_size=config.width,
+            embedding_size=config.embedding,
             hidden_size=config.width,
             cell=config.model,
             attention=config.attention,
+            share_embeddings=True,
+            tie_embeddings=True,
             dropout_rate=config.dropout,
             precision=precision,
         )
@@ -233,10 +237,18 @@ class Translation(Problem):
         """Return what each written token looked at: [target, source], and the tokens' texts."""
         read, said = self.tokenizer.encode(source), self.tokenizer.encode(translation)
         inputs, decoder_inputs = read[None], np.concatenate([[BEGIN], said])[None]
+        lengths = np.array([len(read)])
         _, recorded = jn.capture(
-            self.module, {"params": state.params}, inputs, decoder_inputs, np.array([len(read)])
+            self.module, {"params": state.params}, inputs, decoder_inputs, lengths
         )
-        raise NotImplementedError(recorded)
+        if self.config.model == "transformer":  # the mean over the heads of the last layer
+            layers = recorded["decoder"]
+            weights = layers[max(layers)]["cross_attention"]["weights"].mean(axis=1)
+        else:
+            weights = recorded["attention"]
+        texts = [self.tokenizer.decode([index]).strip() for index in (*read, *said)]
+        labels = texts[: len(read)], [*texts[len(read) :], "(end)"]
+        return np.asarray(weights[0]), labels
 
 
 RECIPES = {

@@ -48,6 +48,7 @@ from jaxnets.feedforward import MLP, MLPMixer
 from jaxnets.generation import generate
 from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
 from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from jaxnets.host_memory import keep_memory
 from jaxnets.layers import capture
 from jaxnets.loop import Hook, Interrupted, StopTraining, evaluate, fit
 from jaxnets.objectives import (
@@ -169,6 +170,7 @@ __all__ = [
     "huber_error",
     "jit_step",
     "jsonl_writer",
+    "keep_memory",
     "language_modelling",
     "layers",
     "make_eval_step",

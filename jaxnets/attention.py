@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -160,12 +161,12 @@ def window_mask(
     return jnp.abs(_distances(queries, keys)) < window
 
 
-def padding_mask(lengths: jax.Array, time: int) -> jax.Array:
+def padding_mask(lengths: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Tell the steps of each sequence from the padding behind them.
 
     Args:
         lengths: integer [batch] in [0, time].
-        time: number of steps of the array.
+        shape: (batch, time) of the array.
 
     Returns:
         bool [batch, time], True for a step; index it with [:, None, None] to hide keys. All of a
@@ -173,17 +174,17 @@ def padding_mask(lengths: jax.Array, time: int) -> jax.Array:
         `clear_padding`.
 
     Raises:
-        ValueError: lengths of another rank or type, or known to be out of range.
+        ValueError: lengths of another shape or type, or known to be out of range.
 
     Example:
-        >>> padding_mask(jnp.array([2, 0]), 3).astype(int).tolist()
+        >>> padding_mask(jnp.array([2, 0]), (2, 3)).astype(int).tolist()
         [[1, 1, 0], [0, 0, 0]]
     """
-    shape, dtype = jnp.shape(lengths), jnp.result_type(lengths)
-    if len(shape) != 1 or not jnp.issubdtype(dtype, jnp.integer):
+    (batch, time), dtype = shape, jnp.result_type(lengths)
+    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"lengths of shape {shape} and type {dtype} do not count steps; give one integer for "
-            "each sequence"
+            f"lengths of shape {jnp.shape(lengths)} and type {dtype} do not fit {batch} "
+            f"sequences; give one integer for each, shape ({batch},)"
         )
     if not isinstance(lengths, jax.core.Tracer):
         wrong = [int(length) for length in np.asarray(lengths) if not 0 <= length <= time]
@@ -208,14 +209,11 @@ def clear_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
         is NaN, so that it stops training instead of being cut in silence.
 
     Raises:
-        ValueError: as in `padding_mask`, or lengths too few or too many.
+        ValueError: lengths that do not fit, or known to be out of range.
     """
-    batch, time = x.shape[:2]
-    valid = padding_mask(lengths, time)
-    if len(valid) != batch:
-        raise ValueError(f"{len(valid)} lengths do not fit {batch} sequences; give one for each")
+    valid = padding_mask(lengths, x.shape[:2])
     lengths = jnp.asarray(lengths)[:, None, None]
-    wrong = (lengths < 0) | (lengths > time)
+    wrong = (lengths < 0) | (lengths > x.shape[1])
     kept = jnp.where(wrong, jnp.asarray(jnp.nan, x.dtype), x)
     return jnp.where(valid[..., None], kept, jnp.zeros((), x.dtype))
 

@@ -101,14 +101,14 @@ def record(module: nn.Module, name: str, value: jax.Array) -> None:
 
 
 def capture(
-    module: nn.Module, variables: Any, inputs: Any, **keywords: Any
+    module: nn.Module, variables: Any, *inputs: Any, **keywords: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Run a network in evaluation and return what it recorded, such as its features.
 
     Args:
         module: any Linen network.
         variables: parameters and other collections, as given by `module.init`.
-        inputs: input of the network.
+        inputs: inputs of the network.
         keywords: further keyword inputs; `capture_intermediates=True` records the output of
             every layer too, under `[layer]["__call__"][0]`.
 
@@ -126,7 +126,7 @@ def capture(
         >>> output, recorded["doubled"]
         (3.0, 2.0)
     """
-    output, state = module.apply(variables, inputs, mutable=["intermediates"], **keywords)
+    output, state = module.apply(variables, *inputs, mutable=["intermediates"], **keywords)
     return output, dict(state.get("intermediates", {}))
 
 

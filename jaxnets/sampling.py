@@ -89,20 +89,13 @@ def transform_logits(
         logits = jnp.where(seen, penalized, logits)
     temperature = jnp.asarray(sampling.temperature, logits.dtype)
     logits = logits / jnp.where(temperature == 0, 1, temperature)
-    num_kept = logits.shape[-1]
     if sampling.top_k is not None:
-        num_kept = min(sampling.top_k, num_kept)
-        logits = _at_least(logits, lax.top_k(logits, num_kept)[0][:, -1:])
-
-    def nucleus(logits: jax.Array) -> jax.Array:
-        largest = lax.top_k(logits, num_kept)[0]
-        probabilities = jax.nn.softmax(largest, axis=-1)
-        more_likely = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = more_likely < jnp.asarray(sampling.top_p, logits.dtype)
-        return _at_least(logits, jnp.min(jnp.where(kept, largest, jnp.inf), axis=-1, keepdims=True))
-
-    # Sorting the vocabulary costs more than all the rest: not where every token stays anyway.
-    logits = lax.cond(jnp.asarray(sampling.top_p) < 1, nucleus, lambda logits: logits, logits)
+        largest = lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
+        # The least of them, not the last: that slice makes XLA sort the whole vocabulary on CPU,
+        # a hundred times slower.
+        logits = _at_least(logits, jnp.min(largest, axis=-1, keepdims=True))
+    top_p = jnp.asarray(sampling.top_p, logits.dtype)
+    logits = lax.cond(top_p < 1, _nucleus, lambda logits, _: logits, logits, top_p)
     floor = jnp.log(jnp.asarray(sampling.min_p, logits.dtype))
     return _at_least(logits, jnp.max(logits, axis=-1, keepdims=True) + floor)
 
@@ -130,6 +123,28 @@ def sample_tokens(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return lax.cond(jnp.asarray(sampling.temperature) == 0, most_likely, draw)
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keep the fewest most likely tokens of each row whose probabilities sum to `top_p` or more.
+
+    The threshold is found by bisection, which on CPU is ten times as fast as sorting a large
+    vocabulary. It goes over the bits of the probabilities, which are in the order of their values.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    num_bits = jnp.finfo(logits.dtype).bits
+    order = lax.bitcast_convert_type(probabilities, f"int{num_bits}")
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        kept = jnp.where(order >= middle, probabilities, 0)
+        enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    high = jnp.max(order, axis=-1, keepdims=True) + 1
+    threshold, _ = lax.fori_loop(0, num_bits, halve, (jnp.zeros_like(high), high))
+    return jnp.where(order < threshold, -jnp.inf, logits)
 
 
 def _at_least(logits: jax.Array, threshold: jax.Array) -> jax.Array:

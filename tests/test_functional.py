@@ -288,3 +288,28 @@ def test_integers_can_be_pooled():
 def test_a_wrong_argument_is_refused_with_its_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_gradient_of_a_narrow_product_is_that_of_the_plain_one():
+    random = np.random.default_rng(0)
+    x, kernel, weights = (
+        jnp.asarray(random.normal(size=shape), jnp.bfloat16)
+        for shape in ((2, 6, 5), (5, 3), (2, 6, 3))
+    )
+
+    def gradients(function):
+        def loss(x, kernel):
+            return jnp.sum((function(x, kernel) * weights).astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    own, plain = gradients(functional.linear), gradients(jnp.matmul)
+    for found, expected in zip(own(x, kernel), plain(x, kernel), strict=True):
+        assert found.dtype == jnp.bfloat16
+        scale = float(jnp.max(jnp.abs(expected)))
+        # Sums of bfloat16 products may be rounded in another order.
+        np.testing.assert_allclose(
+            found.astype(jnp.float32), expected.astype(jnp.float32), atol=2**-7 * scale
+        )
+    stacked = jax.vmap(own)(jnp.stack([x, -x]), jnp.stack([kernel, kernel]))
+    np.testing.assert_array_equal(stacked[1][0], own(x, kernel)[1])

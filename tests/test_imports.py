@@ -17,6 +17,7 @@ ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoin
 ALLOWED = {
     "spatial": set(),
     "linear": set(),
+    "host_memory": set(),
     "convolution": {"linear", "spatial"},
     "pooling": {"spatial"},
     "functional": {"convolution", "linear", "pooling", "spatial"},

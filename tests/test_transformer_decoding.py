@@ -4,41 +4,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import perturbed, shapes_of
+from transformer_problem import config, made, tokens
 
 from jaxnets.core import Precision
-from jaxnets.transformer import BlockConfig, TransformerLM, TransformerTranslator
+from jaxnets.transformer import TransformerLM, TransformerTranslator
 
 CONFIGS = {
     "learned": {"positions": "learned", "activation": "swiglu"},
     "learned_post_norm": {"positions": "learned", "norm_first": False},
     "sinusoidal_multi_query": {"positions": "sinusoidal", "num_key_value_heads": 1},
-    "rotary_grouped": {"positions": "rotary", "num_key_value_heads": 2, "norm": "rms"},
+    "rotary_grouped": {
+        "positions": "rotary",
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "norm": "rms",
+    },
     "rotary_window_qk_norm": {"positions": "rotary", "window": 3, "qk_norm": True},
     "alibi_window": {"positions": "alibi", "window": 4},
     "alibi_three_heads": {"positions": "alibi", "num_heads": 3, "head_size": 5},
     "relative": {"positions": "relative", "key_bias": True},
     "no_positions": {"positions": None},
-    "scanned": {"positions": "rotary", "scan_layers": True, "num_key_value_heads": 2},
+    "scanned": {"positions": "rotary", "scan_layers": True, "num_key_value_heads": 1},
     "scanned_relative": {"positions": "relative", "scan_layers": True, "remat": True},
 }
 # Prompts of different length in two pieces, one row pausing, then tokens one by one.
 PIECES = np.array([[3, 1, 2], [1, 3, 0], [1, 1, 1], [1, 1, 1], [0, 1, 3]])
 GARBAGE = 99  # outside the vocabulary
-
-
-def config(**fields):
-    return BlockConfig(**({"features": 16, "num_heads": 4, "hidden_size": 24} | fields))
-
-
-def tokens(batch=3, time=7, vocabulary=11, seed=0):
-    return np.random.default_rng(seed).integers(0, vocabulary, (batch, time), np.int32)
-
-
-def made(module, *inputs):
-    """Return random variables without compiling the initializers."""
-    variables, _ = shapes_of(module, *inputs)
-    return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.3)
 
 
 def piece_by_piece(extend, variables, carry, sequence, pieces):
@@ -85,7 +76,7 @@ def test_ragged_pieces_of_a_translation_give_the_logits_of_the_whole(name):
     found, position, _ = piece_by_piece(compiled_extend(module), variables, carry, sequence, PIECES)
     for row, end in enumerate(position):
         np.testing.assert_allclose(found[row, :end], whole[row, :end], atol=2e-5)
-    assert np.abs(whole[0] - whole[1]).max() > 0.1
+    assert np.abs(whole[0] - whole[1]).max() > 0.02
 
 
 LM = TransformerLM(11, 1, config(), max_length=9)

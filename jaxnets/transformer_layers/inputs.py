@@ -126,7 +126,7 @@ class InputEmbedding(nn.Module):
         if self.num_segments and segments is None:
             segments = jnp.zeros(tokens.shape, jnp.int32)
         if lengths is not None:
-            valid = padding_mask(lengths, tokens.shape[1])
+            valid = padding_mask(lengths, tokens.shape)
             tokens = jnp.where(valid, tokens, 0)
             segments = None if segments is None else jnp.where(valid, segments, 0)
         x = self.token(tokens)

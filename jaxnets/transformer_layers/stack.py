@@ -104,11 +104,11 @@ class Stack(nn.Module):
         if lengths is not None:
             x = clear_padding(x, lengths)
             if not self.causal:
-                valid = padding_mask(lengths, x.shape[1])[:, None, None]
+                valid = padding_mask(lengths, x.shape[:2])[:, None, None]
                 mask = valid if mask is None else mask & valid
         context_mask = None
         if context is not None and context_lengths is not None:
-            context_mask = padding_mask(context_lengths, context.shape[1])[:, None, None]
+            context_mask = padding_mask(context_lengths, context.shape[:2])[:, None, None]
         scene = Scene(
             positions=positions,
             mask=mask,
@@ -171,12 +171,12 @@ class Stack(nn.Module):
         keys, slots = jnp.arange(capacity)[None], positions
         if lengths is not None:
             x = clear_padding(x, lengths)
-            slots = jnp.where(padding_mask(lengths, time), positions, capacity)
+            slots = jnp.where(padding_mask(lengths, x.shape[:2]), positions, capacity)
         context_mask = None
         if "context_lengths" in carry:
-            first = next(iter(caches.values()))
-            source = first["context_key"].shape[-3]
-            context_mask = padding_mask(carry["context_lengths"], source)[:, None, None]
+            source = next(iter(caches.values()))["context_key"].shape[-3]
+            shape = (x.shape[0], source)
+            context_mask = padding_mask(carry["context_lengths"], shape)[:, None, None]
         scene = Scene(
             positions=positions,
             mask=causal_mask(positions, keys, window=self.config.window),

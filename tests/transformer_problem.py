@@ -1,0 +1,72 @@
+"""What the tests of the transformers share: tiny options, inputs, parameters, their number."""
+
+import jax
+import numpy as np
+from checks import perturbed, shapes_of
+
+from jaxnets.transformer import BlockConfig
+
+LENGTHS = np.array([7, 3, 0], np.int32)
+DROPPING = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}
+# Numbers of parameters of the parts of a block of `config()`.
+NORM, ATTENTION, FEED_FORWARD = 16, 4 * 64 + 3 * 8, 2 * 96 + 12 + 8
+BLOCK = 2 * NORM + ATTENTION + FEED_FORWARD
+
+
+def config(**fields):
+    return BlockConfig(**({"features": 8, "num_heads": 2, "hidden_size": 12} | fields))
+
+
+def tokens(batch=3, time=7, vocabulary=11, seed=0):
+    return np.random.default_rng(seed).integers(0, vocabulary, (batch, time), np.int32)
+
+
+def floats(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def made(module, *inputs):
+    """Return random variables without compiling the initializers."""
+    variables, _ = shapes_of(module, *inputs)
+    return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.3)
+
+
+def close(found, expected, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def check_padding(module, x, lengths, *, more, stepwise=False):
+    """Check that what lies beyond the lengths changes neither output nor gradients.
+
+    Args:
+        module: the network.
+        x: tokens [batch, time] or frames [batch, time, channels].
+        lengths: of the rows of `x`.
+        more: by how many steps of garbage `x` becomes longer.
+        stepwise: whether there is an output for each step, which counts within the lengths only.
+    """
+    variables = made(module, x)
+    garbage = np.nan if np.issubdtype(x.dtype, np.floating) else 99
+    padded = np.concatenate([x, x[:, :more]], axis=1)
+    padded[np.arange(padded.shape[1])[None] >= lengths[:, None]] = garbage
+    valid = (np.arange(x.shape[1])[None] < lengths[:, None])[..., None]
+
+    @jax.jit
+    def run(variables, x):
+        def loss(variables):
+            y = module.apply(variables, x, lengths)
+            y = jax.numpy.where(valid, y[:, : valid.shape[1]], 0) if stepwise else y
+            return jax.numpy.sum(jax.numpy.square(y)), y
+
+        return jax.value_and_grad(loss, has_aux=True)(variables)
+
+    close(run(variables, padded), run(variables, x))
+
+
+def check_wrong_lengths(module, x):
+    """Check that a length out of range in a compiled program gives NaN for its row alone."""
+    variables, run = made(module, x), jax.jit(module.apply)
+    for wrong in (-1, x.shape[1] + 1):
+        y = run(variables, x, np.array([4, wrong, 2], np.int32))
+        assert np.isnan(y[1]).all() and np.isfinite(y[0]).all() and np.isfinite(y[2, :2]).all()
