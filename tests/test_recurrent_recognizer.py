@@ -1,5 +1,7 @@
 """The recognizer of speech: its frames, padding, decoding, bad input, and learning by CTC."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,13 @@ def test_impossible_fields_are_named(fields, message):
 def test_inputs_of_another_shape_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         shapes_of(TINY, jax.ShapeDtypeStruct(shape, "float32"))
+
+
+def test_a_population_draws_its_orthogonal_kernels_one_by_one():
+    """Batches of QR decompositions can hang on CPU when they run at once."""
+    program = jax.make_jaxpr(jax.vmap(lambda seed: TINY.init(jax.random.key(seed), sounds())))
+    results = re.findall(r"(\S+) = qr\[", str(program(jnp.arange(3))))
+    assert results and all(result.endswith(":f32[5,5]") for result in results), results
 
 
 def test_it_learns_by_ctc_to_spell_what_it_hears():
