@@ -73,7 +73,13 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
-from jaxnets.recurrent import Recurrent, RecurrentLM, RecurrentTranslator, SequenceClassifier
+from jaxnets.recurrent import (
+    Recurrent,
+    RecurrentLM,
+    RecurrentTranslator,
+    SequenceClassifier,
+    SpeechRecognizer,
+)
 from jaxnets.sampling import Sampling
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
 from jaxnets.summary import Summary, summarize, summarize_model
@@ -123,6 +129,7 @@ __all__ = [
     "ResNet9",
     "Sampling",
     "SequenceClassifier",
+    "SpeechRecognizer",
     "StepFn",
     "StopTraining",
     "Summary",

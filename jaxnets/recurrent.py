@@ -1,8 +1,8 @@
-"""Recurrent networks: stacks, a classifier, a language model and a translator, with any cell.
+"""Recurrent networks: stacks, a classifier, models of language, translation and speech.
 
 `Recurrent` is defined in `recurrent_layers`, the cells in `recurrent_cells` and
-`parallel_recurrence`, the language model and the translator in modules of their names; they are
-given here too, so that this one module names the whole family.
+`parallel_recurrence`, the language model, the translator and the recognizer of speech in modules
+of their names; they are given here too, so that this one module names the whole family.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxnets.parallel_recurrence import MinGRUCell, MinLSTMCell
 from jaxnets.recurrent_cells import ElmanCell, GRUCell, LSTMCell, MinimalGatedCell
 from jaxnets.recurrent_language_model import RecurrentLM
 from jaxnets.recurrent_layers import Recurrent, RecurrentLayer, find_cell
+from jaxnets.recurrent_recognizer import SpeechRecognizer
 from jaxnets.recurrent_translator import RecurrentTranslator
 from jaxnets.sequence import Cell
 
@@ -34,6 +35,7 @@ __all__ = [
     "RecurrentLayer",
     "RecurrentTranslator",
     "SequenceClassifier",
+    "SpeechRecognizer",
 ]
 
 

@@ -332,7 +332,11 @@ def _each_gate(initializer: Initializer, num_gates: int) -> Initializer:
         key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
     ) -> jax.Array:
         gate = (shape[0], shape[1] // num_gates)
+        # One after the other under vmap: on CPU, batches of the QR decompositions behind orthogonal
+        # matrices wait for each other for ever if as many run at once as there are threads (found
+        # with JAX 0.10.1).
+        one = jax.custom_batching.sequential_vmap(lambda key: initializer(key, gate, dtype))
         keys = jax.random.split(key, num_gates)
-        return jnp.concatenate([initializer(key, gate, dtype) for key in keys], axis=1)
+        return jnp.concatenate([one(key) for key in keys], axis=1)
 
     return initialize

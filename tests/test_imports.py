@@ -35,6 +35,7 @@ ALLOWED = {
     "attention_decoder": {"core", "functional", "layers", "recurrent_layers", "sequence"},
     "recurrent_layers": {"recurrent_cells", "core", "layers", "parallel_recurrence", "sequence"},
     "recurrent_language_model": {"core", "embedding", "layers", "recurrent_layers", "sequence"},
+    "recurrent_recognizer": {"core", "layers", "recurrent_layers", "sequence"},
     "recurrent_translator": {
         "attention_decoder",
         "core",
@@ -47,7 +48,7 @@ ALLOWED = {
     "recurrent": {
         *("core", "layers", "parallel_recurrence", "sequence"),
         *("recurrent_cells", "recurrent_layers"),
-        *("recurrent_language_model", "recurrent_translator"),
+        *("recurrent_language_model", "recurrent_recognizer", "recurrent_translator"),
     },
     "transformer_layers": {
         "attention",
