@@ -72,7 +72,13 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
-from jaxnets.recurrent import Recurrent, RecurrentLM, RecurrentTranslator, SequenceClassifier
+from jaxnets.recurrent import (
+    Recurrent,
+    RecurrentLM,
+    RecurrentTranslator,
+    SequenceClassifier,
+    TextClassifier,
+)
 from jaxnets.sampling import Sampling
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
 from jaxnets.summary import Summary, summarize, summarize_model
@@ -125,6 +131,7 @@ __all__ = [
     "StepFn",
     "StopTraining",
     "Summary",
+    "TextClassifier",
     "TrainState",
     "TrainStep",
     "TransformerClassifier",
