@@ -29,13 +29,13 @@ class Config(Options):
     """Bidirectional recurrent network or transformer encoder."""
     tokens: Literal["words", "subwords"] = "words"
     """What the network reads."""
-    min_count: int = 1
+    min_count: int = 2
     """Words that occur less often in the training sentences are unknown."""
     vocabulary: int = 4000
     """Number of subwords."""
-    width: int = 128
+    width: int = 64
     """Size of the states of a direction, or of the residual stream."""
-    embedding: int = 128
+    embedding: int = 64
     """Size of the token vectors (recurrent networks)."""
     layers: int = 1
     """Number of layers."""
@@ -233,10 +233,25 @@ def mistakes(
     ]
 
 
+RECURRENT = Config(
+    executor="jit",
+    batch_size=64,
+    epochs=4,
+    learning_rate=4e-3,
+    average_decay=0.99,
+    eval_every=100,
+)
 RECIPES = {
-    "lstm": Config(),
-    "gru": Config(model="gru"),
-    "transformer": Config(model="transformer"),
+    "lstm": RECURRENT,
+    "gru": dataclasses.replace(RECURRENT, model="gru"),
+    "transformer": dataclasses.replace(
+        RECURRENT,
+        model="transformer",
+        layers=2,
+        epochs=3,
+        learning_rate=2e-3,
+        word_dropout=0.3,
+    ),
 }
 
 if __name__ == "__main__":
