@@ -24,10 +24,10 @@ from experiments.options import Options
 from experiments.problem import Measured, Problem, member
 from experiments.run_folder import RunError, RunFolder
 
-PAD, BEGIN, END = 0, 1, 2
+BEGIN, END = jn.data.BEGIN, jn.data.END
 SYMBOLS = "0123456789+"
-#: Id of the first symbol; 3 is "unknown" in all vocabularies of sentences.
-FIRST = 4
+#: Id of the first symbol, behind the special ids of all vocabularies of sentences.
+FIRST = jn.data.UNKNOWN + 1
 VOCABULARY_SIZE = FIRST + len(SYMBOLS)
 #: Share of all pairs of numbers that is never trained on, and how many of them are tested.
 HELD_OUT, NUM_TESTED = 0.05, 2000
@@ -75,6 +75,8 @@ class Addition(Problem):
         self.module = self._make_module()
         self.objective = jn.sequence_to_sequence(self.module)
         self.steps_per_epoch = 500
+        self.capacity = config.digits + 3  # the digits of a sum and the two special ids
+        self.start = jax.jit(self._start)
         random = np.random.default_rng(0)
         self.pairs = draw_pairs(random, NUM_TESTED, config.digits, held_out=True)
         self.eval_batches = [encode(part, config.digits) for part in np.split(self.pairs, 4)]
@@ -83,9 +85,16 @@ class Addition(Problem):
         config = self.config
         precision = jn.Precision(compute=jnp.dtype(config.precision))
         if config.model == "transformer":
-            block = jn.BlockConfig(features=config.width, positions="learned")
+            block = jn.BlockConfig(
+                features=config.width,
+                hidden_size=2 * config.width,
+                positions="sinusoidal",
+                # Matrices of the usual standard deviation 0.02 leave the network for thousands of
+                # steps where it knows the length and the last digit of a sum, and no carry.
+                init_std=None,
+            )
             return jn.TransformerTranslator(
-                VOCABULARY_SIZE, num_layers=2, config=block, max_length=32, precision=precision
+                VOCABULARY_SIZE, num_layers=2, config=block, precision=precision
             )
         return jn.RecurrentTranslator(
             VOCABULARY_SIZE,
@@ -98,6 +107,11 @@ class Addition(Problem):
     def example(self) -> tuple[Any, ...]:
         batch = self.eval_batches[0]
         return tuple(batch[name][:1] for name in ("inputs", "decoder_inputs", "lengths"))
+
+    def initial_variables(self, key: jax.Array) -> Any:
+        # One network after the other: jaxlib 0.10.1 hangs on a CPU in several batched QR
+        # decompositions, by which the recurrent kernels start orthogonal.
+        return jax.custom_batching.sequential_vmap(super().initial_variables)(key)
 
     def member_source(self, seed: int) -> jn.BatchSource:
         return Sums(self.config.digits, self.config.batch_size, seed)
@@ -120,23 +134,22 @@ class Addition(Problem):
     def answers(self, state: jn.TrainState) -> list[str]:
         """Return what a network says to the sums of the test set."""
         variables, said = {"params": state.params}, []
-        capacity = self.config.digits + 3
         for batch in self.eval_batches:
-            carry = self.module.apply(
-                variables, batch["inputs"], batch["lengths"], capacity, method="start"
-            )
             generated = jn.generate(
                 self.module,
                 variables,
                 np.full((len(batch["inputs"]), 1), BEGIN),
-                num_tokens=capacity - 1,
+                num_tokens=self.capacity - 1,
                 rng=jax.random.key(0),
                 sampling=jn.Sampling(temperature=0.0),
                 stop_tokens=(END,),
-                carry=carry,
+                carry=self.start(variables, batch["inputs"], batch["lengths"]),
             )
             said += [decode(row)[::-1] for row in np.asarray(generated.tokens)]
         return said
+
+    def _start(self, variables: Any, inputs: jax.Array, lengths: jax.Array) -> Any:
+        return self.module.apply(variables, inputs, lengths, self.capacity, method="start")
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured

@@ -79,6 +79,7 @@ from jaxnets.recurrent import (
     RecurrentTranslator,
     SequenceClassifier,
     SpeechRecognizer,
+    TextClassifier,
 )
 from jaxnets.sampling import Sampling
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
@@ -133,6 +134,7 @@ __all__ = [
     "StepFn",
     "StopTraining",
     "Summary",
+    "TextClassifier",
     "TrainState",
     "TrainStep",
     "TransformerClassifier",

@@ -34,6 +34,7 @@ ALLOWED = {
     "recurrent_cells": {"core", "functional", "normalization", "sequence"},
     "attention_decoder": {"core", "functional", "layers", "recurrent_layers", "sequence"},
     "recurrent_layers": {"recurrent_cells", "core", "layers", "parallel_recurrence", "sequence"},
+    "recurrent_classifier": {"core", "embedding", "layers", "recurrent_layers", "sequence"},
     "recurrent_language_model": {"core", "embedding", "layers", "recurrent_layers", "sequence"},
     "recurrent_recognizer": {"core", "layers", "recurrent_layers", "sequence"},
     "recurrent_translator": {
@@ -46,8 +47,7 @@ ALLOWED = {
         "sequence",
     },
     "recurrent": {
-        *("core", "layers", "parallel_recurrence", "sequence"),
-        *("recurrent_cells", "recurrent_layers"),
+        *("parallel_recurrence", "recurrent_cells", "recurrent_classifier", "recurrent_layers"),
         *("recurrent_language_model", "recurrent_recognizer", "recurrent_translator"),
     },
     "transformer_layers": {

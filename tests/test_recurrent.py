@@ -3,26 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from checks import check_module, perturbed, shapes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxnets import sequence
-from jaxnets.core import Precision, Update
-from jaxnets.layers import capture
-from jaxnets.objectives import classification
-from jaxnets.parallel import jit_step
+from jaxnets.core import Precision
 from jaxnets.recurrent import (
     ElmanCell,
     GRUCell,
     LSTMCell,
     MinimalGatedCell,
     Recurrent,
-    SequenceClassifier,
 )
-from jaxnets.training import create_train_state, make_train_step
 
 CELLS = {
     "rnn": ElmanCell(),
@@ -199,20 +193,6 @@ def test_a_stack_passes_every_check(fields, parameters):
     check_module(Recurrent(5, **fields), sequences(), LENGTHS, num_parameters=parameters)
 
 
-@pytest.mark.parametrize(
-    ("fields", "parameters"),
-    [
-        ({"cell": "gru", "bidirectional": True}, 2 * (15 * 9 + 5) + 10 * 3 + 3),
-        ({"cell": "rnn", "pool": "mean", "dropout_rate": 0.2}, 5 * 9 + 5 * 3 + 3),
-    ],
-    ids=["last", "mean"],
-)
-def test_a_classifier_passes_every_check(fields, parameters):
-    check_module(
-        SequenceClassifier(3, 5, **fields), sequences(), LENGTHS, num_parameters=parameters
-    )
-
-
 STACK = Recurrent(4, cell="lstm", num_layers=2, bidirectional=True, residual=True)
 X = sequences(3, 6, 8)
 STACK_VARIABLES = made(STACK, X)
@@ -230,40 +210,6 @@ def test_more_padding_never_changes_the_answer(lengths, padding):
     close(more[:, :6], outputs, 1e-6)
     np.testing.assert_array_equal(more[:, 6:], 0)
     close(same_carry, carry, 1e-6)
-
-
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_padding_changes_neither_the_logits_nor_the_gradients_of_a_classifier(pool):
-    module = SequenceClassifier(3, 5, cell="mgu", bidirectional=True, pool=pool, residual=True)
-    x = sequences(time=5, channels=10)
-    lengths, variables = np.array([5, 2, 0, 4], np.int32), made(module, x)
-    padded = np.concatenate([x, x], axis=1)
-    padded[np.arange(10)[None] >= lengths[:, None]] = np.nan
-
-    @jax.jit
-    def run(variables, x):
-        return jax.value_and_grad(lambda v: jnp.sum(jnp.square(module.apply(v, x, lengths))))(
-            variables
-        )
-
-    close(run(variables, padded), run(variables, x))
-
-
-def test_a_classifier_reads_the_last_step_of_each_direction_or_the_mean():
-    x, lengths = sequences(), np.array([7, 3, 1, 5], np.int32)
-    module = SequenceClassifier(3, 5, bidirectional=True)
-    variables = made(module, x)
-    inner = {"params": variables["params"]["recurrent"]}
-    run = jax.jit(Recurrent(5, bidirectional=True).apply)
-    outputs, _ = run(inner, x, lengths)
-    for keywords in ({}, {"lengths": lengths}):
-        _, expected = run(inner, x, **keywords)
-        expected = np.concatenate([expected["forward_0"][0], expected["backward_0"][0]], axis=1)
-        _, recorded = capture(module, variables, x, **keywords)
-        close(recorded["features"], expected)
-    _, recorded = capture(module.clone(pool="mean"), variables, x, lengths=lengths)
-    means = [outputs[index, :length].mean(0) for index, length in enumerate(lengths)]
-    close(recorded["features"], np.stack(means))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -343,21 +289,6 @@ def test_bfloat16_arithmetic_stays_near_float32_and_keeps_a_wide_carry(name):
     assert np.abs(found - outputs).max() < 0.05 * np.abs(outputs).max()
 
 
-def test_an_objective_hands_the_lengths_of_the_batch_to_the_module():
-    x, module = sequences(), SequenceClassifier(3, 8, cell="gru")
-    batch = {
-        "inputs": np.where(np.arange(7)[None, :, None] < LENGTHS[:, None, None], x, np.nan),
-        "labels": np.array([0, 1, 2, 1], np.int32),
-        "lengths": LENGTHS,
-    }
-    update = Update(classification(module), optax.sgd(0.1))
-    state = create_train_state(made(module, x), update, rng=jax.random.key(0))
-    state, metrics = jit_step(make_train_step(update))(state, batch)
-    # Nothing but the lengths keeps the NaN of the padding out.
-    for leaf in jax.tree.leaves((state.params, metrics)):
-        assert np.isfinite(leaf).all()
-
-
 def test_a_length_out_of_range_inside_a_compiled_program_gives_nan_for_its_sequence_alone():
     for wrong in (-1, 7):
         lengths = np.array([6, wrong, 2], np.int32)
@@ -370,10 +301,8 @@ def test_a_length_out_of_range_inside_a_compiled_program_gives_nan_for_its_seque
     ("build", "message"),
     [
         (lambda: Recurrent(0), "hidden_size=0"),
-        (lambda: SequenceClassifier(3, num_layers=0), "num_layers=0"),
         (lambda: Recurrent(5, dropout_rate=1.0), "dropout rate 1.0"),
         (lambda: Recurrent(5, cell="ltsm"), "'ltsm'; choose from rnn, lstm, gru, mgu"),
-        (lambda: SequenceClassifier(3, pool="max"), "'max'"),
         (lambda: GRUCell(reset="never"), "'never'"),
         (lambda: shapes_of(Recurrent(5), X[0]), r"\(6, 8\).*inputs\[None\]"),
         (lambda: shapes_of(Recurrent(5), X[:, :0]), r"\(3, 0, 8\) have no time step"),

@@ -1,0 +1,258 @@
+"""Sentiment of sentences from film reviews, good or bad: SST-2, 6,920 sentences, from scratch.
+
+python -m experiments.sentiment --model lstm --seeds 3
+python -m experiments.sentiment --model transformer --seeds 3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnets as jn
+from experiments import figures, training
+from experiments.options import Options
+from experiments.problem import Measured, Problem
+from experiments.run_folder import RunError, RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Options of the sentiment experiment."""
+
+    model: Literal["lstm", "gru", "transformer"] = "lstm"
+    """Bidirectional recurrent network or transformer encoder."""
+    tokens: Literal["words", "subwords"] = "words"
+    """What the network reads."""
+    min_count: int = 2
+    """Words that occur less often in the training sentences are unknown."""
+    vocabulary: int = 4000
+    """Number of subwords."""
+    width: int = 64
+    """Size of the states of a direction, or of the residual stream."""
+    embedding: int = 64
+    """Size of the token vectors (recurrent networks)."""
+    layers: int = 1
+    """Number of layers."""
+    heads: int = 4
+    """Attention heads (transformer)."""
+    pool: Literal["last", "mean", "max"] = "max"
+    """What the classes are read off (recurrent networks; a transformer reads the mean)."""
+    dropout: float = 0.5
+    """Dropout rate."""
+    word_dropout: float = 0.1
+    """Probability that a token of a training sentence is read as an unknown one."""
+    label_smoothing: float = 0.0
+    """Weight of the uniform distribution in the training labels."""
+    buckets: int = 5
+    """Groups of sentences of like length; each is one compiled shape."""
+
+
+class Sentiment(Problem):
+    """Labelled sentences, a classifier and how it is trained; batch_size counts sentences."""
+
+    def __init__(self, config: Config) -> None:
+        self.options = self.config = config
+        if not 0 <= config.word_dropout < 1:
+            raise RunError(f"--word-dropout is {config.word_dropout}; give a number in [0, 1)")
+        self.dataset = dataset = jn.data.sst2(config.data)
+        self.dataset_name = dataset.name
+        self.tokenizer = self._make_tokenizer()
+        self.train = self._encode(dataset.train)
+        mean_length = np.mean([len(ids) for ids, _ in self.train])
+        self.tokens_per_batch = round(config.batch_size * float(mean_length))
+        self.module = self._make_module()
+        self.objective = jn.with_batch_transform(
+            jn.classification(self.module, label_smoothing=config.label_smoothing),
+            self.drop_words,
+        )
+        self.steps_per_epoch = self.member_source(0).steps_per_epoch
+        self.eval_batches = self._pass(dataset.validation)
+
+    def _make_tokenizer(self) -> Any:
+        config, texts = self.config, self.dataset.train.texts
+        if config.tokens == "words":
+            return jn.data.WordTokenizer.train(texts, min_count=config.min_count)
+        return jn.data.SubwordTokenizer.train(texts, vocabulary_size=config.vocabulary)
+
+    def _make_module(self) -> Any:
+        config, size = self.config, self.tokenizer.vocabulary_size
+        precision = jn.Precision(compute=jnp.dtype(config.precision))
+        if config.model == "transformer":
+            block = jn.BlockConfig(
+                features=config.width,
+                num_heads=config.heads,
+                positions="relative",
+                dropout_rate=config.dropout,
+            )
+            return jn.TransformerClassifier(
+                size,
+                num_layers=config.layers,
+                config=block,
+                num_outputs=self.dataset.num_classes,
+                pool="mean",
+                precision=precision,
+            )
+        return jn.TextClassifier(
+            size,
+            num_outputs=self.dataset.num_classes,
+            embedding_size=config.embedding,
+            hidden_size=config.width,
+            cell=config.model,
+            num_layers=config.layers,
+            bidirectional=True,
+            pool=config.pool,
+            dropout_rate=config.dropout,
+            precision=precision,
+        )
+
+    def _encode(self, sentences: Any) -> list[tuple[np.ndarray, int]]:
+        ids = map(self.tokenizer.encode, sentences.texts)
+        return list(zip(ids, sentences.labels.tolist(), strict=True))
+
+    def _pass(self, sentences: Any) -> list[jn.Batch]:
+        source = jn.data.bucketed_pass(
+            self._encode(sentences), tokens_per_batch=4096, num_buckets=self.config.buckets
+        )
+        return list(source(0))
+
+    def drop_words(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
+        """Make some tokens unknown in training: no sentence may hang on a single one."""
+        if not train:
+            return batch
+        dropped = jax.random.bernoulli(rng, self.config.word_dropout, batch["inputs"].shape)
+        return {**batch, "inputs": jnp.where(dropped, jn.data.UNKNOWN, batch["inputs"])}
+
+    def example(self) -> tuple[Any, ...]:
+        return (self.eval_batches[0]["inputs"][:1],)
+
+    def initial_variables(self, key: jax.Array) -> Any:
+        # One network after the other: jaxlib 0.10.1 hangs on a CPU in several batched QR
+        # decompositions, by which the recurrent kernels start orthogonal.
+        return jax.custom_batching.sequential_vmap(super().initial_variables)(key)
+
+    def member_source(self, seed: int) -> jn.BatchSource:
+        config = self.config
+        return jn.data.bucketed_batches(
+            self.train,
+            tokens_per_batch=self.tokens_per_batch,
+            seed=seed,
+            num_buckets=config.buckets,
+            batch_multiple=jax.device_count() if config.executor in ("pmap", "sharded") else 1,
+            steps_per_shape=config.steps_per_dispatch if config.executor == "scan" else 1,
+        )
+
+    def measure(self, states: jn.TrainState) -> Measured:
+        """Evaluate on the test sentences: per seed, and the confusion of all."""
+        measures = {
+            "accuracy": jn.metrics.accuracy,
+            "confusion": jn.metrics.confusion_matrix,
+            "calibration": jn.metrics.calibration,
+        }
+        objective = jn.classification(self.module, measures=measures)
+        members = self.evaluate(states, self._pass(self.dataset.test), objective)
+        validation = self.evaluate(states, self.eval_batches, objective)
+        self.confusion = np.mean([m["confusion"].total for m in members], axis=0)
+
+        def mean(values: list[Any]) -> float:
+            return round(float(np.mean(values)), 6)
+
+        calibration_error = jn.metrics.expected_calibration_error
+        return Measured(
+            "test accuracy",
+            np.array([float(m["accuracy"].compute()) for m in members]),
+            details={
+                "validation_accuracy": mean([m["accuracy"].compute() for m in validation]),
+                "test_loss": mean([m["loss"].compute() for m in members]),
+                "calibration_error": mean([calibration_error(m["calibration"]) for m in members]),
+                "vocabulary": self.tokenizer.vocabulary_size,
+            },
+        )
+
+    def draw(
+        self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
+    ) -> None:
+        names, test = self.dataset.class_names, self.dataset.test
+        panels = {"loss": ("loss", "test/loss"), "accuracy": ("accuracy", "test/accuracy")}
+        figures.curves(history, panels, folder.path / "curves.png")
+        figures.confusion(self.confusion, names, folder.path / "confusion.png")
+        self.tokenizer.save(folder.path / "tokenizer.json")
+        probabilities = self.probabilities(states, test)
+        lines = mistakes(test.texts, test.labels, probabilities, names)
+        (folder.path / "mistakes.txt").write_text("".join(lines), encoding="utf-8")
+
+    def probabilities(self, states: jn.TrainState, sentences: Any) -> np.ndarray:
+        """Class probabilities [sentences, classes], averaged over the networks."""
+
+        @jax.jit
+        def predict(states: jn.TrainState, batch: jn.Batch) -> jax.Array:
+            def one(state: jn.TrainState) -> jax.Array:
+                logits = self.module.apply(state.variables, batch["inputs"], batch["lengths"])
+                return jax.nn.softmax(logits)
+
+            return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
+
+        found = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
+        for batch in self._pass(sentences):
+            found[batch["indices"]] = predict(states, batch)
+        return found
+
+
+def mistakes(
+    texts: Sequence[str],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    num_shown: int = 50,
+) -> list[str]:
+    """List the wrongly classified sentences of which the networks were most sure.
+
+    Args:
+        texts: the sentences.
+        labels: integer [sentences].
+        probabilities: [sentences, classes].
+        class_names: names in the order of the classes.
+        num_shown: lines at most.
+
+    Returns:
+        A line for each, the most confident first.
+    """
+    predicted = probabilities.argmax(1)
+    wrong = np.flatnonzero(predicted != labels)
+    order = np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")
+    return [
+        f"{class_names[predicted[index]]} {probabilities[index].max():.1%}, "
+        f"not {class_names[labels[index]]}: {texts[index]}\n"
+        for index in wrong[order][:num_shown]
+    ]
+
+
+RECURRENT = Config(
+    executor="jit",
+    batch_size=64,
+    epochs=4,
+    learning_rate=4e-3,
+    average_decay=0.99,
+    eval_every=100,
+)
+RECIPES = {
+    "lstm": RECURRENT,
+    "gru": dataclasses.replace(RECURRENT, model="gru"),
+    "transformer": dataclasses.replace(
+        RECURRENT,
+        model="transformer",
+        layers=2,
+        epochs=3,
+        learning_rate=2e-3,
+        word_dropout=0.3,
+    ),
+}
+
+if __name__ == "__main__":
+    training.main("sentiment", Sentiment, RECIPES)
