@@ -30,7 +30,7 @@ _PACKAGES = ("jaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 #: Optional packages by the extra of this project that installs them.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "experiments": ("tyro", "matplotlib", "pillow", "jiwer"),
+    "experiments": ("tyro", "matplotlib", "pillow", "jiwer", "sacrebleu"),
     "grain": ("grain",),
     "tensorboard": ("tensorboardX",),
     "text": ("tokenizers",),
