@@ -24,12 +24,18 @@ STRINGS = dataclasses.replace(
 )
 
 
+#: Sound as it is, which compiles faster.
+CALM = dict.fromkeys(("shift", "speed", "noise", "gain"), 0.0) | {"time_mask": 0}
+CALM |= {"frequency_mask": 0}
+
+
 def run_words(out, **changes):
-    return run("speech", dataclasses.replace(SPEECH, out=out, **changes), speech.SpokenWords)
+    config = dataclasses.replace(SPEECH, out=out, **{**CALM, **changes})
+    return run("speech", config, speech.SpokenWords)
 
 
 def run_strings(out, **changes):
-    config = dataclasses.replace(STRINGS, out=out, **changes)
+    config = dataclasses.replace(STRINGS, out=out, **{**CALM, **changes})
     return run("digit_strings", config, digit_strings.DigitStrings)
 
 
@@ -199,7 +205,7 @@ def test_a_missing_jiwer_is_reported_before_the_training(monkeypatch, tmp_path):
         ({"layers": 0}, "--layers is 0"),
         ({"speed": -0.1}, "--speed is -0.1"),
         ({"speed": 1.0}, "give a speed of at least"),
-        ({"frequency_mask": 41}, "masks of up to 10 frames and 41 features do not fit"),
+        ({"frequency_mask": 41}, "masks of up to 0 frames and 41 features do not fit"),
         ({"mels": 400}, "400 filters are too many"),
         ({"dropout": 1.0}, "1.0"),
         ({"batch_size": 500}, "batch size 500 is larger than the 200 examples"),
