@@ -1,6 +1,7 @@
 """Addition as translation: read "123+456", write "579"; the sums of the test set are held out.
 
     python -m experiments.addition --model gru --seeds 3
+    python -m experiments.addition --model lstm --seeds 3
     python -m experiments.addition --model transformer --seeds 3
 
 The classic check of a sequence-to-sequence network (Sutskever, Vinyals and Le 2014,
@@ -221,11 +222,12 @@ def decode(ids: np.ndarray) -> str:
     return text
 
 
+RECURRENT = Config(steps=2000, learning_rate=3e-3, weight_decay=0.0)
 RECIPES = {
-    "gru": Config(model="gru", steps=4000, learning_rate=3e-3, weight_decay=0.0),
-    "lstm": Config(model="lstm", steps=4000, learning_rate=3e-3, weight_decay=0.0),
-    "rnn": Config(model="rnn", steps=6000, learning_rate=1e-3, weight_decay=0.0, clip=1.0),
-    "transformer": Config(model="transformer", steps=4000, learning_rate=1e-3),
+    "gru": RECURRENT,
+    "lstm": dataclasses.replace(RECURRENT, model="lstm"),
+    "rnn": dataclasses.replace(RECURRENT, model="rnn", steps=6000, learning_rate=1e-3, clip=1.0),
+    "transformer": dataclasses.replace(RECURRENT, model="transformer", learning_rate=1e-3),
 }
 
 if __name__ == "__main__":

@@ -247,10 +247,14 @@ RECIPES = {
     "transformer": dataclasses.replace(
         RECURRENT,
         model="transformer",
-        layers=2,
-        epochs=3,
-        learning_rate=2e-3,
-        word_dropout=0.3,
+        width=32,
+        batch_size=32,
+        epochs=5,
+        learning_rate=1e-3,
+        weight_decay=1.0,
+        average_decay=0.998,
+        dropout=0.2,
+        word_dropout=0.2,
     ),
 }
 

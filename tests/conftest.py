@@ -22,3 +22,10 @@ def enable_x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """Forget compiled programs at the end of a module: together they take gigabytes."""
+    yield
+    jax.clear_caches()
