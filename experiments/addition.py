@@ -225,7 +225,7 @@ def decode(ids: np.ndarray) -> str:
 RECURRENT = Config(steps=2000, learning_rate=3e-3, weight_decay=0.0)
 RECIPES = {
     "gru": RECURRENT,
-    "lstm": dataclasses.replace(RECURRENT, model="lstm"),
+    "lstm": dataclasses.replace(RECURRENT, model="lstm", steps=4000),
     "rnn": dataclasses.replace(RECURRENT, model="rnn", steps=6000, learning_rate=1e-3, clip=1.0),
     "transformer": dataclasses.replace(RECURRENT, model="transformer", learning_rate=1e-3),
 }

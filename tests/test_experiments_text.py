@@ -30,9 +30,11 @@ SHORT = {
 }
 
 
+ADDER = addition.Config(width=8, batch_size=16, digits=2, seeds=2, **SHORT)
+
+
 def add(out, **changes):
-    config = addition.Config(width=8, batch_size=16, digits=2, **SHORT)
-    return run("addition", dataclasses.replace(config, out=out, **changes), addition.Addition)
+    return run("addition", dataclasses.replace(ADDER, out=out, **changes), addition.Addition)
 
 
 def words(seed, count):
@@ -63,14 +65,10 @@ def judge(out, **changes):
     return run("sentiment", dataclasses.replace(config, out=out, **changes), sentiment.Sentiment)
 
 
-def log_rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def added(tmp_path_factory):
     out = tmp_path_factory.mktemp("added")
-    return out, add(out, seeds=2)
+    return out, add(out)
 
 
 def test_an_addition_run_leaves_result_curves_and_mistakes(added):
@@ -97,25 +95,26 @@ def test_a_stopped_addition_ends_bitwise_as_one_that_was_not(added, tmp_path, mo
         lambda steps, hook: every(3, stop_at_three) if steps == 6 else every(steps, hook),
     )
     with pytest.raises(Stopped, match="go on with --resume"):
-        add(tmp_path, seeds=2)
+        add(tmp_path)
     monkeypatch.undo()
-    result = add(tmp_path, seeds=2, resume=True)
+    result = add(tmp_path, resume=True)
     assert result["parameters_sha256"] == added[1]["parameters_sha256"]
 
 
-def test_every_executor_trains_the_same_adders(added, tmp_path):
-    rows = {"scan": log_rows(added[0])}
-    for executor in ("jit", "pmap", "sharded"):
-        add(tmp_path / executor, seeds=2, executor=executor)
-        rows[executor] = log_rows(tmp_path / executor)
-    for executor, found in rows.items():
-        for row, expected in zip(found, rows["scan"], strict=True):
-            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4), executor
+def test_every_executor_trains_the_same_adders():
+    losses, start = {}, None
+    for executor in ("scan", "jit", "pmap", "sharded"):
+        problem = addition.Addition(dataclasses.replace(ADDER, model="rnn", executor=executor))
+        start = problem.create_states() if start is None else start
+        states = jax.tree.map(jnp.copy, start)  # the step donates its argument
+        _, history = jn.fit(problem.executor(), states, problem.batches(), num_steps=6, log_every=3)
+        losses[executor] = [row["loss"] for row in history.rows]
+        np.testing.assert_allclose(losses[executor], losses["scan"], rtol=1e-4, err_msg=executor)
 
 
-@pytest.mark.parametrize("model", ["rnn", "lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_every_adder_runs(model, tmp_path):
-    assert add(tmp_path, model=model)["model"] == model
+    assert add(tmp_path, model=model, seeds=1)["model"] == model
 
 
 def test_an_adder_that_is_always_right_scores_one(added, monkeypatch):
