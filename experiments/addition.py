@@ -109,11 +109,6 @@ class Addition(Problem):
         batch = self.eval_batches[0]
         return tuple(batch[name][:1] for name in ("inputs", "decoder_inputs", "lengths"))
 
-    def initial_variables(self, key: jax.Array) -> Any:
-        # One network after the other: jaxlib 0.10.1 hangs on a CPU in several batched QR
-        # decompositions, by which the recurrent kernels start orthogonal.
-        return jax.custom_batching.sequential_vmap(super().initial_variables)(key)
-
     def member_source(self, seed: int) -> jn.BatchSource:
         return Sums(self.config.digits, self.config.batch_size, seed)
 

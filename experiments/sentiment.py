@@ -131,11 +131,6 @@ class Sentiment(Problem):
     def example(self) -> tuple[Any, ...]:
         return (self.eval_batches[0]["inputs"][:1],)
 
-    def initial_variables(self, key: jax.Array) -> Any:
-        # One network after the other: jaxlib 0.10.1 hangs on a CPU in several batched QR
-        # decompositions, by which the recurrent kernels start orthogonal.
-        return jax.custom_batching.sequential_vmap(super().initial_variables)(key)
-
     def member_source(self, seed: int) -> jn.BatchSource:
         config = self.config
         return jn.data.bucketed_batches(

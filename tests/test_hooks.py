@@ -157,6 +157,15 @@ def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
         )
 
 
+@pytest.fixture
+def interruptible():
+    """Handle SIGINT as in a terminal; a shell's background jobs start with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_after_the_last_call_reaches_the_next_listener(tmp_path, capfd):
     hook = Checkpointing(tmp_path, every=100)
     with pytest.raises(KeyboardInterrupt):

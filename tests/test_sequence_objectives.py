@@ -208,7 +208,9 @@ def test_a_carry_is_the_same_under_every_executor():
     expected = final(jit_step(step))
     for execute in (pmap_step(step), sharded_step(step, data_mesh())):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), final(execute), expected
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+            final(execute),
+            expected,
         )
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
     scanned, _ = pmap_step(scan_steps(step), batch_axis=1)(state, stacked)
