@@ -88,7 +88,7 @@ def mistakes(
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:num_shown]
-    columns = 8
+    columns = min(8, max(4, len(worst)))
     rows = max(1, -(-len(worst) // columns))
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.5 * columns, 1.9 * rows), layout="constrained", squeeze=False
