@@ -21,7 +21,7 @@ class Stopped(Exception):
 def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     """Read the options of an experiment.
 
-    `--preset` or else `--model` chooses the recipe, every other option changes it.
+    `--preset` or else `--model` or `--kind` chooses the recipe, every other option changes it.
 
     Args:
         name: of the experiment.
@@ -33,14 +33,15 @@ def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--model")
+    first.add_argument("--kind")
     chosen, _ = first.parse_known_args()
-    key = chosen.preset or chosen.model or next(iter(recipes))
+    key = chosen.preset or chosen.model or chosen.kind or next(iter(recipes))
     if chosen.preset and chosen.preset not in recipes:
         fail(f"unknown preset {chosen.preset!r}; choose one of {', '.join(recipes)}")
     return tyro.cli(
         type(next(iter(recipes.values()))),
         prog=f"python -m experiments.{name}",
-        description=f"Recipes (--preset, or --model for the model's own): {', '.join(recipes)}.",
+        description=f"Recipes (--preset, or --model or --kind for its own): {', '.join(recipes)}.",
         default=recipes.get(key, next(iter(recipes.values()))),
     )
 

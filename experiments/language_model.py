@@ -66,6 +66,8 @@ class Config(Options):
 class LanguageModel(Problem):
     """A text, a network that predicts its next character, and how it is trained."""
 
+    eval_name = "validation"
+
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
         load = {
@@ -168,7 +170,7 @@ class LanguageModel(Problem):
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
     ) -> None:
-        panels = {"nats per token": ("loss", "test/loss")}
+        panels = {"nats per token": ("loss", "validation/loss")}
         figures.curves(history, panels, folder.path / "curves.png")
         self.tokenizer.save(folder.path / "tokenizer.json")
         samples = self.sample(member(self.evaluated(states), 0))
@@ -201,8 +203,30 @@ class LanguageModel(Problem):
         return [self.tokenizer.decode(row[:length]) for row in written]
 
 
+RECURRENT_RECIPE = Config(
+    epochs=20,
+    context=128,
+    layers=1,
+    embedding=64,
+    dropout=0.2,
+    batch_size=32,
+    learning_rate=3e-3,
+    warmup=0.05,
+    clip=1.0,
+    keep_memory=True,
+)
 RECIPES = {
-    "transformer": Config(),
+    "transformer": Config(
+        steps=1400,
+        batch_size=16,
+        optimizer="muon",
+        learning_rate=3e-3,
+        warmup=0.1,
+        clip=1.0,
+        precision="bfloat16",
+        keep_memory=True,
+        eval_every=150,
+    ),
     "nanogpt-cpu": Config(
         steps=2000,
         context=64,
@@ -219,12 +243,16 @@ RECIPES = {
         beta2=0.99,
         clip=1.0,
     ),
-    "lstm": Config(model="lstm", layers=1, width=448, embedding=64, batch_size=32, context=128),
-    "gru": Config(model="gru", layers=1, width=512, embedding=64, batch_size=32, context=128),
-    "rnn": Config(model="rnn", layers=1, width=512, embedding=64, batch_size=32, context=128),
-    "mgu": Config(model="mgu", layers=1, width=512, embedding=64, batch_size=32, context=128),
-    "mingru": Config(model="mingru", layers=3, width=448, embedding=64, batch_size=32),
-    "minlstm": Config(model="minlstm", layers=3, width=384, embedding=64, batch_size=32),
+    "lstm": dataclasses.replace(RECURRENT_RECIPE, model="lstm", width=448),
+    "gru": dataclasses.replace(RECURRENT_RECIPE, model="gru", width=512),
+    "rnn": dataclasses.replace(RECURRENT_RECIPE, model="rnn", width=512),
+    "mgu": dataclasses.replace(RECURRENT_RECIPE, model="mgu", width=512),
+    "mingru": dataclasses.replace(
+        RECURRENT_RECIPE, model="mingru", layers=3, width=448, context=256
+    ),
+    "minlstm": dataclasses.replace(
+        RECURRENT_RECIPE, model="minlstm", layers=3, width=384, context=256
+    ),
 }
 
 if __name__ == "__main__":

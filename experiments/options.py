@@ -42,7 +42,7 @@ class Options:
     weight_decay: float = 0.05
     """Decoupled weight decay of kernels (adamw, lion, muon), or L2 penalty (sgd, rmsprop)."""
     beta2: float = 0.999
-    """Decay of the average of squared gradients (adamw)."""
+    """Decay of the average of squared gradients (adamw; muon for what is no matrix)."""
     clip: float = 0.0
     """Largest norm of the whole gradient; 0 is no limit."""
     average_decay: float = 0.0

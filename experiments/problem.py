@@ -48,6 +48,7 @@ class Problem(abc.ABC):
             batches come from the host.
         steps_per_epoch: batches in one pass over the training data.
         eval_batches: held-out batches for the curves.
+        eval_name: what the curves of `eval_batches` are called.
     """
 
     options: Options
@@ -58,6 +59,7 @@ class Problem(abc.ABC):
     resident: Mapping[str, np.ndarray] | None = None
     steps_per_epoch: int
     eval_batches: Sequence[jn.Batch]
+    eval_name: str = "test"
 
     @abc.abstractmethod
     def example(self) -> tuple[Any, ...]:
@@ -88,8 +90,8 @@ class Problem(abc.ABC):
         return options.steps or max(round(options.epochs * self.steps_per_epoch), 1)
 
     @property
-    def update(self) -> jn.Update:
-        """The one gradient phase of a step."""
+    def update(self) -> jn.Update | Sequence[jn.Update]:
+        """The gradient phase of a step, or its phases."""
         return jn.Update(self.objective, make_optimizer(self.options, self.num_steps))
 
     @property
@@ -116,11 +118,17 @@ class Problem(abc.ABC):
         # pmap and sharded split each batch over the devices themselves, from the host.
         return jn.data.prefetch(source) if options.executor == "jit" else source
 
+    def train_step(self) -> jn.StepFn:
+        """Build the step of one network."""
+        return jn.make_train_step(self.update)
+
+    def hooks(self, folder: RunFolder) -> Sequence[jn.Hook]:
+        """Return what else is to be called while training, such as for pictures; nothing here."""
+        return ()
+
     def executor(self) -> jn.Executor:
         """Compile the one step as the options say."""
-        step = jn.population_step(
-            jn.make_train_step(self.update), shared_batch=False, loop=self.loop
-        )
+        step = jn.population_step(self.train_step(), shared_batch=False, loop=self.loop)
         if self.options.executor == "scan":
             if self.resident is not None:
                 return jn.resident_steps(step, self.resident, donate=True)
@@ -162,12 +170,20 @@ def member(population: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], population)
 
 
-def make_optimizer(options: Options, num_steps: int) -> optax.GradientTransformation:
+def thousands(examples: Sequence[Any] | np.ndarray) -> list[slice]:
+    """Split examples into consecutive slices of at most 1000, to bound the memory of a pass."""
+    return [slice(start, start + 1000) for start in range(0, len(examples), 1000)]
+
+
+def make_optimizer(
+    options: Options, num_steps: int, *, beta1: float = 0.9
+) -> optax.GradientTransformation:
     """Build the optimizer and its schedule.
 
     Args:
         options: of the run.
         num_steps: of the whole run.
+        beta1: decay of the average of gradients (adamw).
 
     Returns:
         An Optax transformation.
@@ -182,10 +198,17 @@ def make_optimizer(options: Options, num_steps: int) -> optax.GradientTransforma
         )
     penalty = optax.add_decayed_weights(decay, mask=mask)
     optimizer = {
-        "adamw": lambda: optax.adamw(rate, b2=options.beta2, weight_decay=decay, mask=mask),
+        "adamw": lambda: optax.adamw(
+            rate, b1=beta1, b2=options.beta2, weight_decay=decay, mask=mask
+        ),
         "lion": lambda: optax.lion(rate, weight_decay=decay, mask=mask),
         "muon": lambda: optax.contrib.muon(
-            rate, weight_decay=decay, weight_decay_mask=mask, adam_weight_decay=decay
+            rate,
+            weight_decay=decay,
+            weight_decay_mask=mask,
+            adam_b2=options.beta2,
+            muon_weight_dimension_numbers=jn.muon_dimensions,
+            consistent_rms=0.2,  # the size of AdamW's updates, so that one rate serves both
         ),
         "sgd": lambda: optax.chain(penalty, optax.sgd(rate, momentum=0.9, nesterov=True)),
         "rmsprop": lambda: optax.chain(penalty, optax.rmsprop(rate)),

@@ -56,6 +56,8 @@ class Config(Options):
 class Sentiment(Problem):
     """Labelled sentences, a classifier and how it is trained; batch_size counts sentences."""
 
+    eval_name = "validation"
+
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
         if not 0 <= config.word_dropout < 1:
@@ -173,7 +175,10 @@ class Sentiment(Problem):
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
     ) -> None:
         names, test = self.dataset.class_names, self.dataset.test
-        panels = {"loss": ("loss", "test/loss"), "accuracy": ("accuracy", "test/accuracy")}
+        panels = {
+            "loss": ("loss", "validation/loss"),
+            "accuracy": ("accuracy", "validation/accuracy"),
+        }
         figures.curves(history, panels, folder.path / "curves.png")
         figures.confusion(self.confusion, names, folder.path / "confusion.png")
         self.tokenizer.save(folder.path / "tokenizer.json")

@@ -70,8 +70,9 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
         hooks=[
             jn.every(
                 options.eval_every or problem.steps_per_epoch,
-                jn.evaluation(problem.eval_step(), problem.eval_batches, prefix="test"),
+                jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
             ),
+            *problem.hooks(folder),
             jn.Checkpointing(
                 folder.checkpoints,
                 every=options.checkpoint_every or problem.steps_per_epoch,

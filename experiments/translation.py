@@ -65,6 +65,8 @@ class Config(Options):
 class Translation(Problem):
     """Sentence pairs, an encoder-decoder and how it is trained; batch_size counts sentences."""
 
+    eval_name = "validation"
+
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
         self.dataset = dataset = jn.data.multi30k(config.data)
@@ -216,8 +218,8 @@ class Translation(Problem):
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
     ) -> None:
         panels = {
-            "nats per token": ("loss", "test/loss"),
-            "accuracy": ("accuracy", "test/accuracy"),
+            "nats per token": ("loss", "validation/loss"),
+            "accuracy": ("accuracy", "validation/accuracy"),
         }
         figures.curves(history, panels, folder.path / "curves.png")
         self.tokenizer.save(folder.path / "tokenizer.json")
@@ -253,8 +255,12 @@ class Translation(Problem):
 
 RECIPES = {
     "transformer": Config(
-        epochs=35,
+        epochs=18,
+        optimizer="muon",
         learning_rate=2e-3,
+        warmup=0.1,
+        clip=1.0,
+        keep_memory=True,
         beta2=0.98,
         weight_decay=0.01,
         average_decay=0.999,
@@ -264,8 +270,10 @@ RECIPES = {
     "gru": Config(
         model="gru",
         width=320,
-        epochs=15,
-        learning_rate=1e-3,
+        epochs=10,
+        learning_rate=2e-3,
+        warmup=0.1,
+        keep_memory=True,
         weight_decay=0.01,
         clip=1.0,
         average_decay=0.999,
@@ -273,6 +281,7 @@ RECIPES = {
         log_every=100,
     ),
 }
+RECIPES["lstm"] = dataclasses.replace(RECIPES["gru"], model="lstm", width=288)
 
 if __name__ == "__main__":
     training.main("translation", Translation, RECIPES)

@@ -10,17 +10,21 @@ state, history = jn.fit(step, state, batches, num_steps=1_000)
 """
 
 from jaxnets import (
+    autoencoder,
     checkpoint,
     convolutional,
     data,
     feedforward,
     functional,
+    gan,
+    generative_metrics,
     layers,
     metrics,
     recurrent,
     sequence,
     transformer,
 )
+from jaxnets.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
 from jaxnets.beam_search import beam_search
 from jaxnets.checkpoint import CheckpointError, parameters_sha256
 from jaxnets.convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
@@ -45,11 +49,36 @@ from jaxnets.core import (
 from jaxnets.diagnostics import find_learning_rate, overfit_one_batch
 from jaxnets.equivalence import check_equivalence
 from jaxnets.feedforward import MLP, MLPMixer
+from jaxnets.gan import (
+    GAN,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    ResNetDiscriminator,
+    ResNetGenerator,
+    adversarial,
+    dcgan,
+    generate_images,
+    resnet_gan,
+)
 from jaxnets.generation import generate
+from jaxnets.generative_metrics import (
+    class_coverage,
+    classifier_features,
+    frechet_distance,
+    precision_recall,
+)
 from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
 from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
 from jaxnets.host_memory import keep_memory
+from jaxnets.hyperparameters import scheduled, with_hyperparameters
+from jaxnets.latent_objectives import (
+    importance_weighted,
+    importance_weighted_bound,
+    vae,
+    vq_vae,
+)
 from jaxnets.layers import capture
+from jaxnets.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SquaredError
 from jaxnets.loop import Hook, Interrupted, StopTraining, evaluate, fit
 from jaxnets.objectives import (
     absolute_error,
@@ -61,7 +90,12 @@ from jaxnets.objectives import (
     squared_error,
     with_batch_transform,
 )
-from jaxnets.optimizers import averaged_parameters, decay_mask, with_parameter_average
+from jaxnets.optimizers import (
+    averaged_parameters,
+    decay_mask,
+    muon_dimensions,
+    with_parameter_average,
+)
 from jaxnets.parallel import (
     data_mesh,
     fsdp_sharding,
@@ -73,6 +107,12 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
+from jaxnets.reconstruction_objectives import (
+    contractive,
+    denoising,
+    reconstruction,
+    sparse_reconstruction,
+)
 from jaxnets.recurrent import (
     Recurrent,
     RecurrentLM,
@@ -83,6 +123,7 @@ from jaxnets.recurrent import (
 )
 from jaxnets.sampling import Sampling
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
+from jaxnets.spectral_norm import SpectralNorm
 from jaxnets.summary import Summary, summarize, summarize_model
 from jaxnets.training import TrainStep, create_train_state, make_eval_step, make_train_step
 from jaxnets.transformer import (
@@ -99,17 +140,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DATA_AXIS",
+    "GAN",
     "MLP",
+    "VAE",
+    "VQVAE",
     "AudioTransformer",
+    "Autoencoder",
     "Batch",
     "BatchSource",
+    "Bernoulli",
     "BlockConfig",
     "CheckpointError",
     "Checkpointing",
+    "CoderConfig",
     "ConvNeXt",
     "ConvNet",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "DiscretizedLogistic",
     "EarlyStopping",
     "Executor",
+    "Gaussian",
     "History",
     "Hook",
     "Interrupted",
@@ -128,9 +179,13 @@ __all__ = [
     "RecurrentTranslator",
     "ResNet",
     "ResNet9",
+    "ResNetDiscriminator",
+    "ResNetGenerator",
     "Sampling",
     "SequenceClassifier",
+    "SpectralNorm",
     "SpeechRecognizer",
+    "SquaredError",
     "StepFn",
     "StopTraining",
     "Summary",
@@ -145,31 +200,44 @@ __all__ = [
     "VisionTransformer",
     "WideResNet",
     "absolute_error",
+    "adversarial",
     "apply_module",
+    "autoencoder",
     "averaged_parameters",
     "beam_search",
     "binary_cross_entropy",
     "capture",
     "check_equivalence",
     "checkpoint",
+    "class_coverage",
     "classification",
+    "classifier_features",
+    "contractive",
     "convolutional",
     "create_train_state",
     "cross_entropy",
     "ctc",
     "data",
     "data_mesh",
+    "dcgan",
     "decay_mask",
+    "denoising",
     "evaluate",
     "evaluation",
     "every",
     "feedforward",
     "find_learning_rate",
     "fit",
+    "frechet_distance",
     "fsdp_sharding",
     "functional",
+    "gan",
     "generate",
+    "generate_images",
+    "generative_metrics",
     "huber_error",
+    "importance_weighted",
+    "importance_weighted_bound",
     "jit_step",
     "jsonl_writer",
     "keep_memory",
@@ -178,26 +246,35 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "metrics",
+    "muon_dimensions",
     "overfit_one_batch",
     "parameters_sha256",
     "pmap_step",
     "population_step",
+    "precision_recall",
+    "reconstruction",
     "recurrent",
     "regression",
     "replicate",
     "resident_steps",
+    "resnet_gan",
     "resume",
     "rng_streams",
     "scan_steps",
+    "scheduled",
     "sequence",
     "sequence_to_sequence",
     "sharded_step",
+    "sparse_reconstruction",
     "squared_error",
     "summarize",
     "summarize_model",
     "tensorboard_writer",
     "transformer",
+    "vae",
+    "vq_vae",
     "with_batch_transform",
     "with_carry",
+    "with_hyperparameters",
     "with_parameter_average",
 ]

@@ -42,10 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     summarize.add_argument("model", metavar="MODEL", help="name, see below")
     summarize.add_argument(
-        "--input", type=int, nargs="+", metavar="SIZE", help="shape of one example: 224 224 3"
+        "--input",
+        type=int,
+        nargs="+",
+        metavar="SIZE",
+        help="shape of one example",
     )
     summarize.add_argument("--batch", type=int, default=32, help="examples (default %(default)s)")
-    summarize.add_argument("--classes", type=int, help="outputs (default: the model's own)")
+    summarize.add_argument(
+        "--outputs", type=int, help="classes, or tokens of a language (default: the model's own)"
+    )
     summarize.add_argument(
         "--optimizer",
         default="adamw",
@@ -67,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.model,
             input_shape=tuple(options.input) if options.input else None,
             batch_size=options.batch,
-            num_classes=options.classes,
+            num_outputs=options.outputs,
             optimizer=options.optimizer,
             compiled=not options.no_compile,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -159,63 +158,6 @@ def window_mask(
     if window < 1:
         raise ValueError(f"window is {window}; a position sees itself, so give at least 1")
     return jnp.abs(_distances(queries, keys)) < window
-
-
-def padding_mask(lengths: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Tell the steps of each sequence from the padding behind them.
-
-    Args:
-        lengths: integer [batch] in [0, time].
-        shape: (batch, time) of the array.
-
-    Returns:
-        bool [batch, time], True for a step; index it with [:, None, None] to hide keys. All of a
-        sequence counts where a length known only when the program runs is out of range; see
-        `clear_padding`.
-
-    Raises:
-        ValueError: lengths of another shape or type, or known to be out of range.
-
-    Example:
-        >>> padding_mask(jnp.array([2, 0]), (2, 3)).astype(int).tolist()
-        [[1, 1, 0], [0, 0, 0]]
-    """
-    (batch, time), dtype = shape, jnp.result_type(lengths)
-    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(
-            f"lengths of shape {jnp.shape(lengths)} and type {dtype} do not fit {batch} "
-            f"sequences; give one integer for each, shape ({batch},)"
-        )
-    if not isinstance(lengths, jax.core.Tracer):
-        wrong = [int(length) for length in np.asarray(lengths) if not 0 <= length <= time]
-        if wrong:
-            raise ValueError(
-                f"length {wrong[0]} is not in [0, {time}]; lengths count the steps of each "
-                f"sequence, and the inputs have {time}"
-            )
-    lengths = jnp.asarray(lengths)[:, None]
-    return (jnp.arange(time)[None] < lengths) | (lengths < 0)
-
-
-def clear_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Set what lies beyond the end of each sequence to 0.
-
-    Args:
-        x: [batch, time, features], floating.
-        lengths: integer [batch] in [0, time].
-
-    Returns:
-        Shape of `x`. A sequence whose length is known only when the program runs and out of range
-        is NaN, so that it stops training instead of being cut in silence.
-
-    Raises:
-        ValueError: lengths that do not fit, or known to be out of range.
-    """
-    valid = padding_mask(lengths, x.shape[:2])
-    lengths = jnp.asarray(lengths)[:, None, None]
-    wrong = (lengths < 0) | (lengths > x.shape[1])
-    kept = jnp.where(wrong, jnp.asarray(jnp.nan, x.dtype), x)
-    return jnp.where(valid[..., None], kept, jnp.zeros((), x.dtype))
 
 
 def sinusoidal_positions(

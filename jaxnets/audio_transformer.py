@@ -18,7 +18,7 @@ from jaxnets.layers import (
     check_sizes,
     record,
 )
-from jaxnets.sequence import mask_padding
+from jaxnets.padding import clear_padding
 from jaxnets.transformer_layers import BlockConfig, PositionEmbedding, Stack, mean_over_time
 
 
@@ -78,7 +78,7 @@ class AudioTransformer(nn.Module):
         if not inputs.shape[1]:
             raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
         config, policy = self.config, self.precision
-        x = _clear(inputs.astype(policy.compute), lengths)
+        x, _ = clear_padding(inputs.astype(policy.compute), lengths)
         for index, stride in enumerate(self.strides):
             # Padded alike on both sides whatever the number of frames, so that a step sees the
             # same frames however long the array is. "SAME" pads by the number of frames.
@@ -95,7 +95,7 @@ class AudioTransformer(nn.Module):
                 lengths = jnp.asarray(lengths)
                 # Rounded up; one that is wrong stays wrong.
                 lengths = jnp.where(lengths < 0, lengths, -(-lengths // stride))
-            x = _clear(x, lengths)
+            x, _ = clear_padding(x, lengths)
         x = PositionEmbedding(config, self.max_length, policy, name="position")(x)
         x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
         x = Stack(config, self.num_layers, precision=policy, name="stack")(x, lengths, train=train)
@@ -104,9 +104,3 @@ class AudioTransformer(nn.Module):
         init = config.kernel_init()
         head = Dense(self.num_outputs, kernel_init=init, precision=policy, name="head")
         return head(x).astype(policy.output)
-
-
-def _clear(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    if lengths is None:
-        return x
-    return jnp.swapaxes(mask_padding(jnp.swapaxes(x, 0, 1), lengths)[0], 0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -164,16 +165,30 @@ def _input_gradient(
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
     ).reshape(*dy.shape[:-1], math.prod(taps), width)
-    zero = jnp.zeros((), shares.dtype)
     total = jnp.zeros((dy.shape[0], *size, width), shares.dtype)
     for index, offset in enumerate(itertools.product(*map(range, taps))):
         low = [o * d - p[0] for o, d, p in zip(offset, dilation, padding, strict=True)]
-        edges = [
-            (start, extent - start - (count - 1) * stride - 1, stride - 1)
-            for start, extent, count, stride in zip(low, size, dy.shape[1:-1], strides, strict=True)
-        ]
-        total += lax.pad(shares[..., index, :], zero, [(0, 0, 0), *edges, (0, 0, 0)])
+        total += _spread(shares[..., index, :], low, size, strides)
     return total.astype(dy.dtype)
+
+
+def _spread(x: jax.Array, starts: Sequence[int], size: Axes, strides: Axes) -> jax.Array:
+    """Place the elements stride apart, from `starts` on, in zeros of `size`.
+
+    It is one `lax.pad` with interior padding, which aborts XLA's partitioner where a sharding has
+    reached height or width. A new axis that is padded and joined does not.
+    """
+    zero = jnp.zeros((), x.dtype)
+    for axis, (start, extent, stride) in enumerate(zip(starts, size, strides, strict=True), 1):
+        shape = x.shape
+        gaps = [(0, 0, 0)] * (x.ndim + 1)
+        gaps[axis + 1] = (0, stride - 1, 0)
+        x = lax.pad(jnp.expand_dims(x, axis + 1), zero, gaps)
+        x = x.reshape(*shape[:axis], shape[axis] * stride, *shape[axis + 1 :])
+        edges = [(0, 0, 0)] * x.ndim
+        edges[axis] = (start, extent - start - shape[axis] * stride, 0)
+        x = lax.pad(x, zero, edges)
+    return x
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geometry) -> jax.Array:

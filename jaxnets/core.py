@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 #: Name of the mapped axis over which executors split a batch. Batch normalisation and the
@@ -218,42 +217,6 @@ def at_least_float32(array: jax.Array) -> jax.Array:
         [...], float32 or wider.
     """
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.Array:
-    """Refuse lengths that do not fit or, where they are known, are out of range.
-
-    Args:
-        lengths: integer [rows], number of valid steps of each row.
-        rows: number of rows of the array that they are for.
-        most: number of its steps.
-        least: smallest length that makes sense.
-
-    Returns:
-        bool [rows], False for a length out of range that is known only when the program runs; the
-        caller turns it into NaN.
-
-    Raises:
-        ValueError: naming the shape and type, or the first length that is out of range.
-
-    Example:
-        >>> check_lengths(jnp.array([3, 5]), rows=2, most=5).tolist()
-        [True, True]
-    """
-    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-    if lengths.shape != (rows,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"lengths of shape {lengths.shape} and type {lengths.dtype} do not fit {rows} rows; "
-            f"give one integer for each, shape ({rows},)"
-        )
-    inside = (lengths >= least) & (lengths <= most)
-    if not isinstance(lengths, jax.core.Tracer) and not np.all(inside):
-        wrong = np.asarray(lengths)[~np.asarray(inside)][0]
-        raise ValueError(
-            f"length {wrong} is not in [{least}, {most}]; lengths count the valid steps of each "
-            f"row, which has {most}"
-        )
-    return jnp.asarray(inside)
 
 
 def rng_streams(rng: jax.Array, *names: str) -> dict[str, jax.Array]:

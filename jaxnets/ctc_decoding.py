@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.core import at_least_float32, check_lengths
+from jaxnets.core import at_least_float32
+from jaxnets.padding import check_lengths
 
 
 def ctc_greedy(

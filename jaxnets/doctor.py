@@ -36,6 +36,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "text": ("tokenizers",),
     "notebooks": ("jupyter-client", "nbclient", "ipykernel"),
     "parity": ("torch", "transformers", "safetensors"),
+    "benchmark": ("torch", "keras", "equinox", "transformers"),
 }
 
 #: (package, version) -> what is wrong with it and what to do.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnets.core import at_least_float32, check_lengths
+from jaxnets.core import at_least_float32
+from jaxnets.padding import check_lengths
 from jaxnets.sampling import Sampling, sample_tokens
 
 

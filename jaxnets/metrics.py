@@ -179,6 +179,23 @@ def perplexity(loss: Mean) -> jax.Array:
     return jnp.exp(loss.compute())
 
 
+def codebook_perplexity(usage: Mean) -> jax.Array:
+    """Return among how many equally used codes the vectors seem to be spread.
+
+    Args:
+        usage: the metric "code_usage" of `vq_vae`: sums [codebook_size], added up over batches.
+
+    Returns:
+        e to the entropy of the codes, a scalar between 1 and the codebook's size.
+
+    Example:
+        >>> usage = Mean(jnp.array([2.0, 2.0, 0.0]), jnp.array(4.0))
+        >>> round(float(codebook_perplexity(usage)), 4)
+        2.0
+    """
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(usage.compute())))
+
+
 def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Count the insertions, deletions and substitutions that make one sequence of the other.
 

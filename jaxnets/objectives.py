@@ -283,7 +283,7 @@ def supervised(
     def objective(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        _check_batch(batch, {*inputs, *needs, "labels"})
+        check_batch(batch, {*inputs, *needs, "labels"})
         keywords = {"lengths": batch["lengths"]} if "lengths" in batch else {}
         predictions, model_state = apply(
             module,
@@ -305,7 +305,16 @@ def supervised(
     return objective
 
 
-def _check_batch(batch: Batch, names: set[str]) -> None:
+def check_batch(batch: Batch, names: set[str]) -> None:
+    """Refuse a batch that lacks an array, or whose arrays differ in their number of examples.
+
+    Args:
+        batch: {name: array [batch, ...]}.
+        names: of the arrays that it must have.
+
+    Raises:
+        ValueError: the names that lack, or the numbers of examples.
+    """
     missing = names - set(batch)
     if missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What Optax leaves to its users: which parameters decay, and the average of parameters.
+"""What Optax leaves to its users: which parameters decay, which are matrices, and averages.
 
 Everything else (SGD, Adam, schedules, clipping, `inject_hyperparams`) is used from Optax directly.
 """
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxnets.core import Params, TrainState
 
@@ -29,6 +30,36 @@ def decay_mask(params: Params) -> Any:
         {'bias': False, 'kernel': True}
     """
     return jax.tree.map(lambda array: jnp.ndim(array) > 1, params)
+
+
+def muon_dimensions(params: Params) -> Any:
+    """Say which parameters Muon should orthogonalise, and as which matrices.
+
+    Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) is meant for the matrices between hidden
+    layers. Optax by default takes every array of two axes, tables of embeddings among them.
+
+    Args:
+        params: nested dict of arrays.
+
+    Returns:
+        The tree with `optax.contrib.MuonDimensionNumbers` for kernels of two axes (dense) and of
+        four (2-D convolution, read as [height x width x inputs, outputs]), and None for the rest,
+        which Optax then trains by AdamW: embeddings, biases, scales, and kernels of other shapes,
+        such as those of stacked layers. Pass this function as
+        `optax.contrib.muon(..., muon_weight_dimension_numbers=muon_dimensions)`.
+
+    Example:
+        >>> muon_dimensions({"kernel": jnp.ones((2, 3)), "embedding": jnp.ones((5, 2))})
+        {'embedding': None, 'kernel': MuonDimensionNumbers(reduction_axis=(0,), output_axis=1)}
+    """
+
+    def dimensions(path: Any, array: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if path[-1].key != "kernel" or jnp.ndim(array) not in (2, 4):
+            return None
+        last = jnp.ndim(array) - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 class ParameterAverageState(NamedTuple):
@@ -95,7 +126,8 @@ def averaged_parameters(state: TrainState) -> Params:
 
     Returns:
         A tree like `state.params`; evaluate it with
-        `dataclasses.replace(state, params=averaged_parameters(state))`.
+        `dataclasses.replace(state, params=averaged_parameters(state))`. Where the update names
+        its network, as a GAN's generator, a tree like `state.params[wrt]`.
 
     Raises:
         ValueError: no average, or several, in `state.opt_state`.

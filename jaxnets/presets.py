@@ -1,4 +1,4 @@
-"""Networks, with their usual inputs, and optimizers by name."""
+"""Networks by name, with their usual inputs and what they are trained for; optimizers by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxnets import convolutional, feedforward
-from jaxnets.optimizers import decay_mask
+from jaxnets import convolutional, feedforward, recurrent, transformer
+from jaxnets.core import Objective
+from jaxnets.objectives import classification
+from jaxnets.optimizers import decay_mask, muon_dimensions
+from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a network is trained for, as far as shapes know.
+
+    Attributes:
+        objective: module -> objective.
+        inputs: the entries of a batch that the module takes.
+        batch: (number of examples, shape of one) -> shapes and dtypes of a batch.
+    """
+
+    objective: Callable[[nn.Module], Objective]
+    inputs: tuple[str, ...]
+    batch: Callable[[int, tuple[int, ...]], dict[str, jax.ShapeDtypeStruct]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +39,60 @@ class Model:
     """A network that has a name.
 
     Attributes:
-        build: number of classes -> network.
+        build: number of outputs, which are classes or tokens -> network.
         input_shape: of the usual example, without the batch.
-        num_classes: the usual number of classes.
+        num_outputs: the usual number of outputs.
+        task: what it is trained for.
     """
 
     build: Callable[[int], nn.Module]
     input_shape: tuple[int, ...]
-    num_classes: int
+    num_outputs: int
+    task: Task
+
+
+def _ids(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _values(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+_CLASSIFICATION = Task(
+    classification,
+    ("inputs",),
+    lambda size, shape: {"inputs": _values(size, *shape), "labels": _ids(size)},
+)
+_TEXT_CLASSIFICATION = Task(
+    classification,
+    ("inputs",),
+    lambda size, shape: {"inputs": _ids(size, *shape), "labels": _ids(size)},
+)
+_LANGUAGE = Task(
+    language_modelling,
+    ("inputs",),
+    lambda size, shape: {"inputs": _ids(size, *shape), "labels": _ids(size, *shape)},
+)
+_TRANSLATION = Task(
+    sequence_to_sequence,
+    ("inputs", "decoder_inputs"),
+    lambda size, shape: dict.fromkeys(("inputs", "decoder_inputs", "labels"), _ids(size, *shape)),
+)
+_RECOGNITION = Task(
+    ctc,
+    ("inputs",),
+    # A label for every sixteen frames, such as a letter in 160 milliseconds.
+    lambda size, shape: {
+        "inputs": _values(size, *shape),
+        "labels": _ids(size, max(shape[0] // 16, 1)),
+        "label_lengths": _ids(size),
+    },
+)
+
+
+def _with_vocabulary(build: Callable[..., nn.Module]) -> Callable[[int], nn.Module]:
+    return lambda vocabulary: build(vocabulary_size=vocabulary)
 
 
 _RESNETS = (
@@ -50,25 +116,90 @@ _FOR_IMAGENET: tuple[Callable[[int], nn.Module], ...] = (
     feedforward.mixer_l16,
     feedforward.mixer_h14,
 )
+_VITS = (
+    transformer.vit_tiny16,
+    transformer.vit_small16,
+    transformer.vit_base16,
+    transformer.vit_large16,
+)
 _FOR_CIFAR: tuple[Callable[[int], nn.Module], ...] = (
     convolutional.resnet9,
     convolutional.wide_resnet16_4,
     convolutional.wide_resnet28_10,
     convolutional.wide_resnet40_4,
 )
+_IMAGENET, _CIFAR, _GREY = (224, 224, 3), (32, 32, 3), (28, 28, 1)
+_CLASSIFIERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], int]] = {
+    "mlp": (lambda classes: feedforward.MLP(num_outputs=classes), _GREY, 10),
+    "mixer": (lambda classes: feedforward.MLPMixer(num_outputs=classes), _CIFAR, 10),
+    "lenet5": (lambda classes: convolutional.LeNet5(num_outputs=classes), _GREY, 10),
+    "convnet": (lambda classes: convolutional.ConvNet(num_outputs=classes), _GREY, 10),
+    **{build.__name__: (build, _IMAGENET, 1000) for build in (*_FOR_IMAGENET, *_VITS)},
+    **{build.__name__: (build, _CIFAR, 10) for build in _FOR_CIFAR},
+    **{
+        f"{build.__name__}_cifar": (functools.partial(build, stem="cifar"), _CIFAR, 10)
+        for build in _RESNETS
+    },
+    # Log-mel frames of a second, as in the experiments on spoken digits.
+    "sequence_classifier": (
+        lambda classes: recurrent.SequenceClassifier(num_outputs=classes),
+        (100, 40),
+        10,
+    ),
+    "audio_transformer": (
+        lambda classes: transformer.AudioTransformer(num_outputs=classes),
+        (100, 40),
+        10,
+    ),
+}
+_LANGUAGE_MODELS: dict[str, tuple[Callable[[int], nn.Module], int, int]] = {
+    "recurrent_lm": (recurrent.RecurrentLM, 256, 256),
+    "transformer_lm": (transformer.TransformerLM, 256, 256),
+    **{
+        build.__name__: (_with_vocabulary(build), context, vocabulary)
+        for build, context, vocabulary in (
+            (transformer.gpt2_small, 1024, 50_257),
+            (transformer.gpt2_medium, 1024, 50_257),
+            (transformer.gpt2_large, 1024, 50_257),
+            (transformer.gpt2_xl, 1024, 50_257),
+            (transformer.tinyllama, 2048, 32_000),
+            (transformer.llama2_7b, 4096, 32_000),
+            (transformer.llama3_8b, 8192, 128_256),
+        )
+    },
+}
+_TRANSLATORS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
+    "recurrent_translator": (recurrent.RecurrentTranslator, 8_000),
+    "transformer_base": (transformer.transformer_base, 37_000),
+    "transformer_big": (transformer.transformer_big, 37_000),
+}
+_TEXT_CLASSIFIERS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
+    "text_classifier": (lambda classes: recurrent.TextClassifier(8_000, classes), 64),
+    "bert_base": (transformer.bert_base, 512),
+    "bert_large": (transformer.bert_large, 512),
+}
 
 #: Name -> network; a preset is called like the function that builds it.
 MODELS: dict[str, Model] = {
-    "mlp": Model(lambda classes: feedforward.MLP(num_outputs=classes), (28, 28, 1), 10),
-    "mixer": Model(lambda classes: feedforward.MLPMixer(num_outputs=classes), (32, 32, 3), 10),
-    "lenet5": Model(lambda classes: convolutional.LeNet5(num_outputs=classes), (28, 28, 1), 10),
-    "convnet": Model(lambda classes: convolutional.ConvNet(num_outputs=classes), (28, 28, 1), 10),
-    **{build.__name__: Model(build, (224, 224, 3), 1000) for build in _FOR_IMAGENET},
-    **{build.__name__: Model(build, (32, 32, 3), 10) for build in _FOR_CIFAR},
+    **{name: Model(*values, _CLASSIFICATION) for name, values in _CLASSIFIERS.items()},
     **{
-        f"{build.__name__}_cifar": Model(functools.partial(build, stem="cifar"), (32, 32, 3), 10)
-        for build in _RESNETS
+        name: Model(build, (context,), vocabulary, _LANGUAGE)
+        for name, (build, context, vocabulary) in _LANGUAGE_MODELS.items()
     },
+    **{
+        name: Model(build, (64,), vocabulary, _TRANSLATION)
+        for name, (build, vocabulary) in _TRANSLATORS.items()
+    },
+    **{
+        name: Model(build, (time,), 2, _TEXT_CLASSIFICATION)
+        for name, (build, time) in _TEXT_CLASSIFIERS.items()
+    },
+    "speech_recognizer": Model(
+        lambda classes: recurrent.SpeechRecognizer(num_outputs=classes),
+        (400, 40),
+        29,  # letters, blank, space and apostrophe
+        _RECOGNITION,
+    ),
 }
 
 # The rate is a number in the program: no cost depends on it.
@@ -81,5 +212,5 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: optax.adam(_RATE),
     "adamw": lambda: optax.adamw(_RATE, mask=decay_mask),
     "lion": lambda: optax.lion(_RATE, mask=decay_mask),
-    "muon": lambda: optax.contrib.muon(_RATE),
+    "muon": lambda: optax.contrib.muon(_RATE, muon_weight_dimension_numbers=muon_dimensions),
 }

@@ -20,8 +20,9 @@ from jaxnets.layers import (
     check_sizes,
     record,
 )
+from jaxnets.padding import clear_padding
 from jaxnets.recurrent_layers import Recurrent, find_cell
-from jaxnets.sequence import Cell, mask_padding
+from jaxnets.sequence import Cell
 
 
 class SpeechRecognizer(nn.Module):
@@ -104,7 +105,7 @@ class SpeechRecognizer(nn.Module):
         x = inputs.astype(policy.compute)
         for index, stride in enumerate(self.strides):
             # A convolution sees beyond the end, where the one before it has left its bias.
-            x = jnp.swapaxes(mask_padding(jnp.swapaxes(x, 0, 1), lengths)[0], 0, 1)
+            x, _ = clear_padding(x, lengths)
             # Padded alike on both sides whatever the number of frames, so that an output sees the
             # same frames however long the array is. "SAME" pads by the number of frames.
             convolution = Convolution(

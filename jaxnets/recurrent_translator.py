@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets import sequence
 from jaxnets.attention_decoder import BahdanauDecoder, DecoderCarry, LuongDecoder
 from jaxnets.core import Precision, at_least_float32
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dense, Dropout, check_rank, check_rate, check_sizes, record
+from jaxnets.padding import padding_mask
 from jaxnets.recurrent_layers import Recurrent, find_cell
 from jaxnets.sequence import Cell
 
@@ -201,7 +201,7 @@ class RecurrentTranslator(nn.Module):
         memory = memory.astype(self.precision.compute)
         valid = jnp.ones(inputs.shape, bool)
         if lengths is not None:
-            valid = sequence.mask_padding(jnp.swapaxes(memory, 0, 1), lengths)[1].T
+            valid = padding_mask(lengths, inputs.shape)
         top = self.num_encoder_layers - 1
         both = zip(last[f"forward_{top}"], last[f"backward_{top}"], strict=True)
         starts = []

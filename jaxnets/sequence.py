@@ -20,6 +20,7 @@ from jax import lax
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional import linear
+from jaxnets.padding import check_lengths, padding_mask
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 Tree = TypeVar("Tree")
@@ -284,7 +285,7 @@ def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
 
 
 def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Clear what lies beyond the end of each sequence.
+    """Clear what lies beyond the end of each sequence: `clear_padding` with time in front.
 
     Args:
         x: [time, batch, channels], floating.
@@ -299,22 +300,9 @@ def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array
         ValueError: lengths of another shape or dtype, or known to be out of range.
     """
     time, batch = x.shape[:2]
-    if jnp.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(
-            f"lengths of shape {jnp.shape(lengths)} and type {jnp.result_type(lengths)} do not "
-            f"fit {batch} sequences; give one integer for each, shape ({batch},)"
-        )
-    if not isinstance(lengths, jax.core.Tracer):
-        wrong = [int(n) for n in np.asarray(lengths) if not 0 <= n <= time]
-        if wrong:
-            raise ValueError(
-                f"length {wrong[0]} is not in [0, {time}]; lengths count the steps of each "
-                f"sequence, and the inputs have {time}"
-            )
-    lengths = jnp.asarray(lengths)
-    wrong_length = (lengths < 0) | (lengths > time)
-    valid = (jnp.arange(time)[:, None] < lengths[None]) | wrong_length[None]
-    kept = jnp.where(wrong_length[None, :, None], jnp.asarray(jnp.nan, x.dtype), x)
+    inside = check_lengths(lengths, rows=batch, most=time)
+    valid = padding_mask(lengths, (batch, time)).T
+    kept = jnp.where(inside[None, :, None], x, jnp.asarray(jnp.nan, x.dtype))
     return jnp.where(valid[..., None], kept, jnp.zeros((), x.dtype)), valid
 
 

@@ -18,10 +18,10 @@ from jaxnets.core import (
     apply_module,
     at_least_float32,
     bound_data_axis,
-    check_lengths,
 )
 from jaxnets.metrics import accuracy
 from jaxnets.objectives import Measure, label_losses, supervised
+from jaxnets.padding import clear_padding
 
 
 def language_modelling(
@@ -245,11 +245,7 @@ def _token_weights(batch: Batch, name: str) -> jax.Array | None:
     shape, lengths, weights = batch["labels"].shape[:2], batch.get(name), batch.get("weights")
     if lengths is None and weights is None:
         return None
-    tokens = jnp.ones(shape)
-    if lengths is not None:
-        inside = check_lengths(lengths, rows=shape[0], most=shape[1])
-        valid = jnp.arange(shape[1])[None] < jnp.asarray(lengths)[:, None]
-        tokens = jnp.where(inside[:, None], valid.astype(tokens.dtype), jnp.nan)
+    tokens, _ = clear_padding(jnp.ones(shape), lengths)
     if weights is None:
         return tokens
     weights = jnp.asarray(weights)

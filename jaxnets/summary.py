@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jaxnets.core import Batch, Update, tree_path
 from jaxnets.layers import check_sizes
-from jaxnets.objectives import classification
 from jaxnets.presets import MODELS, OPTIMIZERS
 from jaxnets.training import create_train_state, make_train_step
 
@@ -237,17 +236,17 @@ def summarize_model(
     *,
     input_shape: tuple[int, ...] | None = None,
     batch_size: int = 32,
-    num_classes: int | None = None,
+    num_outputs: int | None = None,
     optimizer: str = "adamw",
     compiled: bool = True,
 ) -> Summary:
-    """Summarize a network of the library by its name, trained as a classifier.
+    """Summarize a network of the library by its name, and a step of its usual training.
 
     Args:
         name: key of `MODELS`.
         input_shape: of one example; by default the usual one of the model.
         batch_size: examples in a batch.
-        num_classes: by default the usual number of the model.
+        num_outputs: number of classes or tokens, by default the usual one of the model.
         optimizer: key of `OPTIMIZERS`.
         compiled: as for `summarize`.
 
@@ -264,13 +263,15 @@ def summarize_model(
     model = _look_up(MODELS, name, "model")
     make_optimizer = _look_up(OPTIMIZERS, optimizer, "optimizer")
     input_shape = model.input_shape if input_shape is None else input_shape
-    num_classes = model.num_classes if num_classes is None else num_classes
-    check_sizes(input_shape=input_shape, batch_size=batch_size, num_classes=num_classes)
-    module = model.build(num_classes)
+    num_outputs = model.num_outputs if num_outputs is None else num_outputs
+    check_sizes(input_shape=input_shape, batch_size=batch_size, num_outputs=num_outputs)
+    module, task = model.build(num_outputs), model.task
+    batch = task.batch(batch_size, tuple(input_shape))
     return summarize(
         module,
-        (batch_size, *input_shape),
-        update=Update(classification(module), make_optimizer()),
+        *(batch[entry] for entry in task.inputs),
+        update=Update(task.objective(module), make_optimizer()),
+        batch=batch,
         compiled=compiled,
     )
 
@@ -292,15 +293,19 @@ def _trace(
 ) -> tuple[Any, dict[tuple[str, ...], Any]]:
     """Return the variables as shapes, and (kind, output shapes) of each module's first call."""
     calls: dict[tuple[str, ...], Any] = {}
+    mains: set[tuple[str, ...]] = set()  # whose __call__ was called, which counts before others
 
     def watch(call: Any, args: Any, keywords: Any, context: Any) -> Any:
-        module = context.module
-        if module.scope is None or context.method_name == "setup" or module.path in calls:
+        module, main = context.module, context.method_name == "__call__"
+        bound = module.scope is not None and context.method_name != "setup"
+        if not bound or module.path in (mains if main else calls):
             return call(*args, **keywords)
-        calls[module.path] = None  # in the order of entry: a module stands before its own
+        calls.setdefault(module.path)  # in the order of entry: a module stands before its own
+        mains.update({module.path} if main else ())
         output = call(*args, **keywords)
-        arrays = jax.tree.leaves(output)
-        calls[module.path] = type(module).__name__, tuple(jnp.shape(array) for array in arrays)
+        # A method may also return a function, such as one step of a decoder for a scan.
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(output) if not callable(leaf)]
+        calls[module.path] = type(module).__name__, tuple(shapes)
         return output
 
     def initialize(*inputs: Any) -> Any:

@@ -3,11 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all of the tests' time is LLVM optimising tiny programs. The slow group runs with the
-# default, as do the notebooks and everything outside of the tests.
-if os.environ.get("JAXNETS_OPTIMIZED_TESTS") != "1":
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+# Nearly all of the tests' time is LLVM optimising tiny programs; see `optimized_processes`.
+os.environ.setdefault("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import pytest
@@ -22,6 +20,13 @@ def enable_x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def optimized_processes(monkeypatch):
+    """Let the processes that a test starts compile as they would for a user."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_backend_optimization_level=0", "")
+    monkeypatch.setenv("XLA_FLAGS", flags.strip())  # a blank would be taken for a file's name
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,13 +11,12 @@ from jaxnets.attention import (
     attention,
     attention_weights,
     causal_mask,
-    clear_padding,
-    padding_mask,
     relative_buckets,
     rotary,
     sinusoidal_positions,
     window_mask,
 )
+from jaxnets.padding import padding_mask
 
 HEADS, SIZE = 4, 6
 
@@ -104,21 +103,6 @@ def test_masks_take_the_positions_of_each_row():
     np.testing.assert_array_equal(mask[1, 0], [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]])
 
 
-def test_padding_is_cleared_whatever_stood_there():
-    (x,) = arrays((3, 4, 2))
-    x[0, 2:] = np.nan
-    cleared = clear_padding(jnp.asarray(x), np.array([2, 0, 4]))
-    np.testing.assert_array_equal(cleared[0, :2], x[0, :2])
-    np.testing.assert_array_equal(cleared[0, 2:], 0)
-    np.testing.assert_array_equal(cleared[1], 0)
-    np.testing.assert_array_equal(cleared[2], x[2])
-
-
-def test_a_length_out_of_range_in_a_compiled_program_gives_nan_for_its_sequence_alone():
-    cleared = jax.jit(clear_padding)(jnp.ones((4, 5, 2)), np.array([5, 6, -1, 2]))
-    assert np.isnan(cleared[1:3]).all() and np.isfinite(cleared[::3]).all()
-
-
 def test_products_of_rotated_vectors_depend_on_the_distance_only():
     q, k = arrays((1, 1, 1, 8), (1, 1, 1, 8))
 
@@ -190,10 +174,6 @@ def test_relative_buckets_by_hand():
         (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 3, 6), (1, 3, 3, 6))), r"\(1, 3, 3, 6\)"),
         (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 4, 5), (1, 3, 4, 5))), r"\(1, 3, 4, 5\)"),
         (lambda: causal_mask(4, window=0), "window is 0"),
-        (lambda: padding_mask(np.array([3, 5]), (2, 4)), r"length 5 is not in \[0, 4\]"),
-        (lambda: padding_mask(np.array([-1]), (1, 4)), "length -1"),
-        (lambda: padding_mask(np.array([1.0]), (1, 4)), "float64|float32"),
-        (lambda: clear_padding(jnp.ones((3, 4, 2)), np.array([1])), r"\(1,\) .* do not fit 3"),
         (lambda: sinusoidal_positions(np.arange(3), 5), "5 features"),
         (lambda: rotary(jnp.ones((1, 2, 1, 3)), np.arange(2)[None]), "3 features"),
         (lambda: relative_buckets(3, bidirectional=True, num_buckets=2), "1 buckets"),

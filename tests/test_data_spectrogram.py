@@ -11,7 +11,7 @@ from scipy.fft import dct
 
 from jaxnets.data import LogMel, mel_filterbank, mfcc, standardize, stft, to_waveform
 from jaxnets.data.spectrogram import frame, num_valid_frames
-from jaxnets.data.waveform import clear_padding
+from jaxnets.padding import clear_padding
 
 LOG_MEL = LogMel(8000)
 LENGTHS = np.array([1000, 437, 0, 1], np.int32)
@@ -294,7 +294,7 @@ def test_what_lies_beyond_a_length_is_zero_even_if_it_was_not_a_number():
     [
         (lambda: to_waveform(jnp.zeros(3, jnp.int32)), "dtype int32"),
         (lambda: LOG_MEL(jnp.zeros(400)), r"shape \(400,\)"),
-        (lambda: LOG_MEL(jnp.zeros((2, 400)), jnp.array([1])), "do not fit 2 sequences"),
+        (lambda: LOG_MEL(jnp.zeros((2, 400)), jnp.array([1])), "do not fit 2 rows"),
         (lambda: LOG_MEL(jnp.zeros((1, 400)), jnp.array([1.0])), "one integer for each"),
         (lambda: frame(jnp.zeros(9), 0, 1), "frame length 0"),
         (lambda: frame(jnp.zeros(9), 3, 0), "hop 0"),

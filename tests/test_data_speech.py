@@ -130,7 +130,7 @@ def test_recordings_are_cut_on_request_only(published):
     ("content", "message"),
     [
         (archive(CONTENTS)[:-200], "is cut short or damaged"),
-        (gzip.compress(b"no archive" * 100), "is cut short or damaged"),
+        (gzip.compress(b"no archive" * 100, mtime=0), "is cut short or damaged"),
         (b"no archive", "is cut short or damaged"),
         (archive(dict(list(CONTENTS.items())[1:])), "the 23 recordings of .* found sha256"),
         (archive({**CONTENTS, "0_amy_0.wav": wav([1])}), "the 24 recordings of .* found sha256"),

@@ -246,7 +246,7 @@ def test_a_run_told_to_stop_saves_and_ends_with_code_3(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_end_bitwise_as_one_uninterrupted_run(tmp_path):
+def test_twenty_kills_end_bitwise_as_one_uninterrupted_run(tmp_path, optimized_processes):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = json.loads(call(*KILLED, "--out", whole).stdout.splitlines()[-1])
     moments = random.Random(0)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stopping import stopped_at_three
 
 import jaxnets as jn
 from experiments import addition, sentiment
-from experiments.command_line import Stopped
 from experiments.run_folder import RunError
 from experiments.training import run
 from jaxnets.data.corpora import SentenceDataset, Sentences
@@ -85,18 +85,8 @@ def test_an_addition_run_leaves_result_curves_and_mistakes(added):
 
 
 def test_a_stopped_addition_ends_bitwise_as_one_that_was_not(added, tmp_path, monkeypatch):
-    def stop_at_three(step, state, metrics):
-        if step == 3:
-            raise jn.Interrupted("a test")
-
-    every = jn.every
-    monkeypatch.setattr(
-        "experiments.training.jn.every",
-        lambda steps, hook: every(3, stop_at_three) if steps == 6 else every(steps, hook),
-    )
-    with pytest.raises(Stopped, match="go on with --resume"):
+    with stopped_at_three(monkeypatch):
         add(tmp_path)
-    monkeypatch.undo()
     result = add(tmp_path, resume=True)
     assert result["parameters_sha256"] == added[1]["parameters_sha256"]
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = (
     *("convolutional", "feedforward", "multi_device", "populations", "recurrent", "speech"),
+    "transformer",
 )
 # A slash that starts a path of two parts or more; "loss/test" and the slashes of a URL start none.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/)])/\w[\w.+-]*/\w|\b[A-Za-z]:\\\w|\bfile://")
@@ -97,7 +98,7 @@ class TestCommittedNotebook:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_runs_without_errors_or_warnings(name, tmp_path, monkeypatch):
+def test_runs_without_errors_or_warnings(name, tmp_path, monkeypatch, optimized_processes):
     search = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, search)))
     # The kernel of this interpreter, whatever else is called python3 on this machine.

@@ -117,6 +117,7 @@ def test_executors_agree_in_float32_under_momentum(name):
     assert report.largest < 1e-6, report.table()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_executors_agree_in_float64_under_adam(name, enable_x64):
     step, state, batch = problem(name, optax.adam(1e-2), DOUBLE)

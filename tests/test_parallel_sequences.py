@@ -13,7 +13,7 @@ from jaxnets.core import Precision, Update
 from jaxnets.equivalence import check_equivalence
 from jaxnets.objectives import classification
 from jaxnets.parallel import jit_step, population_step, scan_steps
-from jaxnets.sequence_objectives import language_modelling, sequence_to_sequence
+from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence
 from jaxnets.training import create_train_state, make_train_step
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
@@ -41,6 +41,10 @@ PAIRS = {
 SENTENCES = {"inputs": TOKENS[:, :5], "lengths": LENGTHS, "labels": CLASSES}
 IMAGES = {"inputs": RANDOM.normal(size=(8, 4, 4, 2)), "labels": CLASSES}
 AUDIO = {"inputs": RANDOM.normal(size=(8, 5, 3)), "lengths": LENGTHS, "labels": CLASSES}
+SPEECH = {
+    **{"inputs": RANDOM.normal(size=(8, 9, 3)), "lengths": LENGTHS + 4},
+    **{"labels": np.tile([[1, 1], [3, 2]], (4, 1)), "label_lengths": np.array([2, 1] * 4)},
+}
 # name -> (objective, constructor, batch)
 NETWORKS = {
     "gpt2": (
@@ -103,6 +107,13 @@ NETWORKS = {
         ),
         PAIRS,
     ),
+    "recognizer": (
+        ctc,
+        lambda p: recurrent.SpeechRecognizer(
+            4, features=4, strides=(1,), hidden_size=4, num_layers=1, precision=p
+        ),
+        SPEECH,
+    ),
 }
 
 
@@ -125,6 +136,7 @@ def test_executors_agree_in_float32_under_momentum(name):
     check_executors(*problem(name, optax.sgd(0.1, momentum=0.9)), tolerance=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_executors_agree_in_float64_under_adam(name, enable_x64):
     update, state, batch = problem(name, optax.adam(1e-2), DOUBLE)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.attention import attention, causal_mask, padding_mask
+from jaxnets.attention import attention, causal_mask
+from jaxnets.padding import padding_mask
 from jaxnets.transformer_layers import Attention, BlockConfig, Stack
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")

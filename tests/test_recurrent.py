@@ -309,7 +309,7 @@ def test_a_length_out_of_range_inside_a_compiled_program_gives_nan_for_its_seque
         (lambda: apply_stack(np.array([6, 7, 1])), r"length 7 is not in \[0, 6\]"),
         (lambda: apply_stack(np.array([6, -2, 1])), r"length -2 is not in \[0, 6\]"),
         (lambda: apply_stack(np.array([6.0, 2.0, 1.0])), "float.*one integer for each"),
-        (lambda: apply_stack(np.array([6, 2])), r"\(2,\).*fit 3 sequences"),
+        (lambda: apply_stack(np.array([6, 2])), r"\(2,\).*fit 3 rows"),
         (lambda: apply_stack(carry=STACK.zero_carry(2)), r"\(2, 4\).*zero_carry\(3\)"),
         (lambda: apply_stack(carry=Recurrent(4).zero_carry(3)), "backward_1"),
         (

@@ -19,12 +19,24 @@ from jaxnets import presets, summary
 from jaxnets.__main__ import main
 from jaxnets.summary import summarize, summarize_model
 
+SEQUENCES = {
+    "gpt2_small": 124_439_808,
+    "tinyllama": 1_100_048_384,
+    "bert_base": 109_482_240 + 768 * 2 + 2,
+    "transformer_base": 63_073_280,
+    "vit_tiny16": 5_717_416,
+}
+# Deep ones, whose counts are checked with the networks themselves.
+DEEP = {"gpt2_medium", "gpt2_large", "gpt2_xl", "llama2_7b", "llama3_8b", "bert_large"}
+DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16"}
+
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
         *PUBLISHED.items(),
         *PUBLISHED_FOR_CIFAR.items(),
+        *SEQUENCES.items(),
         ("lenet5", 61_706),
         ("mixer_b16", 59_880_472),
         ("mixer_h14", 432_350_952),
@@ -37,23 +49,61 @@ def test_a_named_model_has_the_published_number_of_parameters(name, parameters):
 
 
 def test_the_number_of_parameters_of_the_other_named_models_is_that_of_their_variables():
-    for name in presets.MODELS.keys() - PUBLISHED.keys() - PUBLISHED_FOR_CIFAR.keys():
+    known = {*PUBLISHED, *PUBLISHED_FOR_CIFAR, *SEQUENCES, *DEEP}
+    for name in presets.MODELS.keys() - known:
         model = presets.MODELS[name]
-        inputs = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
-        variables, output = shapes_of(model.build(7), inputs)
-        result = summarize_model(name, batch_size=2, num_classes=7, compiled=False)
+        batch = model.task.batch(2, model.input_shape)
+        inputs = [batch[entry] for entry in model.task.inputs]
+        variables, output = shapes_of(model.build(7), *inputs)
+        result = summarize_model(name, batch_size=2, num_outputs=7, compiled=False)
         assert result.num_parameters == count_parameters(variables), name
-        assert result.layers[0].output == (output.shape,) == ((2, 7),), name
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(output))
+        assert result.layers[0].output == shapes, name
+        assert (shapes[0][0], shapes[0][-1]) == (2, 7), name
 
 
 def test_every_network_and_preset_of_the_families_has_a_name():
-    preset_names = {name for name in jn.convolutional.__all__ if name.islower()}
+    facades = (jn.convolutional, jn.recurrent, jn.transformer)
+    preset_names = {name for facade in facades for name in facade.__all__ if name.islower()}
     preset_names |= {name for name in vars(jn.feedforward) if name.startswith("mixer_")}
-    assert preset_names <= set(presets.MODELS)
+    helpers = {"stack_layers", "unstack_layers", "recurrent_scan"}
+    assert preset_names - helpers <= set(presets.MODELS)
     classes = {type(model.build(2)) for model in presets.MODELS.values()}
     convolutional = {getattr(jn.convolutional, name) for name in jn.convolutional.__all__}
     networks = {value for value in convolutional if isinstance(value, type)}
-    assert classes == networks | {jn.MLP, jn.MLPMixer}
+    networks |= {jn.MLP, jn.MLPMixer}
+    networks |= {
+        getattr(facade, name)
+        for facade, names in (
+            (jn.recurrent, "SequenceClassifier TextClassifier RecurrentLM RecurrentTranslator"),
+            (jn.recurrent, "SpeechRecognizer"),
+            (jn.transformer, "TransformerLM TransformerClassifier TransformerTranslator"),
+            (jn.transformer, "VisionTransformer AudioTransformer"),
+        )
+        for name in names.split()
+    }
+    assert classes == networks
+
+
+def test_a_layer_shows_what_its_call_returns_whatever_ran_before():
+    # The embedding asks a method of its own for a scale while it is set up.
+    layers = summarize_model("transformer_lm", input_shape=(6,), compiled=False).layers
+    assert {layer.path: layer.output for layer in layers}["embedding"] == ((32, 6, 128),)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "outputs", "inputs"),
+    [
+        ("transformer_lm", (6,), 11, ("int32[2, 6]",)),
+        ("recurrent_translator", (5,), 11, ("int32[2, 5]", "int32[2, 5]")),
+        ("text_classifier", (5,), 3, ("int32[2, 5]",)),
+        ("speech_recognizer", (32, 4), 5, ("float32[2, 32, 4]",)),
+    ],
+)
+def test_a_training_step_of_each_task_is_measured(name, shape, outputs, inputs):
+    result = summarize_model(name, input_shape=shape, num_outputs=outputs, batch_size=2)
+    assert result.inputs == inputs
+    assert result.train_step.flops > 2 * result.forward.flops > 0
 
 
 def test_parameters_inside_add_up_to_those_of_the_module_around_them():
@@ -222,7 +272,7 @@ def test_operations_are_written_in_powers_of_1000(count, text):
 
 
 def test_the_command_prints_the_table(capsys):
-    assert main(["summary", "mlp", "--input", "5", "--batch", "3", "--classes", "4"]) == 0
+    assert main(["summary", "mlp", "--input", "5", "--batch", "3", "--outputs", "4"]) == 0
     output = capsys.readouterr().out
     assert "MLP of float32[3, 5]" in output
     assert "17,796 trainable" in output  # 5 * 128 + 128 + 128 * 128 + 128 + 128 * 4 + 4
@@ -251,7 +301,7 @@ def test_unknown_costs_are_null_in_json_and_named_in_the_table(monkeypatch):
         (["resnet51"], "unknown model 'resnet51'; choose from mlp, .*resnet50"),
         (["mlp", "--optimizer", "adm"], "unknown optimizer 'adm'; choose from sgd, .*adamw"),
         (["mlp", "--batch", "0"], "batch_size=0 must be made of positive"),
-        (["mlp", "--classes", "0"], "num_classes=0 must be made of positive"),
+        (["mlp", "--outputs", "0"], "num_outputs=0 must be made of positive"),
         (["mlp", "--input", "8", "-1"], r"input_shape=\(8, -1\) must be made of positive"),
         (["lenet5", "--input", "30", "30", "1"], "LeNet5 got images of"),
         (["resnet18", "--input", "30"], "ResNet got inputs of shape"),

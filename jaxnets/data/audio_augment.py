@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxnets.data.waveform import clear_padding
+from jaxnets.padding import clear_padding
 
 _SPEED_STEPS = 1024  # speeds are multiples of 1 / 1024, so positions are exact integers
 

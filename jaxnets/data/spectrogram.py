@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.data.waveform import clear_padding, to_waveform
+from jaxnets.data.waveform import to_waveform
+from jaxnets.padding import clear_padding
 
 Scale = Literal["htk", "slaney"]
 

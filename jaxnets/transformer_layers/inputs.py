@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention import clear_padding, padding_mask, sinusoidal_positions
+from jaxnets.attention import sinusoidal_positions
 from jaxnets.core import Precision
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dropout, check_rank
+from jaxnets.padding import clear_padding, padding_mask
 from jaxnets.transformer_layers.block import make_norm
 from jaxnets.transformer_layers.config import BlockConfig
 
@@ -138,7 +139,7 @@ class InputEmbedding(nn.Module):
         if self.norm:
             x = self.embedding_norm(x)
         x = self.dropout(x, train=train)
-        return x if lengths is None else clear_padding(x, lengths)
+        return clear_padding(x, lengths)[0]
 
     def check_capacity(self, capacity: int) -> None:
         """Refuse a history of more tokens than there are learned positions.

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jaxnets.attention import (
     alibi_bias,
     causal_mask,
-    clear_padding,
-    padding_mask,
     relative_buckets,
     window_mask,
 )
 from jaxnets.core import Precision, at_least_float32
 from jaxnets.layers import check_sizes
+from jaxnets.padding import clear_padding, padding_mask
 from jaxnets.transformer_layers.block import Block, LayerCache, Scene, make_norm
 from jaxnets.transformer_layers.config import BlockConfig
 
@@ -102,7 +101,7 @@ class Stack(nn.Module):
         elif window is not None:
             mask = window_mask(positions, window=window)
         if lengths is not None:
-            x = clear_padding(x, lengths)
+            x, _ = clear_padding(x, lengths)
             if not self.causal:
                 valid = padding_mask(lengths, x.shape[:2])[:, None, None]
                 mask = valid if mask is None else mask & valid
@@ -117,7 +116,7 @@ class Stack(nn.Module):
             context_mask=context_mask,
         )
         x, _ = self._run(_forward(scene, train=train), x, {})
-        return x if lengths is None else clear_padding(x, lengths)
+        return clear_padding(x, lengths)[0]
 
     def start(
         self,
@@ -170,7 +169,7 @@ class Stack(nn.Module):
         positions = carry["position"][:, None] + jnp.arange(time)[None]
         keys, slots = jnp.arange(capacity)[None], positions
         if lengths is not None:
-            x = clear_padding(x, lengths)
+            x, _ = clear_padding(x, lengths)
             slots = jnp.where(padding_mask(lengths, x.shape[:2]), positions, capacity)
         context_mask = None
         if "context_lengths" in carry:

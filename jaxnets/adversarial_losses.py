@@ -1,0 +1,252 @@
+"""Losses of generative adversarial networks from logits, per example, and gradient penalties.
+
+Logits are large where the discriminator takes an image to be real. All losses are computed in
+float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxnets.core import at_least_float32
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Aux = TypeVar("Aux")
+
+
+class _Pair(NamedTuple):
+    discriminator: Loss  # (real_logits, fake_logits) -> losses
+    generator: Loss
+    relativistic: bool = False  # the generator's loss reads the real logits
+
+
+def _cross_entropies(real: jax.Array, fake: jax.Array) -> jax.Array:
+    return jax.nn.softplus(-real) + jax.nn.softplus(fake)
+
+
+_LOSSES = {
+    "non_saturating": _Pair(_cross_entropies, lambda real, fake: jax.nn.softplus(-fake)),
+    "minimax": _Pair(_cross_entropies, lambda real, fake: -jax.nn.softplus(fake)),
+    "hinge": _Pair(
+        lambda real, fake: jax.nn.relu(1 - real) + jax.nn.relu(1 + fake),
+        lambda real, fake: -fake,
+    ),
+    "least_squares": _Pair(
+        lambda real, fake: (jnp.square(real - 1) + jnp.square(fake)) / 2,
+        lambda real, fake: jnp.square(fake - 1) / 2,
+    ),
+    "wasserstein": _Pair(lambda real, fake: fake - real, lambda real, fake: -fake),
+    "relativistic": _Pair(
+        lambda real, fake: jax.nn.softplus(fake - real),
+        lambda real, fake: jax.nn.softplus(real - fake),
+        relativistic=True,
+    ),
+}
+
+#: Names that `loss` may have.
+ADVERSARIAL_LOSSES = tuple(_LOSSES)
+
+
+def discriminator_loss(
+    real_logits: jax.Array, fake_logits: jax.Array, *, loss: str = "non_saturating"
+) -> jax.Array:
+    """Loss of a discriminator that tells real from generated images.
+
+    With r and f the logits of real and generated images:
+
+    =============== =========================================
+    non_saturating  softplus(-r) + softplus(f)
+    minimax         the same
+    hinge           max(0, 1 - r) + max(0, 1 + f)
+    least_squares   ((r - 1)^2 + f^2) / 2
+    wasserstein     f - r
+    relativistic    softplus(f - r)
+    =============== =========================================
+
+    Args:
+        real_logits: [...].
+        fake_logits: [...], same shape; entry i is paired with entry i of the real ones, which
+            matters for "relativistic" only.
+        loss: one of `ADVERSARIAL_LOSSES`.
+
+    Returns:
+        Losses, [...]; of the cross-entropies in nats.
+
+    Raises:
+        ValueError: an unknown loss.
+
+    Example:
+        >>> loss = discriminator_loss(jnp.array([0.0]), jnp.array([0.0]))
+        >>> round(float(loss[0]), 4)  # 2 log(2)
+        1.3863
+
+    References:
+        Goodfellow et al. 2014, arXiv:1406.2661, equation 1 (minimax) and section 3
+        (non-saturating); Lim and Ye 2017, arXiv:1705.02894 (hinge); Mao et al. 2017,
+        arXiv:1611.04076, equation 9 (least squares); Arjovsky et al. 2017, arXiv:1701.07875
+        (Wasserstein); Jolicoeur-Martineau 2019, arXiv:1807.00734, and Huang et al. 2024,
+        arXiv:2501.05441, equation 2 (relativistic pairs).
+    """
+    pair = check_loss(loss)
+    chex.assert_equal_shape([real_logits, fake_logits])
+    return pair.discriminator(at_least_float32(real_logits), at_least_float32(fake_logits))
+
+
+def generator_loss(
+    fake_logits: jax.Array,
+    *,
+    loss: str = "non_saturating",
+    real_logits: jax.Array | None = None,
+) -> jax.Array:
+    """Loss of a generator whose images a discriminator has judged.
+
+    With r and f the logits of real and generated images:
+
+    =============== =========================================
+    non_saturating  softplus(-f)
+    minimax         -softplus(f), which is log(1 - sigmoid(f))
+    hinge           -f
+    least_squares   (f - 1)^2 / 2
+    wasserstein     -f
+    relativistic    softplus(r - f)
+    =============== =========================================
+
+    Args:
+        fake_logits: [...].
+        loss: one of `ADVERSARIAL_LOSSES`.
+        real_logits: [...], same shape; "relativistic" needs them, the others ignore them.
+
+    Returns:
+        Losses, [...]; of the cross-entropies in nats.
+
+    Raises:
+        ValueError: an unknown loss, or real logits missing where they are needed.
+
+    References:
+        As for `discriminator_loss`.
+    """
+    pair = check_loss(loss)
+    if real_logits is None:
+        if pair.relativistic:
+            raise ValueError(
+                f"the loss {loss!r} compares generated with real images; give real_logits too"
+            )
+        real_logits = fake_logits
+    chex.assert_equal_shape([real_logits, fake_logits])
+    return pair.generator(at_least_float32(real_logits), at_least_float32(fake_logits))
+
+
+def check_loss(loss: str) -> _Pair:
+    """Look an adversarial loss up by name.
+
+    Args:
+        loss: one of `ADVERSARIAL_LOSSES`.
+
+    Returns:
+        The losses of the discriminator and of the generator, and whether the latter reads the
+        logits of real images.
+
+    Raises:
+        ValueError: an unknown loss.
+    """
+    if loss not in _LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(_LOSSES)}")
+    return _LOSSES[loss]
+
+
+def logits_and_gradients(
+    judge: Callable[[jax.Array], tuple[jax.Array, Aux]], images: jax.Array
+) -> tuple[jax.Array, Aux, jax.Array]:
+    """Judge images and differentiate the logit of each by its own pixels.
+
+    Args:
+        judge: images [batch, ...] -> (logits [batch], anything). The logit of an image may depend
+            on no other image, so the discriminator may have no batch norm.
+        images: [batch, ...].
+
+    Returns:
+        Logits [batch], the other output of `judge`, and the gradients, shape of `images`; all
+        of them differentiable again.
+
+    Example:
+        >>> judge = lambda images: (jnp.sum(images**2, axis=-1), None)
+        >>> _, _, gradients = logits_and_gradients(judge, jnp.array([[1.0, 3.0]]))
+        >>> gradients.tolist()
+        [[2.0, 6.0]]
+    """
+    logits, pull_back, aux = jax.vjp(judge, images, has_aux=True)
+    (gradients,) = pull_back(jnp.ones_like(logits))
+    return logits, aux, gradients
+
+
+def zero_centred_penalty(gradients: jax.Array) -> jax.Array:
+    """|gradient|^2 / 2 per example: R1 at real images, R2 at generated ones.
+
+    Args:
+        gradients: of the logits by the pixels, [batch, ...].
+
+    Returns:
+        [batch].
+
+    Example:
+        >>> zero_centred_penalty(jnp.array([[3.0, 4.0]])).tolist()
+        [12.5]
+
+    References:
+        Mescheder, Geiger and Nowozin 2018, arXiv:1801.04406, equation 9.
+    """
+    return _squared_length(gradients) / 2
+
+
+def one_centred_penalty(gradients: jax.Array) -> jax.Array:
+    """(|gradient| - 1)^2 per example: the gradient penalty of WGAN-GP.
+
+    Args:
+        gradients: of the logits by the pixels of images between real and generated ones,
+            [batch, ...].
+
+    Returns:
+        [batch].
+
+    Example:
+        >>> one_centred_penalty(jnp.array([[3.0, 4.0]])).tolist()
+        [16.0]
+
+    References:
+        Gulrajani et al. 2017, arXiv:1704.00028, equation 3.
+    """
+    squared = _squared_length(gradients)
+    # The square root has no slope at zero, where the gradient of a new discriminator may be.
+    zero = squared == 0
+    length = jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
+    return jnp.square(length - 1)
+
+
+def mix(real: jax.Array, fake: jax.Array, rng: jax.Array) -> jax.Array:
+    """Draw an image between each real one and its generated one, uniform on the line.
+
+    Args:
+        real: [batch, ...].
+        fake: same shape.
+        rng: key.
+
+    Returns:
+        Shape of `real`.
+
+    References:
+        Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1.
+    """
+    chex.assert_equal_shape([real, fake])
+    shape = (real.shape[0],) + (1,) * (real.ndim - 1)
+    share = jax.random.uniform(rng, shape, real.dtype)
+    return share * real + (1 - share) * fake
+
+
+def _squared_length(gradients: jax.Array) -> jax.Array:
+    axes = tuple(range(1, gradients.ndim))
+    return jnp.sum(jnp.square(at_least_float32(gradients)), axis=axes)

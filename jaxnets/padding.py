@@ -1,0 +1,100 @@
+"""Sequences of unequal length in one array: lengths are checked, what lies beyond is cleared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.Array:
+    """Refuse lengths that do not fit or, where they are known, are out of range.
+
+    Args:
+        lengths: integer [rows], number of valid steps of each row.
+        rows: number of rows of the array that they are for.
+        most: number of its steps.
+        least: smallest length that makes sense.
+
+    Returns:
+        bool [rows], False for a length out of range that is known only when the program runs; the
+        caller turns it into NaN.
+
+    Raises:
+        ValueError: naming the shape and type, or the first length that is out of range.
+
+    Example:
+        >>> check_lengths(jnp.array([3, 5]), rows=2, most=5).tolist()
+        [True, True]
+    """
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if lengths.shape != (rows,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths of shape {lengths.shape} and type {lengths.dtype} do not fit {rows} rows; "
+            f"give one integer for each, shape ({rows},)"
+        )
+    inside = (lengths >= least) & (lengths <= most)
+    if not isinstance(lengths, jax.core.Tracer) and not np.all(inside):
+        wrong = np.asarray(lengths)[~np.asarray(inside)][0]
+        raise ValueError(
+            f"length {wrong} is not in [{least}, {most}]; lengths count the valid steps of each "
+            f"row, which has {most}"
+        )
+    return jnp.asarray(inside)
+
+
+def padding_mask(lengths: Any, shape: Sequence[int]) -> jax.Array:
+    """Tell the steps of each sequence from the padding behind them.
+
+    Args:
+        lengths: integer [batch] in [0, time].
+        shape: (batch, time) of the array.
+
+    Returns:
+        bool [batch, time], True for a step; index it with [:, None, None] to hide keys. All of a
+        sequence counts where a length known only when the program runs is out of range; see
+        `clear_padding`.
+
+    Raises:
+        ValueError: lengths of another shape or type, or known to be out of range.
+
+    Example:
+        >>> padding_mask(jnp.array([2, 0]), (2, 3)).astype(int).tolist()
+        [[1, 1, 0], [0, 0, 0]]
+    """
+    batch, time = shape
+    inside = check_lengths(lengths, rows=batch, most=time)
+    return (jnp.arange(time)[None] < jnp.asarray(lengths)[:, None]) | ~inside[:, None]
+
+
+def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
+    """Set what lies beyond the end of each sequence to 0.
+
+    Args:
+        x: [batch, time, ...], floating.
+        lengths: integer [batch] in [0, time]; None means that all steps are valid.
+
+    Returns:
+        `x` with 0 beyond each length, whatever stood there, and the valid steps, bool
+        [batch, time]. Where a length that is known only when the program runs is out of range,
+        the whole sequence is NaN, so that it stops training instead of being cut in silence.
+
+    Raises:
+        ValueError: lengths of another shape or type, or known to be out of range.
+
+    Example:
+        >>> cleared, valid = clear_padding(jnp.ones((2, 3)), jnp.array([1, 3]))
+        >>> cleared.tolist()
+        [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    batch, time = x.shape[:2]
+    if lengths is None:
+        return x, jnp.ones((batch, time), bool)
+    inside = check_lengths(lengths, rows=batch, most=time)
+    valid = padding_mask(lengths, (batch, time))
+    ones = (1,) * (x.ndim - 2)
+    kept = jnp.where(inside.reshape(batch, 1, *ones), x, jnp.asarray(jnp.nan, x.dtype))
+    return jnp.where(valid.reshape(batch, time, *ones), kept, jnp.zeros((), x.dtype)), valid

@@ -1,0 +1,142 @@
+"""Doubling the size of feature maps: resize, sub-pixel or transposed convolution."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnets import functional
+from jaxnets.core import Precision
+from jaxnets.layers import Convolution, Initializer
+
+UpsamplingMethod: TypeAlias = Literal["resize", "subpixel", "transposed"]
+
+
+def check_upsampling(method: str) -> None:
+    """Refuse what `Upsampling` does not know.
+
+    Raises:
+        ValueError: the unknown method and the known ones.
+    """
+    if method not in get_args(UpsamplingMethod):
+        raise ValueError(
+            f"unknown upsampling {method!r}; choose from {', '.join(get_args(UpsamplingMethod))}"
+        )
+
+
+def enlarge(x: jax.Array) -> jax.Array:
+    """Repeat every pixel twice along height and width.
+
+    Args:
+        x: [batch, height, width, channels].
+
+    Returns:
+        [batch, 2 height, 2 width, channels].
+    """
+    batch, height, width, channels = x.shape
+    grid = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return grid.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def depth_to_space(x: jax.Array) -> jax.Array:
+    """Lay groups of four channels out as squares of 2 x 2 pixels.
+
+    Args:
+        x: [batch, height, width, 4 features].
+
+    Returns:
+        [batch, 2 height, 2 width, features]; channel (2 i + j) features + f of a pixel is channel
+        f of row i and column j of its square.
+    """
+    batch, height, width, channels = x.shape
+    grid = x.reshape(batch, height, width, 2, 2, channels // 4)
+    return jnp.swapaxes(grid, 2, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
+
+
+class TransposedConvolution(nn.Module):
+    """Double height and width by the transpose of a convolution of stride 2.
+
+    Where the kernel size is not a multiple of 2 its taps overlap unevenly and the images come out
+    chequered (Odena et al. 2016, doi:10.23915/distill.00003).
+
+    Attributes:
+        features: number of output channels.
+        kernel_size: extent of the kernel.
+        use_bias: False in front of a norm, which subtracts any bias again.
+        kernel_init: initializer of the kernel.
+        precision: dtypes of parameters and arithmetic.
+    """
+
+    features: int
+    kernel_size: int = 4
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
+        policy, (batch, height, width, channels) = self.precision, x.shape
+        shape = (self.kernel_size, self.kernel_size, self.features, channels)
+        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
+        x, kernel = x.astype(policy.compute), kernel.astype(policy.compute)
+        zeros = jnp.zeros((batch, 2 * height, 2 * width, self.features), x.dtype)
+        # The transpose is the input gradient of the convolution, with its lowerings.
+        _, transpose = jax.vjp(lambda y: functional.convolution(y, kernel, strides=2), zeros)
+        (y,) = transpose(x)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), policy.parameter)
+            y = y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
+        return y
+
+
+class Upsampling(nn.Module):
+    """A convolution whose output has twice the height and width of its input.
+
+    "resize" repeats the pixels and convolves the larger map; "subpixel" convolves the small map to
+    four times the channels and lays them out as pixels; "transposed" is the transpose of a
+    convolution of stride 2. The first two do not leave checkerboards by uneven overlap.
+
+    Attributes:
+        features: number of output channels.
+        method: see above.
+        kernel_size: extent of the kernel; None is 3, or 4 if transposed.
+        use_bias: False in front of a norm, which subtracts any bias again.
+        kernel_init: initializer of the kernel; None is Lecun's.
+        precision: dtypes of parameters and arithmetic.
+
+    Raises:
+        ValueError: an unknown method.
+
+    References:
+        Odena et al. 2016, "Deconvolution and Checkerboard Artifacts", Distill (resize); Shi et al.
+        2016, arXiv:1609.05158 (sub-pixel convolution).
+    """
+
+    features: int
+    method: UpsamplingMethod = "resize"
+    kernel_size: int | None = None
+    use_bias: bool = True
+    kernel_init: Initializer | None = None
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_upsampling(self.method)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
+        fields: dict[str, Any] = {"use_bias": self.use_bias, "precision": self.precision}
+        if self.kernel_init is not None:
+            fields["kernel_init"] = self.kernel_init
+        if self.method == "transposed":
+            size = 4 if self.kernel_size is None else self.kernel_size
+            return TransposedConvolution(self.features, size, name="conv", **fields)(x)
+        size = 3 if self.kernel_size is None else self.kernel_size
+        if self.method == "resize":
+            return Convolution(self.features, size, name="conv", **fields)(enlarge(x))
+        return depth_to_space(Convolution(4 * self.features, size, name="conv", **fields)(x))

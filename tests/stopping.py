@@ -1,0 +1,26 @@
+"""An experiment that is stopped on its way."""
+
+import contextlib
+
+import pytest
+
+import jaxnets as jn
+from experiments.command_line import Stopped
+
+
+@contextlib.contextmanager
+def stopped_at_three(monkeypatch):
+    """Stop the run within at step 3 as a signal would; it must evaluate every 6 steps."""
+
+    def stop(step, state, metrics):
+        if step == 3:
+            raise jn.Interrupted("a test")
+
+    every = jn.every
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "experiments.training.jn.every",
+            lambda steps, hook: every(3, stop) if steps == 6 else every(steps, hook),
+        )
+        with pytest.raises(Stopped, match="go on with --resume"):
+            yield

@@ -1,0 +1,444 @@
+"""Losses of autoencoders against hand-computed numbers, scipy, and plain loops."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from scipy.special import expit
+
+import jaxnets as jn
+from jaxnets.autoencoder import (
+    VAE,
+    VQVAE,
+    Autoencoder,
+    Bernoulli,
+    CoderConfig,
+    DiscretizedLogistic,
+    Gaussian,
+    SquaredError,
+)
+from jaxnets.likelihoods import check_images
+from jaxnets.normal_codes import draw_code, log_prior_ratio, normal_divergence
+from jaxnets.reconstruction_objectives import corrupted
+
+CONFIG = CoderConfig((3, 4, 1), features=(5,), activation="tanh")
+WEIGHTS = np.array([1, 0, 2, 0.5], np.float32)
+
+
+def images(*shape, low=0.0):
+    return np.random.default_rng(0).uniform(low, 1, size=shape).astype(np.float32)
+
+
+BATCH = {"inputs": images(4, 3, 4, 1)}
+
+
+def prepared(module, *inputs):
+    variables = dict(jax.jit(module.init)(jax.random.key(0), *(inputs or [BATCH["inputs"]])))
+    return variables.pop("params"), variables
+
+
+def evaluate(objective, params, state, batch=BATCH, *, train=False):
+    return objective(params, state, batch, jax.random.key(1), train=train)
+
+
+def test_the_bernoulli_loss_is_the_cross_entropy_of_grey_levels():
+    logits, x = 3 * images(2, 3, 4, 2, low=-1), images(2, 3, 4, 2)
+    p = expit(logits.astype(np.float64))
+    expected = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(Bernoulli().losses(logits, x), expected, rtol=1e-5)
+    np.testing.assert_allclose(Bernoulli().mean(logits), p, rtol=1e-5)
+
+
+def test_the_gaussian_losses_are_those_of_scipy():
+    x, mean = images(2, 3, 4, 2), images(2, 3, 4, 2, low=-1)
+    log_scale = 4 * images(2, 3, 4, 2, low=-1)
+    fixed = -scipy.stats.norm.logpdf(x, mean, 0.3).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(Gaussian(0.3).losses(mean, x), fixed, rtol=1e-5)
+    learned = -scipy.stats.norm.logpdf(x, mean, np.exp(log_scale)).sum(axis=(1, 2, 3))
+    outputs = np.concatenate([mean, log_scale], axis=-1)
+    np.testing.assert_allclose(Gaussian().losses(outputs, x), learned, rtol=1e-4)
+    np.testing.assert_array_equal(Gaussian().mean(outputs), mean)
+    floored = -scipy.stats.norm.logpdf(x, mean, np.exp(-7.0)).sum(axis=(1, 2, 3))
+    outputs[..., 2:] = -20
+    np.testing.assert_allclose(Gaussian().losses(outputs, x), floored, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mean", "scale"), [(0.1, 0.2), (-1.3, 0.01), (0.5, 3.0), (1.0, 1e-3), (0.9, np.exp(-9))]
+)
+def test_the_256_levels_of_the_logistic_likelihood_sum_to_one(mean, scale):
+    levels = (np.arange(256) / 127.5 - 1).astype(np.float32)
+    outputs = np.tile(np.array([mean, np.log(scale)], np.float32), (256, 1, 1, 1))
+    losses = DiscretizedLogistic().losses(outputs, levels.reshape(256, 1, 1, 1))
+    assert np.isfinite(losses).all()
+    assert np.exp(-np.asarray(losses, np.float64)).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_logistic_likelihood_is_the_mass_of_the_bin():
+    levels = np.array([-1.0, -0.2, 0.0, 0.4, 1.0])  # five of the eleven levels
+    logistic = scipy.stats.logistic(0.1, 0.3)
+    edges = np.stack([levels - 0.1, levels + 0.1])
+    edges[0, 0], edges[1, -1] = -np.inf, np.inf
+    expected = -np.log(logistic.cdf(edges[1]) - logistic.cdf(edges[0])).sum()
+    outputs = np.tile(np.array([0.1, np.log(0.3)], np.float32), (1, 1, 5, 1))
+    x = levels.astype(np.float32).reshape(1, 1, 5, 1)
+    assert DiscretizedLogistic(11).losses(outputs, x)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_divergence_equals_monte_carlo_and_its_own_formula():
+    random = np.random.default_rng(0)
+    mean, log_variance = random.normal(size=(2, 3)), random.normal(size=(2, 3))
+    found = np.asarray(normal_divergence(jnp.asarray(mean), jnp.asarray(log_variance)))
+    exact = (mean**2 + np.exp(log_variance) - 1 - log_variance) / 2
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    scale = np.exp(log_variance / 2)
+    codes = mean + scale * random.normal(size=(200_000, 2, 3))
+    ratios = scipy.stats.norm.logpdf(codes, mean, scale) - scipy.stats.norm.logpdf(codes)
+    error = ratios.std(axis=0) / np.sqrt(len(codes))
+    assert (np.abs(found - ratios.mean(axis=0)) < 5 * error).all()
+
+
+def test_the_ratio_of_prior_and_posterior_is_that_of_the_densities():
+    random = np.random.default_rng(0)
+    mean, log_variance, noise = random.normal(size=(3, 4, 2)).astype(np.float32)
+    code = np.asarray(draw_code(*map(jnp.asarray, (mean, log_variance, noise))))
+    expected = scipy.stats.norm.logpdf(code)
+    expected -= scipy.stats.norm.logpdf(code, mean, np.exp(log_variance / 2))
+    found = log_prior_ratio(*map(jnp.asarray, (code, log_variance, noise)))
+    np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_sums_weighted_squared_errors():
+    module = Autoencoder(CONFIG, latent_size=2)
+    params, state = prepared(module)
+    output = evaluate(jn.reconstruction(module), params, state, {**BATCH, "weights": WEIGHTS})
+    errors = (module.apply({"params": params}, BATCH["inputs"]).outputs - BATCH["inputs"]) ** 2
+    errors = np.asarray(errors).sum(axis=(1, 2, 3))
+    assert output.loss.total == pytest.approx(np.vdot(WEIGHTS, errors), rel=1e-5)
+    assert output.loss.count == 3.5
+    pixels = output.metrics["squared_error"].compute()
+    assert pixels == pytest.approx(np.vdot(WEIGHTS, errors) / 3.5 / 12, rel=1e-5)
+
+
+def test_the_sparse_penalty_is_the_absolute_code_in_training_only():
+    module = Autoencoder(CONFIG, latent_size=2)
+    params, state = prepared(module)
+    plain = evaluate(jn.reconstruction(module), params, state).loss.total
+    objective = jn.sparse_reconstruction(module, weight=0.3)
+    code = np.asarray(module.apply({"params": params}, BATCH["inputs"]).code)
+    assert evaluate(objective, params, state).loss.total == pytest.approx(float(plain))
+    trained = evaluate(objective, params, state, train=True)
+    assert trained.loss.total == pytest.approx(float(plain) + 0.3 * np.abs(code).sum(), rel=1e-5)
+    assert trained.metrics["penalty"].total == pytest.approx(np.abs(code).sum(), rel=1e-5)
+    assert trained.metrics["reconstruction"].total == pytest.approx(float(plain), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolutional"])
+def test_the_contractive_penalty_is_the_norm_of_the_jacobian(kind):
+    module = Autoencoder(CoderConfig((3, 4, 1), kind, (5,), "tanh"), latent_size=2)
+    params, state = prepared(module)
+    weighted = {**BATCH, "weights": WEIGHTS}
+    plain = evaluate(jn.reconstruction(module), params, state, weighted).loss.total
+
+    def encode(image):
+        return module.apply({"params": params}, image[None], method="encode")[0]
+
+    jacobians = jax.vmap(jax.jacrev(encode))(BATCH["inputs"])
+    norms = np.sum(np.square(jacobians), axis=(1, 2, 3, 4))
+    exact = evaluate(jn.contractive(module, weight=0.7), params, state, weighted, train=True)
+    expected = np.vdot(WEIGHTS, norms)
+    assert exact.metrics["penalty"].total == pytest.approx(expected, rel=1e-5)
+    assert exact.loss.total == pytest.approx(float(plain) + 0.7 * expected, rel=1e-5)
+
+    def loss(params, num_probes):
+        objective = jn.contractive(module, weight=0.7, num_probes=num_probes)
+        return evaluate(objective, params, state, train=True).metrics["penalty"].total
+
+    estimate, gradient = jax.value_and_grad(loss)(params, 4000)
+    value, expected = jax.value_and_grad(loss)(params, None)
+    assert estimate == pytest.approx(float(value), rel=0.05)
+    one, other = (tree["encoder"] for tree in (gradient, expected))
+    for estimated, known in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.any(known)
+        np.testing.assert_allclose(estimated, known, atol=0.1 * np.abs(known).max())
+
+
+def test_denoising_restores_the_clean_images():
+    module = Autoencoder(CONFIG, latent_size=2)
+    params, state = prepared(module)
+    objective = jn.denoising(jn.reconstruction(module), amount=0.5)
+    key = jn.rng_streams(jax.random.key(1), "augmentation")["augmentation"]
+    noisy = corrupted(jnp.asarray(BATCH["inputs"]), key, "gaussian", 0.5)
+    errors = (module.apply({"params": params}, noisy).outputs - BATCH["inputs"]) ** 2
+    for train in (False, True):
+        found = evaluate(objective, params, state, train=train).loss.total
+        assert found == pytest.approx(float(jnp.sum(errors)), rel=1e-5)
+
+
+def test_noise_has_the_asked_size_and_stays_in_the_range():
+    x = jnp.full((200, 10, 10, 3), 0.5)
+    noisy = corrupted(x, jax.random.key(0), "gaussian", 0.1)
+    assert np.std(noisy) == pytest.approx(0.1, rel=0.02)
+    wild = corrupted(x, jax.random.key(0), "gaussian", 3.0, (-1.0, 1.0))
+    assert (wild.min(), wild.max()) == (-1, 1)
+    masked = np.asarray(corrupted(x, jax.random.key(0), "masking", 0.25))
+    assert np.mean(masked == 0) == pytest.approx(0.25, rel=0.05)
+    assert set(np.unique(masked.sum(axis=-1))) == {0.0, 1.5}  # all channels of a pixel at once
+
+
+def divergences(mean, log_variance):
+    return (mean**2 + np.exp(log_variance) - 1 - log_variance) / 2
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_vae_loss_is_the_bound_of_one_code_per_image(conditional):
+    module = VAE(CONFIG, latent_size=3, num_classes=4 if conditional else None)
+    labels = [np.array([3, 0, 1, 2], np.int32)] * conditional
+    batch = {**BATCH, **({"labels": labels[0]} if conditional else {}), "weights": WEIGHTS}
+    params, state = prepared(module, BATCH["inputs"], *labels)
+    noise = jax.random.normal(jn.rng_streams(jax.random.key(1), "latent")["latent"], (4, 3))
+    outputs, mean, log_variance = module.apply(
+        {"params": params}, BATCH["inputs"], *labels, noise=noise
+    )
+    losses = np.asarray(Bernoulli().losses(outputs, BATCH["inputs"]))
+    each = np.asarray(divergences(mean, log_variance))
+    floor = np.median(each)
+    for train, beta, free_bits in itertools.product([False, True], [1.0, 2.5], [0.0, floor]):
+        objective = jn.vae(module, beta=beta, free_bits=free_bits)
+        found = evaluate(objective, params, state, batch, train=train)
+        weight, floored = (beta, np.maximum(each, free_bits)) if train else (1.0, each)
+        expected = np.vdot(WEIGHTS, losses + weight * floored.sum(axis=1))
+        assert found.loss.total == pytest.approx(expected, rel=1e-5)
+        assert found.loss.count == 3.5
+        both = [found.metrics[name].total for name in ("reconstruction", "divergence")]
+        sums = [np.vdot(WEIGHTS, losses), np.vdot(WEIGHTS, each.sum(axis=1))]
+        np.testing.assert_allclose(both, sums, rtol=1e-5)
+
+
+def test_beta_in_the_model_state_takes_the_place_of_the_argument():
+    module = VAE(CONFIG, latent_size=3)
+    params, state = prepared(module)
+    given = jn.with_hyperparameters({"params": params}, beta=3.0)
+    held = {"hyperparameters": given["hyperparameters"]}
+    found = evaluate(jn.vae(module), params, held, train=True)
+    expected = evaluate(jn.vae(module, beta=3.0), params, state, train=True)
+    assert found.loss.total == pytest.approx(float(expected.loss.total), rel=1e-6)
+    assert jax.tree.structure(found.model_state) == jax.tree.structure(held)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_the_divergence_is_warmed_up_by_the_step(num_microbatches):
+    module = VAE(CONFIG, latent_size=3)
+    params, _ = prepared(module)
+    variables = jn.with_hyperparameters({"params": params}, beta=9.0)
+    update = jn.Update(jn.vae(module), optax.sgd(1e-3))
+    state = jn.create_train_state(variables, update, rng=jax.random.key(0))
+    inner = jn.make_train_step(update, num_microbatches=num_microbatches)
+    step = jn.jit_step(jn.scheduled(inner, beta=optax.linear_schedule(0.0, 1.0, 2)))
+    for expected in (0.0, 0.5, 1.0, 1.0):
+        state, metrics = step(state, BATCH)
+        assert state.model_state["hyperparameters"]["beta"] == pytest.approx(expected)
+        total = metrics["reconstruction"].total + expected * metrics["divergence"].total
+        assert metrics["loss"].total == pytest.approx(float(total), rel=1e-5)
+    with pytest.raises(ValueError, match=r"no 'gamma'; give create_train_state with_hyperparam"):
+        jn.scheduled(inner, gamma=optax.constant_schedule(1.0))(state, BATCH)
+
+
+def test_the_vq_loss_is_reconstruction_plus_commitment():
+    module = VQVAE(CoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
+    params, state = prepared(module)
+    found = evaluate(
+        jn.vq_vae(module, commitment=0.5), params, state, {**BATCH, "weights": WEIGHTS}
+    )
+    quantized = module.apply({"params": params, **state}, BATCH["inputs"])
+    errors = np.square(quantized.outputs - BATCH["inputs"]).sum(axis=(1, 2, 3))
+    distances = np.square(quantized.vectors - quantized.nearest).sum(axis=(1, 2, 3))
+    assert found.loss.total == pytest.approx(np.vdot(WEIGHTS, errors + 0.5 * distances), rel=1e-5)
+    usage = np.zeros(4)
+    for weight, row in zip(WEIGHTS, np.asarray(quantized.codes), strict=True):
+        usage += weight * np.bincount(row.ravel(), minlength=4) / row.size
+    np.testing.assert_allclose(found.metrics["code_usage"].total, usage, rtol=1e-6)
+    shares = usage[usage > 0] / usage.sum()
+    perplexity = jn.metrics.codebook_perplexity(found.metrics["code_usage"])
+    assert perplexity == pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-5)
+    assert found.metrics["perplexity"].compute() == pytest.approx(4)  # the averages at the start
+
+
+def test_commitment_draws_the_encoder_to_its_codes_and_not_the_other_way():
+    module = VQVAE(CoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
+    params, state = prepared(module)
+
+    def loss(params, commitment):
+        return evaluate(jn.vq_vae(module, commitment=commitment), params, state).loss.total
+
+    change = jax.tree.map(jnp.subtract, jax.grad(loss)(params, 1.0), jax.grad(loss)(params, 0.0))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(change["decoder"]))
+    vectors, pullback = jax.vjp(
+        lambda p: module.apply({"params": p, **state}, BATCH["inputs"], method="encode"), params
+    )
+    nearest = module.apply({"params": params, **state}, BATCH["inputs"]).nearest
+    (expected,) = pullback(2 * (vectors - nearest))
+    for one, other in zip(
+        jax.tree.leaves(change["embed"]), jax.tree.leaves(expected["embed"]), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def linear_vae(precision=jn.Precision()):
+    """Build x ~ N(w z, 0.5^2), z ~ N(0, 1), with its true posterior, and log p(x) of two images."""
+    w, variance = np.array([0.8, -0.6, 0.3, 0.5]), 0.25
+    config = CoderConfig((2, 2, 1), features=())
+    module = VAE(config, latent_size=1, likelihood=Gaussian(0.5), precision=precision)
+    posterior = 1 / (1 + w @ w / variance)
+    params = {
+        "mean": {"kernel": (posterior * w / variance)[:, None], "bias": np.zeros(1)},
+        "log_variance": {"kernel": np.zeros((4, 1)), "bias": np.log([posterior])},
+        "decoder": {"head": {"kernel": w[None], "bias": np.zeros(4)}},
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    covariance = np.outer(w, w) + variance * np.eye(4)
+    known = scipy.stats.multivariate_normal(np.zeros(4), covariance).logpdf(x)
+    return module, params, x.reshape(2, 2, 2, 1), known
+
+
+def bound(module, params, x, num_samples, seed=0, **keywords):
+    return jn.importance_weighted_bound(
+        module,
+        {"params": params},
+        x,
+        rng=jax.random.key(seed),
+        num_samples=num_samples,
+        **keywords,
+    )
+
+
+@pytest.mark.parametrize("num_samples", [1, 7])
+def test_with_the_true_posterior_the_bound_is_the_likelihood(num_samples):
+    module, params, x, known = linear_vae()
+    np.testing.assert_allclose(bound(module, params, x, num_samples), known, rtol=1e-4)
+
+
+def test_the_bound_of_one_sample_is_the_evidence_bound_and_grows_with_more():
+    module, params, x, known = linear_vae()
+    params["log_variance"]["bias"] += 0.8  # no longer the true posterior
+    mean, log_variance = (
+        np.asarray(y) for y in module.apply({"params": params}, x, method="posterior")
+    )
+    w, variance = np.asarray(params["decoder"]["head"]["kernel"])[0], np.exp(log_variance[:, 0])
+    flat = x.reshape(2, 4)
+    expected_square = ((flat - mean * w) ** 2).sum(axis=1) + variance * (w @ w)
+    evidence = -expected_square / (2 * 0.25) - 2 * np.log(2 * np.pi * 0.25)
+    evidence -= divergences(mean, log_variance)[:, 0]
+    compiled = jax.jit(jax.vmap(lambda seed: bound(module, params, x, 1, seed)), static_argnums=())
+    one = np.asarray(compiled(np.arange(4000)))
+    error = one.std(axis=0) / np.sqrt(len(one))
+    assert (np.abs(one.mean(axis=0) - evidence) < 5 * error).all()
+    many = np.asarray(bound(module, params, x, 2000, chunk_size=500))
+    assert (evidence + 5 * error < many).all()
+    np.testing.assert_allclose(many, known, atol=0.05)
+
+
+def test_the_bound_of_one_sample_by_hand():
+    module = VAE(CONFIG, latent_size=3)
+    params, _ = prepared(module)
+    x = BATCH["inputs"]
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (4, 3))
+    outputs, mean, log_variance = module.apply({"params": params}, x, noise=noise)
+    code, scale = mean + np.exp(log_variance / 2) * noise, np.exp(log_variance / 2)
+    expected = -np.asarray(Bernoulli().losses(outputs, x), np.float64)
+    expected += scipy.stats.norm.logpdf(code).sum(axis=1)
+    expected -= scipy.stats.norm.logpdf(code, mean, scale).sum(axis=1)
+    np.testing.assert_allclose(bound(module, params, x, 1), expected, rtol=1e-5)
+
+
+def test_chunks_change_the_memory_and_not_the_bound():
+    module = VAE(CONFIG, latent_size=3, num_classes=2)
+    labels = np.array([1, 0, 0, 1], np.int32)
+    params, state = prepared(module, BATCH["inputs"], labels)
+    found = [
+        bound(module, params, BATCH["inputs"], 7, labels=labels, chunk_size=size)
+        for size in (1, 3, 7, 100)
+    ]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
+    batch = {**BATCH, "labels": labels, "weights": WEIGHTS}
+    objective = jn.importance_weighted(module, num_samples=7, chunk_size=3)
+    loss = evaluate(objective, params, state, batch).loss
+    key = jn.rng_streams(jax.random.key(1), "latent")["latent"]
+    same = jn.importance_weighted_bound(
+        module, {"params": params}, BATCH["inputs"], labels, rng=key, num_samples=7
+    )
+    assert loss.total == pytest.approx(-np.vdot(WEIGHTS, same), rel=1e-5)
+
+
+LIKELIHOODS = [Bernoulli(), DiscretizedLogistic(), SquaredError()]
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda x: type(x).__name__)
+def test_images_out_of_range_are_refused_or_nan(likelihood):
+    module = VAE(CONFIG, latent_size=2, likelihood=likelihood)
+    params, state = prepared(module)
+    objective = jn.vae(module)
+    x = BATCH["inputs"].copy()
+    x[2, 0, 0, 0] = -1.25
+    compiled = jax.jit(
+        lambda batch, weights: (
+            evaluate(objective, params, state, {"inputs": batch, "weights": weights}).loss.total
+        )
+    )
+    assert np.isfinite(compiled(BATCH["inputs"], WEIGHTS))
+    assert np.isfinite(compiled(x, WEIGHTS * np.array([1, 1, 0, 1], np.float32)))
+    if likelihood.image_range is None:
+        assert np.isfinite(compiled(x, WEIGHTS))
+        return
+    assert np.isnan(compiled(x, WEIGHTS))
+    low = f"{likelihood.image_range[0]:g}"
+    with pytest.raises(ValueError, match=rf"images hold -1\.25, outside of \[{low}, 1\]; divide"):
+        evaluate(objective, params, state, {"inputs": x})
+
+
+def test_the_worst_pixel_is_named_with_the_remedy():
+    x = np.array([[0.5, 300.0, -2.0]])
+    with pytest.raises(ValueError, match=r"hold 300.*\[0, 1\]; divide grey levels by 255"):
+        check_images(x, Bernoulli())
+    with pytest.raises(ValueError, match=r"300.*\[-1, 1\]; divide .* by 127\.5 and subtract 1"):
+        check_images(x, DiscretizedLogistic())
+    with pytest.raises(ValueError, match="type int32; give floats"):
+        check_images(x.astype(np.int32), SquaredError())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m: jn.sparse_reconstruction(m, weight=-1.0), r"weight is -1\.0"),
+        (lambda m: jn.contractive(m, weight=1.0, num_probes=0), "num_probes is 0"),
+        (
+            lambda m: jn.contractive(Autoencoder(CoderConfig((3, 4, 1), norm="batch")), weight=1.0),
+            "a batch norm mixes the examples",
+        ),
+        (lambda m: jn.denoising(jn.reconstruction(m), noise="blur"), "noise is 'blur'"),
+        (
+            lambda m: jn.denoising(jn.reconstruction(m), noise="masking", amount=1.5),
+            r"amount is 1\.5",
+        ),
+        (lambda m: jn.vae(m, beta=-1.0), r"beta is -1\.0"),
+        (lambda m: jn.vq_vae(m, commitment=-1.0), r"commitment is -1\.0"),
+        (lambda m: jn.importance_weighted(m, num_samples=0), "num_samples is 0"),
+        (
+            lambda m: evaluate(jn.vae(VAE(CONFIG, num_classes=3)), {}, {}),
+            r"lacks \['labels'\]",
+        ),
+        (
+            lambda m: evaluate(jn.reconstruction(m), {}, {}, {"images": BATCH["inputs"]}),
+            r"lacks \['inputs'\]",
+        ),
+    ],
+)
+def test_objectives_refuse_what_they_cannot_compute(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(Autoencoder(CONFIG))
