@@ -1,0 +1,178 @@
+"""The command line of the benchmark; the last line printed is the result as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.benchmark import chart, driver, report
+from experiments.benchmark.competitors import COMPETITORS, REFERENCE, Competitor
+from experiments.benchmark.sides import Settings
+from experiments.benchmark.workloads import WORKLOADS, shrink
+from experiments.command_line import errors_without_traceback
+from experiments.run_folder import RunError, RunFolder, environment
+from jaxnets.data import files, images
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured, against whom, how long."""
+
+    workloads: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of workloads; all of them by default."""
+    against: tuple[str, ...] = tuple(name for name in COMPETITORS if name != REFERENCE)
+    """Competitors beside jaxnets."""
+    rounds: int = 5
+    """Turns of each competitor."""
+    seconds: float = 3.0
+    """Length of a turn; a turn has at least one call."""
+    threads: int | None = None
+    """Cores that each competitor may use; by default all."""
+    tiny: bool = False
+    """Small shapes, to see that every side runs; the times mean nothing."""
+    data: Path | None = None
+    """Folder of Fashion-MNIST; by default it is searched for."""
+    out: Path = Path("runs/benchmark")
+    """Folder of this run."""
+    resume: bool = False
+    """Go on with the workloads that an interrupted run has not measured."""
+
+
+#: Load of the machine below which nothing else of weight runs.
+_QUIET = 0.5
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    config = tyro.cli(Config, prog="python -m experiments.benchmark", description=_description())
+    with errors_without_traceback():
+        result = run(config)
+    print(json.dumps(result))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measure the workloads and write the run folder.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        RunError: an unknown name, a number that makes no run, or a folder that does not fit.
+    """
+    _check(config)
+    folder = RunFolder(config.out)
+    finished = folder.open(config, resume=config.resume)
+    if finished is not None:
+        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        return finished
+    load = round(os.getloadavg()[0], 2)
+    if load > _QUIET:
+        print(f"the load is {load}: other work makes the times mean less", file=sys.stderr)
+    # Workloads that are measured are the checkpoints of this run.
+    folder.checkpoints.mkdir(exist_ok=True)
+    results: dict[str, Any] = {}
+    for name in config.workloads or WORKLOADS:
+        done = folder.checkpoints / f"{name}.json"
+        if not done.exists():
+            folder.write(f"checkpoints/{name}.json", _measure(name, config, folder))
+        results[name] = json.loads(done.read_text())
+        print(report.table(name, results[name]) + "\n", file=sys.stderr)
+    chart.draw(results, folder.path / "chart.png")
+    result = {"experiment": "benchmark", "workloads": results, "load_before": load}
+    result |= _machine(config)
+    folder.write("result.json", result)
+    return result
+
+
+def _measure(name: str, config: Config, folder: RunFolder) -> dict[str, Any]:
+    workload = shrink(WORKLOADS[name]) if config.tiny else WORKLOADS[name]
+    images_file, labels_file = _files(config) if workload.task == "epoch" else ("", "")
+
+    def start(competitor: Competitor) -> driver.Worker:
+        settings = Settings(
+            module=competitor.module,
+            variant=competitor.variant,
+            name=name,
+            threads=_threads(config),
+            tiny=config.tiny,
+            images=images_file,
+            labels=labels_file,
+        )
+        return driver.Worker(settings, folder.path / f"{name}_{competitor.name}.log")
+
+    measured = driver.measure(
+        workload,
+        [COMPETITORS[one] for one in dict.fromkeys((REFERENCE, *config.against))],
+        start,
+        rounds=config.rounds,
+        seconds=config.seconds,
+        tell=lambda message: print(message, file=sys.stderr),
+    )
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    ratios = report.compare(measured)
+    return {**measured, "ratios": ratios, "date": date}
+
+
+def _files(config: Config) -> tuple[str, str]:
+    """Return the files of the training images and labels, downloaded where they are not found."""
+    images_file, labels_file, *_ = (
+        str(files.fetch(file, config.data)) for file in images.FASHION_MNIST_FILES
+    )
+    return images_file, labels_file
+
+
+def _threads(config: Config) -> int:
+    return config.threads or _cores()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _machine(config: Config) -> dict[str, Any]:
+    try:
+        rows = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(row.split(":")[1].strip() for row in rows if "model name" in row)
+    except (OSError, StopIteration):
+        processor = "unknown"
+    return {**environment(), "processor": processor, "threads": _threads(config)}
+
+
+def _check(config: Config) -> None:
+    for what, names, known in (
+        ("workload", config.workloads, WORKLOADS),
+        ("competitor", config.against, COMPETITORS),
+    ):
+        for name in names:
+            if name not in known:
+                raise RunError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
+    if config.rounds < 1 or config.seconds <= 0:
+        raise RunError(
+            f"--rounds {config.rounds} and --seconds {config.seconds:g} measure nothing; give "
+            "numbers above 0"
+        )
+    if config.threads is not None and not 1 <= config.threads <= _cores():
+        raise RunError(f"--threads is {config.threads}; this machine has 1 to {_cores()} for you")
+
+
+def _description() -> str:
+    return (
+        f"Workloads: {', '.join(WORKLOADS)}. Competitors: {', '.join(COMPETITORS)}. The peers come "
+        "with pip install -e '.[benchmark]'; what is not installed is left out and said."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Plain Flax: modules, `flax.training.train_state`, `jax.jit` and Optax, as in Flax's examples."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+
+from experiments.benchmark.flax_networks import build
+from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
+from experiments.benchmark.workloads import (
+    LEARNING_RATE,
+    PIXEL_DEVIATION,
+    PIXEL_MEAN,
+    Workload,
+)
+
+LIBRARIES = ("flax", "jax", "optax")
+
+
+class State(train_state.TrainState):
+    """Parameters, optimizer state and the averages of batch norms."""
+
+    batch_stats: Any
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Build a workload; the variant "scan" puts many steps into one program by hand."""
+    workload = settings.workload
+    if workload.task == "infer":
+        return infer(workload)
+    if workload.task == "population":
+        return train_one_after_the_other(workload)
+    if workload.task == "epoch":
+        return train_epoch(workload, settings)
+    return scan(workload) if settings.variant == "scan" else train(workload)
+
+
+def _create(workload: Workload, num_states: int = 1) -> list[State]:
+    """Return states with different parameters and the same functions, which one program fits."""
+    module, optimizer = build(workload.network, workload.precision), optax.adam(LEARNING_RATE)
+    init, inputs = jax.jit(module.init), workload.inputs()[:1]
+    drawn = [init(jax.random.key(seed), inputs) for seed in range(num_states)]
+    return [
+        State.create(
+            apply_fn=module.apply,
+            params=variables["params"],
+            tx=optimizer,
+            batch_stats=variables.get("batch_stats", {}),
+        )
+        for variables in drawn
+    ]
+
+
+def _step(state: State, batch: dict[str, jax.Array]) -> tuple[State, jax.Array]:
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        logits, changes = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["inputs"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), batch["labels"]
+        )
+        return losses.mean(), changes.get("batch_stats", {})
+
+    (loss, stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return state.apply_gradients(grads=gradients, batch_stats=stats), loss
+
+
+def _batches(workload: Workload) -> list[dict[str, jax.Array]]:
+    inputs = workload.inputs()
+    return [jax.device_put({"inputs": inputs, "labels": each}) for each in workload.labels()]
+
+
+def _size(state: State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def train(workload: Workload) -> Prepared:
+    """Steps one after the other."""
+    (state,), step = _create(workload), jax.jit(_step, donate_argnums=0)
+    endless = itertools.cycle(_batches(workload))
+
+    def run(num_steps: int) -> float:
+        nonlocal state
+        for _ in range(num_steps):
+            state, loss = step(state, next(endless))
+        return float(jax.block_until_ready((state, loss))[1])
+
+    return ready(workload, run, _size(state))
+
+
+def scan(workload: Workload) -> Prepared:
+    """Many steps in one program, which its user has to write."""
+    (state,), bundled, labels = _create(workload), workload.steps_per_dispatch, workload.labels()
+    step = jax.jit(lambda state, batches: jax.lax.scan(_step, state, batches), donate_argnums=0)
+    several = np.resize(labels, (bundled, *labels.shape[1:]))
+    inputs = np.broadcast_to(workload.inputs(), (bundled, *workload.inputs().shape))
+    batches = jax.device_put({"inputs": inputs, "labels": several})
+
+    def run(num_steps: int) -> float:
+        nonlocal state
+        for _ in range(num_steps // bundled):
+            state, losses = step(state, batches)
+        return float(jax.block_until_ready((state, losses))[1][-1])
+
+    return ready(workload, run, _size(state), steps_first=bundled)
+
+
+def train_one_after_the_other(workload: Workload) -> Prepared:
+    """A step of each network, with the one program that fits them all."""
+    states = _create(workload, workload.members)
+    size = _size(states[0])
+    step = jax.jit(_step, donate_argnums=0)
+    endless = itertools.cycle(_batches(workload))
+
+    def run(num_steps: int) -> float:
+        for _ in range(num_steps):
+            batch, losses = next(endless), []
+            for index, state in enumerate(states):
+                states[index], loss = step(state, batch)
+                losses.append(loss)
+        jax.block_until_ready(states)
+        return float(np.mean(jax.device_get(losses)))
+
+    return ready(workload, run, size)
+
+
+def infer(workload: Workload) -> Prepared:
+    """Logits of a batch."""
+    module: nn.Module = build(workload.network, workload.precision)
+    inputs = jax.device_put(workload.inputs())
+    variables = jax.jit(module.init)(jax.random.key(0), inputs[:1])
+    predict = jax.jit(lambda variables, inputs: module.apply(variables, inputs, train=False))
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            logits = predict(variables, inputs)
+        jax.block_until_ready(logits)
+
+    return ready(workload, run, sum(x.size for x in jax.tree.leaves(variables["params"])))
+
+
+def train_epoch(workload: Workload, settings: Settings) -> Prepared:
+    """From the files to trained parameters, as in Flax's example of MNIST."""
+    step = jax.jit(_step, donate_argnums=0)
+    (start,) = _create(workload)
+
+    def run(num_steps: int) -> float:
+        images = read_idx(settings.images)[..., None].astype(np.float32) / 255
+        images = (images - PIXEL_MEAN) / PIXEL_DEVIATION
+        labels = read_idx(settings.labels).astype(np.int32)
+        state = start.replace(
+            params=jax.tree.map(jnp.copy, start.params),
+            opt_state=jax.tree.map(jnp.copy, start.opt_state),
+            step=0,
+        )
+        order = np.random.default_rng(0).permutation(len(labels))
+        losses = []
+        for index in range(num_steps):
+            chosen = order[index * workload.batch_size : (index + 1) * workload.batch_size]
+            state, loss = step(state, {"inputs": images[chosen], "labels": labels[chosen]})
+            losses.append(loss)
+        jax.block_until_ready(state)
+        return float(np.mean(jax.device_get(losses[-50:])))
+
+    return ready(workload, run, _size(start))

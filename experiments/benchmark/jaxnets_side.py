@@ -1,0 +1,284 @@
+"""jaxnets' own way: the executors of the library, on its networks."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxnets as jn
+from experiments.benchmark.architectures import (
+    BidirectionalGRU,
+    Blocks,
+    Convolutional,
+    LanguageTransformer,
+    Network,
+    Perceptron,
+    RecurrentLanguage,
+    Residual,
+    Vision,
+)
+from experiments.benchmark.sides import Prepared, Settings, ready
+from experiments.benchmark.workloads import (
+    LEARNING_RATE,
+    Workload,
+)
+
+LIBRARIES = ("jaxnets", "jax", "flax", "optax")
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Build a workload; the variant "kept" keeps freed memory."""
+    if settings.variant == "kept":
+        jn.keep_memory()
+    workload = settings.workload
+    make = {
+        "train": train,
+        "population": train_population,
+        "infer": infer,
+        "epoch": lambda workload: train_epoch(workload, Path(settings.images).parent),
+        "generate": generate,
+        "positions": generate_by_position,
+    }[workload.task]
+    return make(workload)
+
+
+def build(network: Network, precision: jn.Precision) -> Any:
+    """Return the module of an architecture."""
+    policy: dict[str, Any] = {"precision": precision, "num_outputs": network.num_outputs}
+    match network:
+        case Perceptron():
+            return jn.MLP(features=network.features, **policy)
+        case Convolutional():
+            return jn.ConvNet(features=network.channels, hidden_features=network.features, **policy)
+        case Residual():
+            stages = (2,) * network.num_stages
+            return jn.ResNet(stages, stem="cifar", width=network.width, **policy)
+        case LanguageTransformer():
+            return jn.TransformerLM(
+                network.num_outputs,
+                num_layers=network.num_layers,
+                config=_blocks(network),
+                max_length=network.context,
+                tied=network.tied,
+                precision=precision,
+            )
+        case Vision():
+            return jn.VisionTransformer(
+                patch_size=network.patch,
+                num_layers=network.num_layers,
+                config=_blocks(network),
+                **policy,
+            )
+        case RecurrentLanguage():
+            return jn.RecurrentLM(
+                network.num_outputs,
+                embedding_size=network.embedding,
+                hidden_size=network.hidden,
+                cell="lstm",
+                num_layers=network.num_layers,
+                precision=precision,
+            )
+        case BidirectionalGRU():
+            return jn.SequenceClassifier(
+                hidden_size=network.hidden, cell="gru", bidirectional=True, **policy
+            )
+    raise TypeError(f"no module for {network}")
+
+
+def _blocks(network: Blocks) -> jn.BlockConfig:
+    # The peers' attention has biases everywhere.
+    return jn.BlockConfig(
+        features=network.width, num_heads=network.num_heads, activation="gelu_tanh", key_bias=True
+    )
+
+
+def _module(workload: Workload) -> Any:
+    return build(workload.network, jn.Precision(compute=jnp.dtype(workload.precision)))
+
+
+def _update(workload: Workload, module: Any) -> jn.Update:
+    make = jn.language_modelling if workload.network.reads_tokens else jn.classification
+    return jn.Update(make(module, measures={}), optax.adam(LEARNING_RATE))
+
+
+def _create(workload: Workload, module: Any, update: jn.Update, seed: Any) -> jn.TrainState:
+    key = jax.random.key(seed)
+    variables = jax.jit(module.init)(key, workload.inputs()[:1])
+    return jn.create_train_state(variables, update, rng=key)
+
+
+def _size(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def train(workload: Workload) -> Prepared:
+    """Steps one after the other, or many of them in a dispatch."""
+    module = _module(workload)
+    update = _update(workload, module)
+    state = _create(workload, module, update, 0)
+    step, labels = jn.make_train_step(update), workload.labels()
+    inputs, bundled = workload.inputs(), workload.steps_per_dispatch
+    if bundled == 1:
+        executor = jn.jit_step(step, donate=True)
+        batches = [jax.device_put({"inputs": inputs, "labels": each}) for each in labels]
+    else:
+        executor = jn.jit_step(jn.scan_steps(step), donate=True)
+        several = np.resize(labels, (bundled, *labels.shape[1:]))
+        inputs = np.broadcast_to(inputs, (bundled, *inputs.shape))
+        batches = [jax.device_put({"inputs": inputs, "labels": several})]
+    run = _steps(executor, state, batches, bundled)
+    return ready(workload, run, _size(state.params), steps_first=bundled)
+
+
+def train_population(workload: Workload) -> Prepared:
+    """All networks in one program: side by side if they are dense, else one after the other."""
+    module = _module(workload)
+    update = _update(workload, module)
+    seeds = np.arange(workload.members)
+    states = jax.jit(jax.vmap(lambda seed: _create(workload, module, update, seed)))(seeds)
+    dense = isinstance(workload.network, Perceptron)
+    step = jn.population_step(jn.make_train_step(update), loop="vmap" if dense else "map")
+    inputs = workload.inputs()
+    batches = [jax.device_put({"inputs": inputs, "labels": each}) for each in workload.labels()]
+    run = _steps(jn.jit_step(step, donate=True), states, batches, 1)
+    return ready(workload, run, _size(states.params) // workload.members)
+
+
+def _steps(
+    executor: jn.Executor, state: jn.TrainState, batches: list[Any], bundled: int
+) -> Callable[[int], float]:
+    endless = itertools.cycle(batches)
+
+    def run(num_steps: int) -> float:
+        nonlocal state
+        metrics: jn.Metrics = {}
+        for _ in range(num_steps // bundled):
+            state, metrics = executor(state, next(endless))
+        loss = jax.device_get(jax.block_until_ready((state, metrics))[1]["loss"])
+        return float(np.sum(loss.total) / np.sum(loss.count))
+
+    return run
+
+
+def infer(workload: Workload) -> Prepared:
+    """Logits of a batch."""
+    module = _module(workload)
+    inputs = jax.device_put(workload.inputs())
+    variables = jax.jit(module.init)(jax.random.key(0), inputs[:1])
+    predict = jax.jit(module.apply)
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            logits = predict(variables, inputs)
+        jax.block_until_ready(logits)
+
+    return ready(workload, run, _size(variables["params"]))
+
+
+def train_epoch(workload: Workload, folder: Path) -> Prepared:
+    """From the files to trained parameters, with `fit`."""
+    module = _module(workload)
+
+    def normalized(batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
+        return {**batch, "inputs": jn.data.normalize(batch["inputs"], mean, deviation)}
+
+    # The numbers that every image data set of the library brings along.
+    mean, deviation = (0.2860,), (0.3530,)
+    update = _update(workload, module)
+    objective = jn.with_batch_transform(update.objective, normalized)
+    update = jn.Update(objective, update.optimizer)
+    executor = jn.jit_step(jn.make_train_step(update), donate=True)
+    create = jax.jit(lambda: _create(workload, module, update, 0))
+
+    def run(num_steps: int) -> float:
+        dataset = jn.data.fashion_mnist(folder, download=False)
+        batches = jn.data.shuffled_batches(dataset.train, workload.batch_size, seed=0)
+        state, history = jn.fit(
+            *(executor, create(), jn.data.prefetch(batches)), num_steps=num_steps, progress=False
+        )
+        jax.block_until_ready(state)
+        return history.column("loss")[1][-1]
+
+    return ready(workload, run, _size(jax.eval_shape(create).params))
+
+
+def _language_model(workload: Workload) -> tuple[Any, Mapping[str, Any], jax.Array]:
+    module = _module(workload)
+    prompts = jnp.asarray(workload.prompts())
+    variables = jax.jit(module.init)(jax.random.key(0), prompts)
+    return module, variables, prompts
+
+
+def generate(workload: Workload) -> Prepared:
+    """Continue prompts greedily, reading them included."""
+    module, variables, prompts = _language_model(workload)
+
+    def run(num_calls: int) -> None:
+        for _ in range(num_calls):
+            written = _continue(module, variables, prompts, workload.new_tokens[0])
+        jax.block_until_ready(written)
+
+    return ready(workload, run, _size(variables["params"]))
+
+
+def generate_by_position(workload: Workload) -> Prepared:
+    """The time of a token at the beginning and at the end of a cache of one size."""
+    module, variables, prompts = _language_model(workload)
+    times: dict[int, list[float]] = {length: [] for length in workload.new_tokens}
+    programs = 0
+
+    def count(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal programs
+        programs += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    after_first = 0
+
+    def run(num_calls: int) -> None:
+        nonlocal after_first
+        for length in times:
+            began = time.perf_counter()
+            # Other prompts of the same shape must not need another program.
+            turned = np.roll(prompts, len(times[length]), axis=1)
+            jax.block_until_ready(
+                _continue(module, variables, jnp.asarray(turned), length, workload.capacity)
+            )
+            times[length].append(time.perf_counter() - began)
+        after_first = after_first or programs
+
+    def details() -> dict[str, Any]:
+        # The first call of each length compiles.
+        medians = {length: float(np.median(each[1:])) for length, each in times.items()}
+        costs, start, before = {}, 0, 0.0
+        for length, median in medians.items():
+            costs[f"{start} to {length}"] = 1000 * (median - before) / (length - start)
+            start, before = length, median
+        return {
+            "ms a token by position": {name: round(cost, 4) for name, cost in costs.items()},
+            "programs compiled after the first calls": programs - after_first,
+        }
+
+    return ready(workload, run, _size(variables["params"]), details=details)
+
+
+def _continue(
+    module: Any, variables: Any, prompts: jax.Array, num_tokens: int, capacity: int | None = None
+) -> jax.Array:
+    return jn.generate(
+        module,
+        variables,
+        prompts,
+        num_tokens=num_tokens,
+        rng=jax.random.key(0),
+        sampling=jn.Sampling(temperature=0),
+        capacity=capacity,
+    ).tokens

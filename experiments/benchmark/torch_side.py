@@ -1,0 +1,157 @@
+"""torch: eager, with the fused Adam, and compiled (with the fused Adam too)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from experiments.benchmark.architectures import (
+    Residual,
+)
+from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
+from experiments.benchmark.torch_networks import build
+from experiments.benchmark.workloads import (
+    LEARNING_RATE,
+    PIXEL_DEVIATION,
+    PIXEL_MEAN,
+    Workload,
+)
+
+LIBRARIES = ("torch",)
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Build a workload; the variants are "", "fused" and "compile"."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    make = {
+        "train": train,
+        "infer": infer,
+        "population": train_one_after_the_other,
+        "epoch": train_epoch,
+    }[settings.workload.task]
+    return make(settings)
+
+
+def _precision(workload: Workload) -> Any:
+    if workload.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype=getattr(torch, workload.precision))
+
+
+def _model(settings: Settings) -> tuple[torch.nn.Module, Any]:
+    """Return the network, and what to call it by."""
+    model = build(settings.workload.network)
+    return model, torch.compile(model) if settings.variant == "compile" else model
+
+
+def _make_step(settings: Settings) -> tuple[torch.nn.Module, Step]:
+    workload = settings.workload
+    model, called = _model(settings)
+    fused = settings.variant in ("fused", "compile")
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=fused or None)
+
+    def step(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with _precision(workload):
+            logits = called(inputs)
+            loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return model, step
+
+
+def _inputs(workload: Workload) -> torch.Tensor:
+    inputs = torch.from_numpy(workload.inputs())
+    if workload.network.reads_tokens:
+        return inputs.long()
+    return _channels_first(inputs, workload) if inputs.ndim == 4 else inputs
+
+
+def _channels_first(images: torch.Tensor, workload: Workload) -> torch.Tensor:
+    images = images.permute(0, 3, 1, 2)
+    if isinstance(workload.network, Residual):
+        return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous()
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train(settings: Settings) -> Prepared:
+    """Steps one after the other."""
+    workload = settings.workload
+    model, step = _make_step(settings)
+    inputs = _inputs(workload)
+    endless = itertools.cycle(torch.from_numpy(workload.labels()).long())
+
+    def run(num_steps: int) -> float:
+        for _ in range(num_steps):
+            loss = step(inputs, next(endless))
+        return loss.item()
+
+    return ready(workload, run, _size(model))
+
+
+def train_one_after_the_other(settings: Settings) -> Prepared:
+    """A step of each network."""
+    workload = settings.workload
+    members = [_make_step(settings) for _ in range(workload.members)]
+    inputs = _inputs(workload)
+    endless = itertools.cycle(torch.from_numpy(workload.labels()).long())
+
+    def run(num_steps: int) -> float:
+        for _ in range(num_steps):
+            labels = next(endless)
+            losses = [step(inputs, labels) for _, step in members]
+        return float(np.mean([loss.item() for loss in losses]))
+
+    return ready(workload, run, _size(members[0][0]))
+
+
+def infer(settings: Settings) -> Prepared:
+    """Logits of a batch."""
+    workload = settings.workload
+    model, called = _model(settings)
+    model.eval()
+    inputs = _inputs(workload)
+
+    @torch.inference_mode()
+    def run(num_steps: int) -> None:
+        with _precision(workload):
+            for _ in range(num_steps):
+                called(inputs)
+
+    return ready(workload, run, _size(model))
+
+
+def train_epoch(settings: Settings) -> Prepared:
+    """From the files to trained parameters, with the loader that fetches whole batches."""
+    workload = settings.workload
+    model, step = _make_step(settings)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run(num_steps: int) -> float:
+        model.load_state_dict(start)
+        images = torch.from_numpy(read_idx(settings.images)[..., None].astype(np.float32) / 255)
+        images = _channels_first((images - PIXEL_MEAN) / PIXEL_DEVIATION, workload)
+        labels = torch.from_numpy(read_idx(settings.labels).astype(np.int64))
+        dataset = TensorDataset(images, labels)
+        sampler = BatchSampler(RandomSampler(dataset), workload.batch_size, drop_last=True)
+        loader = DataLoader(dataset, sampler=sampler, batch_size=None)
+        losses = [step(*batch).detach() for batch in itertools.islice(loader, num_steps)]
+        return torch.stack(losses[-50:]).mean().item()
+
+    return ready(workload, run, _size(model))

@@ -1,0 +1,48 @@
+"""Hugging Face transformers: `generate` of GPT-2, with its cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from experiments.benchmark.architectures import (
+    LanguageTransformer,
+)
+from experiments.benchmark.sides import Prepared, Settings, ready
+
+LIBRARIES = ("transformers", "torch")
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Continue prompts greedily, reading them included."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    workload, network = settings.workload, settings.workload.network
+    assert isinstance(network, LanguageTransformer)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=network.num_outputs,
+            n_positions=network.context,
+            n_embd=network.width,
+            n_layer=network.num_layers,
+            n_head=network.num_heads,
+            bos_token_id=0,
+            eos_token_id=None,  # nothing ends a text: every call makes all of the tokens
+        )
+    )
+    model.eval()
+    prompts = torch.from_numpy(workload.prompts()).long()
+    (length,) = workload.new_tokens
+
+    def run(num_calls: int) -> None:
+        for _ in range(num_calls):
+            written = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=length,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            assert written.shape[1] == workload.prompt + length
+
+    return ready(workload, run, sum(weight.numel() for weight in model.parameters()))

@@ -1,0 +1,244 @@
+"""What is computed, described once.
+
+Imported by every process that is measured, so it knows NumPy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments.benchmark.architectures import (
+    BidirectionalGRU,
+    Convolutional,
+    LanguageTransformer,
+    Network,
+    Perceptron,
+    RecurrentLanguage,
+    Residual,
+    Vision,
+)
+
+#: Batches of a data set. They share their inputs and differ in their labels, which are drawn: no
+#: network can fit them, so gradients never shrink to numbers so small that they cost extra time.
+NUM_BATCHES = 8
+#: Of Adam; the rate itself costs nothing.
+LEARNING_RATE = 1e-3
+#: Pixels of Fashion-MNIST, in [0, 1].
+PIXEL_MEAN, PIXEL_DEVIATION = 0.2860, 0.3530
+
+Precision = Literal["float32", "bfloat16"]
+Task = Literal["train", "infer", "population", "epoch", "generate", "positions"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A network and what is done with it.
+
+    Attributes:
+        name: on the command line.
+        network: its architecture.
+        batch_size: examples of a step.
+        task: "train": steps of Adam. "infer": logits of a batch. "population": a step of
+            each of `members` networks on one batch. "epoch": read Fashion-MNIST from its files
+            and train for one pass. "generate": continue prompts greedily. "positions":
+            the same for several numbers of tokens in one cache.
+        precision: of matrix products and activations; parameters are float32.
+        steps_per_call: steps that are started one after the other before the result is waited
+            for; many where a step is short, as in a real loop.
+        steps_per_dispatch: steps that a side may bundle into one program, if it can.
+        steps_per_fit: batches of the data set that a `fit` goes over, so many that its beginning
+            and end do not count.
+        members: networks of a population.
+        prompt: tokens of a prompt.
+        new_tokens: how many tokens are generated; one number but for "positions".
+    """
+
+    name: str
+    network: Network
+    batch_size: int
+    task: Task = "train"
+    precision: Precision = "float32"
+    steps_per_call: int = 1
+    steps_per_dispatch: int = 1
+    steps_per_fit: int = 10
+    members: int = 1
+    prompt: int = 0
+    new_tokens: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """What one time is the time of."""
+        return {
+            "train": "step",
+            "infer": "batch",
+            "population": f"step of all {self.members}",
+            "epoch": "epoch",
+            "generate": "token",
+            "positions": "token",
+        }[self.task]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest sequence that is generated, prompt included."""
+        return self.prompt + max(self.new_tokens)
+
+    def inputs(self) -> np.ndarray:
+        """Return the inputs of every batch, float32 or int32 [batch, ...]."""
+        rng = np.random.default_rng(0)
+        shape = (self.batch_size, *self.network.input_shape)
+        if self.network.reads_tokens:
+            return rng.integers(0, self.network.num_outputs, shape, np.int32)
+        return rng.standard_normal(shape, np.float32)
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of all batches, int32 [NUM_BATCHES, batch, ...]."""
+        rng = np.random.default_rng(1)
+        shape = (NUM_BATCHES, self.batch_size, *self.network.label_shape)
+        return rng.integers(0, self.network.num_outputs, shape, np.int32)
+
+    def prompts(self) -> np.ndarray:
+        """Return the prompts that are continued, int32 [batch, prompt]."""
+        rng = np.random.default_rng(2)
+        shape = (self.batch_size, self.prompt)
+        return rng.integers(0, self.network.num_outputs, shape, np.int32)
+
+
+_MLP = Perceptron(num_inputs=784, features=(512, 512))
+_SMALL_MLP = Perceptron(num_inputs=64, features=(64, 64))
+_CNN = Convolutional()
+_GPT = LanguageTransformer(num_outputs=65, num_layers=6, num_heads=6, width=384, context=128)
+_GPT2 = LanguageTransformer(
+    num_outputs=50_257, num_layers=12, num_heads=12, width=768, context=1024, tied=True
+)
+_LSTM = RecurrentLanguage(num_outputs=65, embedding=256, hidden=512, num_layers=2, time=64)
+
+#: Name -> workload, in the order of the report.
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload(name="mlp", network=_MLP, batch_size=128, steps_per_call=20, steps_per_fit=100),
+        Workload(name="cnn", network=_CNN, batch_size=128, steps_per_call=2, steps_per_fit=20),
+        Workload(name="gpt", network=_GPT, batch_size=8, steps_per_fit=4),
+        Workload(
+            name="gpt-bf16", network=_GPT, batch_size=8, precision="bfloat16", steps_per_fit=8
+        ),
+        Workload(name="lstm", network=_LSTM, batch_size=32, steps_per_fit=6),
+        Workload(name="resnet18", network=Residual(), batch_size=32, steps_per_fit=3),
+        Workload(
+            name="vit",
+            network=Vision(num_layers=6, num_heads=3, width=192),
+            batch_size=32,
+            steps_per_fit=8,
+        ),
+        Workload(
+            name="bigru",
+            network=BidirectionalGRU(channels=40, hidden=128, time=100),
+            batch_size=32,
+            steps_per_call=2,
+            steps_per_fit=20,
+        ),
+        Workload(
+            name="small-mlp",
+            network=_SMALL_MLP,
+            batch_size=32,
+            steps_per_call=500,
+            steps_per_dispatch=50,
+            steps_per_fit=2000,
+        ),
+        Workload(
+            name="population-64-64-10",
+            network=_SMALL_MLP,
+            batch_size=32,
+            task="population",
+            members=16,
+            steps_per_call=20,
+        ),
+        Workload(
+            name="population-784-128-10",
+            network=Perceptron(num_inputs=784, features=(128,)),
+            batch_size=128,
+            task="population",
+            members=16,
+            steps_per_call=5,
+        ),
+        Workload(
+            name="population-cnn",
+            network=Convolutional(channels=(8, 16), features=()),
+            batch_size=32,
+            task="population",
+            members=16,
+        ),
+        Workload(name="cnn-infer-1", network=_CNN, batch_size=1, task="infer", steps_per_call=100),
+        Workload(name="cnn-infer-256", network=_CNN, batch_size=256, task="infer"),
+        Workload(
+            name="resnet18-infer-1",
+            network=Residual(),
+            batch_size=1,
+            task="infer",
+            steps_per_call=5,
+        ),
+        Workload(name="resnet18-infer-256", network=Residual(), batch_size=256, task="infer"),
+        Workload(
+            name="generate",
+            network=_GPT2,
+            batch_size=1,
+            task="generate",
+            prompt=128,
+            new_tokens=(256,),
+        ),
+        Workload(
+            name="positions",
+            network=_GPT2,
+            batch_size=1,
+            task="positions",
+            prompt=12,
+            new_tokens=(64, 128, 256, 500),
+        ),
+        # 468 full batches are one pass over the 60,000 images.
+        Workload(
+            name="epoch", network=_CNN, batch_size=128, task="epoch", steps_per_call=60_000 // 128
+        ),
+    )
+}
+
+
+def shrink(workload: Workload) -> Workload:
+    """Return a workload of the same kind that takes no time, to see that a side runs.
+
+    Args:
+        workload: of the registry.
+
+    Returns:
+        The workload with small shapes and few steps.
+    """
+    network, one = workload.network, workload.batch_size == 1
+    hidden = (8,) * len(getattr(network, "features", ()))
+    small: dict[type[Network], dict[str, Any]] = {
+        Perceptron: {"num_inputs": 12, "features": hidden},
+        Convolutional: {
+            "channels": (2, 3),
+            "features": hidden,
+        },
+        Residual: {"image": (8, 8, 3), "width": 4, "num_stages": 2},
+        LanguageTransformer: {"num_layers": 1, "num_heads": 2, "width": 8, "context": 16},
+        Vision: {"num_layers": 1, "num_heads": 2, "width": 8, "image": (8, 8, 3)},
+        RecurrentLanguage: {"embedding": 6, "hidden": 8, "num_layers": 1, "time": 5},
+        BidirectionalGRU: {"channels": 3, "hidden": 8, "time": 5},
+    }
+    changes = small[type(network)]
+    if network.reads_tokens:
+        changes["num_outputs"] = 20
+    return dataclasses.replace(
+        workload,
+        network=dataclasses.replace(network, **changes),
+        batch_size=1 if one else 8,
+        steps_per_call=4,
+        steps_per_dispatch=min(workload.steps_per_dispatch, 2),
+        steps_per_fit=4,
+        members=min(workload.members, 3),
+        prompt=min(workload.prompt, 4),
+        new_tokens=(3, 5)[: len(workload.new_tokens)],
+    )
