@@ -1,0 +1,105 @@
+"""The numbers of an autoencoder beyond its loss: bounds, restored noise, the worth of its codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import jaxnets as jn
+from experiments import probes
+from experiments.problem import member
+
+
+def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
+    """Estimate the importance-weighted bound of a variational autoencoder on test images.
+
+    Args:
+        problem: the autoencoder's.
+        states: of the population.
+
+    Returns:
+        Details for the result; the bound in nats per image, the mean over the population.
+    """
+    config, count = problem.config, min(problem.config.bound_images, len(problem.test["labels"]))
+    objective = jn.importance_weighted(problem.module, num_samples=config.bound_samples)
+    objective = jn.with_batch_transform(objective, problem.scaled)
+    part = {name: array[:count] for name, array in problem.test.items()}
+    batches = list(jn.data.sequential_batches(part, min(count, 500))(0))
+    values = [m["loss"].compute() for m in problem.evaluate(states, batches, objective)]
+    return {
+        "importance_weighted_bound": round(-float(np.mean(values)), 4),
+        "bound_samples": config.bound_samples,
+        "bound_images": count,
+    }
+
+
+def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
+    """Measure how much of the noise a denoising autoencoder removes from test images.
+
+    Args:
+        problem: the autoencoder's.
+        states: of the population.
+
+    Returns:
+        Details for the result: mean peak signal-to-noise ratios in decibels.
+    """
+    clean = problem.images(problem.test)
+    noisy = problem.corrupted(clean)
+    before = probes.signal_to_noise(problem.shown(noisy), problem.shown(clean)).mean()
+    after = []
+    for index in range(problem.config.seeds):
+        state = member(problem.evaluated(states), index)
+        restored = problem.reconstructed(state, noisy, problem.test["labels"])
+        after.append(probes.signal_to_noise(restored, problem.shown(clean)).mean())
+    return {
+        "psnr_noisy": round(float(before), 4),
+        "psnr_restored": round(float(np.mean(after)), 4),
+        "psnr_gain": round(float(np.mean(after) - before), 4),
+    }
+
+
+def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
+    """Compare codes with pixels and with as many principal components, on few labels.
+
+    Args:
+        problem: the autoencoder's.
+        states: of the population.
+        error: mean squared error of the reconstructions of the test images.
+
+    Returns:
+        Details for the result: accuracies of linear classifiers, the error of the principal
+        components, and by how much that of the network is below it.
+    """
+    config, train, test = problem.config, problem.dataset.train, problem.test
+    order = np.random.default_rng(0).permutation(len(train["labels"]))[: config.probe_labels]
+    labelled = {name: array[order] for name, array in train.items()}
+
+    def probe(few: np.ndarray, all_of_test: np.ndarray) -> float:
+        return probes.linear_probe(few, labelled["labels"], all_of_test, test["labels"])
+
+    found, size = [], 0
+    for index in range(config.seeds):
+        state = member(problem.evaluated(states), index)
+        few, all_of_test = problem.codes(state, labelled), problem.codes(state, test)
+        size = few.shape[1]
+        found.append(probe(few, all_of_test))
+    pixels, few, all_of_test = (
+        problem.images(part).reshape(len(part["labels"]), -1) for part in (train, labelled, test)
+    )
+    size = min(size, pixels.shape[1])
+    mean, components = probes.principal_components(pixels, size)
+    projected = [(vectors - mean) @ components.T for vectors in (few, all_of_test)]
+    lost = all_of_test - mean - projected[1] @ components
+    details: dict[str, Any] = {
+        "labels": len(order),
+        "components": size,
+        "probe_code": round(float(np.mean(found)), 4),
+        "probe_pixels": round(probe(few, all_of_test), 4),
+        "probe_pca": round(probe(*projected), 4),
+    }
+    if config.kind != "vq-vae":  # whose code is made of whole numbers
+        pca_error = float(np.mean(np.square(lost)))
+        details["pca_squared_error"] = round(pca_error, 6)
+        details["below_pca"] = round(1 - error / pca_error, 4) if pca_error > 1e-9 else None
+    return details
