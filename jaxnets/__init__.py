@@ -107,9 +107,11 @@ from jaxnets.parallel import (
     scan_steps,
     sharded_step,
 )
+from jaxnets.patches import join_patches, split_patches
 from jaxnets.reconstruction_objectives import (
     contractive,
     denoising,
+    masked_reconstruction,
     reconstruction,
     sparse_reconstruction,
 )
@@ -129,6 +131,7 @@ from jaxnets.training import TrainStep, create_train_state, make_eval_step, make
 from jaxnets.transformer import (
     AudioTransformer,
     BlockConfig,
+    MaskedAutoencoder,
     TransformerClassifier,
     TransformerEncoder,
     TransformerLM,
@@ -166,6 +169,7 @@ __all__ = [
     "Interrupted",
     "LeNet5",
     "MLPMixer",
+    "MaskedAutoencoder",
     "Mean",
     "Metrics",
     "ModelState",
@@ -239,12 +243,14 @@ __all__ = [
     "importance_weighted",
     "importance_weighted_bound",
     "jit_step",
+    "join_patches",
     "jsonl_writer",
     "keep_memory",
     "language_modelling",
     "layers",
     "make_eval_step",
     "make_train_step",
+    "masked_reconstruction",
     "metrics",
     "muon_dimensions",
     "overfit_one_batch",
@@ -266,6 +272,7 @@ __all__ = [
     "sequence_to_sequence",
     "sharded_step",
     "sparse_reconstruction",
+    "split_patches",
     "squared_error",
     "summarize",
     "summarize_model",

@@ -1,4 +1,4 @@
-"""Objectives of autoencoders that reconstruct: plain, sparse, contractive, denoising."""
+"""Objectives of autoencoders that reconstruct: plain, sparse, contractive, denoising, masked."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from jaxnets.core import (
     at_least_float32,
     rng_streams,
 )
-from jaxnets.likelihoods import Likelihood, check_images
+from jaxnets.likelihoods import Likelihood, SquaredError, check_images
 from jaxnets.objectives import check_batch, squared_error, with_batch_transform
+from jaxnets.patches import split_patches
 
 # (params, model_state, inputs, code, rng) -> penalty of each example
 _Penalty: TypeAlias = Callable[[Params, ModelState, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -172,6 +173,52 @@ def denoising(
         }
 
     return with_batch_transform(objective, corrupt)
+
+
+def masked_reconstruction(module: Any, *, normalize: bool = True) -> Objective:
+    """Build the objective of an autoencoder that paints the patches hidden from it.
+
+    The loss of an example is the mean squared error over the pixels of its hidden patches; the
+    others do not count. Which are hidden is drawn anew at every step from the stream "mask", and
+    is the same at every call in evaluation.
+
+    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch].
+
+    Args:
+        module: `MaskedAutoencoder`.
+        normalize: the pixels of each patch are to be predicted with mean 0 and variance 1.
+
+    Returns:
+        An `Objective`.
+
+    References:
+        He et al. 2022, arXiv:2111.06377, section 3.
+    """
+
+    def objective(
+        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> ObjectiveOutput:
+        images, _ = images_of(batch, SquaredError())
+        targets = split_patches(at_least_float32(images), module.patch_size)
+        if normalize:
+            mean = jnp.mean(targets, axis=-1, keepdims=True)
+            variance = jnp.var(targets, axis=-1, keepdims=True)
+            targets = (targets - mean) * jax.lax.rsqrt(variance + 1e-6)
+        streams = rng_streams(rng, "mask", "dropout")
+        noise = patch_noise(streams.pop("mask"), *targets.shape[:2])
+        (outputs, masked), model_state = apply_module(
+            module, params, model_state, images, noise=noise, rngs=streams, train=train
+        )
+        errors = jnp.mean(jnp.square(at_least_float32(outputs) - targets), axis=-1)
+        losses = jnp.mean(errors, axis=-1, where=masked)
+        return ObjectiveOutput(Mean.of(losses, batch.get("weights")), model_state, {})
+
+    return objective
+
+
+def patch_noise(key: jax.Array, num_images: int, num_patches: int) -> jax.Array:
+    """Draw the order in which patches are seen, uniform [num_images, num_patches]."""
+    return jax.random.uniform(key, (num_images, num_patches))
 
 
 def corrupted(

@@ -11,6 +11,12 @@ import jax.numpy as jnp
 from jaxnets.audio_transformer import AudioTransformer
 from jaxnets.core import Precision
 from jaxnets.layers import Dense, check_sizes, record
+from jaxnets.masked_autoencoder import (
+    Masked,
+    MaskedAutoencoder,
+    mae_vit_base16,
+    mae_vit_large16,
+)
 from jaxnets.transformer_encoder import (
     MaskedLM,
     TransformerClassifier,
@@ -33,6 +39,7 @@ from jaxnets.transformer_translator import (
     transformer_big,
 )
 from jaxnets.vision_transformer import (
+    PatchEncoder,
     VisionTransformer,
     vit_base16,
     vit_large16,
@@ -43,7 +50,10 @@ from jaxnets.vision_transformer import (
 __all__ = [
     "AudioTransformer",
     "BlockConfig",
+    "Masked",
+    "MaskedAutoencoder",
     "MaskedLM",
+    "PatchEncoder",
     "TransformerClassifier",
     "TransformerEncoder",
     "TransformerLM",
@@ -57,6 +67,8 @@ __all__ = [
     "gpt2_xl",
     "llama2_7b",
     "llama3_8b",
+    "mae_vit_base16",
+    "mae_vit_large16",
     "stack_layers",
     "tinyllama",
     "transformer_base",

@@ -11,11 +11,79 @@ import jax.numpy as jnp
 from jaxnets.core import Precision
 from jaxnets.functional import global_average_pool
 from jaxnets.layers import IMAGES, Dense, Dropout, check_rank, check_sizes, record
+from jaxnets.patches import split_patches
 from jaxnets.transformer_layers import BlockConfig, PositionEmbedding, Stack, build_preset
+
+
+class PatchEncoder(nn.Module):
+    """Patches of an image, each of which has seen the whole image.
+
+    Attributes:
+        patch_size: height and width of a patch.
+        num_layers: number of blocks.
+        config: what the blocks look like.
+        use_token: put a learned vector in front of the patches.
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1.
+    """
+
+    patch_size: int = 4
+    num_layers: int = 6
+    config: BlockConfig = BlockConfig()
+    use_token: bool = True
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(patch_size=self.patch_size)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, visible: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, patches, features].
+
+        Args:
+            inputs: images of the size that the network was initialised with.
+            visible: integer [batch, number], the patches that are seen, in the order in which
+                they are returned; by default all of them, row by row.
+            train: training mode.
+
+        Returns:
+            Features in the compute dtype, those of the token, if there is one, in front.
+
+        Raises:
+            ValueError: images that do not split into patches.
+        """
+        check_rank(inputs, self, layouts=IMAGES)
+        config, policy = self.config, self.precision
+        x = Dense(
+            config.features, kernel_init=config.kernel_init(), precision=policy, name="patch"
+        )(split_patches(inputs, self.patch_size))
+        first = int(self.use_token)
+        if self.use_token:
+            shape, init = (config.features,), nn.initializers.normal(0.02)
+            token = self.param("token", init, shape, policy.parameter).astype(x.dtype)
+            token = jnp.broadcast_to(token[None, None], (x.shape[0], 1, config.features))
+            x = jnp.concatenate([token, x], axis=1)
+        x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
+        if visible is not None:
+            seen = jnp.take_along_axis(x[:, first:], visible[..., None], axis=1)
+            x = jnp.concatenate([x[:, :first], seen], axis=1)
+        x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
+        return Stack(config, self.num_layers, precision=policy, name="stack")(x, train=train)
 
 
 class VisionTransformer(nn.Module):
     """Patches of an image as the steps of a sequence.
+
+    The parameters include those of a `PatchEncoder` under the same names, so the encoder of a
+    trained `MaskedAutoencoder` fits.
 
     Attributes:
         num_outputs: size of the output.
@@ -52,7 +120,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pool is {self.pool!r}; choose 'token' or 'mean'")
         super().__post_init__()
 
-    @nn.compact
+    def setup(self) -> None:
+        self.encoder = PatchEncoder(
+            self.patch_size, self.num_layers, self.config, self.pool == "token", self.precision
+        )
+        nn.share_scope(self, self.encoder)
+        init = self.config.kernel_init()
+        self.head = Dense(self.num_outputs, kernel_init=init, precision=self.precision)
+
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, num_outputs]; records "features".
 
@@ -63,37 +138,10 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: images that do not split into patches.
         """
-        check_rank(inputs, self, layouts=IMAGES)
-        config, policy = self.config, self.precision
-        patches = _patches(inputs, self.patch_size)
-        x = Dense(
-            config.features, kernel_init=config.kernel_init(), precision=policy, name="patch"
-        )(patches)
-        if self.pool == "token":
-            shape, init = (config.features,), nn.initializers.normal(0.02)
-            token = self.param("token", init, shape, policy.parameter).astype(x.dtype)
-            token = jnp.broadcast_to(token[None, None], (x.shape[0], 1, config.features))
-            x = jnp.concatenate([token, x], axis=1)
-        x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
-        x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
-        x = Stack(config, self.num_layers, precision=policy, name="stack")(x, train=train)
+        x = self.encoder(inputs, train=train)
         x = x[:, 0] if self.pool == "token" else global_average_pool(x)
         record(self, "features", x)
-        init = config.kernel_init()
-        head = Dense(self.num_outputs, kernel_init=init, precision=policy, name="head")
-        return head(x).astype(policy.output)
-
-
-def _patches(images: jax.Array, size: int) -> jax.Array:
-    """Cut [batch, height, width, channels] into [batch, patches, size * size * channels]."""
-    batch, height, width, channels = images.shape
-    if height % size or width % size or not height * width:
-        raise ValueError(
-            f"images of {height} x {width} do not split into patches of {size} x {size}; resize "
-            "them, or choose a patch_size that divides both"
-        )
-    grid = images.reshape(batch, height // size, size, width // size, size, channels)
-    return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, size * size * channels)
+        return self.head(x).astype(self.precision.output)
 
 
 def vit_tiny16(num_classes: int = 1000, **fields: Any) -> VisionTransformer:

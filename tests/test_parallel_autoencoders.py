@@ -23,6 +23,7 @@ BATCH = {
 }
 DENSE = autoencoder.CoderConfig((4, 4, 1), features=(6,), activation="tanh")
 CONVOLUTIONAL = autoencoder.CoderConfig((4, 4, 1), "convolutional", (3,), "tanh")
+BLOCK = jn.BlockConfig(features=4, num_heads=1, hidden_size=4)
 # name -> (constructor of the module, constructor of the objective)
 NETWORKS = {
     "sparse": (
@@ -48,6 +49,12 @@ NETWORKS = {
         ),
         jn.vq_vae,
     ),
+    "masked": (
+        lambda p: jn.MaskedAutoencoder(
+            1, 1, BLOCK, decoder_num_layers=1, decoder_config=BLOCK, precision=p
+        ),
+        jn.masked_reconstruction,
+    ),
 }
 
 
@@ -59,7 +66,11 @@ def one_noise(monkeypatch):
         row = jnp.sin(1.0 + jnp.arange(module.latent_size, dtype=module.precision.output))
         return jnp.broadcast_to(row[None], (num_images, module.latent_size))
 
+    def order(key, num_images, num_patches):
+        return jnp.broadcast_to(jnp.sin(jnp.arange(num_patches))[None], (num_images, num_patches))
+
     monkeypatch.setattr("jaxnets.latent_objectives.latent_noise", noise)
+    monkeypatch.setattr("jaxnets.reconstruction_objectives.patch_noise", order)
 
 
 def per_pixel(objective):
@@ -172,7 +183,7 @@ def test_each_member_of_a_population_equals_its_solo_run(name, loop):
             np.testing.assert_allclose(several[member], single, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["conditional", "quantized"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_resumed_run_ends_bitwise_as_one_that_was_not(name, tmp_path):
     update, state, batch = problem(name, optax.adam(1e-2))
     step = jn.jit_step(jn.make_train_step(update))
