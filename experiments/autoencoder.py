@@ -63,7 +63,7 @@ class Config(Options):
     """The class is given to encoder and decoder (vae, beta-vae)."""
     binarize: bool = False
     """Pixels are drawn black or white, with the grey level as probability; anew at each step in
-    training, once and for all for the test."""
+    training, once and for all for what is measured."""
     noise: float = 0.3
     """Standard deviation of the noise, with pixels in [0, 1] (denoising)."""
     active: int = 0
@@ -108,11 +108,11 @@ class ImageAutoencoder(Problem):
         self._check()
         self.dataset = load[config.dataset]()
         self.dataset_name = self.dataset.name + (" (binarized)" if config.binarize else "")
-        self.test = self.dataset.test
-        if config.binarize:
-            levels = self.test["inputs"] / 255
-            white = np.random.default_rng(0).uniform(size=levels.shape) < levels
-            self.test = {**self.test, "inputs": np.where(white, 255, 0).astype(np.uint8)}
+        # What is measured, in training and test; training itself may draw pixels anew.
+        self.train, self.test = (
+            drawn(part) if config.binarize else part
+            for part in (self.dataset.train, self.dataset.test)
+        )
         self.module = self._make_module()
         self.low = (self.module.likelihood.image_range or (0.0, 1.0))[0]
         self.loop = "vmap" if config.coder == "dense" else "map"
@@ -271,7 +271,8 @@ class ImageAutoencoder(Problem):
             details |= code_measures.bound(self, states)
         if self.config.kind == "denoising":
             details |= code_measures.noise(self, states)
-        details |= code_measures.codes(self, states, float(found["squared_error"].mean()))
+        if not self.config.conditional:  # such codes were made from the labels
+            details |= code_measures.codes(self, states, float(found["squared_error"].mean()))
         if self.config.likelihood == "squared":
             errors = found["squared_error"]
             return Measured("test error", errors, "squared error per pixel", details)
@@ -309,6 +310,14 @@ class ImageAutoencoder(Problem):
             panels["perplexity of the codebook"] = ("perplexity",)
         figures.curves(history, panels, folder.path / "curves.png")
         code_pictures.draw(self, member(self.evaluated(states), 0), folder.path)
+
+
+def drawn(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Make the pixels of a part of the data black or white, with grey levels as probabilities."""
+    rng = np.random.default_rng(0)
+    images = part["inputs"]
+    white = rng.uniform(size=images.shape).astype(np.float32) < images / np.float32(255)
+    return {**part, "inputs": np.where(white, 255, 0).astype(np.uint8)}
 
 
 RECIPES = {

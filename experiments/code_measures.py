@@ -12,23 +12,29 @@ from experiments.problem import member
 
 
 def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
-    """Estimate the importance-weighted bound of a variational autoencoder on test images.
+    """Estimate the bounds of a variational autoencoder on the same test images.
 
     Args:
         problem: the autoencoder's.
         states: of the population.
 
     Returns:
-        Details for the result; the bound in nats per image, the mean over the population.
+        Details for the result in nats per image, means over the population: the evidence lower
+        bound, and the importance-weighted one.
     """
     config, count = problem.config, min(problem.config.bound_images, len(problem.test["labels"]))
     objective = jn.importance_weighted(problem.module, num_samples=config.bound_samples)
     objective = jn.with_batch_transform(objective, problem.scaled)
     part = {name: array[:count] for name, array in problem.test.items()}
     batches = list(jn.data.sequential_batches(part, min(count, 500))(0))
-    values = [m["loss"].compute() for m in problem.evaluate(states, batches, objective)]
+
+    def mean_bound(objective: jn.Objective) -> float:
+        members = problem.evaluate(states, batches, objective)
+        return round(-float(np.mean([m["loss"].compute() for m in members])), 4)
+
     return {
-        "importance_weighted_bound": round(-float(np.mean(values)), 4),
+        "evidence_lower_bound": mean_bound(problem.objective),
+        "importance_weighted_bound": mean_bound(objective),
         "bound_samples": config.bound_samples,
         "bound_images": count,
     }
@@ -71,7 +77,7 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
         Details for the result: accuracies of linear classifiers, the error of the principal
         components, and by how much that of the network is below it.
     """
-    config, train, test = problem.config, problem.dataset.train, problem.test
+    config, train, test = problem.config, problem.train, problem.test
     order = np.random.default_rng(0).permutation(len(train["labels"]))[: config.probe_labels]
     labelled = {name: array[order] for name, array in train.items()}
 

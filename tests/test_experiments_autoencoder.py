@@ -72,6 +72,7 @@ def test_every_kind_leaves_a_result_and_its_pictures(kind, tmp_path):
         parts = result["reconstruction"] + result["divergence"]
         assert result["value"] == pytest.approx(parts, rel=1e-5)
         assert (result["bound_samples"], result["bound_images"]) == (3, 20)
+        assert -2 * result["value"] < result["evidence_lower_bound"] < 0
         assert -2 * result["value"] < result["importance_weighted_bound"] < 0
     else:
         assert (result["metric"], result["unit"]) == ("test error", "squared error per pixel")
@@ -95,12 +96,14 @@ def test_a_conditional_binarized_vae_is_warmed_up(tmp_path):
     changes = {"conditional": True, "binarize": True, "kl_warmup": 0.5, "coder": "conv"}
     result = train(tmp_path, "vae", **changes, widths=(4, 6), executor="jit")
     assert result["dataset"] == "few digits (binarized)"
+    assert "probe_code" not in result, "codes made from the labels"
     problem = ImageAutoencoder(options("vae", **changes, widths=(4, 6)))
     state = member(problem.create_states(), 0)
     for expected in (0.0, 1 / 3, 2 / 3, 1.0, 1.0):
         state, _ = jax.jit(problem.train_step())(state, problem.eval_batches[0])
         assert state.model_state["hyperparameters"]["beta"] == pytest.approx(expected)
-    assert set(np.unique(problem.test["inputs"])) == {0, 255}
+    for part in (problem.train, problem.test):
+        assert set(np.unique(part["inputs"])) == {0, 255}
     drawn = problem.scaled(problem.dataset.train, jax.random.key(0), True)["inputs"]
     assert set(np.unique(drawn)) == {0.0, 1.0}
     grey = problem.dataset.train["inputs"] / 255
