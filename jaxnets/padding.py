@@ -70,6 +70,26 @@ def padding_mask(lengths: Any, shape: Sequence[int]) -> jax.Array:
     return (jnp.arange(time)[None] < jnp.asarray(lengths)[:, None]) | ~inside[:, None]
 
 
+def clear_tokens(tokens: Any, lengths: Any) -> Any:
+    """Set the ids beyond the end of each sequence to 0, a token of every vocabulary.
+
+    Args:
+        tokens: integer [batch, time].
+        lengths: integer [batch] in [0, time]; None means that all of them are valid.
+
+    Returns:
+        `tokens` with 0 beyond each length, whatever stood there.
+
+    Raises:
+        ValueError: lengths of another shape or type, or known to be out of range.
+
+    Example:
+        >>> clear_tokens(jnp.array([[5, -1], [7, 8]]), jnp.array([1, 2])).tolist()
+        [[5, 0], [7, 8]]
+    """
+    return tokens if lengths is None else jnp.where(padding_mask(lengths, tokens.shape), tokens, 0)
+
+
 def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
     """Set what lies beyond the end of each sequence to 0.
 

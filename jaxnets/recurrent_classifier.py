@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxnets.core import Precision, at_least_float32
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dense, Dropout, check_rank, check_rate, check_sizes, record
+from jaxnets.padding import clear_tokens
 from jaxnets.recurrent_layers import Recurrent, find_cell
 from jaxnets.sequence import Cell
 
@@ -177,7 +178,8 @@ class TextClassifier(nn.Module):
             ValueError: tokens or lengths that do not fit.
         """
         check_rank(tokens, self, layouts=["[batch, time]"])
-        x = self.dropout_embedding(self.embedding(tokens), train=train)
+        vectors = self.embedding(clear_tokens(tokens, lengths))
+        x = self.dropout_embedding(vectors, train=train)
         return self.classifier(x, lengths, train=train)
 
 

@@ -9,6 +9,7 @@ from jax import lax
 from jaxnets.core import Precision
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dense, Dropout, check_rank, check_rate, check_sizes
+from jaxnets.padding import clear_tokens
 from jaxnets.recurrent_layers import Recurrent, StackCarry, find_cell
 from jaxnets.sequence import Cell
 
@@ -169,7 +170,8 @@ class RecurrentLM(nn.Module):
         train: bool,
     ) -> tuple[jax.Array, StackCarry]:
         check_rank(tokens, self, layouts=["[batch, time]"])
-        x = self.dropout_embedding(self.embedding(tokens), train=train)
+        vectors = self.embedding(clear_tokens(tokens, lengths))
+        x = self.dropout_embedding(vectors, train=train)
         x, carry = self.recurrent(x, lengths, carry=carry, train=train)
         x = self.dropout_head(x, train=train)
         if not self.tie_embeddings:

@@ -13,7 +13,7 @@ from jaxnets.attention_decoder import BahdanauDecoder, DecoderCarry, LuongDecode
 from jaxnets.core import Precision, at_least_float32
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dense, Dropout, check_rank, check_rate, check_sizes, record
-from jaxnets.padding import padding_mask
+from jaxnets.padding import clear_tokens, padding_mask
 from jaxnets.recurrent_layers import Recurrent, find_cell
 from jaxnets.sequence import Cell
 
@@ -196,7 +196,7 @@ class RecurrentTranslator(nn.Module):
     def _encode(self, inputs: jax.Array, lengths: jax.Array | None, *, train: bool) -> DecoderCarry:
         check_rank(inputs, self, layouts=["[batch, source]"])
         embedding = self.target_embedding if self.share_embeddings else self.source_embedding
-        x = self.dropout_source(embedding(inputs), train=train)
+        x = self.dropout_source(embedding(clear_tokens(inputs, lengths)), train=train)
         memory, last = self.encoder(x, lengths, train=train)
         memory = memory.astype(self.precision.compute)
         valid = jnp.ones(inputs.shape, bool)
@@ -232,7 +232,8 @@ class RecurrentTranslator(nn.Module):
                 f"{len(tokens)} targets do not fit {len(carry['memory'])} sources; give one "
                 "target for each source"
             )
-        words = self.dropout_target(self.target_embedding(tokens), train=train)
+        vectors = self.target_embedding(clear_tokens(tokens, lengths))
+        words = self.dropout_target(vectors, train=train)
         x, attention, carry = self.decoder(words, carry, lengths, train=train)
         record(self, "attention", attention)
         x = self.dropout_head(x, train=train)

@@ -35,8 +35,12 @@ ALLOWED = {
     "recurrent_cells": {"core", "functional", "normalization", "sequence"},
     "attention_decoder": {"core", "functional", "layers", "recurrent_layers", "sequence"},
     "recurrent_layers": {"recurrent_cells", "core", "layers", "parallel_recurrence", "sequence"},
-    "recurrent_classifier": {"core", "embedding", "layers", "recurrent_layers", "sequence"},
-    "recurrent_language_model": {"core", "embedding", "layers", "recurrent_layers", "sequence"},
+    "recurrent_classifier": {
+        *("core", "embedding", "layers", "padding", "recurrent_layers", "sequence"),
+    },
+    "recurrent_language_model": {
+        *("core", "embedding", "layers", "padding", "recurrent_layers", "sequence"),
+    },
     "recurrent_recognizer": {"core", "layers", "recurrent_layers", "sequence", "padding"},
     "recurrent_translator": {
         "attention_decoder",

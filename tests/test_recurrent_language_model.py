@@ -77,12 +77,25 @@ def test_future_tokens_do_not_change_past_logits():
 def test_padding_has_no_influence_on_valid_logits_and_the_carry():
     carry = MODEL.apply(VARIABLES, 3, method="start")
     valid = np.arange(7)[None] < LENGTHS[:, None]
-    changed = np.where(valid, TOKENS, (TOKENS + 1) % 9)
     logits, after = run(VARIABLES, TOKENS, LENGTHS, carry=carry)
-    other, same = run(VARIABLES, changed, LENGTHS, carry=carry)
-    close(other[valid], logits[valid], 1e-6)
-    close(same, after, 1e-6)
+    # -1 is no token: it must be cleared before the table refuses it, or makes it NaN if compiled.
+    for changed in (np.where(valid, TOKENS, (TOKENS + 1) % 9), np.where(valid, TOKENS, -1)):
+        for apply in (run, MODEL.apply):
+            other, same = apply(VARIABLES, changed, LENGTHS, carry=carry)
+            close(other, logits, 1e-6)
+            close(same, after, 1e-6)
     close(logits[valid], run(VARIABLES, TOKENS)[valid])
+
+
+def test_a_piece_may_be_padded_with_what_is_no_token():
+    lengths, carry = np.array([2, 1, 0]), MODEL.apply(VARIABLES, 3, method="start")
+    piece = np.where(np.arange(2)[None] < lengths[:, None], TOKENS[:, :2], -1)
+
+    def read(piece):
+        return MODEL.apply(VARIABLES, piece, carry, lengths, method="extend")
+
+    for found in (read(piece), jax.jit(read)(piece)):
+        close(found, read(TOKENS[:, :2]), 1e-6)
 
 
 @pytest.mark.parametrize("cell", ["gru", "minlstm"])

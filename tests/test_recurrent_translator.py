@@ -134,9 +134,24 @@ def test_source_padding_has_no_influence(name):
     valid = np.arange(5)[None] < LENGTHS[:, None]
     changed = np.where(valid, SOURCE, (SOURCE + 1) % 9)
     longer = np.concatenate([changed, changed], axis=1)
+    unknown = np.where(valid, SOURCE, -1)
     expected = RUN[name](VARIABLES[name], SOURCE, TARGET, LENGTHS)
-    close(RUN[name](VARIABLES[name], changed, TARGET, LENGTHS), expected, 1e-6)
-    close(RUN[name](VARIABLES[name], longer, TARGET, LENGTHS), expected, 1e-6)
+    for source in (changed, longer, unknown):
+        close(RUN[name](VARIABLES[name], source, TARGET, LENGTHS), expected, 1e-6)
+    close(MODELS[name].apply(VARIABLES[name], unknown, TARGET, LENGTHS), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_piece_of_a_target_may_be_padded_with_what_is_no_token(name):
+    carry = MODELS[name].apply(VARIABLES[name], SOURCE, LENGTHS, method="start")
+    lengths = np.array([2, 1, 0])
+    piece = np.where(np.arange(2)[None] < lengths[:, None], TARGET[:, :2], -1)
+
+    def read(piece):
+        return MODELS[name].apply(VARIABLES[name], piece, carry, lengths, method="extend")
+
+    for found in (read(piece), jax.jit(read)(piece)):
+        close(found, read(TARGET[:, :2]), 1e-6)
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -10,7 +10,7 @@ from jaxnets.attention import sinusoidal_positions
 from jaxnets.core import Precision
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dropout, check_rank
-from jaxnets.padding import clear_padding, padding_mask
+from jaxnets.padding import clear_padding, clear_tokens
 from jaxnets.transformer_layers.block import make_norm
 from jaxnets.transformer_layers.config import BlockConfig
 
@@ -124,18 +124,19 @@ class InputEmbedding(nn.Module):
             raise ValueError(f"tokens of shape {tokens.shape} hold none; give at least 1")
         if segments is not None and not self.num_segments:
             raise ValueError("segments for a network that has none; build it with num_segments")
+        if segments is not None and segments.shape != tokens.shape:
+            raise ValueError(
+                f"segments of shape {segments.shape} do not fit tokens of shape {tokens.shape}; "
+                "give one for each token"
+            )
         if self.num_segments and segments is None:
             segments = jnp.zeros(tokens.shape, jnp.int32)
-        if lengths is not None:
-            valid = padding_mask(lengths, tokens.shape)
-            tokens = jnp.where(valid, tokens, 0)
-            segments = None if segments is None else jnp.where(valid, segments, 0)
-        x = self.token(tokens)
+        x = self.token(clear_tokens(tokens, lengths))
         if self._scale() != 1:
             x = x * self._scale()
         x = self.position(x, positions)
         if segments is not None:
-            x = x + self.segment(segments)
+            x = x + self.segment(clear_tokens(segments, lengths))
         if self.norm:
             x = self.embedding_norm(x)
         x = self.dropout(x, train=train)
