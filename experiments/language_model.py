@@ -186,7 +186,7 @@ class LanguageModel(Problem):
         """
         config = self.config
         prompts = np.tile(self.prompt, (num_samples, 1))
-        half = config.context // 2
+        half = max(config.context // 2, 1)
         piece = config.sample_tokens if config.model in RECURRENT else half
         written = prompts
         for index in range(-(-config.sample_tokens // piece)):

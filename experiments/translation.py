@@ -23,7 +23,7 @@ import jaxnets as jn
 from experiments import figures, training
 from experiments.options import Options
 from experiments.problem import Measured, Problem, member
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunError, RunFolder
 
 BEGIN, END = jn.data.BEGIN, jn.data.END
 
@@ -69,6 +69,7 @@ class Translation(Problem):
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
+        bleu_metric()  # so that a missing package is found before the training
         self.dataset = dataset = jn.data.multi30k(config.data)
         self.dataset_name = dataset.name
         self.tokenizer = jn.data.SubwordTokenizer.train(
@@ -184,11 +185,9 @@ class Translation(Problem):
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Translate the test set with the width of the options, and greedily."""
-        import sacrebleu
-
         sources = [source for source, _ in self.dataset.test]
         references = [target for _, target in self.dataset.test]
-        metric = sacrebleu.metrics.BLEU()
+        metric = bleu_metric()
         beam, greedy = [], []
         for index in range(self.config.seeds):
             state = member(self.evaluated(states), index)
@@ -251,6 +250,21 @@ class Translation(Problem):
         texts = [self.tokenizer.decode([index]).strip() for index in (*read, *said)]
         labels = texts[: len(read)], [*texts[len(read) :], "(end)"]
         return np.asarray(weights[0]), labels
+
+
+def bleu_metric() -> Any:
+    """Return BLEU as sacrebleu computes it by default.
+
+    Raises:
+        RunError: the package is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise RunError(
+            "BLEU needs the package sacrebleu; pip install 'jaxnets[experiments]'"
+        ) from error
+    return sacrebleu.metrics.BLEU()
 
 
 RECIPES = {

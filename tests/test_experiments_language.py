@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -78,6 +79,13 @@ def test_every_language_model_leaves_result_curves_samples_and_tokenizer(model, 
     assert all(sample[0] == "\n" and set(sample[1:]) <= set("abcxyz\n") for sample in samples)
     tokenizer = jn.data.load_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.decode(tokenizer.encode("abc\nxyz")) == "abc\nxyz"
+
+
+def test_the_shortest_context_is_sampled_from_too(tmp_path):
+    result = model_language(tmp_path, context=1, sample_tokens=3)
+    assert np.isfinite(result["value"])
+    samples = (tmp_path / "samples.txt").read_text().removesuffix("\n").split("\n\n---\n\n")
+    assert [len(sample) for sample in samples] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("model", ["gru", "transformer"])
@@ -174,6 +182,12 @@ def test_captions_are_learnt_by_heart(captions, model, tmp_path):
     for _, target in captions.test:
         assert f"reference   {target}\ntranslation {target}\n" in text
     assert result["greedy"] == result["value"]
+
+
+def test_a_missing_sacrebleu_is_reported_before_the_training(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(RunError, match=r"needs the package sacrebleu; pip install 'jaxnets\["):
+        translate(tmp_path)
 
 
 def test_translations_come_in_the_order_of_the_sentences(captions):
