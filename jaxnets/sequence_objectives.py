@@ -249,6 +249,11 @@ def _token_weights(batch: Batch, name: str) -> jax.Array | None:
     if weights is None:
         return tokens
     weights = jnp.asarray(weights)
+    if weights.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"weights of shape {weights.shape} do not fit labels of shape {shape}; give one for "
+            f"each example, shape {shape[:1]}, or one for each token"
+        )
     return tokens * (weights[:, None] if weights.ndim == 1 else weights)
 
 

@@ -59,6 +59,10 @@ class TransformerTranslator(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(vocabulary_size=self.vocabulary_size, max_length=self.max_length)
+        check_sizes(num_layers=self.num_layers)
+        for name in ("target_vocabulary_size", "num_decoder_layers"):
+            if getattr(self, name) is not None:
+                check_sizes(**{name: getattr(self, name)})
         super().__post_init__()
 
     def setup(self) -> None:
@@ -71,13 +75,8 @@ class TransformerTranslator(nn.Module):
                 self.target_vocabulary_size, config, self.max_length, precision=policy
             )
         self.encoder = Stack(config, self.num_layers, precision=policy)
-        self.decoder = Stack(
-            config,
-            self.num_decoder_layers or self.num_layers,
-            causal=True,
-            cross=True,
-            precision=policy,
-        )
+        count = self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+        self.decoder = Stack(config, count, causal=True, cross=True, precision=policy)
 
     def __call__(
         self,

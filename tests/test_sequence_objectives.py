@@ -144,6 +144,13 @@ def test_a_length_beyond_the_array_is_refused_or_nan(name):
             make(module)(params, {}, bad, KEY, train=False)
 
 
+@pytest.mark.parametrize("shape", [(BATCH, 1), (BATCH, TIME, 1)])
+def test_weights_of_a_shape_that_would_be_stretched_are_refused(shape):
+    batch = {**window(0), "weights": np.ones(shape, np.float32)}
+    with pytest.raises(ValueError, match=r"do not fit labels of shape \(4, 5\); give one for each"):
+        run(language_modelling(MODULE), batch)
+
+
 CARRYING = language_modelling(MODULE, carry_across_batches=True)
 
 

@@ -114,6 +114,10 @@ def apply(module, *inputs, **keywords):
         (lambda: TransformerClassifier(11, num_outputs=0), "num_outputs=0"),
         (lambda: apply(MEAN, tokens(), segments=tokens()), "num_segments"),
         (lambda: apply(BERT, tokens(), segments=tokens()), "outside the vocabulary of 2"),
+        (
+            lambda: apply(BERT, tokens(), segments=np.zeros((1, 7), int)),
+            r"segments of shape \(1, 7\) do not fit tokens of shape \(3, 7\); give one for each",
+        ),
         (lambda: apply(BERT, tokens(time=8)), "8 steps .* 7 learned positions"),
         (lambda: apply(BERT, tokens(), LENGTHS + 1), "length 8"),
     ],

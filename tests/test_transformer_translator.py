@@ -97,6 +97,9 @@ def apply(*inputs):
     ("build", "message"),
     [
         (lambda: TransformerTranslator(0), "vocabulary_size=0"),
+        (lambda: TransformerTranslator(11, -1), "target_vocabulary_size=-1"),
+        (lambda: TransformerTranslator(11, num_layers=0), "num_layers=0"),
+        (lambda: TransformerTranslator(11, num_decoder_layers=0), "num_decoder_layers=0"),
         (lambda: apply(SOURCE, TARGET, LENGTHS + 1), r"length 8 is not in \[0, 7\]"),
         (lambda: apply(SOURCE + 11, TARGET), "outside the vocabulary of 11"),
         (lambda: apply(SOURCE, TARGET + 5), "outside the vocabulary of 5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -107,6 +108,9 @@ class BlockConfig:
             raise ValueError(f"norm is {self.norm!r}; choose 'layer' or 'rms'")
         if self.window is not None:
             check_sizes(window=self.window)
+        for name in ("norm_epsilon", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:  # NaN too
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         activation(self.activation_name)
 
     @property
