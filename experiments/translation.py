@@ -80,6 +80,7 @@ class Translation(Problem):
         self.tokens_per_batch = config.batch_size * round(float(np.mean(longest)))
         self.num_tokens = max(longest) + 1
         self.module = self._make_module()
+        self.start = jax.jit(self._start)  # once, so that what it compiles serves every call
         self.objective = jn.sequence_to_sequence(
             self.module, label_smoothing=config.label_smoothing
         )
@@ -161,11 +162,6 @@ class Translation(Problem):
         # The target is not read; the pass wants some, and pads by the longer side.
         pairs = [(ids, ids) for ids in map(self.tokenizer.encode, sentences)]
         translations = [""] * len(sentences)
-        start = jax.jit(
-            lambda variables, inputs, lengths: self.module.apply(
-                variables, inputs, lengths, self.num_tokens + 1, method="start"
-            )
-        )
         for batch in self._pass(pairs):
             beams = jn.beam_search(
                 self.module,
@@ -175,13 +171,16 @@ class Translation(Problem):
                 num_beams=num_beams,
                 stop_token=END,
                 length_penalty=self.config.length_penalty,
-                carry=start(variables, batch["inputs"], batch["lengths"]),
+                carry=self.start(variables, batch["inputs"], batch["lengths"]),
                 capacity=self.num_tokens + 1,
             )
             best, lengths = np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0])
             for index, row, length in zip(batch["indices"], best, lengths, strict=True):
                 translations[index] = self.tokenizer.decode(row[:length])
         return translations
+
+    def _start(self, variables: Any, inputs: jax.Array, lengths: jax.Array) -> Any:
+        return self.module.apply(variables, inputs, lengths, self.num_tokens + 1, method="start")
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Translate the test set with the width of the options, and greedily."""

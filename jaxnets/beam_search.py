@@ -154,15 +154,21 @@ def _beam_search(
         return (step < num_tokens) & ~jnp.all(finished.scores[:, -1] >= attainable)
 
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, live, finished, carry = state
+        step, live, finished, before = state
         tokens = live.tokens.reshape(batch * num_beams, num_tokens)
         last = lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-        logits, carry = module.apply(variables, last, carry, method="extend")
+        logits, after = module.apply(variables, last, before, method="extend")
         logits = jax.nn.log_softmax(at_least_float32(logits[:, 0]), axis=-1)
-        return select(step, live, finished, carry, logits.reshape(batch, num_beams, -1))
+        *state, source = select(step, live, finished, logits.reshape(batch, num_beams, -1))
+
+        def follow(was: jax.Array, now: jax.Array) -> jax.Array:
+            # What is handed on as it is, such as an encoded source, the beams of a prompt share.
+            return now if now is was else now[source]
+
+        return *state, jax.tree.map(follow, before, after)
 
     def select(
-        step: jax.Array, live: Beams, finished: Beams, carry: Any, log_probabilities: jax.Array
+        step: jax.Array, live: Beams, finished: Beams, log_probabilities: jax.Array
     ) -> tuple[Any, ...]:
         vocabulary_size = log_probabilities.shape[-1]
         totals = (live.scores[:, :, None] + log_probabilities).reshape(batch, -1)
@@ -181,8 +187,7 @@ def _beam_search(
         going_on = jnp.where(token == stop_token, -jnp.inf, totals)
         live, kept = _best(Beams(tokens, length, going_on), num_beams)
         source = jnp.take_along_axis(parent, kept, axis=1) + num_beams * jnp.arange(batch)[:, None]
-        carry = jax.tree.map(lambda leaf: leaf[source.reshape(-1)], carry)
-        return step + 1, live, finished, carry
+        return step + 1, live, finished, source.reshape(-1)
 
     nothing = Beams(
         tokens=jnp.full((batch, num_beams, num_tokens), pad_token),
@@ -192,8 +197,8 @@ def _beam_search(
     # At first there is one continuation of each prompt, the empty one.
     root = dataclasses.replace(nothing, scores=nothing.scores.at[:, 0].set(0))
     log_probabilities = jnp.repeat(log_probabilities[:, None], num_beams, axis=1)
-    state = select(jnp.zeros((), jnp.int32), root, nothing, carry, log_probabilities)
-    finished = lax.while_loop(unfinished, advance, state)[2]
+    *state, _ = select(jnp.zeros((), jnp.int32), root, nothing, log_probabilities)
+    finished = lax.while_loop(unfinished, advance, (*state, carry))[2]
     missing = finished.scores == -jnp.inf
     return Beams(
         tokens=jnp.where(missing[:, :, None], pad_token, finished.tokens),

@@ -67,7 +67,8 @@ def generate(
             history, whose leaves are [batch, ...], and
             `apply(variables, tokens, carry, lengths=None, method="extend")` appends the first
             lengths[b] of the tokens [batch, time] to each row and gives
-            (logits [batch, time, vocabulary], carry).
+            (logits [batch, time, vocabulary], carry). Where a carry has room for some tokens
+            only, `module.room(carry)` says for how many, those it holds already included.
         variables: its parameters and other collections.
         prompts: integer [batch, time], padded on the right.
         num_tokens: number of tokens to generate at most.
@@ -82,8 +83,8 @@ def generate(
             a sequence-to-sequence model its
             `apply(variables, source, lengths, capacity, method="start")`. By default empty.
         capacity: number of tokens that the model's cache holds; by default
-            time + num_tokens. With a `carry` it is only checked against; a carry without enough
-            room left gives NaN as log-probabilities.
+            time + num_tokens. With a `carry` it is only checked against. A carry whose room is
+            taken by the tokens it holds already gives NaN as log-probabilities.
         pad_token: stands behind a stop token.
 
     Returns:
@@ -286,6 +287,8 @@ def check_prompts(
         check_lengths(lengths, rows=shape[0], most=shape[1], least=1)
         valid = np.arange(shape[1])[None] < lengths[:, None]
         prompts = jnp.where(valid, prompts, 0)
+    if carry is not None and hasattr(type(module), "room"):
+        _check_room(module.room(carry), shape[1], lengths, num_tokens)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(carry)}
     if sizes - {shape[:1]}:
         raise ValueError(
@@ -304,3 +307,16 @@ def check_prompts(
             "text with the tokenizer that the network was built for"
         )
     return jnp.asarray(prompts, jnp.int32), lengths, capacity
+
+
+def _check_room(capacity: int, time: int, lengths: Any, num_tokens: int) -> None:
+    if isinstance(lengths, jax.core.Tracer):
+        longest = 1  # what is known of it
+    else:
+        longest = time if lengths is None else int(np.max(lengths))
+    if longest + num_tokens > capacity:
+        raise ValueError(
+            f"prompts of {longest} tokens and {num_tokens} new ones do not fit the carry, which "
+            f"has room for {capacity}; start it with a capacity of {longest + num_tokens} or more, "
+            "or give shorter prompts or fewer new tokens"
+        )

@@ -30,6 +30,7 @@ from jaxnets.transformer_layers import (
     Stack,
     StackCarry,
     build_preset,
+    cache_capacity,
     stack_layers,
     unstack_layers,
 )
@@ -172,6 +173,10 @@ class TransformerLM(nn.Module):
         """
         self.embedding.check_capacity(capacity)
         return self.stack.start(batch_size, capacity)
+
+    def room(self, carry: StackCarry) -> int:
+        """Return the number of tokens that a carry has room for, those it holds included."""
+        return cache_capacity(carry)
 
     def extend(
         self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None

@@ -16,6 +16,7 @@ from jaxnets.transformer_layers import (
     Stack,
     StackCarry,
     build_preset,
+    cache_capacity,
 )
 
 
@@ -128,6 +129,10 @@ class TransformerTranslator(nn.Module):
         return self.decoder.start(
             source.shape[0], capacity, context=context, context_lengths=lengths
         )
+
+    def room(self, carry: StackCarry) -> int:
+        """Return the number of tokens that a carry has room for, those it holds included."""
+        return cache_capacity(carry)
 
     def extend(
         self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None

@@ -161,6 +161,45 @@ def test_a_sequence_to_sequence_model_starts_from_its_encoded_source():
         np.testing.assert_allclose(beams.scores[row, 0], expected, rtol=1e-5)
 
 
+class Shifted(nn.Module):
+    """A GRU language model whose logits are shifted by an array that the carry keeps as it is."""
+
+    def setup(self):
+        self.inner = TinyRecurrentModel(VOCABULARY)
+
+    def __call__(self, tokens, shift):
+        return self.inner(tokens) + shift[:, None]
+
+    def start(self, shift, batch_size):
+        return {"states": self.inner.start(batch_size, 0), "shift": shift}
+
+    def extend(self, tokens, carry, lengths=None):
+        logits, states = self.inner.extend(tokens, carry["states"], lengths)
+        return logits + carry["shift"][:, None], {**carry, "states": states}
+
+
+def test_what_a_carry_keeps_as_it_is_stays_with_its_prompt_and_is_not_gathered():
+    module, prompts = Shifted(), PROMPTS[:, :1]
+    shift = np.random.default_rng(1).normal(size=(3, VOCABULARY)).astype(np.float32)
+    variables = made(module, prompts, shift)
+    carry = module.apply(variables, shift, 3, method="start")
+
+    def search(carry):
+        options = {"num_tokens": 4, "num_beams": 3, "stop_token": STOP, "length_penalty": 0.0}
+        return beam_search(module, variables, prompts, carry=carry, **options)
+
+    beams = search(carry)
+    for row in range(3):
+        for tokens, score in zip(sequences(beams, row), beams.scores[row], strict=True):
+            text = np.array([[*prompts[row], *tokens]])
+            logits = module.apply(variables, text, shift[row : row + 1])
+            expected = log_softmax(logits)[0, np.arange(len(tokens)), tokens].sum()
+            np.testing.assert_allclose(score, expected, rtol=1e-5)
+    program = str(jax.make_jaxpr(search)(carry))
+    assert "f32[9,5] = gather" in program, "the states follow their beams"
+    assert "f32[9,4] = gather" not in program
+
+
 def test_more_beams_than_continuations_are_empty():
     beams = searched(num_tokens=1, num_beams=6, pad_token=-1)
     np.testing.assert_array_equal(beams.lengths, [[1, 1, 1, 1, 0, 0]] * 3)

@@ -198,6 +198,10 @@ def test_translations_come_in_the_order_of_the_sentences(captions):
     state = member(problem.create_states(), 0)
     sentences = [source for source, _ in captions.train[:7]]
     together = problem.translate(state, sentences, num_beams=2)
+    compiled = problem.start._cache_size()
+    assert problem.translate(state, sentences, num_beams=2) == together
+    problem.translate(state, sentences, num_beams=1)
+    assert problem.start._cache_size() == compiled
     for index in (0, 6):
         assert problem.translate(state, sentences[index : index + 1], num_beams=2) == [
             together[index]

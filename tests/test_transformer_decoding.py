@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from transformer_problem import config, made, tokens
 
+from jaxnets.beam_search import beam_search
 from jaxnets.core import Precision
+from jaxnets.generation import generate
 from jaxnets.transformer import TransformerLM, TransformerTranslator
 
 CONFIGS = {
@@ -58,6 +60,7 @@ def test_ragged_pieces_of_a_text_give_the_logits_of_the_whole(name):
     whole = jax.jit(module.apply)(variables, sequence)
     carry = module.apply(variables, 3, 8, method="start")
     assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {3}
+    assert module.room(carry) == 8
     found, position, _ = piece_by_piece(compiled_extend(module), variables, carry, sequence, PIECES)
     for row, end in enumerate(position):
         np.testing.assert_allclose(found[row, :end], whole[row, :end], atol=2e-5)
@@ -73,6 +76,7 @@ def test_ragged_pieces_of_a_translation_give_the_logits_of_the_whole(name):
     whole = jax.jit(module.apply)(variables, source, sequence, lengths)
     carry = module.apply(variables, source, lengths, 8, method="start")
     assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {3}
+    assert module.room(carry) == 8
     found, position, _ = piece_by_piece(compiled_extend(module), variables, carry, sequence, PIECES)
     for row, end in enumerate(position):
         np.testing.assert_allclose(found[row, :end], whole[row, :end], atol=2e-5)
@@ -146,6 +150,27 @@ def test_the_cache_is_kept_in_the_compute_dtype():
         compiled_extend(module), VARIABLES, tokens(), carry, np.ones(3, int)
     )
     assert logits.dtype == jnp.float32 and after["layer_0"]["key"].dtype == jnp.bfloat16
+
+
+def test_a_carry_without_room_for_prompts_and_new_tokens_is_refused_with_the_numbers():
+    carry, key = LM.apply(VARIABLES, 3, 4, method="start"), jax.random.key(0)
+
+    def write(carry, num_tokens, lengths=None):
+        options = {"num_tokens": num_tokens, "rng": key, "lengths": lengths, "carry": carry}
+        return generate(LM, VARIABLES, tokens(time=3), **options).log_probabilities
+
+    message = "3 tokens and 2 new ones .* room for 4; start it with a capacity of 5 or more"
+    for run in (write, jax.jit(write, static_argnums=1)):
+        with pytest.raises(ValueError, match=message):
+            run(carry, 2)
+    with pytest.raises(ValueError, match=message):
+        beam_search(
+            *(LM, VARIABLES, tokens(time=3)),
+            **{"num_tokens": 2, "num_beams": 2, "stop_token": None, "carry": carry},
+        )
+    assert np.isfinite(write(carry, 1)).all()
+    # Padding takes no room.
+    assert np.isfinite(write(carry, 2, np.array([1, 2, 2]))).all()
 
 
 @pytest.mark.parametrize(

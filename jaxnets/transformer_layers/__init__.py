@@ -6,6 +6,7 @@ from jaxnets.transformer_layers.inputs import InputEmbedding, PositionEmbedding
 from jaxnets.transformer_layers.stack import (
     Stack,
     StackCarry,
+    cache_capacity,
     mean_over_time,
     stack_layers,
     unstack_layers,
@@ -23,6 +24,7 @@ __all__ = [
     "Stack",
     "StackCarry",
     "build_preset",
+    "cache_capacity",
     "mean_over_time",
     "stack_layers",
     "unstack_layers",

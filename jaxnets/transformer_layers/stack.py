@@ -165,7 +165,7 @@ class Stack(nn.Module):
         """
         time = x.shape[1]
         caches = {name: cache for name, cache in carry.items() if name.startswith("layer")}
-        capacity = next(iter(caches.values()))["key"].shape[-3]
+        capacity = cache_capacity(carry)
         positions = carry["position"][:, None] + jnp.arange(time)[None]
         keys, slots = jnp.arange(capacity)[None], positions
         if lengths is not None:
@@ -232,6 +232,12 @@ def _forward(scene: Scene, *, train: bool) -> Callable[..., Any]:
         return block(x, cache, rate, scene=scene, train=train)
 
     return forward
+
+
+def cache_capacity(carry: StackCarry) -> int:
+    """Return the number of steps that a carry has room for, those it holds already included."""
+    cache = next(cache for name, cache in carry.items() if name.startswith("layer"))
+    return cache["key"].shape[-3]
 
 
 def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
