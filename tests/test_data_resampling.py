@@ -73,7 +73,8 @@ def test_leading_axes_are_signals_and_the_program_can_be_compiled():
     [
         ((jnp.zeros(3, jnp.int16), 1, 2), {}, "dtype int16"),
         ((jnp.zeros(()), 1, 2), {}, r"shape \(\)"),
-        ((jnp.zeros(3), 0, 2), {}, "rates 0 and 2"),
+        ((jnp.zeros(3), 0, 2), {}, "rates 0 and 2 must be positive integers"),
+        ((jnp.zeros(3), 44100.0, 8000), {}, "rates 44100.0 and 8000 must be positive integers"),
         ((jnp.zeros(3), 44100, 44099), {}, "44099/44100 .* above 2048"),
         ((jnp.zeros(3), 1, 2), {"num_zeros": 5}, "num_zeros above 5.0"),
         ((jnp.zeros(3), 1, 2), {"num_zeros": 0}, "num_zeros 0"),

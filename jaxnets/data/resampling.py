@@ -55,8 +55,10 @@ def resample(
             f"samples have shape {samples.shape} and dtype {samples.dtype}; give floats "
             "[..., time], for example by to_waveform"
         )
-    if from_rate < 1 or to_rate < 1:
-        raise ValueError(f"sample rates {from_rate} and {to_rate} must be positive, in hertz")
+    if any(not isinstance(rate, int | np.integer) or rate < 1 for rate in (from_rate, to_rate)):
+        raise ValueError(
+            f"sample rates {from_rate} and {to_rate} must be positive integers, in hertz"
+        )
     divisor = math.gcd(from_rate, to_rate)
     up, down = to_rate // divisor, from_rate // divisor
     if max(up, down) > _MAX_TERM:

@@ -40,7 +40,7 @@ def read_wav(
     Args:
         source: a path, or the content of a file.
         mono: return the mean of the channels instead of each.
-        name: what to call `source` in errors; by default the path.
+        name: what to call `source` in errors; by default the path, or "given content".
 
     Returns:
         Samples, float32 [time, channels], or [time] if `mono`, whatever the file holds; and the
@@ -65,7 +65,7 @@ def read_wav(
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     if name is None:
-        name = "WAV file" if isinstance(source, bytes) else os.fspath(source)
+        name = "given content" if isinstance(source, bytes) else os.fspath(source)
     try:
         samples, sample_rate = _decode(content)
     except _WavError as error:
