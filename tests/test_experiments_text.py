@@ -16,6 +16,7 @@ from stopping import stopped_at_three
 
 import jaxnets as jn
 from experiments import addition, sentiment
+from experiments.problem import Measured
 from experiments.run_folder import RunError
 from experiments.training import run
 from jaxnets.data.corpora import SentenceDataset, Sentences
@@ -192,6 +193,17 @@ def test_the_telling_words_are_learnt(reviews, tmp_path):
         checkpoint_every=60,
     )
     assert result["value"] == 1.0
+
+
+def test_a_stopped_sentiment_run_ends_bitwise_as_one_that_was_not(reviews, tmp_path, monkeypatch):
+    # What is measured and drawn at the end does not matter here, and takes longest.
+    monkeypatch.setattr(sentiment.Sentiment, "measure", lambda *_: Measured("nothing", np.zeros(1)))
+    monkeypatch.setattr(sentiment.Sentiment, "draw", lambda *_: None)
+    whole = judge(tmp_path / "whole", executor="jit")
+    with stopped_at_three(monkeypatch):
+        judge(tmp_path / "stopped", executor="jit")
+    result = judge(tmp_path / "stopped", executor="jit", resume=True)
+    assert result["parameters_sha256"] == whole["parameters_sha256"]
 
 
 @pytest.mark.parametrize("executor", ["scan", "pmap"])

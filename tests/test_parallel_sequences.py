@@ -39,6 +39,11 @@ PAIRS = {
     **{"labels": TOKENS[::-1, 1:], "label_lengths": LENGTHS[::-1].copy()},
 }
 SENTENCES = {"inputs": TOKENS[:, :5], "lengths": LENGTHS, "labels": CLASSES}
+HIDDEN = RANDOM.random((8, 5)) < 0.4
+MASKED = {
+    **{"inputs": np.where(HIDDEN, 3, TOKENS[:, :5]), "labels": TOKENS[:, :5], "lengths": LENGTHS},
+    "weights": WEIGHTS[:, None] * HIDDEN,
+}
 IMAGES = {"inputs": RANDOM.normal(size=(8, 4, 4, 2)), "labels": CLASSES}
 AUDIO = {"inputs": RANDOM.normal(size=(8, 5, 3)), "lengths": LENGTHS, "labels": CLASSES}
 SPEECH = {
@@ -65,6 +70,11 @@ NETWORKS = {
             11, num_layers=1, config=ENCODER, num_outputs=3, precision=p
         ),
         SENTENCES,
+    ),
+    "masked_language_model": (
+        language_modelling,  # of labels that are the inputs, weighted where they are hidden
+        lambda p: transformer.MaskedLM(11, num_layers=1, config=ENCODER, precision=p),
+        MASKED,
     ),
     "transformer_translator": (
         sequence_to_sequence,
@@ -95,6 +105,20 @@ NETWORKS = {
         ),
         LANGUAGE,
     ),
+    "min_lstm_language_model": (
+        language_modelling,
+        lambda p: recurrent.RecurrentLM(
+            11, embedding_size=4, hidden_size=4, cell="minlstm", precision=p
+        ),
+        LANGUAGE,
+    ),
+    "minimal_gated_text_classifier": (
+        classification,
+        lambda p: recurrent.TextClassifier(
+            11, 3, embedding_size=4, hidden_size=4, cell="mgu", bidirectional=True, precision=p
+        ),
+        SENTENCES,
+    ),
     "bahdanau": (
         sequence_to_sequence,
         lambda p: recurrent.RecurrentTranslator(11, embedding_size=4, hidden_size=4, precision=p),
@@ -104,6 +128,15 @@ NETWORKS = {
         sequence_to_sequence,
         lambda p: recurrent.RecurrentTranslator(
             11, embedding_size=4, hidden_size=4, cell="lstm", attention="luong", precision=p
+        ),
+        PAIRS,
+    ),
+    "elman_luong_without_feeding": (
+        sequence_to_sequence,
+        lambda p: recurrent.RecurrentTranslator(
+            11,
+            **{"embedding_size": 4, "hidden_size": 4, "cell": "rnn"},
+            **{"attention": "luong", "input_feeding": False, "precision": p},
         ),
         PAIRS,
     ),
@@ -118,31 +151,42 @@ NETWORKS = {
 
 
 def problem(name, optimizer, precision=Precision()):
+    """Return the update, a function that creates the state of a seed, and the batch."""
     make_objective, make_module, arrays = NETWORKS[name]
     module = make_module(precision)
     batch = {
         key: array.astype(precision.parameter) if array.dtype.kind == "f" else array
-        for key, array in {**arrays, "weights": WEIGHTS}.items()
+        for key, array in {"weights": WEIGHTS, **arrays}.items()
     }
     decoder = [batch["decoder_inputs"]] if "decoder_inputs" in batch else []
-    variables = jax.jit(module.init)(jax.random.key(0), batch["inputs"], *decoder)
     update = Update(make_objective(module), optimizer)
-    state = create_train_state(variables, update, rng=jax.random.key(1))
-    return update, state, batch
+
+    def create(seed):
+        keys = jax.random.split(jax.random.key(seed))
+        variables = module.init(keys[0], batch["inputs"], *decoder)
+        return create_train_state(variables, update, rng=keys[1])
+
+    return update, create, batch
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_executors_agree_in_float32_under_momentum(name):
-    check_executors(*problem(name, optax.sgd(0.1, momentum=0.9)), tolerance=1e-6)
+    update, create, batch = problem(name, optax.sgd(0.1, momentum=0.9))
+    check_executors(update, jax.jit(create)(0), batch, tolerance=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_executors_agree_in_float64_under_adam(name, enable_x64):
-    update, state, batch = problem(name, optax.adam(1e-2), DOUBLE)
+    update, create, batch = problem(name, optax.adam(1e-2), DOUBLE)
+    state = jax.jit(create)(0)
+    check_double(state)
+    check_executors(update, state, batch, tolerance=1e-10)
+
+
+def check_double(state):
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("float64")}
-    check_executors(update, state, batch, tolerance=1e-10)
 
 
 def check_executors(update, state, batch, *, tolerance):
@@ -155,30 +199,43 @@ def check_executors(update, state, batch, *, tolerance):
     assert report.largest < tolerance, report.table()
 
 
-@pytest.mark.parametrize(
-    ("name", "loop"),
-    [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")],
-)
+LOOPS = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
+
+
+@pytest.mark.parametrize(("name", "loop"), LOOPS)
 def test_each_member_of_a_population_equals_its_solo_run(name, loop):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
-    update, state, batch = problem(name, optimizer)
+    check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), loop, tolerance=1e-6)
 
-    def create(rate):
-        params = jax.tree.map(lambda x: x * (1 + rate), state.params)
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "loop"), LOOPS)
+def test_each_of_eight_members_equals_its_solo_run_in_float64_under_adam(name, loop, enable_x64):
+    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    update, create, batch = problem(name, optimizer, DOUBLE)
+    check_double(jax.eval_shape(create, 0))
+    check_population(update, create, batch, np.linspace(1e-3, 2e-2, 8), loop, tolerance=1e-10)
+
+
+def check_population(update, create, batch, rates, loop, *, tolerance):
+    """Check networks of seeds and learning rates of their own, created together and one by one."""
+
+    def start(seed, rate):
+        state = create(seed)
         opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
-        return dataclasses.replace(state, params=params, opt_state=opt_state)
+        return dataclasses.replace(state, opt_state=opt_state)
 
-    rates = jnp.linspace(0.01, 0.2, 3)
+    seeds = np.arange(len(rates))
     step = jit_step(scan_steps(population_step(make_train_step(update), loop=loop)))
-    batches = jax.tree.map(lambda x: np.stack([x] * 2), batch)
-    states, metrics = step(jax.vmap(create)(rates), batches)
-    assert metrics["loss"].count.shape == (3,)
-    solo = jit_step(make_train_step(update))
-    for member, rate in enumerate(rates):
-        alone = create(rate)
+    states = jax.jit(jax.vmap(start))(seeds, rates)
+    states, metrics = step(states, jax.tree.map(lambda x: np.stack([x] * 2), batch))
+    assert metrics["loss"].count.shape == rates.shape
+    begin, solo = jax.jit(start), jit_step(make_train_step(update))
+    for member, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
+        alone = begin(seed, rate)
         for _ in range(2):
             alone, _ = solo(alone, batch)
         for one, all_of_them in zip(
             jax.tree.leaves(alone.params), jax.tree.leaves(states.params), strict=True
         ):
-            np.testing.assert_allclose(all_of_them[member], one, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(all_of_them[member], one, rtol=0, atol=tolerance)
