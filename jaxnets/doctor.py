@@ -35,7 +35,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboardX",),
     "text": ("tokenizers",),
     "notebooks": ("jupyter-client", "nbclient", "ipykernel"),
-    "parity": ("torch", "transformers", "safetensors"),
+    "parity": ("torch", "transformers", "safetensors", "librosa", "torchaudio"),
     "benchmark": ("torch", "keras", "equinox", "transformers"),
 }
 

@@ -179,6 +179,7 @@ def _scan(
         after = keep(valid, after, carry)
         return after, after[0].astype(now.dtype)
 
+    # Not unrolled: on CPU 4 steps at once gain nothing, and 16 are slower.
     carry, outputs = lax.scan(advance, carry, (projected, valid), reverse=reverse)
     return outputs, carry
 

@@ -196,7 +196,9 @@ def mel_filterbank(
 class LogMel:
     """Log-mel features: `log max(floor, filters^T |stft|^2)`, in nats.
 
-    Call it inside the compiled step; it is hashable and equal to another of the same numbers.
+    Call it inside the compiled step; it is hashable and equal to another of the same numbers. On a
+    voice-like signal of 1 s the features lie within 1e-4 of librosa's and, with 20 filters of
+    height 1 on the HTK scale, within 5e-4 of torchaudio's (tests/test_parity_audio.py).
 
     Attributes:
         sample_rate: in hertz.
@@ -295,7 +297,10 @@ class LogMel:
 def mfcc(log_mels: jax.Array, num_coefficients: int = 13) -> jax.Array:
     """Compute mel-frequency cepstral coefficients, the cosine transform of log-mel features.
 
-    `c[k] = s[k] sum_m x[m] cos(pi k (m + 1/2) / M)` with s that makes the transform orthonormal.
+    `c[k] = s[k] sum_m x[m] cos(pi k (m + 1/2) / M)` with s that makes the transform orthonormal. On
+    the features of a voice-like signal 13 coefficients lie within 2e-4 of what librosa makes of
+    the same logarithms, and within 2e-3 of torchaudio's, which adds 1e-6 to a power where
+    `LogMel` takes the larger of the two (tests/test_parity_audio.py).
 
     Args:
         log_mels: floating [..., num_mels], from `LogMel`.
