@@ -17,8 +17,9 @@ import numpy as np
 import jaxnets as jn
 from experiments import figures, training
 from experiments.options import Options
-from experiments.problem import Measured, Problem
+from experiments.problem import Measured
 from experiments.run_folder import RunError, RunFolder
+from experiments.sentences import SentenceProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,11 @@ class Config(Options):
     """Groups of sentences of like length; each is one compiled shape."""
 
 
-class Sentiment(Problem):
+class Sentiment(SentenceProblem):
     """Labelled sentences, a classifier and how it is trained; batch_size counts sentences."""
 
     eval_name = "validation"
+    tokens_per_pass = 4096
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
@@ -74,7 +76,7 @@ class Sentiment(Problem):
             self.drop_words,
         )
         self.steps_per_epoch = self.member_source(0).steps_per_epoch
-        self.eval_batches = self._pass(dataset.validation)
+        self.eval_batches = self.one_pass(self._encode(dataset.validation))
 
     def _make_tokenizer(self) -> Any:
         config, texts = self.config, self.dataset.train.texts
@@ -117,12 +119,6 @@ class Sentiment(Problem):
         ids = map(self.tokenizer.encode, sentences.texts)
         return list(zip(ids, sentences.labels.tolist(), strict=True))
 
-    def _pass(self, sentences: Any) -> list[jn.Batch]:
-        source = jn.data.bucketed_pass(
-            self._encode(sentences), tokens_per_batch=4096, num_buckets=self.config.buckets
-        )
-        return list(source(0))
-
     def drop_words(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Make some tokens unknown in training: no sentence may hang on a single one."""
         if not train:
@@ -133,17 +129,6 @@ class Sentiment(Problem):
     def example(self) -> tuple[Any, ...]:
         return (self.eval_batches[0]["inputs"][:1],)
 
-    def member_source(self, seed: int) -> jn.BatchSource:
-        config = self.config
-        return jn.data.bucketed_batches(
-            self.train,
-            tokens_per_batch=self.tokens_per_batch,
-            seed=seed,
-            num_buckets=config.buckets,
-            batch_multiple=jax.device_count() if config.executor in ("pmap", "sharded") else 1,
-            steps_per_shape=config.steps_per_dispatch if config.executor == "scan" else 1,
-        )
-
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate on the test sentences: per seed, and the confusion of all."""
         measures = {
@@ -152,7 +137,8 @@ class Sentiment(Problem):
             "calibration": jn.metrics.calibration,
         }
         objective = jn.classification(self.module, measures=measures)
-        members = self.evaluate(states, self._pass(self.dataset.test), objective)
+        test = self.one_pass(self._encode(self.dataset.test))
+        members = self.evaluate(states, test, objective)
         validation = self.evaluate(states, self.eval_batches, objective)
         self.confusion = np.mean([m["confusion"].total for m in members], axis=0)
 
@@ -198,7 +184,7 @@ class Sentiment(Problem):
             return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
 
         found = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
-        for batch in self._pass(sentences):
+        for batch in self.one_pass(self._encode(sentences)):
             found[batch["indices"]] = predict(states, batch)
         return found
 

@@ -22,8 +22,9 @@ import numpy as np
 import jaxnets as jn
 from experiments import figures, training
 from experiments.options import Options
-from experiments.problem import Measured, Problem, member
+from experiments.problem import Measured, member
 from experiments.run_folder import RunError, RunFolder
+from experiments.sentences import SentenceProblem
 
 BEGIN, END = jn.data.BEGIN, jn.data.END
 
@@ -62,10 +63,11 @@ class Config(Options):
     """Exponent of the length normalisation in the beam search."""
 
 
-class Translation(Problem):
+class Translation(SentenceProblem):
     """Sentence pairs, an encoder-decoder and how it is trained; batch_size counts sentences."""
 
     eval_name = "validation"
+    tokens_per_pass = 2048
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
@@ -85,7 +87,7 @@ class Translation(Problem):
             self.module, label_smoothing=config.label_smoothing
         )
         self.steps_per_epoch = self.member_source(0).steps_per_epoch
-        validation = self._pass(self._encode(dataset.validation))
+        validation = self.one_pass(self._encode(dataset.validation))
         self.eval_batches = [
             {name: array for name, array in batch.items() if name != "indices"}
             for batch in validation
@@ -94,12 +96,6 @@ class Translation(Problem):
     def _encode(self, pairs: Any) -> list[tuple[np.ndarray, np.ndarray]]:
         encode = self.tokenizer.encode
         return [(encode(source), encode(target)) for source, target in pairs]
-
-    def _pass(self, pairs: Any) -> list[jn.Batch]:
-        source = jn.data.bucketed_pass(
-            pairs, tokens_per_batch=2048, num_buckets=self.config.buckets
-        )
-        return list(source(0))
 
     def _make_module(self) -> Any:
         config, size = self.config, self.tokenizer.vocabulary_size
@@ -136,17 +132,6 @@ class Translation(Problem):
         batch = self.eval_batches[0]
         return tuple(batch[name][:1] for name in ("inputs", "decoder_inputs", "lengths"))
 
-    def member_source(self, seed: int) -> jn.BatchSource:
-        config = self.config
-        return jn.data.bucketed_batches(
-            self.train,
-            tokens_per_batch=self.tokens_per_batch,
-            seed=seed,
-            num_buckets=config.buckets,
-            batch_multiple=jax.device_count() if config.executor in ("pmap", "sharded") else 1,
-            steps_per_shape=config.steps_per_dispatch if config.executor == "scan" else 1,
-        )
-
     def translate(self, state: jn.TrainState, sentences: list[str], *, num_beams: int) -> list[str]:
         """Translate sentences by beam search.
 
@@ -162,7 +147,7 @@ class Translation(Problem):
         # The target is not read; the pass wants some, and pads by the longer side.
         pairs = [(ids, ids) for ids in map(self.tokenizer.encode, sentences)]
         translations = [""] * len(sentences)
-        for batch in self._pass(pairs):
+        for batch in self.one_pass(pairs):
             beams = jn.beam_search(
                 self.module,
                 variables,

@@ -6,20 +6,12 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxnets.core import Precision
-from jaxnets.layers import (
-    Convolution,
-    Dense,
-    Dropout,
-    activation,
-    check_rank,
-    check_sizes,
-    record,
-)
-from jaxnets.padding import clear_padding
-from jaxnets.transformer_layers import BlockConfig, PositionEmbedding, Stack, mean_over_time
+from jaxnets.layers import Dense, Dropout, check_rank, check_sizes, record
+from jaxnets.padding import mean_over_time
+from jaxnets.shortening import shorten
+from jaxnets.transformer_layers import BlockConfig, PositionEmbedding, Stack
 
 
 class AudioTransformer(nn.Module):
@@ -38,6 +30,7 @@ class AudioTransformer(nn.Module):
         ValueError: a field is out of range.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> config = BlockConfig(features=16, positions="sinusoidal")
         >>> module = AudioTransformer(num_outputs=3, num_layers=2, config=config)
         >>> frames, lengths = jnp.ones((2, 20, 8)), jnp.array([20, 9])
@@ -78,24 +71,15 @@ class AudioTransformer(nn.Module):
         if not inputs.shape[1]:
             raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
         config, policy = self.config, self.precision
-        x, _ = clear_padding(inputs.astype(policy.compute), lengths)
-        for index, stride in enumerate(self.strides):
-            # Padded alike on both sides whatever the number of frames, so that a step sees the
-            # same frames however long the array is. "SAME" pads by the number of frames.
-            x = Convolution(
-                config.features,
-                3,
-                strides=stride,
-                padding=1,
-                precision=policy,
-                name=f"conv_{index}",
-            )(x)
-            x = activation("gelu")(x)
-            if lengths is not None:
-                lengths = jnp.asarray(lengths)
-                # Rounded up; one that is wrong stays wrong.
-                lengths = jnp.where(lengths < 0, lengths, -(-lengths // stride))
-            x, _ = clear_padding(x, lengths)
+        x, lengths = shorten(
+            inputs,
+            lengths,
+            features=config.features,
+            strides=self.strides,
+            activation_name="gelu",
+            kernel_init=nn.initializers.lecun_normal(),
+            precision=policy,
+        )
         x = PositionEmbedding(config, self.max_length, policy, name="position")(x)
         x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
         x = Stack(config, self.num_layers, precision=policy, name="stack")(x, lengths, train=train)

@@ -159,13 +159,13 @@ def _beam_search(
         last = lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
         logits, after = module.apply(variables, last, before, method="extend")
         logits = jax.nn.log_softmax(at_least_float32(logits[:, 0]), axis=-1)
-        *state, source = select(step, live, finished, logits.reshape(batch, num_beams, -1))
+        *chosen, source = select(step, live, finished, logits.reshape(batch, num_beams, -1))
 
         def follow(was: jax.Array, now: jax.Array) -> jax.Array:
             # What is handed on as it is, such as an encoded source, the beams of a prompt share.
             return now if now is was else now[source]
 
-        return *state, jax.tree.map(follow, before, after)
+        return *chosen, jax.tree.map(follow, before, after)
 
     def select(
         step: jax.Array, live: Beams, finished: Beams, log_probabilities: jax.Array
@@ -197,8 +197,8 @@ def _beam_search(
     # At first there is one continuation of each prompt, the empty one.
     root = dataclasses.replace(nothing, scores=nothing.scores.at[:, 0].set(0))
     log_probabilities = jnp.repeat(log_probabilities[:, None], num_beams, axis=1)
-    *state, _ = select(jnp.zeros((), jnp.int32), root, nothing, log_probabilities)
-    finished = lax.while_loop(unfinished, advance, (*state, carry))[2]
+    *chosen, _ = select(jnp.zeros((), jnp.int32), root, nothing, log_probabilities)
+    finished = lax.while_loop(unfinished, advance, (*chosen, carry))[2]
     missing = finished.scores == -jnp.inf
     return Beams(
         tokens=jnp.where(missing[:, :, None], pad_token, finished.tokens),

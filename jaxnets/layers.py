@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxnets import functional
 from jaxnets.core import Precision, at_least_float32, bound_data_axis
-from jaxnets.normalization import layer_norm
+from jaxnets.normalization import layer_norm, rms_norm
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 Activation: TypeAlias = str | Callable[[jax.Array], jax.Array]
@@ -280,6 +280,28 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
         return layer_norm(x, scale, bias, epsilon=self.epsilon).astype(policy.compute)
+
+
+class RMSNorm(nn.Module):
+    """Divide the channels of each position by their root mean square.
+
+    Attributes:
+        epsilon: added to the mean square.
+        precision: dtypes of parameters and result; the statistics are float32 or wider.
+
+    References:
+        Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+
+    epsilon: float = 1e-6
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of [..., channels]; the result has the compute dtype."""
+        shape, policy = x.shape[-1:], self.precision
+        scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
+        return rms_norm(x, scale, epsilon=self.epsilon).astype(policy.compute)
 
 
 def check_norm(kind: str | None) -> None:

@@ -36,3 +36,27 @@ def layer_norm(
     row = (1,) * (x.ndim - 1) + scale.shape
     y = centred * lax.rsqrt(variance + epsilon) * scale.reshape(row)
     return y if bias is None else y + bias.reshape(row)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
+    """Divide the last axis by its root mean square: scale x / sqrt(mean(x^2) + epsilon).
+
+    Args:
+        x: floating [..., channels].
+        scale: [channels].
+        epsilon: added to the mean square.
+
+    Returns:
+        [..., channels], float32 or wider.
+
+    Example:
+        >>> rms_norm(jnp.array([[1.0, 7.0]]), jnp.full(2, 5.0), epsilon=0.0).tolist()
+        [[1.0, 7.0]]
+
+    References:
+        Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
+    x = at_least_float32(x)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    y = x * lax.rsqrt(mean_square + epsilon)
+    return y * scale.reshape((1,) * (x.ndim - 1) + scale.shape)

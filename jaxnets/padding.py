@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.core import at_least_float32
+
 
 def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.Array:
     """Refuse lengths that do not fit or, where they are known, are out of range.
@@ -118,3 +120,23 @@ def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
     ones = (1,) * (x.ndim - 2)
     kept = jnp.where(inside.reshape(batch, 1, *ones), x, jnp.asarray(jnp.nan, x.dtype))
     return jnp.where(valid.reshape(batch, time, *ones), kept, jnp.zeros((), x.dtype)), valid
+
+
+def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Average the steps of each sequence.
+
+    Args:
+        x: [batch, time, features], 0 beyond the lengths.
+        lengths: integer [batch]; by default all steps count.
+
+    Returns:
+        [batch, features], float32 or wider; 0 for an empty sequence.
+
+    Example:
+        >>> mean_over_time(jnp.array([[[1.0], [3.0], [0.0]]]), jnp.array([2])).tolist()
+        [[2.0]]
+    """
+    total = jnp.sum(at_least_float32(x), axis=1)
+    if lengths is None:
+        return total / x.shape[1]
+    return total / jnp.maximum(jnp.asarray(lengths), 1)[:, None]

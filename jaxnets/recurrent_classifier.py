@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.core import Precision, at_least_float32
+from jaxnets.core import Precision
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dense, Dropout, check_rank, check_rate, check_sizes, record
-from jaxnets.padding import clear_tokens
+from jaxnets.padding import clear_tokens, mean_over_time
 from jaxnets.recurrent_layers import Recurrent, find_cell
 from jaxnets.sequence import Cell
 
@@ -86,8 +87,9 @@ class SequenceClassifier(nn.Module):
             name="recurrent",
         )
         outputs, _ = recurrent(inputs, lengths, train=train)
-        pool = {"last": self._last, "mean": _mean, "max": _max}[self.pool]
-        x = pool(outputs, lengths)
+        pools: dict[str, Callable[..., jax.Array]]
+        pools = {"last": self._last, "mean": mean_over_time, "max": _max}
+        x = pools[self.pool](outputs, lengths)
         record(self, "features", x)
         x = Dropout(self.dropout_rate, name="dropout_head")(x, train=train)
         head = Dense(self.num_outputs, precision=self.precision, name="head")
@@ -193,13 +195,6 @@ def _check_fields(module: SequenceClassifier | TextClassifier) -> None:
     find_cell(module.cell)
     if module.pool not in _POOLS:
         raise ValueError(f"pool is {module.pool!r}; choose one of {_POOLS}")
-
-
-def _mean(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    total = jnp.sum(at_least_float32(outputs), axis=1)  # outputs are 0 beyond the lengths
-    if lengths is None:
-        return total / outputs.shape[1]
-    return total / jnp.maximum(jnp.asarray(lengths), 1)[:, None]
 
 
 def _max(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -10,19 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.core import Precision
-from jaxnets.layers import (
-    Convolution,
-    Dense,
-    Dropout,
-    activation,
-    check_rank,
-    check_rate,
-    check_sizes,
-    record,
-)
-from jaxnets.padding import clear_padding
+from jaxnets.layers import Dense, Dropout, check_rank, check_rate, check_sizes, record
 from jaxnets.recurrent_layers import Recurrent, find_cell
 from jaxnets.sequence import Cell
+from jaxnets.shortening import shorten, shortened
 
 
 class SpeechRecognizer(nn.Module):
@@ -101,25 +92,15 @@ class SpeechRecognizer(nn.Module):
         policy = self.precision
         if lengths is None:
             lengths = jnp.full(batch, time)
-        lengths = jnp.asarray(lengths)
-        x = inputs.astype(policy.compute)
-        for index, stride in enumerate(self.strides):
-            # A convolution sees beyond the end, where the one before it has left its bias.
-            x, _ = clear_padding(x, lengths)
-            # Padded alike on both sides whatever the number of frames, so that an output sees the
-            # same frames however long the array is. "SAME" pads by the number of frames.
-            convolution = Convolution(
-                self.features,
-                3,
-                strides=stride,
-                padding=1,
-                kernel_init=nn.initializers.he_normal(),
-                precision=policy,
-                name=f"conv_{index}",
-            )
-            x = activation("relu")(convolution(x))
-            # A length that is wrong stays wrong, which the loss sees.
-            lengths = jnp.where(lengths < 0, lengths, -(-lengths // stride))
+        x, lengths = shorten(
+            inputs,
+            lengths,
+            features=self.features,
+            strides=self.strides,
+            activation_name="relu",
+            kernel_init=nn.initializers.he_normal(),
+            precision=policy,
+        )
         x = Dropout(self.dropout_rate, name="dropout_input")(x, train=train)
         x, _ = Recurrent(
             self.hidden_size,
@@ -149,6 +130,4 @@ class SpeechRecognizer(nn.Module):
             >>> SpeechRecognizer(num_outputs=11, strides=(2, 3)).num_frames(31)
             6
         """
-        for stride in self.strides:
-            lengths = -(-lengths // stride)
-        return lengths
+        return shortened(lengths, self.strides)

@@ -160,19 +160,19 @@ class RecurrentTranslator(nn.Module):
         return logits
 
     def start(
-        self, inputs: jax.Array, lengths: jax.Array | None = None, capacity: int = 0
+        self, source: jax.Array, lengths: jax.Array | None = None, capacity: int = 0
     ) -> DecoderCarry:
         """Read the source and return the carry of an empty target.
 
         Args:
-            inputs: source tokens [batch, source].
+            source: tokens [batch, source].
             lengths: integer [batch] in [0, source]; by default all source tokens count.
             capacity: ignored: a recurrent state has room for any number of tokens.
 
         Raises:
             ValueError: tokens or lengths that do not fit.
         """
-        return self._encode(inputs, lengths, train=False)
+        return self._encode(source, lengths, train=False)
 
     def extend(
         self, tokens: jax.Array, carry: DecoderCarry, lengths: jax.Array | None = None
@@ -193,15 +193,15 @@ class RecurrentTranslator(nn.Module):
         """
         return self._decode(tokens, carry, lengths, train=False)
 
-    def _encode(self, inputs: jax.Array, lengths: jax.Array | None, *, train: bool) -> DecoderCarry:
-        check_rank(inputs, self, layouts=["[batch, source]"])
+    def _encode(self, source: jax.Array, lengths: jax.Array | None, *, train: bool) -> DecoderCarry:
+        check_rank(source, self, layouts=["[batch, source]"])
         embedding = self.target_embedding if self.share_embeddings else self.source_embedding
-        x = self.dropout_source(embedding(clear_tokens(inputs, lengths)), train=train)
+        x = self.dropout_source(embedding(clear_tokens(source, lengths)), train=train)
         memory, last = self.encoder(x, lengths, train=train)
         memory = memory.astype(self.precision.compute)
-        valid = jnp.ones(inputs.shape, bool)
+        valid = jnp.ones(source.shape, bool)
         if lengths is not None:
-            valid = padding_mask(lengths, inputs.shape)
+            valid = padding_mask(lengths, source.shape)
         top = self.num_encoder_layers - 1
         both = zip(last[f"forward_{top}"], last[f"backward_{top}"], strict=True)
         starts = []
@@ -215,7 +215,7 @@ class RecurrentTranslator(nn.Module):
             "states": tuple(zip(*starts, strict=True)),
         }
         if self.attention == "luong" and self.input_feeding:
-            carry["fed"] = jnp.zeros((len(inputs), self.hidden_size), self.precision.compute)
+            carry["fed"] = jnp.zeros((len(source), self.hidden_size), self.precision.compute)
         return carry
 
     def _decode(

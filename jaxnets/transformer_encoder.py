@@ -10,13 +10,8 @@ import jax.numpy as jnp
 
 from jaxnets.core import Precision
 from jaxnets.layers import Dense, Dropout, activation, check_sizes, record
-from jaxnets.transformer_layers import (
-    BlockConfig,
-    InputEmbedding,
-    Stack,
-    build_preset,
-    mean_over_time,
-)
+from jaxnets.padding import mean_over_time
+from jaxnets.transformer_layers import BlockConfig, InputEmbedding, Stack, build_preset
 from jaxnets.transformer_layers.block import make_norm
 
 

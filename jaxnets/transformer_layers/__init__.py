@@ -1,13 +1,12 @@
 """The Linen pieces of which transformers are put together."""
 
-from jaxnets.transformer_layers.block import Attention, Block, FeedForward, RMSNorm
+from jaxnets.transformer_layers.block import Attention, Block, FeedForward
 from jaxnets.transformer_layers.config import BlockConfig, Positions, build_preset
 from jaxnets.transformer_layers.inputs import InputEmbedding, PositionEmbedding
 from jaxnets.transformer_layers.stack import (
     Stack,
     StackCarry,
     cache_capacity,
-    mean_over_time,
     stack_layers,
     unstack_layers,
 )
@@ -20,12 +19,10 @@ __all__ = [
     "InputEmbedding",
     "PositionEmbedding",
     "Positions",
-    "RMSNorm",
     "Stack",
     "StackCarry",
     "build_preset",
     "cache_capacity",
-    "mean_over_time",
     "stack_layers",
     "unstack_layers",
 ]

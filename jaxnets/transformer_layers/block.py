@@ -11,43 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attention import attention_weights, rotary, weighted_values
-from jaxnets.core import Precision, at_least_float32
-from jaxnets.layers import (
-    Dense,
-    Dropout,
-    LayerNorm,
-    activation,
-    record,
-)
+from jaxnets.core import Precision
+from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm, activation, record
 from jaxnets.transformer_layers.config import BlockConfig
 
 #: Keys and values of one layer, {"key": [batch, time, heads, size], ...}; {} where none are kept.
 LayerCache: TypeAlias = Mapping[str, jax.Array]
-
-
-class RMSNorm(nn.Module):
-    """Divide the channels of each position by their root mean square: y = scale x / rms(x).
-
-    Attributes:
-        epsilon: added to the mean square.
-        precision: dtypes of parameters and result; the statistics are float32 or wider.
-
-    References:
-        Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
-    """
-
-    epsilon: float = 1e-6
-    precision: Precision = Precision()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise the last axis of [..., channels]; the result has the compute dtype."""
-        shape, policy = x.shape[-1:], self.precision
-        scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
-        x = at_least_float32(x)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (y * scale.reshape((1,) * (x.ndim - 1) + shape)).astype(policy.compute)
 
 
 def make_norm(config: BlockConfig, precision: Precision, name: str | None = None) -> nn.Module:

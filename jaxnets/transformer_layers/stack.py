@@ -15,7 +15,7 @@ from jaxnets.attention import (
     relative_buckets,
     window_mask,
 )
-from jaxnets.core import Precision, at_least_float32
+from jaxnets.core import Precision
 from jaxnets.layers import check_sizes
 from jaxnets.padding import clear_padding, padding_mask
 from jaxnets.transformer_layers.block import Block, LayerCache, Scene, make_norm
@@ -238,22 +238,6 @@ def cache_capacity(carry: StackCarry) -> int:
     """Return the number of steps that a carry has room for, those it holds already included."""
     cache = next(cache for name, cache in carry.items() if name.startswith("layer"))
     return cache["key"].shape[-3]
-
-
-def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """Average the steps of each sequence.
-
-    Args:
-        x: [batch, time, features], 0 beyond the lengths, as a `Stack` returns it.
-        lengths: integer [batch]; by default all steps count.
-
-    Returns:
-        [batch, features], float32 or wider; 0 for an empty sequence.
-    """
-    total = jnp.sum(at_least_float32(x), axis=1)
-    if lengths is None:
-        return total / x.shape[1]
-    return total / jnp.maximum(jnp.asarray(lengths), 1)[:, None]
 
 
 def stack_layers(params: Any) -> Any:

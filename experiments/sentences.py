@@ -1,0 +1,46 @@
+"""What experiments on sentences share: batches of sentences of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+import jaxnets as jn
+from experiments.problem import Problem
+
+
+class SentenceProblem(Problem):
+    """A problem whose options have `buckets`, and whose batch_size counts sentences.
+
+    A subclass sets the attributes in its constructor.
+
+    Attributes:
+        train: encoded examples, as `jaxnets.data.bucketed_batches` takes them.
+        tokens_per_batch: size of a training batch, padding included.
+        tokens_per_pass: size of a batch of an evaluation.
+    """
+
+    config: Any
+    train: Sequence[Any]
+    tokens_per_batch: int
+    tokens_per_pass: int
+
+    def member_source(self, seed: int) -> jn.BatchSource:
+        config = self.config
+        return jn.data.bucketed_batches(
+            self.train,
+            tokens_per_batch=self.tokens_per_batch,
+            seed=seed,
+            num_buckets=config.buckets,
+            batch_multiple=jax.device_count() if config.executor in ("pmap", "sharded") else 1,
+            steps_per_shape=config.steps_per_dispatch if config.executor == "scan" else 1,
+        )
+
+    def one_pass(self, examples: Sequence[Any]) -> list[jn.Batch]:
+        """Return the batches of encoded examples, each once, with their "indices"."""
+        source = jn.data.bucketed_pass(
+            examples, tokens_per_batch=self.tokens_per_pass, num_buckets=self.config.buckets
+        )
+        return list(source(0))
