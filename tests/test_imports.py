@@ -15,7 +15,7 @@ ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoin
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
 ALLOWED = {
-    "padding": set(),
+    "padding": {"core"},
     "spatial": set(),
     "linear": set(),
     "host_memory": set(),
@@ -41,7 +41,8 @@ ALLOWED = {
     "recurrent_language_model": {
         *("core", "embedding", "layers", "padding", "recurrent_layers", "sequence"),
     },
-    "recurrent_recognizer": {"core", "layers", "recurrent_layers", "sequence", "padding"},
+    "shortening": {"core", "layers", "padding"},
+    "recurrent_recognizer": {"core", "layers", "recurrent_layers", "sequence", "shortening"},
     "recurrent_translator": {
         "attention_decoder",
         "core",
@@ -65,12 +66,16 @@ ALLOWED = {
         "normalization",
         "padding",
     },
-    "transformer_encoder": {"attention", "core", "embedding", "layers", "transformer_layers"},
+    "transformer_encoder": {
+        *("attention", "core", "embedding", "layers", "padding", "transformer_layers"),
+    },
     "transformer_translator": {"attention", "core", "embedding", "layers", "transformer_layers"},
     "patches": set(),
     "vision_transformer": {"core", "functional", "layers", "patches", "transformer_layers"},
     "masked_autoencoder": {"core", "layers", "transformer_layers", "vision_transformer"},
-    "audio_transformer": {"core", "functional", "layers", "transformer_layers", "padding"},
+    "audio_transformer": {
+        *("core", "functional", "layers", "padding", "shortening", "transformer_layers"),
+    },
     "transformer": {
         *("attention", "core", "embedding", "layers", "transformer_layers"),
         *("transformer_encoder", "transformer_translator"),
