@@ -6,7 +6,8 @@
     python -m experiments.autoencoder --kind vq-vae --dataset fashion_mnist
 
 Reference: the VAE of PyTorch's and Flax's examples (the preset pytorch-example; Flax has 500
-hidden units) ends at 104 to 107 nats per image on MNIST, with grey levels as probabilities.
+hidden units): PyTorch's ends at 105.3 nats per image on MNIST, with grey levels as probabilities.
+The preset differs in that it evaluates the moving average of the parameters.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ LIKELIHOODS = {
     "bernoulli": jn.Bernoulli,
     "gaussian": jn.Gaussian,
     "logistic": jn.DiscretizedLogistic,
+}
+INITIALIZERS = {
+    "he": jax.nn.initializers.he_normal(),
+    "pytorch": jn.autoencoder.PYTORCH_INIT,
 }
 VARIATIONAL = ("vae", "beta-vae")
 
@@ -57,6 +62,8 @@ class Config(Options):
     """Residual blocks at the smallest size (conv)."""
     norm: Literal["none", "batch", "layer"] = "none"
     """In front of the activations."""
+    init: Literal["he", "pytorch"] = "he"
+    """Initial kernels in front of the activations."""
     tied: bool = False
     """The decoder's matrices are those of the encoder, transposed (dense)."""
     conditional: bool = False
@@ -156,6 +163,7 @@ class ImageAutoencoder(Problem):
             norm=None if config.norm == "none" else config.norm,
             upsampling=config.upsampling,
             num_blocks=config.blocks,
+            kernel_init=INITIALIZERS[config.init],
         )
         shared: dict[str, Any] = {
             "config": coder,
@@ -343,6 +351,7 @@ RECIPES = {
     "pytorch-example": Config(
         kind="vae",
         widths=(400,),
+        init="pytorch",
         latent=20,
         likelihood="bernoulli",
         epochs=10,
@@ -351,6 +360,7 @@ RECIPES = {
         warmup=0.0,
         schedule="constant",
         weight_decay=0.0,
+        average_decay=0.995,  # of a rate that never falls, the last parameters are noisy
     ),
 }
 

@@ -31,10 +31,11 @@ from jaxnets.likelihoods import (
     Likelihood,
     SquaredError,
 )
-from jaxnets.variational_autoencoder import VAE, Variational, vae_pytorch_example
+from jaxnets.variational_autoencoder import PYTORCH_INIT, VAE, Variational, vae_pytorch_example
 from jaxnets.vector_quantization import VQVAE, Quantized, VectorQuantizer, check_codebook
 
 __all__ = [
+    "PYTORCH_INIT",
     "VAE",
     "VQVAE",
     "Autoencoder",

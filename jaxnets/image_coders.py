@@ -21,6 +21,7 @@ from jaxnets.layers import (
     Activation,
     Convolution,
     Dense,
+    Initializer,
     activation,
     check_norm,
     check_sizes,
@@ -28,7 +29,6 @@ from jaxnets.layers import (
 )
 from jaxnets.upsampling import Upsampling, UpsamplingMethod, check_upsampling
 
-_HIDDEN_INIT = nn.initializers.he_normal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class CoderConfig:
         kernel_size: extent of the kernels (convolutional).
         upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
         num_blocks: residual blocks at the smallest size, in encoder and decoder (convolutional).
+        kernel_init: initializer of the kernels in front of an activation.
 
     Raises:
         ValueError: a field is out of range.
@@ -63,6 +64,7 @@ class CoderConfig:
     kernel_size: int = 3
     upsampling: UpsamplingMethod = "resize"
     num_blocks: int = 0
+    kernel_init: Initializer = nn.initializers.he_normal()
 
     def __post_init__(self) -> None:
         check_sizes(
@@ -113,19 +115,21 @@ class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))), the block of the VQ-VAE paper.
 
     Attributes:
+        kernel_init: initializer of the kernels.
         precision: dtypes.
 
     References:
         van den Oord et al. 2017, arXiv:1711.00937, section 4.1.
     """
 
+    kernel_init: Initializer = nn.initializers.he_normal()
     precision: Precision = Precision()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to the same shape."""
         features = x.shape[-1]
-        shared: dict[str, Any] = {"kernel_init": _HIDDEN_INIT, "precision": self.precision}
+        shared: dict[str, Any] = {"kernel_init": self.kernel_init, "precision": self.precision}
         y = Convolution(features, 3, name="conv_0", **shared)(nn.relu(x))
         return x + Convolution(features, 1, name="conv_1", **shared)(nn.relu(y))
 
@@ -283,7 +287,7 @@ def _shared(config: CoderConfig, precision: Precision) -> dict[str, Any]:
     """Return what a norm and an activation need of the layer in front of them."""
     return {
         "use_bias": config.norm is None,
-        "kernel_init": _HIDDEN_INIT,
+        "kernel_init": config.kernel_init,
         "precision": precision,
     }
 
@@ -297,5 +301,5 @@ def _activated(
 
 def _blocks(x: jax.Array, config: CoderConfig, precision: Precision) -> jax.Array:
     for index in range(config.num_blocks):
-        x = ResidualBlock(precision, name=f"block_{index}")(x)
+        x = ResidualBlock(config.kernel_init, precision, name=f"block_{index}")(x)
     return nn.relu(x) if config.num_blocks else x

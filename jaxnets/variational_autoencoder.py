@@ -203,17 +203,22 @@ def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Arr
     return jnp.where(outside[:, None], jnp.nan, jax.nn.one_hot(labels, num_classes))
 
 
+#: The initial kernels of PyTorch's linear layers and convolutions.
+PYTORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
 def vae_pytorch_example(**fields: Any) -> VAE:
     """Build the VAE of PyTorch's and Flax's examples: 652,824 parameters for 28 x 28 images.
 
-    One hidden layer of 400 and a code of 20; `fields` override its own.
+    One hidden layer of 400 and a code of 20; `fields` override its own. The kernels in front of
+    an activation start as PyTorch's do, uniform in +-1 / sqrt(inputs).
 
     References:
         github.com/pytorch/examples, vae/main.py; github.com/google/flax, examples/vae. Differs
         from Flax's: its hidden layer has 500 units, as in Kingma and Welling's figure 2.
     """
     preset: dict[str, Any] = {
-        "config": CoderConfig((28, 28, 1), features=(400,)),
+        "config": CoderConfig((28, 28, 1), features=(400,), kernel_init=PYTORCH_INIT),
         "latent_size": 20,
     }
     return VAE(**(preset | fields))
