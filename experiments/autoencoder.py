@@ -34,7 +34,7 @@ LIKELIHOODS = {
     "logistic": jn.DiscretizedLogistic,
 }
 INITIALIZERS = {
-    "he": jax.nn.initializers.he_normal(),
+    "he": None,
     "pytorch": jn.autoencoder.PYTORCH_INIT,
 }
 VARIATIONAL = ("vae", "beta-vae")
@@ -63,7 +63,7 @@ class Config(Options):
     norm: Literal["none", "batch", "layer"] = "none"
     """In front of the activations."""
     init: Literal["he", "pytorch"] = "he"
-    """Initial kernels in front of the activations."""
+    """Initial kernels; he: LeCun's where no activation follows."""
     tied: bool = False
     """The decoder's matrices are those of the encoder, transposed (dense)."""
     conditional: bool = False

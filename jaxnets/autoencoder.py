@@ -137,7 +137,7 @@ class Autoencoder(nn.Module):
     def setup(self) -> None:
         config, policy = self.config, self.precision
         self.encoder = Encoder(config, policy)
-        self.code = Dense(self.latent_size, precision=policy)
+        self.code = Dense(self.latent_size, kernel_init=config.linear_init, precision=policy)
         self.decoder = Decoder(config, self.likelihood.num_parameters, policy)
 
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> Coded:

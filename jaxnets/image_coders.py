@@ -30,7 +30,6 @@ from jaxnets.layers import (
 from jaxnets.upsampling import Upsampling, UpsamplingMethod, check_upsampling
 
 
-
 @dataclasses.dataclass(frozen=True)
 class CoderConfig:
     """What the two halves of an autoencoder look like.
@@ -46,7 +45,8 @@ class CoderConfig:
         kernel_size: extent of the kernels (convolutional).
         upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
         num_blocks: residual blocks at the smallest size, in encoder and decoder (convolutional).
-        kernel_init: initializer of the kernels in front of an activation.
+        kernel_init: initializer of all kernels; by default He's in front of an activation and
+            LeCun's elsewhere.
 
     Raises:
         ValueError: a field is out of range.
@@ -64,7 +64,7 @@ class CoderConfig:
     kernel_size: int = 3
     upsampling: UpsamplingMethod = "resize"
     num_blocks: int = 0
-    kernel_init: Initializer = nn.initializers.he_normal()
+    kernel_init: Initializer | None = None
 
     def __post_init__(self) -> None:
         check_sizes(
@@ -102,6 +102,16 @@ class CoderConfig:
             height, width = sizes[-1]
             sizes.append((-(-height // 2), -(-width // 2)))
         return tuple(sizes)
+
+    @property
+    def hidden_init(self) -> Initializer:
+        """Initializer of kernels in front of an activation."""
+        return self.kernel_init or nn.initializers.he_normal()
+
+    @property
+    def linear_init(self) -> Initializer:
+        """Initializer of the other kernels."""
+        return self.kernel_init or nn.initializers.lecun_normal()
 
     @property
     def code_shape(self) -> tuple[int, ...]:
@@ -256,7 +266,7 @@ class Decoder(nn.Module):
                 config.upsampling,
                 config.kernel_size,
                 name="head" if last else f"up_{index - 1}",
-                **({"precision": policy} if last else shared),
+                **(_linear(config, policy) if last else shared),
             )
             rows, columns = config.sizes[index]
             x = up(x)[:, :rows, :columns]  # an odd size was halved upwards
@@ -275,7 +285,7 @@ class Decoder(nn.Module):
             if kernels is not None:
                 x = TiedDense(precision=policy, name=name)(x, kernels[index])
             elif last:
-                x = Dense(width, precision=policy, name=name)(x)
+                x = Dense(width, name=name, **_linear(config, policy))(x)
             else:
                 x = Dense(width, name=name, **_shared(config, policy))(x)
             if not last:
@@ -287,9 +297,13 @@ def _shared(config: CoderConfig, precision: Precision) -> dict[str, Any]:
     """Return what a norm and an activation need of the layer in front of them."""
     return {
         "use_bias": config.norm is None,
-        "kernel_init": config.kernel_init,
+        "kernel_init": config.hidden_init,
         "precision": precision,
     }
+
+
+def _linear(config: CoderConfig, precision: Precision) -> dict[str, Any]:
+    return {"kernel_init": config.linear_init, "precision": precision}
 
 
 def _activated(
@@ -301,5 +315,5 @@ def _activated(
 
 def _blocks(x: jax.Array, config: CoderConfig, precision: Precision) -> jax.Array:
     for index in range(config.num_blocks):
-        x = ResidualBlock(config.kernel_init, precision, name=f"block_{index}")(x)
+        x = ResidualBlock(config.hidden_init, precision, name=f"block_{index}")(x)
     return nn.relu(x) if config.num_blocks else x

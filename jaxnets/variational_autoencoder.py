@@ -77,8 +77,9 @@ class VAE(nn.Module):
     def setup(self) -> None:
         config, policy = self.config, self.precision
         self.encoder = Encoder(config, policy)
-        self.mean = Dense(self.latent_size, precision=policy)
-        self.log_variance = Dense(self.latent_size, precision=policy)
+        shared: dict[str, Any] = {"kernel_init": config.linear_init, "precision": policy}
+        self.mean = Dense(self.latent_size, **shared)
+        self.log_variance = Dense(self.latent_size, **shared)
         self.decoder = Decoder(config, self.likelihood.num_parameters, policy)
 
     def __call__(
@@ -210,8 +211,8 @@ PYTORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def vae_pytorch_example(**fields: Any) -> VAE:
     """Build the VAE of PyTorch's and Flax's examples: 652,824 parameters for 28 x 28 images.
 
-    One hidden layer of 400 and a code of 20; `fields` override its own. The kernels in front of
-    an activation start as PyTorch's do, uniform in +-1 / sqrt(inputs).
+    One hidden layer of 400 and a code of 20; `fields` override its own. Kernels
+    start as PyTorch's do, uniform in +-1 / sqrt(inputs), and biases at 0.
 
     References:
         github.com/pytorch/examples, vae/main.py; github.com/google/flax, examples/vae. Differs
