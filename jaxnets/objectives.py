@@ -6,6 +6,7 @@ float32 or wider.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -219,19 +220,35 @@ def with_batch_transform(
     Args:
         objective: sees the changed batch.
         transform: `(batch, rng, train) -> batch`; `rng` is the stream "augmentation" of the step,
-            so what it draws is a function of the run's seed and the step.
+            so what it draws is a function of the run's seed and the step. Of nested transforms
+            each has a stream of its own: "augmentation" is that of the innermost,
+            "augmentation_1" that of the one around it, and so on. They find each other only where
+            one is around the other at once, with no objective of the caller's in between.
 
     Returns:
         An `Objective`.
     """
+    return _Transformed(objective, transform)
 
-    def transformed(
-        params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
+
+@dataclasses.dataclass(frozen=True)
+class _Transformed:
+    objective: Objective
+    transform: Callable[[Batch, jax.Array, bool], Batch]
+
+    def __call__(
+        self, params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        stream = rng_streams(rng, "augmentation")["augmentation"]
-        return objective(params, model_state, transform(batch, stream, train), rng, train=train)
+        # From one key the noise of one transform would be that of the other: of the binarised
+        # image and of what is added to it, say.
+        name = f"augmentation_{self.depth}" if self.depth else "augmentation"
+        batch = self.transform(batch, rng_streams(rng, name)[name], train)
+        return self.objective(params, model_state, batch, rng, train=train)
 
-    return transformed
+    @property
+    def depth(self) -> int:
+        """Number of transforms between this one and the objective."""
+        return self.objective.depth + 1 if isinstance(self.objective, _Transformed) else 0
 
 
 def label_losses(label_smoothing: float = 0.0) -> Callable[..., jax.Array]:

@@ -134,6 +134,23 @@ def test_a_transform_draws_from_the_augmentation_stream(logits):
     assert seen[0][1] is True
 
 
+def test_nested_transforms_draw_from_streams_of_their_own(logits):
+    keys = []
+
+    def transform(batch, rng, train):
+        keys.append(jax.random.key_data(rng).tolist())
+        return batch
+
+    objective = classification(Identity())
+    for _ in range(3):
+        objective = with_batch_transform(objective, transform)
+    run(objective, {"inputs": logits, "labels": LABELS}, train=True)
+    names = ("augmentation_2", "augmentation_1", "augmentation")  # from the outermost inwards
+    streams = rng_streams(jax.random.key(0), *names)
+    assert keys == [jax.random.key_data(streams[name]).tolist() for name in names]
+    assert len(set(map(tuple, keys))) == 3
+
+
 def test_measures_equal_scikit_learn():
     from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
