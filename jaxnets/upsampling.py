@@ -62,27 +62,42 @@ class TransposedConvolution(nn.Module):
     Where the kernel size is not a multiple of 2 its taps overlap unevenly and the images come out
     chequered (Odena et al. 2016, doi:10.23915/distill.00003).
 
+    Every pixel of the output sees each second tap of the kernel only, along height and width: the
+    layer is four ordinary convolutions, one for each pixel of a square of 2 x 2, and is
+    initialised as these four.
+
     Attributes:
         features: number of output channels.
-        kernel_size: extent of the kernel.
+        kernel_size: extent of the kernel, 2 or more.
         use_bias: False in front of a norm, which subtracts any bias again.
-        kernel_init: initializer of the kernel.
+        kernel_init: initializer of the kernels of the four convolutions.
         precision: dtypes of parameters and arithmetic.
+
+    Raises:
+        ValueError: a kernel of less than 2.
     """
 
     features: int
     kernel_size: int = 4
     use_bias: bool = True
-    kernel_init: Initializer = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+    kernel_init: Initializer = nn.initializers.lecun_normal()
     precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 2:
+            raise ValueError(
+                f"kernel_size is {self.kernel_size}; a transposed convolution needs 2 or more, or "
+                "three of four pixels see nothing"
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
         policy, (batch, height, width, channels) = self.precision, x.shape
-        shape = (self.kernel_size, self.kernel_size, self.features, channels)
-        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
-        x, kernel = x.astype(policy.compute), kernel.astype(policy.compute)
+        shape = (self.kernel_size, self.kernel_size, channels, self.features)
+        kernel = self.param("kernel", self._interleaved, shape, policy.parameter)
+        x, kernel = x.astype(policy.compute), jnp.swapaxes(kernel, 2, 3).astype(policy.compute)
         zeros = jnp.zeros((batch, 2 * height, 2 * width, self.features), x.dtype)
         # The transpose is the input gradient of the convolution, with its lowerings.
         _, transpose = jax.vjp(lambda y: functional.convolution(y, kernel, strides=2), zeros)
@@ -91,6 +106,15 @@ class TransposedConvolution(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), policy.parameter)
             y = y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
         return y
+
+    def _interleaved(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        kernel, size = jnp.zeros(shape, dtype), self.kernel_size
+        for index in range(4):
+            row, column = divmod(index, 2)
+            taps = (len(range(row, size, 2)), len(range(column, size, 2)))
+            part = self.kernel_init(jax.random.fold_in(key, index), taps + shape[2:], dtype)
+            kernel = kernel.at[row::2, column::2].set(part)
+        return kernel
 
 
 class Upsampling(nn.Module):
