@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxnets.core import Precision, at_least_float32, bound_data_axis
 from jaxnets.image_coders import CoderConfig, Decoder, Encoder
@@ -104,10 +105,11 @@ class VectorQuantizer(nn.Module):
         shares = self.variable("codebook", "shares", jnp.full, (num_codes,), first, kept)
         sums = self.variable("codebook", "sums", start)
         table = sums.value / shares.value[:, None]
-        rows = at_least_float32(jax.lax.stop_gradient(vectors)).reshape(-1, size)
+        rows = at_least_float32(lax.stop_gradient(vectors)).reshape(-1, size)
+        # A GPU's or TPU's default precision would take near codes for one another.
         distances = (
             jnp.sum(jnp.square(rows), axis=1, keepdims=True)
-            - 2 * rows @ table.T
+            - 2 * jnp.matmul(rows, table.T, precision=lax.Precision.HIGHEST)
             + jnp.sum(jnp.square(table), axis=1)[None]
         )
         codes = jnp.argmin(distances, axis=1).astype(jnp.int32)
@@ -131,16 +133,18 @@ class VectorQuantizer(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Return the averages after the vectors `rows` [vectors, size] of this batch."""
         axis, num_codes = bound_data_axis(), self.codebook_size
-        num_devices = 1 if axis is None else jax.lax.axis_size(axis)
+        num_devices = 1 if axis is None else lax.axis_size(axis)
         if len(rows) * num_devices < num_codes:
             raise ValueError(
                 f"a codebook of {num_codes} codes is bigger than the {len(rows) * num_devices} "
                 "vectors of a batch; give a smaller codebook_size or bigger batches"
             )
         chosen = jax.nn.one_hot(codes, num_codes, dtype=rows.dtype) * weights[:, None]
-        counts, totals, everything = jnp.sum(chosen, axis=0), chosen.T @ rows, jnp.sum(weights)
+        rows = jnp.where(weights[:, None] > 0, rows, 0)  # padding may be NaN
+        totals = jnp.matmul(chosen.T, rows, precision=lax.Precision.HIGHEST)
+        counts, everything = jnp.sum(chosen, axis=0), jnp.sum(weights)
         # Each device offers the candidates of its own codes, drawn among its vectors.
-        index = 0 if axis is None else jax.lax.axis_index(axis)
+        index = 0 if axis is None else lax.axis_index(axis)
         own = (jnp.arange(num_codes) % num_devices == index) & (everything > 0)
         picks = jax.random.choice(
             self.make_rng("codebook"), len(rows), (num_codes,), p=weights, replace=True
@@ -148,7 +152,7 @@ class VectorQuantizer(nn.Module):
         candidates = jnp.where(own[:, None], rows[picks], jnp.zeros_like(rows[picks]))
         offered = own.astype(rows.dtype)
         if axis is not None:
-            counts, totals, everything, candidates, offered = jax.lax.psum(
+            counts, totals, everything, candidates, offered = lax.psum(
                 (counts, totals, everything, candidates, offered), axis
             )
         # A batch that is padding only moves nothing.
@@ -171,7 +175,7 @@ class VQVAE(nn.Module):
 
     Attributes:
         config: what encoder and decoder look like; convolutional.
-        codebook_size: number of codes.
+        codebook_size: number of codes; `check_codebook` compares it with a data set.
         embedding_size: size of the code vectors.
         likelihood: what the outputs mean.
         decay: as in `VectorQuantizer`.
@@ -213,7 +217,9 @@ class VQVAE(nn.Module):
     def setup(self) -> None:
         config, policy = self.config, self.precision
         self.encoder = Encoder(config, policy)
-        self.embed = Convolution(self.embedding_size, 1, precision=policy)
+        self.embed = Convolution(
+            self.embedding_size, 1, kernel_init=config.linear_init, precision=policy
+        )
         self.quantizer = VectorQuantizer(
             self.codebook_size, self.decay, self.restart_below, precision=policy
         )
@@ -241,7 +247,7 @@ class VQVAE(nn.Module):
         vectors = self.encode(inputs, train=train)
         record(self, "features", vectors)
         nearest, codes = self.quantizer(vectors, weights, train=train)
-        straight = vectors + jax.lax.stop_gradient(nearest - vectors)
+        straight = vectors + lax.stop_gradient(nearest - vectors)
         return Quantized(self.decoder(straight, train=train), vectors, nearest, codes)
 
     def encode(
