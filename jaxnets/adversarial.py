@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxnets.adversarial_losses import (
     check_loss,
+    discriminator_accuracy,
     discriminator_loss,
     generator_loss,
     logits_and_gradients,
@@ -27,9 +28,7 @@ from jaxnets.core import (
     apply_module,
     rng_streams,
 )
-
-# Rounding, as of a division by 127.5, is no reason to refuse an image.
-_LARGEST_PIXEL = 1 + 1e-4
+from jaxnets.image_range import check_images
 
 
 class AdversarialObjectives(NamedTuple):
@@ -66,9 +65,9 @@ def adversarial(
     The train step keeps of model_state what the network of the update owns. An update of one
     network so leaves the other as it is, running averages and all.
 
-    The metrics of the discriminator are "real_logits", "fake_logits", "accuracy" (the share of
-    images it gets right) and, with `train`, "penalty" if there is one. Penalties are not part of
-    the loss in evaluation.
+    The metrics of the discriminator are "real_logits", "fake_logits", "accuracy", the share of
+    images it gets right as `discriminator_accuracy` counts them, and, with `train`, "penalty" if
+    there is one. Penalties are not part of the loss in evaluation.
 
     Args:
         module: a `GAN`, or what has its methods and fields.
@@ -91,7 +90,9 @@ def adversarial(
         Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1; Radford et al. 2016,
         arXiv:1511.06434; Gulrajani et al. 2017, arXiv:1704.00028; Mescheder et al. 2018,
         arXiv:1801.04406 (R1, R2); Huang et al. 2024, arXiv:2501.05441 (R3GAN: "relativistic"
-        with r1 and r2).
+        with r1 and r2). Differs from the papers: `[critic] * 5` sees the same real images five
+        times, each time with latents of its own (unless the batch holds them), where algorithm 1
+        of Arjovsky et al. 2017, arXiv:1701.07875, and of WGAN-GP draws new ones of both.
     """
     relativistic = check_loss(loss).relativistic
     factors = {"gradient_penalty": gradient_penalty, "r1": r1, "r2": r2}
@@ -119,7 +120,7 @@ def adversarial(
                 penalty = penalty + judged(mixture, model_state, one_centred=gradient_penalty)[2]
             losses = losses + penalty
             metrics["penalty"] = Mean.of(penalty, weights)
-        right = ((real_logits > 0).astype(losses.dtype) + (fake_logits <= 0)) / 2
+        right = discriminator_accuracy(real_logits, fake_logits, loss=loss)
         metrics |= {
             "real_logits": Mean.of(real_logits, weights),
             "fake_logits": Mean.of(fake_logits, weights),
@@ -229,20 +230,7 @@ def _read(module: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None, jax.A
     sizes = {name: np.shape(array)[0] for name, array in batch.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the arrays of the batch differ in their number of examples: {sizes}")
-    images = batch["inputs"]
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images have type {images.dtype}; scale them to [-1, 1], uint8 with "
-            "data.normalize(images, mean=(0.5,), std=(0.5,)), one number for each channel"
-        )
-    pixels = jnp.abs(images.reshape(images.shape[0], -1))
-    inside = jnp.all(pixels <= _LARGEST_PIXEL, axis=-1)  # [batch]
-    if not isinstance(inside, jax.core.Tracer) and not np.all(inside):
-        low, high = float(jnp.min(images)), float(jnp.max(images))
-        raise ValueError(
-            f"images reach from {low:.4g} to {high:.4g}, outside of [-1, 1], where a generator's "
-            "are; scale them as 2 x - 1 from [0, 1]"
-        )
+    images, inside = check_images(batch["inputs"], (-1.0, 1.0))  # where a generator's are
     return images, None if module.num_classes is None else batch["labels"], inside
 
 

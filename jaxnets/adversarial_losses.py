@@ -23,6 +23,7 @@ class _Pair(NamedTuple):
     discriminator: Loss  # (real_logits, fake_logits) -> losses
     generator: Loss
     relativistic: bool = False  # the generator's loss reads the real logits
+    threshold: float | None = 0.0  # of a logit between fake and real; None if only pairs compare
 
 
 def _cross_entropies(real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -39,12 +40,14 @@ _LOSSES = {
     "least_squares": _Pair(
         lambda real, fake: (jnp.square(real - 1) + jnp.square(fake)) / 2,
         lambda real, fake: jnp.square(fake - 1) / 2,
+        threshold=0.5,
     ),
-    "wasserstein": _Pair(lambda real, fake: fake - real, lambda real, fake: -fake),
+    "wasserstein": _Pair(lambda real, fake: fake - real, lambda real, fake: -fake, threshold=None),
     "relativistic": _Pair(
         lambda real, fake: jax.nn.softplus(fake - real),
         lambda real, fake: jax.nn.softplus(real - fake),
         relativistic=True,
+        threshold=None,
     ),
 }
 
@@ -141,6 +144,41 @@ def generator_loss(
     return pair.generator(at_least_float32(real_logits), at_least_float32(fake_logits))
 
 
+def discriminator_accuracy(
+    real_logits: jax.Array, fake_logits: jax.Array, *, loss: str = "non_saturating"
+) -> jax.Array:
+    """Share of each pair of images that a discriminator gets right.
+
+    A logit takes an image to be real above 0, under "least_squares" above 0.5, the middle between
+    its targets. Under "wasserstein" and "relativistic" logits have no zero point: such a pair is
+    right as a whole if the real image has the larger one.
+
+    Args:
+        real_logits: [...].
+        fake_logits: [...], same shape; entry i is paired with entry i of the real ones.
+        loss: one of `ADVERSARIAL_LOSSES`.
+
+    Returns:
+        0, 0.5 or 1, [...].
+
+    Raises:
+        ValueError: an unknown loss.
+
+    Example:
+        >>> real, fake = jnp.array([0.7, 0.4]), jnp.array([0.2, 0.3])
+        >>> discriminator_accuracy(real, fake, loss="least_squares").tolist()
+        [1.0, 0.5]
+        >>> discriminator_accuracy(real, fake, loss="wasserstein").tolist()
+        [1.0, 1.0]
+    """
+    threshold = check_loss(loss).threshold
+    chex.assert_equal_shape([real_logits, fake_logits])
+    real, fake = at_least_float32(real_logits), at_least_float32(fake_logits)
+    if threshold is None:
+        return (real > fake).astype(real.dtype)
+    return ((real > threshold).astype(real.dtype) + (fake <= threshold)) / 2
+
+
 def check_loss(loss: str) -> _Pair:
     """Look an adversarial loss up by name.
 
@@ -148,8 +186,8 @@ def check_loss(loss: str) -> _Pair:
         loss: one of `ADVERSARIAL_LOSSES`.
 
     Returns:
-        The losses of the discriminator and of the generator, and whether the latter reads the
-        logits of real images.
+        The losses of the discriminator and of the generator, whether the latter reads the logits
+        of real images, and the logit from which on an image counts as real, if there is one.
 
     Raises:
         ValueError: an unknown loss.

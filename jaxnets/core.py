@@ -60,7 +60,8 @@ class Mean:
             values: [batch, ...], any numeric dtype; summed in float32 or wider.
             weights: [batch] or any other leading part of the shape of `values`, 0 = ignore; by
                 default every element of `values` counts 1. A value of weight 0 is ignored even
-                where it is not finite.
+                where it is not finite, and no gradient reaches it; but 0 times NaN is NaN, so what
+                it was computed from has to be finite for gradients further back to be.
 
         Returns:
             Mean with `total` of the shape left after the axes of `weights`, and a scalar `count`.

@@ -19,6 +19,7 @@ from jax import lax
 from jaxnets.adversarial import AdversarialObjectives, adversarial
 from jaxnets.adversarial_losses import (
     ADVERSARIAL_LOSSES,
+    discriminator_accuracy,
     discriminator_loss,
     generator_loss,
     logits_and_gradients,
@@ -27,7 +28,9 @@ from jaxnets.adversarial_losses import (
     zero_centred_penalty,
 )
 from jaxnets.dcgan import DCGANDiscriminator, DCGANGenerator
+from jaxnets.gan_layers import check_labels
 from jaxnets.gan_resnet import ResNetDiscriminator, ResNetGenerator
+from jaxnets.layers import check_sizes
 from jaxnets.spectral_norm import SpectralNorm, largest_singular_value
 from jaxnets.upsampling import UpsamplingMethod
 
@@ -42,6 +45,7 @@ __all__ = [
     "SpectralNorm",
     "adversarial",
     "dcgan",
+    "discriminator_accuracy",
     "discriminator_loss",
     "generate_images",
     "generator_loss",
@@ -227,8 +231,9 @@ def generate_images(
 
     Raises:
         ValueError: no latents, latents of another size, labels missing, not wanted or out of
-            range.
+            range, or `batch_size` below 1.
     """
+    check_sizes(batch_size=batch_size)
     arrays = [np.asarray(array) for array in (latents, *_given(labels))]
     if not len(arrays[0]):
         raise ValueError(f"latents of shape {arrays[0].shape} make no image; give at least one")
@@ -236,6 +241,9 @@ def generate_images(
         raise ValueError(
             f"{len(arrays[-1])} labels do not fit {len(arrays[0])} latents; give one for each"
         )
+    if module.num_classes is not None:  # known here, and no more inside the compiled program
+        given = None if labels is None else arrays[1]
+        check_labels(given, module.num_classes, len(arrays[0]), type(module).__name__)
     images = []
     for first in range(0, len(arrays[0]), batch_size):
         parts = [array[first : first + batch_size] for array in arrays]
@@ -277,11 +285,11 @@ def interpolate_latents(first: jax.Array, second: jax.Array, num_steps: int) -> 
     """
     if num_steps < 2:
         raise ValueError(f"num_steps is {num_steps}; give 2 or more, both ends count")
-    lengths = jnp.linalg.norm(first), jnp.linalg.norm(second)
-    cosine = jnp.clip(jnp.vdot(first, second) / (lengths[0] * lengths[1]), -1, 1)
-    angle = jnp.arccos(cosine)
+    area = jnp.linalg.norm(first) * jnp.linalg.norm(second)
+    cosine = jnp.clip(jnp.vdot(first, second) / jnp.where(area > 0, area, 1), -1, 1)
+    angle = jnp.where(area > 0, jnp.arccos(cosine), 0)
     share = jnp.linspace(0.0, 1.0, num_steps, dtype=first.dtype)[:, None]
-    # Of parallel latents the circle is a point or undefined: walk straight.
+    # Of parallel latents, or with one of zeros, the circle is a point or undefined: walk straight.
     straight = jnp.sin(angle) < 1e-6
     sine = jnp.where(straight, 1.0, jnp.sin(angle))
     left = jnp.where(straight, 1 - share, jnp.sin((1 - share) * angle) / sine)

@@ -265,7 +265,7 @@ def check_latents(latents: jax.Array, latent_size: int) -> None:
 
 
 def check_labels(
-    labels: jax.Array | None, num_classes: int | None, batch_size: int, network: str
+    labels: jax.Array | np.ndarray | None, num_classes: int | None, batch_size: int, network: str
 ) -> None:
     """Refuse labels that are missing, not wanted or, where they are known, out of range.
 

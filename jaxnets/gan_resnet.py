@@ -157,7 +157,7 @@ class DiscriminatorBlock(nn.Module):
     Attributes:
         features: channels returned.
         halve: average 2x2 pixels at the end.
-        first: the block sees the image: no relu in front, and its shortcut halves at once.
+        first: the block sees the image: no norm and no relu in front.
         norm: None, "batch", "layer" or "spectral"; the first two stand in front of each relu.
         kernel_init: initializer of the kernels.
         precision: dtypes.
@@ -199,6 +199,8 @@ class DiscriminatorBlock(nn.Module):
         if self.halve:
             x, y = average_pool(x, 2), average_pool(y, 2)
         if x.shape[-1] != self.features or self.halve:
+            # The paper pools behind this convolution, but for the first block: without a bias the
+            # two commute, and this order costs a quarter.
             x = convolved(x, 1, "shortcut", use_bias=False)
         return x + y
 
@@ -207,8 +209,8 @@ class ResNetDiscriminator(nn.Module):
     """Map images to a logit, large where they seem real: residual blocks, summed at the end.
 
     Attributes:
-        num_halvings: blocks that halve the size.
-        num_blocks: blocks after them that keep it.
+        num_halvings: blocks that halve the size, which must divide by 2 so often.
+        num_blocks: blocks after them that keep it, 0 or more.
         width: channels of every block.
         num_classes: None, or the number of classes of a projection discriminator.
         norm: None, "batch", "layer", or "spectral", which divides every kernel by its largest
@@ -233,8 +235,11 @@ class ResNetDiscriminator(nn.Module):
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        sizes = {"num_halvings": self.num_halvings, "num_blocks": self.num_blocks}
-        check_discriminator(self.num_classes, self.norm, width=self.width, **sizes)
+        check_discriminator(
+            self.num_classes, self.norm, width=self.width, num_halvings=self.num_halvings
+        )
+        if self.num_blocks < 0:
+            raise ValueError(f"num_blocks is {self.num_blocks}; give 0 or more")
         super().__post_init__()
 
     @nn.compact
@@ -249,11 +254,17 @@ class ResNetDiscriminator(nn.Module):
             train: training mode.
 
         Raises:
-            ValueError: images too small to halve so often, labels missing, not wanted or out of
-                range.
+            ValueError: images that do not halve so often without a rest, labels missing, not
+                wanted or out of range.
         """
         check_rank(inputs, self, layouts=IMAGES)
         check_labels(labels, self.num_classes, inputs.shape[0], type(self).__name__)
+        height, width = inputs.shape[1:3]
+        if height % 2**self.num_halvings or width % 2**self.num_halvings:
+            raise ValueError(
+                f"images of {height} x {width} pixels do not halve num_halvings="
+                f"{self.num_halvings} times without a rest; give fewer halvings, or resize them"
+            )
         x = inputs
         for index in range(self.num_halvings + self.num_blocks):
             x = DiscriminatorBlock(

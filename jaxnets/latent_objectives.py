@@ -20,9 +20,10 @@ from jaxnets.core import (
     at_least_float32,
     rng_streams,
 )
-from jaxnets.likelihoods import check_images
+from jaxnets.image_range import check_images
 from jaxnets.metrics import codebook_perplexity
 from jaxnets.normal_codes import draw_code, log_prior_ratio, normal_divergence
+from jaxnets.objectives import check_batch
 from jaxnets.reconstruction_objectives import images_of, pixel_error
 
 
@@ -40,7 +41,9 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
     `scheduled` lets it depend on the step (KL warm-up).
 
     Batches hold "inputs" [batch, height, width, channels], "labels" int [batch] if the module is
-    conditional, and optionally "weights" [batch].
+    conditional, optionally "weights" [batch], and "targets" where the reconstruction shall be
+    something else than the input, as in `denoising`: then x in log p(x | z) is the target, and the
+    loss is no bound on the likelihood of either.
 
     Args:
         module: `VAE`.
@@ -67,7 +70,9 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         conditional = module.num_classes is not None
-        inputs, inside = images_of(batch, module.likelihood, *["labels"] * conditional)
+        inputs, targets, inside = images_of(
+            batch, module.likelihood.image_range, *["labels"] * conditional
+        )
         streams = rng_streams(rng, "latent")
         (outputs, mean, log_variance), model_state = apply_module(
             module,
@@ -79,14 +84,14 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
             rngs=streams,
             train=train,
         )
-        losses = jnp.where(inside, module.likelihood.losses(outputs, inputs), jnp.nan)
+        losses = jnp.where(inside, module.likelihood.losses(outputs, targets), jnp.nan)
         numbers = normal_divergence(mean, log_variance)
         divergence = jnp.sum(numbers, axis=-1)
         weights = batch.get("weights")
         metrics = {
             "reconstruction": Mean.of(losses, weights),
             "divergence": Mean.of(divergence, weights),
-            "squared_error": pixel_error(module.likelihood, outputs, inputs, weights),
+            "squared_error": pixel_error(module.likelihood, outputs, targets, inside, weights),
         }
         if not train:
             return ObjectiveOutput(Mean.of(losses + divergence, weights), model_state, metrics)
@@ -107,7 +112,8 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
     `codebook_perplexity` finds the perplexity of all batches, and "perplexity", that of the moving
     average in the model state.
 
-    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch].
+    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch], and
+    "targets" where the reconstruction shall be something else than the input.
 
     Args:
         module: `VQVAE`.
@@ -129,7 +135,7 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
     def objective(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        inputs, inside = images_of(batch, module.likelihood)
+        inputs, targets, inside = images_of(batch, module.likelihood.image_range)
         weights = batch.get("weights")
         quantized, model_state = apply_module(
             module,
@@ -140,7 +146,7 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
             rngs=rng_streams(rng, "codebook"),
             train=train,
         )
-        losses = module.likelihood.losses(quantized.outputs, inputs)
+        losses = module.likelihood.losses(quantized.outputs, targets)
         losses = jnp.where(inside, losses, jnp.nan)
         distances = quantized.vectors - jax.lax.stop_gradient(quantized.nearest)
         distances = jnp.sum(jnp.square(at_least_float32(distances)), axis=(1, 2, 3))
@@ -154,7 +160,9 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
             "reconstruction": Mean.of(losses, weights),
             "perplexity": Mean(perplexity * usage.count, usage.count),
             "code_usage": usage,
-            "squared_error": pixel_error(module.likelihood, quantized.outputs, inputs, weights),
+            "squared_error": pixel_error(
+                module.likelihood, quantized.outputs, targets, inside, weights
+            ),
         }
         loss = Mean.of(losses + commitment * distances, weights)
         return ObjectiveOutput(loss, model_state, metrics)
@@ -183,11 +191,16 @@ def importance_weighted(module: Any, *, num_samples: int, chunk_size: int = 10) 
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         conditional = module.num_classes is not None
-        inputs, _ = images_of(batch, module.likelihood, *["labels"] * conditional)
+        check_batch(batch, {"inputs", *["labels"] * conditional})
+        if "targets" in batch:
+            raise ValueError(
+                "the batch has 'targets', and the bound is that of the inputs; leave them out, or "
+                "evaluate a denoising autoencoder with vae(module)"
+            )
         bound = importance_weighted_bound(
             module,
             {"params": params, **model_state},
-            inputs,
+            batch["inputs"],
             batch["labels"] if conditional else None,
             rng=rng_streams(rng, "latent")["latent"],
             num_samples=num_samples,
@@ -232,7 +245,7 @@ def importance_weighted_bound(
         Burda et al. 2016, arXiv:1509.00519, equation 8.
     """
     _check_counts(num_samples, chunk_size)
-    inside = check_images(images, module.likelihood)
+    images, inside = check_images(images, module.likelihood.image_range)
     mean, log_variance = module.apply(variables, images, labels, method="posterior")
     chunk_size = min(chunk_size, num_samples)
     repeated = jnp.broadcast_to(images[None], (chunk_size, *images.shape))

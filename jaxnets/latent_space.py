@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.likelihoods import check_images
+from jaxnets.image_range import check_images
 
 
 def encode(
@@ -171,6 +171,6 @@ def anomaly_score(
 
 
 def _checked(module: Any, images: jax.Array) -> jax.Array:
-    inside = check_images(images, module.likelihood)
+    images, inside = check_images(images, module.likelihood.image_range)
     inside = inside.reshape(-1, *(1,) * (images.ndim - 1))
     return jnp.where(inside, images, jnp.asarray(jnp.nan, images.dtype))

@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxnets.core import at_least_float32
+from jaxnets.image_range import ImageRange
 
 # Below it a scale would let single pixels outweigh all else (as in PixelCNN++).
 _LEAST_LOG_SCALE = -7.0
@@ -27,14 +27,14 @@ class Likelihood(Protocol):
 
     Attributes:
         num_parameters: outputs of the decoder for each pixel and channel.
-        image_range: least and greatest value of a pixel; None if any value will do.
+        image_range: least and greatest value of a pixel; None takes any that is finite.
     """
 
     @property
     def num_parameters(self) -> int: ...
 
     @property
-    def image_range(self) -> tuple[float, float] | None: ...
+    def image_range(self) -> ImageRange: ...
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Return -log p(image), [batch], from outputs [batch, ..., channels * num_parameters]."""
@@ -58,7 +58,7 @@ class Bernoulli:
     """
 
     num_parameters: ClassVar[int] = 1
-    image_range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+    image_range: ClassVar[ImageRange] = (0.0, 1.0)
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum the cross-entropy over the pixels of each image, [batch]."""
@@ -77,10 +77,14 @@ class SquaredError:
     """The outputs are the pixels themselves; the loss is the sum of their squared errors.
 
     It is the Gaussian likelihood of variance 1/2 without its constant, so no number of nats.
+
+    Attributes:
+        image_range: least and greatest value of a pixel; None takes any that is finite, such as
+            those of standardised images.
     """
 
     num_parameters: ClassVar[int] = 1
-    image_range: ClassVar[tuple[float, float] | None] = None
+    image_range: ImageRange = (0.0, 1.0)
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum the squared error over the pixels of each image, [batch]."""
@@ -100,13 +104,14 @@ class Gaussian:
     Attributes:
         scale: standard deviation of every pixel; None learns one for each, whose logarithms, at
             least -7, are the second half of the outputs' channels.
+        image_range: as of `SquaredError`.
 
     Raises:
         ValueError: a scale that is not above 0.
     """
 
     scale: float | None = None
-    image_range: ClassVar[tuple[float, float] | None] = None
+    image_range: ImageRange = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.scale is not None and not self.scale > 0:
@@ -156,7 +161,7 @@ class DiscretizedLogistic:
 
     num_levels: int = 256
     num_parameters: ClassVar[int] = 2
-    image_range: ClassVar[tuple[float, float] | None] = (-1.0, 1.0)
+    image_range: ClassVar[ImageRange] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.num_levels < 2:
@@ -179,45 +184,6 @@ class DiscretizedLogistic:
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the means, within [-1, 1]."""
         return jnp.clip(_mean_and_log_scale(outputs)[0], -1, 1)
-
-
-def check_images(images: jax.Array, likelihood: Likelihood) -> jax.Array:
-    """Refuse images that are no floats or, where they are known, outside of the range.
-
-    Args:
-        images: [batch, ...].
-        likelihood: says which range.
-
-    Returns:
-        bool [batch], False for an image outside of the range that is known only when the program
-        runs; the caller turns its loss into NaN.
-
-    Raises:
-        ValueError: naming the type, or the value that is furthest outside.
-
-    Example:
-        >>> check_images(np.full((1, 2, 2, 1), 255.0), Bernoulli())
-        Traceback (most recent call last):
-            ...
-        ValueError: images hold 255, outside of [0, 1]; divide grey levels by 255
-    """
-    dtype = jnp.result_type(images)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"images have type {dtype}; give floats, grey levels divided by 255")
-    if likelihood.image_range is None:
-        return jnp.ones(images.shape[:1], bool)
-    low, high = likelihood.image_range
-    axes = tuple(range(1, images.ndim))
-    if not isinstance(images, jax.core.Tracer):
-        known = np.asarray(images, np.float64)
-        excess = np.maximum(known - high, low - known)
-        if known.size and not np.max(excess) <= 0:  # NaN too
-            wrong = known.flat[np.argmax(np.where(np.isnan(excess), np.inf, excess))]
-            remedy = "divide grey levels by 255"
-            if low < 0:
-                remedy = "divide grey levels by 127.5 and subtract 1"
-            raise ValueError(f"images hold {wrong:g}, outside of [{low:g}, {high:g}]; {remedy}")
-    return jnp.all((images >= low) & (images <= high), axis=axes)
 
 
 def _mean_and_log_scale(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.core import Precision
+from jaxnets.core import Precision, at_least_float32
 from jaxnets.layers import Dense, check_sizes, record
+from jaxnets.patches import join_patches, normalize_patches, split_patches
 from jaxnets.transformer_layers import BlockConfig, PositionEmbedding, Stack, build_preset
 from jaxnets.vision_transformer import PatchEncoder
 
@@ -27,6 +28,18 @@ class Masked(NamedTuple):
     masked: jax.Array
 
 
+class Painted(NamedTuple):
+    """What `paint` returns.
+
+    Attributes:
+        images: [batch, height, width, channels].
+        masked: bool [batch, patches], True for the patches that were painted.
+    """
+
+    images: jax.Array
+    masked: jax.Array
+
+
 class MaskedAutoencoder(nn.Module):
     """An encoder of the patches that are seen, and a small decoder that paints the others.
 
@@ -35,6 +48,9 @@ class MaskedAutoencoder(nn.Module):
 
         head = classifier.init(key, images)["params"]
         params = {**head, **trained["params"]["encoder"]}  # of a VisionTransformer of its fields
+
+    It has no code to decode, so the functions of `latent_space` do not take it: features of whole
+    images are `module.apply(variables, images, method="encode")`, pictures are made by `paint`.
 
     Attributes:
         patch_size: height and width of a patch.
@@ -136,6 +152,41 @@ class MaskedAutoencoder(nn.Module):
         """Map whole images to the mean of the features of their patches, [batch, features]."""
         x = self.encoder(images)
         return jnp.mean(x[:, 1:], axis=1).astype(self.precision.output)
+
+
+def paint(
+    module: MaskedAutoencoder,
+    variables: Any,
+    images: jax.Array,
+    *,
+    noise: jax.Array | None = None,
+    normalized: bool = True,
+) -> Painted:
+    """Hide patches of images and put what the network paints in their places.
+
+    Args:
+        module: `MaskedAutoencoder`.
+        variables: its parameters and other collections.
+        images: [batch, height, width, channels].
+        noise: as for the module, which says what is hidden.
+        normalized: the network was trained with `masked_reconstruction(normalize=True)`: what it
+            paints then gets the mean and the variance of the true patch. These are looked up, not
+            predicted: the result is a picture and no measure.
+
+    Returns:
+        Painted; the patches that were seen are as they were.
+
+    Raises:
+        ValueError: images or noise that do not fit.
+    """
+    found: Any = module.apply(variables, images, noise=noise)
+    patches = split_patches(at_least_float32(images), module.patch_size)
+    outputs, (_, height, width, channels) = found.outputs, images.shape
+    if normalized:
+        _, mean, scale = normalize_patches(patches)
+        outputs = mean + scale * outputs
+    painted = jnp.where(found.masked[..., None], outputs, patches)
+    return Painted(join_patches(painted, (height, width, channels)), found.masked)
 
 
 class _PatchDecoder(nn.Module):

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class NormalizedPatches(NamedTuple):
+    """What `normalize_patches` returns: patches = mean + scale * normalized patches.
+
+    Attributes:
+        patches: normalized, [batch, patches, numbers].
+        mean: of each patch, [batch, patches, 1].
+        scale: of each patch, [batch, patches, 1].
+    """
+
+    patches: jax.Array
+    mean: jax.Array
+    scale: jax.Array
 
 
 def split_patches(images: jax.Array, size: int) -> jax.Array:
@@ -58,3 +74,17 @@ def join_patches(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.A
         )
     grid = patches.reshape(-1, rows, columns, size, size, channels)
     return jnp.swapaxes(grid, 2, 3).reshape(-1, height, width, channels)
+
+
+def normalize_patches(patches: jax.Array) -> NormalizedPatches:
+    """Give every patch mean 0 and variance 1: (patch - mean) / sqrt(variance + 1e-6).
+
+    Args:
+        patches: [batch, patches, numbers].
+
+    Returns:
+        NormalizedPatches.
+    """
+    mean = jnp.mean(patches, axis=-1, keepdims=True)
+    scale = jnp.sqrt(jnp.var(patches, axis=-1, keepdims=True) + 1e-6)
+    return NormalizedPatches((patches - mean) / scale, mean, scale)

@@ -19,9 +19,10 @@ from jaxnets.core import (
     at_least_float32,
     rng_streams,
 )
-from jaxnets.likelihoods import Likelihood, SquaredError, check_images
+from jaxnets.image_range import ImageRange, check_images
+from jaxnets.likelihoods import Likelihood
 from jaxnets.objectives import check_batch, squared_error, with_batch_transform
-from jaxnets.patches import split_patches
+from jaxnets.patches import normalize_patches, split_patches
 
 # (params, model_state, inputs, code, rng) -> penalty of each example
 _Penalty: TypeAlias = Callable[[Params, ModelState, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -75,7 +76,8 @@ def contractive(module: Any, *, weight: float, num_probes: int | None = None) ->
 
     The loss of an example is its reconstruction loss plus weight ||J||^2, the squared Frobenius
     norm of the Jacobian of the code with respect to the image, in training only; evaluation is
-    without the penalty, which is the metric "penalty" in both.
+    without the penalty, which is the metric "penalty" in both and so is computed, at its full
+    cost, in both.
 
     Exactly, the penalty costs a backward pass through the encoder for each number of the code.
     With probes it is the unbiased estimate of Hutchinson: the mean of ||v J||^2 over random
@@ -137,24 +139,30 @@ def denoising(
 ) -> Objective:
     """Corrupt the inputs of an objective, which then shall restore them.
 
+    The objective finds the clean images under "targets": all of this library's autoencoders
+    reconstruct these where a batch has them.
+
     The noise is drawn anew at every step from the stream "augmentation", and in evaluation, which
     measures how well it is removed, the same at every call.
 
     Args:
-        objective: such as `reconstruction(module)`.
+        objective: such as `reconstruction(module)`, `vae(module)` or `vq_vae(module)`.
         noise: "gaussian" adds normal noise and clips to the range; "masking" sets pixels, with
             all their channels, to the lower end of the range.
         amount: standard deviation, or probability of a pixel to be masked.
         image_range: of the images.
 
     Returns:
-        An `Objective`, of batches as before.
+        An `Objective`, of batches as before. Images outside of the range, of which clipping would
+        leave nothing, are refused with ValueError where they are known, and give NaN where they
+        are known only when the program runs.
 
     Raises:
         ValueError: unknown noise, or an amount out of range.
 
     References:
-        Vincent et al. 2010, "Stacked Denoising Autoencoders", JMLR 11, section 3.
+        Vincent et al. 2010, "Stacked Denoising Autoencoders", JMLR 11, section 3; Im et al. 2017,
+        arXiv:1511.06406 (of a VAE).
     """
     if noise not in ("gaussian", "masking"):
         raise ValueError(f"noise is {noise!r}; choose 'gaussian' or 'masking'")
@@ -165,52 +173,59 @@ def denoising(
 
     def corrupt(batch: Batch, rng: jax.Array, train: bool) -> Batch:
         check_batch(batch, {"inputs"})
-        images = batch["inputs"]
+        images, inside = check_images(batch["inputs"], image_range)
+        clean = batch.get("targets", images)
+        inside = inside.reshape(-1, *(1,) * (clean.ndim - 1))
         return {
             **batch,
             "inputs": corrupted(images, rng, noise, amount, image_range),
-            "targets": batch.get("targets", images),
+            "targets": jnp.where(inside, clean, jnp.asarray(jnp.nan, clean.dtype)),
         }
 
     return with_batch_transform(objective, corrupt)
 
 
-def masked_reconstruction(module: Any, *, normalize: bool = True) -> Objective:
+def masked_reconstruction(
+    module: Any, *, normalize: bool = True, image_range: ImageRange = (0.0, 1.0)
+) -> Objective:
     """Build the objective of an autoencoder that paints the patches hidden from it.
 
     The loss of an example is the mean squared error over the pixels of its hidden patches; the
     others do not count. Which are hidden is drawn anew at every step from the stream "mask", and
     is the same at every call in evaluation.
 
-    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch].
+    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch], and
+    "targets" where other images than the inputs shall be painted.
 
     Args:
         module: `MaskedAutoencoder`.
-        normalize: the pixels of each patch are to be predicted with mean 0 and variance 1.
+        normalize: the pixels of each patch are to be predicted with mean 0 and variance 1; `paint`
+            takes it back.
+        image_range: least and greatest value of a pixel; None takes any that is finite, such as
+            those of standardised images.
 
     Returns:
-        An `Objective`.
+        An `Objective`; images outside of the range as in `reconstruction`.
 
     References:
-        He et al. 2022, arXiv:2111.06377, section 3.
+        He et al. 2022, arXiv:2111.06377, section 3. Differs from the authors' code: the variance
+        of a patch is the biased one, the mean over its pixels.
     """
 
     def objective(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        images, _ = images_of(batch, SquaredError())
-        targets = split_patches(at_least_float32(images), module.patch_size)
+        images, clean, inside = images_of(batch, image_range)
+        targets = split_patches(at_least_float32(clean), module.patch_size)
         if normalize:
-            mean = jnp.mean(targets, axis=-1, keepdims=True)
-            variance = jnp.var(targets, axis=-1, keepdims=True)
-            targets = (targets - mean) * jax.lax.rsqrt(variance + 1e-6)
+            targets = normalize_patches(targets).patches
         streams = rng_streams(rng, "mask", "dropout")
         noise = patch_noise(streams.pop("mask"), *targets.shape[:2])
         (outputs, masked), model_state = apply_module(
             module, params, model_state, images, noise=noise, rngs=streams, train=train
         )
         errors = jnp.mean(jnp.square(at_least_float32(outputs) - targets), axis=-1)
-        losses = jnp.mean(errors, axis=-1, where=masked)
+        losses = jnp.where(inside, jnp.mean(errors, axis=-1, where=masked), jnp.nan)
         return ObjectiveOutput(Mean.of(losses, batch.get("weights")), model_state, {})
 
     return objective
@@ -255,17 +270,14 @@ def _autoencoding(module: Any, penalty: _Penalty | None, weight: float = 0.0) ->
     def objective(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        inputs, inside = images_of(batch, module.likelihood)
-        targets = inputs
-        if "targets" in batch:
-            targets = batch["targets"]
-            inside &= check_images(targets, module.likelihood)
+        inputs, targets, inside = images_of(batch, module.likelihood.image_range)
         before, weights = model_state, batch.get("weights")
         (outputs, code), model_state = apply_module(
             module, params, model_state, inputs, train=train
         )
         losses = jnp.where(inside, module.likelihood.losses(outputs, targets), jnp.nan)
-        metrics = {"squared_error": pixel_error(module.likelihood, outputs, targets, weights)}
+        errors = pixel_error(module.likelihood, outputs, targets, inside, weights)
+        metrics = {"squared_error": errors}
         if penalty is None:
             return ObjectiveOutput(Mean.of(losses, weights), model_state, metrics)
         penalties = penalty(params, before, inputs, code, rng)
@@ -277,26 +289,37 @@ def _autoencoding(module: Any, penalty: _Penalty | None, weight: float = 0.0) ->
     return objective
 
 
-def images_of(batch: Batch, likelihood: Likelihood, *needs: str) -> tuple[jax.Array, jax.Array]:
-    """Return the images of a batch and which of them are in the range of a likelihood.
+def images_of(
+    batch: Batch, image_range: ImageRange, *needs: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the images of a batch, what they shall be reconstructed as, and which are valid.
 
     Args:
-        batch: with "inputs" [batch, height, width, channels].
-        likelihood: says which range.
+        batch: with "inputs" [batch, height, width, channels], perhaps "targets" likewise.
+        image_range: of both.
         needs: names of further arrays that the batch must have.
 
     Returns:
-        The images, and bool [batch] as from `check_images`.
+        The inputs, the targets, which without "targets" are the inputs, and bool [batch], True
+        where both are in the range; all as from `check_images`.
 
     Raises:
         ValueError: arrays that lack or differ in length; images that are known not to fit.
     """
     check_batch(batch, {"inputs", *needs})
-    return batch["inputs"], check_images(batch["inputs"], likelihood)
+    inputs, inside = check_images(batch["inputs"], image_range)
+    if "targets" not in batch:
+        return inputs, inputs, inside
+    targets, valid = check_images(batch["targets"], image_range)
+    return inputs, targets, inside & valid
 
 
 def pixel_error(
-    likelihood: Likelihood, outputs: jax.Array, images: jax.Array, weights: jax.Array | None
+    likelihood: Likelihood,
+    outputs: jax.Array,
+    images: jax.Array,
+    inside: jax.Array,
+    weights: jax.Array | None,
 ) -> Mean:
     """Measure the squared error between expected and true images.
 
@@ -304,10 +327,12 @@ def pixel_error(
         likelihood: reads the outputs.
         outputs: of the decoder, [batch, height, width, channels * numbers].
         images: [batch, height, width, channels].
+        inside: bool [batch]; the error of an image that is not valid is NaN.
         weights: [batch], 0 = ignore.
 
     Returns:
         Mean; `compute()` is the mean over images and pixels, in the square of their unit.
     """
     errors = squared_error(likelihood.mean(outputs), images)
-    return Mean.of(jnp.mean(errors, axis=tuple(range(1, errors.ndim))), weights)
+    errors = jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
+    return Mean.of(jnp.where(inside, errors, jnp.nan), weights)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from checks import check_module, count_parameters, shapes_of
 
@@ -17,9 +18,8 @@ from jaxnets.autoencoder import (
     CoderConfig,
     DiscretizedLogistic,
     Gaussian,
-    VectorQuantizer,
+    SquaredError,
 )
-from jaxnets.upsampling import Upsampling, depth_to_space, enlarge
 
 DENSE = CoderConfig((4, 5, 2), features=(6, 3))
 CONVOLUTIONAL = CoderConfig((5, 8, 1), "convolutional", (3, 4))
@@ -110,28 +110,6 @@ def test_a_decoder_returns_to_the_size_of_the_images(shape, upsampling):
     assert quantized.codes.shape == (2, *config.code_shape[:2])
 
 
-def test_enlarging_repeats_every_pixel_and_depth_to_space_lays_out_channels():
-    x = images(2, 2, 3, 4)
-    np.testing.assert_array_equal(enlarge(x), x.repeat(2, axis=1).repeat(2, axis=2))
-    wide = images(1, 2, 3, 8)
-    found = depth_to_space(wide)
-    for row, column in np.ndindex(4, 6):
-        square = (2 * (row % 2) + column % 2) * 2
-        expected = wide[0, row // 2, column // 2, square : square + 2]
-        np.testing.assert_array_equal(found[0, row, column], expected)
-
-
-@pytest.mark.parametrize("kernel_size", [3, 4])
-def test_transposed_upsampling_is_that_of_lax(kernel_size):
-    x, layer = images(2, 3, 5, 4), Upsampling(6, "transposed", kernel_size)
-    y, variables = layer.init_with_output(jax.random.key(0), x)
-    kernel = variables["params"]["conv"]["kernel"]
-    expected = jax.lax.conv_transpose(
-        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), transpose_kernel=True
-    )
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_tied_weights_are_one_matrix_and_its_transpose():
     module = Autoencoder(CoderConfig((2, 2, 1), features=(), activation="tanh"), 3, tied=True)
     x = images(5, 2, 2, 1)
@@ -189,108 +167,6 @@ def test_noise_makes_the_code_and_without_it_the_mean_is_decoded():
     assert np.any(np.abs(drawn.outputs - still.outputs) > 1e-3)
 
 
-def quantize(vectors, variables=None, *, weights=None, train=True, **fields):
-    module = VectorQuantizer(4, **{"restart_below": 0.0, **fields})
-    if variables is None:
-        variables = module.init(jax.random.key(0), vectors)
-    output, changed = module.apply(
-        variables,
-        vectors,
-        weights,
-        train=train,
-        mutable=["codebook"],
-        rngs={"codebook": jax.random.key(1)},
-    )
-    return variables["codebook"], output, changed["codebook"]
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_codebook_moves_as_a_loop_says(weighted):
-    vectors = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
-    weights = np.array([1, 0, 2, 0.5, 1], np.float32) if weighted else None
-    before, (nearest, codes), after = quantize(vectors, weights=weights, decay=0.9)
-    table = np.asarray(before["sums"]) / np.asarray(before["shares"])[:, None]
-    count, total = np.zeros(4), np.zeros((4, 2))
-    for example, row in np.ndindex(5, 3):
-        vector = vectors[example, row]
-        code = int(np.argmin([np.sum((vector - entry) ** 2) for entry in table]))
-        assert codes[example, row] == code
-        np.testing.assert_allclose(nearest[example, row], table[code], rtol=1e-5)
-        weight = 1.0 if weights is None else weights[example]
-        count[code] += weight
-        total[code] += weight * vector
-    for name, moved in (("shares", count), ("sums", total)):
-        expected = 0.9 * np.asarray(before[name]) + 0.1 * moved / count.sum()
-        np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_a_codebook_rests_in_evaluation_and_on_padding():
-    vectors = images(5, 3, 2)
-    before, _, after = quantize(vectors, train=False)
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-    before, _, after = quantize(vectors, weights=jnp.zeros(5))
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-
-
-def test_a_dead_code_starts_again_as_a_vector_of_the_batch():
-    vectors = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
-    far = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [50.0, 50.0]], np.float32)
-    # A batch in which one example counts: restarts may come from its vectors alone.
-    weights = jnp.array([0.0, 0, 1, 0, 0])
-    shares = jnp.array([0.4, 0.3, 0.3, 0.026])
-    start = {"codebook": {"shares": shares, "sums": far * shares[:, None]}}
-    _, _, kept = quantize(vectors, start, weights=weights, restart_below=0.1)
-    np.testing.assert_allclose(kept["sums"][3] / kept["shares"][3], far[3], rtol=1e-4)
-    shares = shares.at[3].set(0.024)
-    start = {"codebook": {"shares": shares, "sums": far * shares[:, None]}}
-    _, _, after = quantize(vectors, start, weights=weights, restart_below=0.1)
-    reborn = np.asarray(after["sums"][3] / after["shares"][3])
-    assert np.min(np.abs(vectors[2] - reborn[None]).max(axis=1)) < 1e-5
-    assert after["shares"][3] == pytest.approx(1 / 4)
-    np.testing.assert_array_equal(after["sums"][:3], kept["sums"][:3])
-
-
-def test_the_first_batch_gives_the_codebook_its_vectors():
-    vectors = 100 + np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
-    _, _, after = quantize(vectors, restart_below=0.1)
-    table = np.asarray(after["sums"] / after["shares"][:, None])
-    flat, mean = vectors.reshape(15, 2), vectors.mean(axis=(0, 1))
-    # Far off, one code is nearest to all vectors and becomes their mean; the others restart.
-    to_mean = np.abs(table - mean).max(axis=1)
-    assert to_mean.min() < 1
-    for row in np.delete(table, to_mean.argmin(), axis=0):
-        assert np.abs(flat - row).max(axis=1).min() < 1e-3
-
-
-def test_gradients_pass_straight_through_the_codes():
-    module = VQVAE(CONVOLUTIONAL, codebook_size=5, embedding_size=2)
-    x = images(2, 5, 8, 1)
-    variables = module.init(jax.random.key(0), x)
-    state = {"codebook": variables["codebook"]}
-    weights = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    quantized = module.apply(variables, x)
-
-    def decoded(vectors):
-        bound = module.bind(variables)
-        return jnp.vdot(weights, bound.decoder(vectors))
-
-    at_codes = jax.grad(decoded)(quantized.nearest)
-
-    def encoded(params):
-        return module.apply({"params": params, **state}, x, method="encode")
-
-    (expected,) = jax.vjp(encoded, variables["params"])[1](at_codes)
-    found = jax.grad(lambda p: jnp.vdot(weights, module.apply({"params": p, **state}, x).outputs))(
-        variables["params"]
-    )
-    for name in ("encoder", "embed"):
-        for one, other in zip(
-            jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True
-        ):
-            assert np.any(one)
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -307,20 +183,11 @@ def test_gradients_pass_straight_through_the_codes():
             "DiscretizedLogistic.* needs 2",
         ),
         (lambda: VQVAE(DENSE), "kind='dense'; its code is a map"),
-        (lambda: VectorQuantizer(4, decay=1.0), r"decay is 1\.0"),
         (lambda: Gaussian(0.0), r"scale is 0\.0"),
         (lambda: DiscretizedLogistic(1), "num_levels is 1"),
         (
             lambda: shapes_of(Autoencoder(DENSE), images(2, 5, 4, 2)),
             r"\(2, 5, 4, 2\) do not fit image_shape \(4, 5, 2\)",
-        ),
-        (
-            lambda: quantize(images(1, 3, 2)),
-            "a codebook of 4 codes is bigger than the 3 vectors of a batch",
-        ),
-        (
-            lambda: autoencoder.check_codebook(40, CONVOLUTIONAL, 9),
-            "40 codes is bigger than the data: 9 images have 36 vectors",
         ),
     ],
 )
@@ -414,7 +281,7 @@ def call(kind, function, *arguments, **keywords):
         ),
         (
             lambda: call("vae", autoencoder.encode, np.ones((2, 4, 5, 2), np.uint8)),
-            "type uint8; give floats, grey levels divided by 255",
+            "type uint8; give floats: divide grey levels by 255",
         ),
         (
             lambda: call("plain", autoencoder.decode, np.ones((2, 4), np.float32)),
@@ -487,7 +354,8 @@ def test_a_linear_autoencoder_at_its_optimum_is_principal_components():
     x = (random.normal(size=(50, 6)) @ random.normal(size=(6, 6))).astype(np.float32)
     x -= x.mean(axis=0)
     _, _, components = np.linalg.svd(x, full_matrices=False)
-    module = Autoencoder(CoderConfig((2, 3, 1), features=()), latent_size=2, tied=True)
+    likelihood = SquaredError(image_range=None)  # data around 0
+    module = Autoencoder(CoderConfig((2, 3, 1), features=()), 2, likelihood, tied=True)
     batch = {"inputs": x.reshape(50, 2, 3, 1)}
     params = module.init(jax.random.key(0), batch["inputs"])["params"]
     params["code"]["kernel"] = jnp.asarray(components[:2].T)
@@ -500,3 +368,26 @@ def test_a_linear_autoencoder_at_its_optimum_is_principal_components():
     expected = np.sum((x - x @ components[:2].T @ components[:2]) ** 2) / 50
     assert value == pytest.approx(expected, rel=1e-4)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-3
+
+
+def test_an_unusual_image_scores_higher_after_a_short_training():
+    random = np.random.default_rng(0)
+    grid = np.linspace(0, np.pi, 6)
+
+    def waves(number):
+        shifts = random.uniform(0, np.pi, size=(number, 1, 1, 1))
+        rows = 0.5 + 0.5 * np.sin(grid[None, :, None, None] + shifts)
+        return np.tile(rows, (1, 1, 6, 1)).astype(np.float32)
+
+    module = Autoencoder(CoderConfig((6, 6, 1), features=(16,), activation="tanh"), latent_size=2)
+    update = jn.Update(jn.reconstruction(module), optax.adam(1e-2))
+    variables = jax.jit(module.init)(jax.random.key(0), waves(1))
+    state = jn.create_train_state(variables, update, rng=jax.random.key(1))
+    run = jn.jit_step(jn.scan_steps(jn.make_train_step(update)))
+    state, _ = run(state, {"inputs": np.stack([waves(32) for _ in range(200)])})
+    usual = waves(50)
+    unusual = np.swapaxes(usual, 1, 2)  # the same pixels: the waves run the other way
+    scores = [
+        autoencoder.anomaly_score(module, state.variables, images) for images in (usual, unusual)
+    ]
+    assert np.max(scores[0]) < np.min(scores[1])

@@ -58,6 +58,11 @@ def images(*shape):
             (40 + 148 + 4) + 2 * 148 + 5 + 12,
         ),
         (
+            ResNetDiscriminator(1, 0, width=4, norm=None),
+            (images(6, 8, 8, 1),),
+            (40 + 148 + 4) + 5,
+        ),
+        (
             ResNetDiscriminator(1, 1, width=4, norm="batch"),
             (images(6, 8, 8, 1),),
             (36 + 8 + 148 + 4) + (8 + 144 + 8 + 148) + 5,
@@ -65,7 +70,8 @@ def images(*shape):
     ],
     ids=[
         *("generator", "conditional_generator", "residual_generator"),
-        *("discriminator", "projection", "layer", "residual_projection", "residual_batch"),
+        *("discriminator", "projection", "layer"),
+        *("residual_projection", "residual_halving", "residual_batch"),
     ],
 )
 def test_a_network_passes_every_check(module, inputs, parameters):
@@ -94,6 +100,39 @@ def test_a_preset_has_its_shapes_and_parameters(
     assert made.shape == (2, side, side, channels)
     counts = {name: count_parameters({"params": p}) for name, p in variables["params"].items()}
     assert counts == {"generator": generator, "discriminator": discriminator}
+
+
+@pytest.mark.parametrize(
+    ("module", "plain", "generator", "discriminator"),
+    [
+        # 10 classes: a gain and a shift for each channel of each norm, and a vector of features.
+        (dcgan(num_classes=10), dcgan(), 20 * (512 + 256 + 128 + 64), 10 * 512),
+        (
+            dcgan((32, 32, 3), num_classes=10, norm="spectral"),
+            dcgan((32, 32, 3), norm="spectral"),
+            20 * (256 + 128 + 64),
+            10 * 256,
+        ),
+        (resnet_gan(num_classes=10), resnet_gan(), 20 * 2 * 3 * 256, 10 * 128),
+    ],
+    ids=["dcgan64", "dcgan32", "resnet32"],
+)
+def test_classes_add_their_parameters_to_a_preset(module, plain, generator, discriminator):
+    latents = jax.ShapeDtypeStruct((2, module.latent_size), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+    variables, logits = shapes_of(module, latents, labels)
+    assert logits.shape == (2,)
+    made = jax.eval_shape(
+        lambda v, z, y: module.apply(v, z, y, method="generate"), variables, latents, labels
+    )
+    assert made.shape == (2, *module.generator.image_shape)
+    before, _ = shapes_of(plain, latents)
+    added = {
+        name: count_parameters({"params": params})
+        - count_parameters({"params": before["params"][name]})
+        for name, params in variables["params"].items()
+    }
+    assert added == {"generator": generator, "discriminator": discriminator}
 
 
 def test_images_lie_between_minus_one_and_one():
@@ -158,6 +197,12 @@ def test_images_are_generated_in_batches_as_all_at_once():
         generate_images(module, variables, latents, LABELS[:2])
     with pytest.raises(ValueError, match=r"\(0, 5\) make no image"):
         generate_images(module, variables, latents[:0], LABELS[:0])
+    with pytest.raises(ValueError, match=r"label 3 is not in \[0, 3\)"):
+        generate_images(module, variables, latents, LABELS + 1)
+    with pytest.raises(ValueError, match="of 3 classes got no labels"):
+        generate_images(module, variables, latents)
+    with pytest.raises(ValueError, match="batch_size=0 must be made of positive integers"):
+        generate_images(module, variables, latents, LABELS, batch_size=0)
 
 
 def test_settled_statistics_are_those_of_the_generators_own_images():
@@ -188,6 +233,8 @@ def test_a_walk_between_latents_keeps_to_the_circle_and_ends_at_both():
     steps = np.linalg.norm(np.diff(unit, axis=0), axis=1)
     np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
     np.testing.assert_allclose(interpolate_latents(first, first, 3), [first] * 3, atol=1e-6)
+    from_zero = interpolate_latents(jnp.zeros(16), second, 3)
+    np.testing.assert_allclose(from_zero, [0 * second, second / 2, second], atol=1e-6)
     with pytest.raises(ValueError, match="num_steps is 1"):
         interpolate_latents(first, second, 1)
 
@@ -228,8 +275,13 @@ def conditional():
         (lambda: shapes_of(DCGANDiscriminator(4), images(8, 8, 1)), r"got inputs of shape \(8, 8"),
         (
             lambda: shapes_of(ResNetDiscriminator(4), images(1, 8, 8, 1)),
-            "a window of 2 does not fit",
+            "8 x 8 pixels do not halve num_halvings=4 times without a rest",
         ),
+        (
+            lambda: shapes_of(ResNetDiscriminator(3), images(1, 28, 28, 1)),
+            "28 x 28 pixels do not halve num_halvings=3 times",
+        ),
+        (lambda: ResNetDiscriminator(2, -1), "num_blocks is -1; give 0 or more"),
     ],
 )
 def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxnets.adversarial_losses import (
     ADVERSARIAL_LOSSES,
+    discriminator_accuracy,
     discriminator_loss,
     generator_loss,
     logits_and_gradients,
@@ -38,8 +39,27 @@ BY_HAND = {
 }
 
 
+# What is right about pairs of logits (0.7, 0.2), (0.2, 0.7), (0.7, 0.6), (0.3, -0.3), (0.1, 0.1).
+_ABOVE_ZERO = [0.5, 0.5, 0.5, 1.0, 0.5]
+_PAIRS = [1.0, 0.0, 1.0, 1.0, 0.0]
+RIGHT = {
+    **dict.fromkeys(["non_saturating", "minimax", "hinge"], _ABOVE_ZERO),
+    "least_squares": [1.0, 0.0, 0.5, 0.5, 0.5],
+    **dict.fromkeys(["wasserstein", "relativistic"], _PAIRS),
+}
+
+
 def test_every_loss_is_computed_by_hand():
-    assert set(BY_HAND) == set(ADVERSARIAL_LOSSES)
+    assert set(BY_HAND) == set(RIGHT) == set(ADVERSARIAL_LOSSES)
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_the_accuracy_asks_what_the_loss_asks(loss):
+    real, fake = jnp.array([0.7, 0.2, 0.7, 0.3, 0.1]), jnp.array([0.2, 0.7, 0.6, -0.3, 0.1])
+    np.testing.assert_array_equal(discriminator_accuracy(real, fake, loss=loss), RIGHT[loss])
+    if loss in ("wasserstein", "relativistic"):  # which move all logits as they like
+        moved = discriminator_accuracy(real + 9, fake + 9, loss=loss)
+        np.testing.assert_array_equal(moved, RIGHT[loss])
 
 
 @pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)

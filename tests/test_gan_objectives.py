@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoint_problem import assert_bitwise_equal
+from checks import assert_close
 from gan_problem import (
     BATCH,
     DOUBLE,
@@ -28,8 +29,11 @@ from jaxnets.dcgan import DCGANGenerator
 from jaxnets.gan import GAN, dcgan
 from jaxnets.training import create_train_state, make_eval_step, make_train_step
 
+# The logit from which on an image counts as real; without one, the images of a pair compare.
+THRESHOLDS = {"non_saturating": 0.0, "least_squares": 0.5, "relativistic": None}
 
-@pytest.mark.parametrize("loss", ["non_saturating", "least_squares", "relativistic"])
+
+@pytest.mark.parametrize("loss", THRESHOLDS)
 def test_objectives_are_weighted_sums_of_the_losses_of_the_logits(loss):
     module = plain()
     objectives = adversarial(module, loss, r1=3.0)
@@ -45,9 +49,12 @@ def test_objectives_are_weighted_sums_of_the_losses_of_the_logits(loss):
     np.testing.assert_allclose(critic.loss.total, expected, rtol=1e-5)
     np.testing.assert_allclose(critic.loss.count, BATCH["weights"].sum())
     assert set(critic.metrics) == {"real_logits", "fake_logits", "accuracy"}
-    right = (np.asarray(real_logits > 0) @ BATCH["weights"]) / 2
-    right += (np.asarray(fake_logits <= 0) @ BATCH["weights"]) / 2
-    np.testing.assert_allclose(critic.metrics["accuracy"].total, right, rtol=1e-6)
+    if (threshold := THRESHOLDS[loss]) is None:
+        right = np.asarray(real_logits > fake_logits, float)
+    else:
+        right = (np.asarray(real_logits > threshold, float) + (fake_logits <= threshold)) / 2
+    expected = right @ BATCH["weights"]
+    np.testing.assert_allclose(critic.metrics["accuracy"].total, expected, rtol=1e-6)
     artist = objectives.generator(params, {}, BATCH, rng, train=False)
     expected = generator_loss(fake_logits, loss=loss, real_logits=real_logits) @ BATCH["weights"]
     np.testing.assert_allclose(artist.loss.total, expected, rtol=1e-5)
@@ -151,6 +158,56 @@ def test_latents_are_drawn_anew_for_every_step_seed_and_update():
     assert abs(draws.mean()) < 0.2 and abs(draws.std() - 1) < 0.2
 
 
+def test_real_and_generated_images_are_normalised_as_two_batches():
+    module = dcgan((16, 16, 1), norm="batch", **TINY)
+    objectives = adversarial(module)
+    _, state = problem(objectives, module)
+    found = objectives.discriminator(
+        state.params, state.model_state, LARGER, jax.random.key(0), train=True
+    )
+
+    def call(variables, inputs, method):
+        output, changed = module.apply(
+            variables, inputs, train=True, mutable=["batch_stats"], method=method
+        )
+        return output, {**variables, **changed}
+
+    fake, _ = call(state.variables, LARGER["latents"], "generate")
+    real_logits, after_real = call(state.variables, LARGER["inputs"], "discriminate")
+    fake_logits, after_both = call(after_real, fake, "discriminate")
+    for name, logits in (("real_logits", real_logits), ("fake_logits", fake_logits)):
+        np.testing.assert_allclose(
+            found.metrics[name].total, logits @ LARGER["weights"], rtol=1e-4, atol=1e-5
+        )
+    statistics = found.model_state["batch_stats"]["discriminator"]
+    expected = after_both["batch_stats"]["discriminator"]
+    assert_close(statistics, expected, 1e-6)
+    # Neither the other order nor one batch of both would do.
+    first = call(call(state.variables, fake, "discriminate")[1], LARGER["inputs"], "discriminate")
+    mean = statistics["norm_2"]["mean"]
+    assert np.abs(mean - first[1]["batch_stats"]["discriminator"]["norm_2"]["mean"]).max() > 1e-4
+    both, _ = call(state.variables, jnp.concatenate([LARGER["inputs"], fake]), "discriminate")
+    assert np.abs(both[:8] - real_logits).max() > 1e-3
+
+
+def test_padding_of_nan_changes_no_loss_or_gradient():
+    module = plain()
+    objectives = adversarial(module, r1=0.1)
+    _, state = problem(objectives, module)
+
+    @jax.jit
+    def trained(images):
+        def loss(params, objective):
+            batch = {**BATCH, "inputs": images}
+            return objective(params, {}, batch, jax.random.key(0), train=True).loss.total
+
+        return [jax.value_and_grad(loss)(state.params, objective) for objective in objectives]
+
+    black, broken = BATCH["inputs"].copy(), BATCH["inputs"].copy()
+    black[4], broken[4] = 0, np.nan  # of weight 0
+    assert_bitwise_equal(trained(broken), trained(black))
+
+
 def test_an_evaluation_is_the_same_at_every_call_and_changes_no_statistics():
     module = dcgan((8, 8, 1), norm="batch", **TINY)
     objectives = adversarial(module)
@@ -182,10 +239,14 @@ def bad(objectives, changes, *, name="discriminator", drop=(), compiled=False):
         (
             {"inputs": 127.5 * (BATCH["inputs"] + 1)},
             (),
-            r"images reach from .* to 25\d.*outside of \[-1, 1\].*scale them",
+            r"images hold 25\d.*, outside of \[-1, 1\]; divide grey levels by 127.5 and subtract 1",
         ),
-        ({"inputs": np.full((8, 8, 8, 1), np.nan, np.float32)}, (), "images reach from nan"),
-        ({"inputs": np.zeros((8, 8, 8, 1), np.uint8)}, (), r"type uint8; scale.*normalize"),
+        ({"inputs": np.full((8, 8, 8, 1), np.nan, np.float32)}, (), "images hold nan"),
+        (
+            {"inputs": np.zeros((8, 8, 8, 1), np.uint8)},
+            (),
+            r"type uint8; give floats: divide.* 127",
+        ),
         ({"inputs": BATCH["inputs"][:, :4]}, (), r"\(4, 8, 1\) do not fit a generator of \(8, 8"),
         ({}, ("inputs",), "name its images 'inputs'"),
         ({}, ("labels",), "no 'labels'; a conditional network of 3 classes"),

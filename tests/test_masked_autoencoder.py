@@ -10,6 +10,7 @@ from transformer_problem import BLOCK, DROPPING, NORM, close, config, floats, ma
 
 import jaxnets as jn
 from jaxnets import transformer
+from jaxnets.masked_autoencoder import paint
 from jaxnets.transformer import MaskedAutoencoder, VisionTransformer
 
 IMAGES = floats(2, 4, 6, 3)  # of 6 patches of 2 x 2
@@ -81,7 +82,7 @@ def test_masks_are_drawn_from_their_stream_in_training_and_fixed_in_evaluation(v
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_loss_is_the_error_of_the_hidden_pixels(variables, normalize):
-    objective = jn.masked_reconstruction(MODULE, normalize=normalize)
+    objective = jn.masked_reconstruction(MODULE, normalize=normalize, image_range=None)
     batch = {"inputs": jnp.asarray(IMAGES), "weights": jnp.array([1.0, 3.0])}
     key = jax.random.key(5)
     found = objective(variables["params"], {}, batch, key, train=False).loss
@@ -115,6 +116,30 @@ def test_the_trained_encoder_fits_a_vision_transformer(variables):
     assert "token" not in made(classifier, IMAGES)["params"]
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_hidden_patches_are_painted_in_pixels_and_the_others_left_alone(variables, normalized):
+    outputs, masked = MODULE.apply(variables, IMAGES, noise=NOISE)
+    painted = paint(MODULE, variables, IMAGES, noise=NOISE, normalized=normalized)
+    np.testing.assert_array_equal(painted.masked, masked)
+    assert painted.images.shape == IMAGES.shape
+    for image, patch in np.ndindex(2, 6):
+        rows, columns = (slice(2 * i, 2 * i + 2) for i in divmod(patch, 3))
+        expected = IMAGES[image, rows, columns]
+        if masked[image, patch]:
+            true, expected = expected, np.asarray(outputs[image, patch]).reshape(2, 2, 3)
+            if normalized:
+                expected = true.mean() + np.sqrt(true.var() + 1e-6) * expected
+        close(painted.images[image, rows, columns], expected)
+
+
+def test_grey_levels_are_refused_unless_a_range_is_named(variables):
+    batch = {"inputs": np.abs(IMAGES) * 255}
+    with pytest.raises(ValueError, match=r"outside of \[0, 1\]; divide grey levels by 255"):
+        jn.masked_reconstruction(MODULE)(
+            variables["params"], {}, batch, jax.random.key(0), train=False
+        )
+
+
 def test_it_learns_to_continue_stripes():
     """A quarter of the patches tells which way the stripes of an image run."""
     rng = np.random.default_rng(0)
@@ -124,7 +149,7 @@ def test_it_learns_to_continue_stripes():
     images[turned] = np.swapaxes(images[turned], 1, 2)
     block = config(features=16)
     module = MaskedAutoencoder(2, 1, block, 1, block)
-    update = jn.Update(jn.masked_reconstruction(module), optax.adam(1e-2))
+    update = jn.Update(jn.masked_reconstruction(module, image_range=(-1.0, 1.0)), optax.adam(1e-2))
     variables = jax.jit(module.init)(jax.random.key(0), images[:1])
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
     batches = jn.data.shuffled_batches({"inputs": images}, 64, seed=0)

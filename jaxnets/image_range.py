@@ -1,0 +1,61 @@
+"""The range of the pixels of images, checked where images enter an objective."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: Least and greatest value of a pixel; None takes any that is finite.
+ImageRange: TypeAlias = tuple[float, float] | None
+
+# Rounding, as of a division by 127.5, is no reason to refuse an image.
+_ROUNDING = 1e-4
+
+
+def check_images(images: jax.Array, image_range: ImageRange) -> tuple[jax.Array, jax.Array]:
+    """Refuse images that are no floats or, where they are known, outside of their range.
+
+    Args:
+        images: [batch, ...].
+        image_range: least and greatest value of a pixel; None takes any that is finite.
+
+    Returns:
+        The images, with zeros in the place of each that is found outside only when the program
+        runs, and bool [batch], False for these. The caller turns their losses into NaN; with the
+        pixels gone, the gradients stay finite where such an image has weight 0.
+
+    Raises:
+        ValueError: naming the type, or the value that is furthest outside.
+
+    Example:
+        >>> check_images(np.full((1, 2, 2, 1), 255.0), (0.0, 1.0))
+        Traceback (most recent call last):
+            ...
+        ValueError: images hold 255, outside of [0, 1]; divide grey levels by 255, or take a \
+likelihood or image_range that fits them
+    """
+    least, greatest = (-np.inf, np.inf) if image_range is None else image_range
+    dtype = jnp.result_type(images)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"images have type {dtype}; give floats: {_remedy(least)}")
+    if not isinstance(images, jax.core.Tracer):
+        known = np.asarray(images, np.float64)
+        excess = np.where(np.isfinite(known), np.maximum(known - greatest, least - known), np.inf)
+        if known.size and np.max(excess) > _ROUNDING:
+            wrong = known.flat[np.argmax(excess)]
+            raise ValueError(
+                f"images hold {wrong:g}, outside of [{least:g}, {greatest:g}]; {_remedy(least)}"
+            )
+    fits = (images >= least - _ROUNDING) & (images <= greatest + _ROUNDING) & jnp.isfinite(images)
+    inside = jnp.all(fits, axis=tuple(range(1, images.ndim)))
+    kept = jnp.expand_dims(inside, tuple(range(1, images.ndim)))
+    return jnp.where(kept, images, 0), inside
+
+
+def _remedy(least: float) -> str:
+    if least < 0:
+        return "divide grey levels by 127.5 and subtract 1"
+    return "divide grey levels by 255, or take a likelihood or image_range that fits them"
