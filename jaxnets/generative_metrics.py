@@ -4,7 +4,12 @@ The features are those of whatever network the caller trusts. In the features of
 trained with this library, `frechet_distance` is a "classifier-feature distance", to be compared
 with distances in the same features only, first of all with the distance between two halves of
 real images. It is the FID of the literature only in the features of the published Inception
-network, with 50,000 images; give those features, and it is.
+network, with 50,000 images; give those features, and it is. Against statistics that others have
+published, often as an .npz of `mu` and `sigma`:
+
+    published = np.load("statistics.npz")
+    real = FeatureDistribution(published["mu"], published["sigma"])
+    fid = gaussian_distance(real, gaussian_fit(inception_features))  # [images, 2048]
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxnets.core import at_least_float32
-from jaxnets.layers import capture
+from jaxnets.layers import capture, check_sizes
 
 # Rows of a distance matrix that are in memory at once.
 _ROWS = 1024
@@ -35,8 +40,8 @@ class ClassifierOutput(NamedTuple):
     logits: np.ndarray
 
 
-class Gaussian(NamedTuple):
-    """A normal distribution.
+class FeatureDistribution(NamedTuple):
+    """A normal distribution of features.
 
     Attributes:
         mean: [features].
@@ -74,8 +79,9 @@ def classifier_features(
         `ClassifierOutput`.
 
     Raises:
-        ValueError: no images, or a network that records no features.
+        ValueError: no images, `batch_size` below 1, or a network that records no features.
     """
+    check_sizes(batch_size=batch_size)
     inputs = np.asarray(inputs)
     if not len(inputs):
         raise ValueError(f"inputs of shape {inputs.shape} hold no image; give at least one")
@@ -100,14 +106,14 @@ def _captured(module: nn.Module, variables: Any, inputs: jax.Array) -> Any:
     return jax.tree.map(at_least_float32, capture(module, variables, inputs))
 
 
-def gaussian_fit(features: np.ndarray) -> Gaussian:
+def gaussian_fit(features: np.ndarray) -> FeatureDistribution:
     """Fit a normal distribution: the mean and the unbiased covariance.
 
     Args:
         features: [images, features], two images or more.
 
     Returns:
-        `Gaussian` in float64.
+        `FeatureDistribution` in float64.
 
     Raises:
         ValueError: not two axes, fewer than two images, or a number that is not finite.
@@ -115,10 +121,10 @@ def gaussian_fit(features: np.ndarray) -> Gaussian:
     features = _checked(features, "features", least=2)
     mean = features.mean(axis=0)
     centred = features - mean
-    return Gaussian(mean, centred.T @ centred / (len(features) - 1))
+    return FeatureDistribution(mean, centred.T @ centred / (len(features) - 1))
 
 
-def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
+def gaussian_distance(first: FeatureDistribution, second: FeatureDistribution) -> float:
     """Squared Frechet distance of two normal distributions.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (R S2 R)^(1/2)) with R = S1^(1/2). The roots come from
@@ -126,7 +132,7 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
     covariances of fewer images than features do no harm.
 
     Args:
-        first: from `gaussian_fit`.
+        first: from `gaussian_fit`, or of published numbers.
         second: likewise, with as many features.
 
     Returns:
@@ -136,8 +142,8 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
         ValueError: the two differ in their number of features.
 
     Example:
-        >>> first = Gaussian(np.zeros(2), np.eye(2))
-        >>> second = Gaussian(np.array([3.0, 0.0]), 4 * np.eye(2))
+        >>> first = FeatureDistribution(np.zeros(2), np.eye(2))
+        >>> second = FeatureDistribution(np.array([3.0, 0.0]), 4 * np.eye(2))
         >>> gaussian_distance(first, second)  # 9 + 2 (2 - 1)^2
         11.0
 

@@ -9,7 +9,7 @@ from jaxnets import generative_metrics
 from jaxnets.convolutional import ConvNet
 from jaxnets.dcgan import DCGANGenerator
 from jaxnets.generative_metrics import (
-    Gaussian,
+    FeatureDistribution,
     class_agreement,
     class_coverage,
     class_shares,
@@ -47,7 +47,7 @@ def test_the_distance_of_gaussians_that_commute_has_a_closed_form():
     rotation = np.linalg.qr(normal(3, 3))[0]
     means = normal(2, 3)
     first, second = (
-        Gaussian(mean, rotation @ np.diag(v) @ rotation.T)
+        FeatureDistribution(mean, rotation @ np.diag(v) @ rotation.T)
         for mean, v in zip(means, variances, strict=True)
     )
     expected = np.sum((means[0] - means[1]) ** 2)
@@ -61,6 +61,17 @@ def test_the_distance_to_itself_is_zero_with_fewer_images_than_features_too():
     assert 0 <= frechet_distance(features, features) < 1e-6
     assert frechet_distance(features, features + 1) == pytest.approx(20, rel=1e-6)
     assert frechet_distance(features, np.zeros((9, 20))) > 1
+
+
+def test_published_statistics_and_given_features_make_the_fid():
+    """As with Inception's: a mean and a covariance from elsewhere, features from the caller."""
+    mean, covariance = np.array([1.0, -2.0, 0.0]), np.diag([4.0, 1.0, 9.0])
+    published = FeatureDistribution(mean, covariance)
+    corners = np.array(list(np.ndindex(2, 2, 2))) * 2.0 - 1  # mean 0, variance 8 / 7 each
+    features = np.sqrt(7 / 8) * corners * np.array([1.0, 3.0, 5.0])
+    expected = (1 + 4) + (2 - 1) ** 2 + (1 - 3) ** 2 + (3 - 5) ** 2
+    found = gaussian_distance(published, gaussian_fit(features))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def naive_among(points, others, num_neighbours):
@@ -138,6 +149,10 @@ def test_features_come_in_batches_as_all_at_once():
         (
             lambda: classifier_features(ConvNet(), {}, np.zeros((0, 8, 8, 1))),
             r"\(0, 8, 8, 1\) hold no image",
+        ),
+        (
+            lambda: classifier_features(ConvNet(), {}, np.zeros((2, 8, 8, 1)), batch_size=0),
+            "batch_size=0",
         ),
     ],
 )
