@@ -29,7 +29,8 @@ from jaxnets.spatial import (
     strided,
 )
 
-# Below this many channels one matrix product over all kernel offsets beats one product for each.
+# Below this many channels, or features, one matrix product over all kernel offsets beats one
+# product for each.
 _JOIN_OFFSETS_BELOW = 16
 
 
@@ -199,6 +200,16 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geom
         ungrouped = geometry._replace(groups=1)
         single = functools.partial(_kernel_gradient, size=size, geometry=ungrouped)
         return _per_group(single, groups, x, dy)
+    unit = all(stride == 1 for stride in strides)
+    if groups == 1 and unit and features < min(_JOIN_OFFSETS_BELOW, channels):
+        # Seen from the inputs: the kernel gradient of the convolution that maps dy to x has the
+        # same products, with as few channels as there are features.
+        reach = extent_of(size, dilation)
+        spans = zip(reach, padding, strict=True)
+        pairs = tuple((r - 1 - low, r - 1 - high) for r, (low, high) in spans)
+        turned = _kernel_gradient(dy, x, size=size, geometry=geometry._replace(padding=pairs))
+        spatial = tuple(range(len(size)))
+        return jnp.swapaxes(jnp.flip(turned, spatial), -1, -2)
     edges = [(low, high, 0) for low, high in padding]
     padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     patches = [  # what each kernel offset sees, each [batch, *outputs, channels]
