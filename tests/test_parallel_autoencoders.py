@@ -26,6 +26,15 @@ CONVOLUTIONAL = autoencoder.CoderConfig((4, 4, 1), "convolutional", (3,), "tanh"
 BLOCK = jn.BlockConfig(features=4, num_heads=1, hidden_size=4)
 # name -> (constructor of the module, constructor of the objective)
 NETWORKS = {
+    "dense": (lambda p: jn.Autoencoder(DENSE, latent_size=2, precision=p), jn.reconstruction),
+    "convolutional": (
+        lambda p: jn.Autoencoder(CONVOLUTIONAL, latent_size=2, precision=p),
+        jn.reconstruction,
+    ),
+    "denoising": (
+        lambda p: jn.Autoencoder(DENSE, latent_size=2, precision=p),
+        lambda module: jn.denoising(jn.reconstruction(module)),
+    ),
     "sparse": (
         lambda p: jn.Autoencoder(DENSE, latent_size=6, tied=True, num_active=3, precision=p),
         lambda module: jn.sparse_reconstruction(module, weight=0.1),
@@ -56,6 +65,16 @@ NETWORKS = {
         jn.masked_reconstruction,
     ),
 }
+# Restarts draw other vectors on each device, so executors that split a batch differ.
+ALL = {
+    **NETWORKS,
+    "restarted": (
+        lambda p: jn.VQVAE(
+            CONVOLUTIONAL, codebook_size=4, embedding_size=2, restart_below=0.9, precision=p
+        ),
+        jn.vq_vae,
+    ),
+}
 
 
 @pytest.fixture
@@ -69,6 +88,11 @@ def one_noise(monkeypatch):
     def order(key, num_images, num_patches):
         return jnp.broadcast_to(jnp.sin(jnp.arange(num_patches))[None], (num_images, num_patches))
 
+    def corrupted(images, rng, noise, amount, image_range):
+        pixels = jnp.sin(jnp.arange(images[0].size, dtype=images.dtype)).reshape(images[:1].shape)
+        return jnp.clip(images + amount * pixels, *image_range)
+
+    monkeypatch.setattr("jaxnets.reconstruction_objectives.corrupted", corrupted)
     monkeypatch.setattr("jaxnets.latent_objectives.latent_noise", noise)
     monkeypatch.setattr("jaxnets.reconstruction_objectives.patch_noise", order)
 
@@ -86,7 +110,7 @@ def per_pixel(objective):
 
 
 def problem(name, optimizer, precision=Precision()):
-    make_module, make_objective = NETWORKS[name]
+    make_module, make_objective = ALL[name]
     module = make_module(precision)
     batch = {
         key: array.astype(precision.parameter) if array.dtype.kind == "f" else array
@@ -157,7 +181,7 @@ def test_a_restarted_code_is_the_same_on_every_device():
 
 
 @pytest.mark.parametrize(
-    ("name", "loop"), [*((name, "vmap") for name in NETWORKS), ("quantized", "map")]
+    ("name", "loop"), [*((name, "vmap") for name in ALL), ("quantized", "map")]
 )
 def test_each_member_of_a_population_equals_its_solo_run(name, loop):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
@@ -183,7 +207,7 @@ def test_each_member_of_a_population_equals_its_solo_run(name, loop):
             np.testing.assert_allclose(several[member], single, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_resumed_run_ends_bitwise_as_one_that_was_not(name, tmp_path):
     update, state, batch = problem(name, optax.adam(1e-2))
     step = jn.jit_step(jn.make_train_step(update))
