@@ -153,7 +153,6 @@ RUNS = [
     for name, loop, slow in [
         *[("spectral", "map", False), ("wgan_gp", "vmap", False), ("spectral", "vmap", True)],
         *[("wgan_gp", "map", True), ("r3gan", "map", True), ("r3gan", "vmap", True)],
-        *[("dcgan", "map", True), ("dcgan", "vmap", True)],
     ]
 ]
 
@@ -162,6 +161,19 @@ RUNS = [
 def test_each_member_of_a_population_equals_its_solo_run(name, loop):
     updates, _, batch, _ = built(name, Precision())
     states = [built(name, Precision(), seed=seed)[1] for seed in (0, 1)]
+    check_members(updates, states, batch, loop, tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["map", "vmap"])
+def test_each_member_with_a_batch_norm_equals_its_solo_run(loop, enable_x64):
+    # In float64, for the reason given above.
+    updates, _, batch, _ = built("dcgan", DOUBLE)
+    states = [built("dcgan", DOUBLE, seed=seed)[1] for seed in (0, 1)]
+    check_members(updates, states, as_double(batch), loop, tolerance=1e-10)
+
+
+def check_members(updates, states, batch, loop, *, tolerance):
     states = [
         dataclasses.replace(state, rng=jax.random.key(seed)) for seed, state in enumerate(states)
     ]
@@ -180,7 +192,7 @@ def test_each_member_of_a_population_equals_its_solo_run(name, loop):
         for tree in ("params", "model_state", "opt_state"):
             one, all_of_them = (jax.tree.leaves(getattr(s, tree)) for s in (alone, members))
             for single, several in zip(one, all_of_them, strict=True):
-                np.testing.assert_allclose(several[member], single, rtol=0, atol=1e-6)
+                np.testing.assert_allclose(several[member], single, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
