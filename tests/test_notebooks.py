@@ -11,8 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = (
-    *("convolutional", "feedforward", "multi_device", "populations", "recurrent", "speech"),
-    "transformer",
+    *("autoencoder", "convolutional", "feedforward", "gan", "multi_device", "populations"),
+    *("recurrent", "speech", "transformer"),
 )
 # A slash that starts a path of two parts or more; "loss/test" and the slashes of a URL start none.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/)])/\w[\w.+-]*/\w|\b[A-Za-z]:\\\w|\bfile://")
