@@ -16,6 +16,7 @@ from jaxnets.masked_autoencoder import (
     MaskedAutoencoder,
     mae_vit_base16,
     mae_vit_large16,
+    paint,
 )
 from jaxnets.transformer_encoder import (
     MaskedLM,
@@ -70,6 +71,7 @@ __all__ = [
     "llama3_8b",
     "mae_vit_base16",
     "mae_vit_large16",
+    "paint",
     "stack_layers",
     "tinyllama",
     "transformer_base",
