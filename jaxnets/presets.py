@@ -14,8 +14,10 @@ import optax.contrib
 
 from jaxnets import convolutional, feedforward, recurrent, transformer
 from jaxnets.core import Objective
+from jaxnets.layers import check_sizes
 from jaxnets.objectives import classification
 from jaxnets.optimizers import decay_mask, muon_dimensions
+from jaxnets.reconstruction_objectives import masked_reconstruction
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence
 
 
@@ -39,16 +41,36 @@ class Model:
     """A network that has a name.
 
     Attributes:
-        build: number of outputs, which are classes or tokens -> network.
+        build: number of outputs, which are classes or tokens, if there is one -> network.
         input_shape: of the usual example, without the batch.
-        num_outputs: the usual number of outputs.
+        num_outputs: the usual number of outputs; None where the inputs decide on it.
         task: what it is trained for.
     """
 
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     input_shape: tuple[int, ...]
-    num_outputs: int
+    num_outputs: int | None
     task: Task
+
+    def network(self, num_outputs: int | None = None) -> nn.Module:
+        """Build the network.
+
+        Args:
+            num_outputs: number of classes or tokens; by default the usual one.
+
+        Raises:
+            ValueError: a number below 1, or one for a network whose inputs decide on it.
+        """
+        if self.num_outputs is None:
+            if num_outputs is not None:
+                raise ValueError(
+                    f"num_outputs is {num_outputs}, and this network returns the pixels of its "
+                    "inputs; leave it out"
+                )
+            return self.build()
+        num_outputs = self.num_outputs if num_outputs is None else num_outputs
+        check_sizes(num_outputs=num_outputs)
+        return self.build(num_outputs)
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:
@@ -78,6 +100,9 @@ _TRANSLATION = Task(
     sequence_to_sequence,
     ("inputs", "decoder_inputs"),
     lambda size, shape: dict.fromkeys(("inputs", "decoder_inputs", "labels"), _ids(size, *shape)),
+)
+_PAINTING = Task(
+    masked_reconstruction, ("inputs",), lambda size, shape: {"inputs": _values(size, *shape)}
 )
 _RECOGNITION = Task(
     ctc,
@@ -193,6 +218,10 @@ MODELS: dict[str, Model] = {
     **{
         name: Model(build, (time,), 2, _TEXT_CLASSIFICATION)
         for name, (build, time) in _TEXT_CLASSIFIERS.items()
+    },
+    **{
+        build.__name__: Model(build, _IMAGENET, None, _PAINTING)
+        for build in (transformer.mae_vit_base16, transformer.mae_vit_large16)
     },
     "speech_recognizer": Model(
         lambda classes: recurrent.SpeechRecognizer(num_outputs=classes),

@@ -263,9 +263,8 @@ def summarize_model(
     model = _look_up(MODELS, name, "model")
     make_optimizer = _look_up(OPTIMIZERS, optimizer, "optimizer")
     input_shape = model.input_shape if input_shape is None else input_shape
-    num_outputs = model.num_outputs if num_outputs is None else num_outputs
-    check_sizes(input_shape=input_shape, batch_size=batch_size, num_outputs=num_outputs)
-    module, task = model.build(num_outputs), model.task
+    check_sizes(input_shape=input_shape, batch_size=batch_size)
+    module, task = model.network(num_outputs), model.task
     batch = task.batch(batch_size, tuple(input_shape))
     return summarize(
         module,

@@ -132,8 +132,8 @@ ALLOWED = {
     "diagnostics": {"core", "training", "parallel"},
     "data": {"core", "padding"},
     "presets": {
-        *{"core", "feedforward", "convolutional", "recurrent", "transformer"},
-        *{"objectives", "sequence_objectives", "optimizers"},
+        *{"core", "feedforward", "convolutional", "layers", "recurrent", "transformer"},
+        *{"objectives", "reconstruction_objectives", "sequence_objectives", "optimizers"},
     },
     "summary": {"core", "layers", "presets", "training"},
     "doctor": {"core", "data", "feedforward", "objectives", "parallel", "training"},

@@ -25,10 +25,11 @@ SEQUENCES = {
     "bert_base": 109_482_240 + 768 * 2 + 2,
     "transformer_base": 63_073_280,
     "vit_tiny16": 5_717_416,
+    "mae_vit_base16": 111_907_840,
 }
 # Deep ones, whose counts are checked with the networks themselves.
 DEEP = {"gpt2_medium", "gpt2_large", "gpt2_xl", "llama2_7b", "llama3_8b", "bert_large"}
-DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16"}
+DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16", "mae_vit_large16"}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_the_number_of_parameters_of_the_other_named_models_is_that_of_their_var
         model = presets.MODELS[name]
         batch = model.task.batch(2, model.input_shape)
         inputs = [batch[entry] for entry in model.task.inputs]
-        variables, output = shapes_of(model.build(7), *inputs)
+        variables, output = shapes_of(model.network(7), *inputs)
         result = summarize_model(name, batch_size=2, num_outputs=7, compiled=False)
         assert result.num_parameters == count_parameters(variables), name
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(output))
@@ -66,9 +67,9 @@ def test_every_network_and_preset_of_the_families_has_a_name():
     facades = (jn.convolutional, jn.recurrent, jn.transformer)
     preset_names = {name for facade in facades for name in facade.__all__ if name.islower()}
     preset_names |= {name for name in vars(jn.feedforward) if name.startswith("mixer_")}
-    helpers = {"stack_layers", "unstack_layers", "recurrent_scan"}
+    helpers = {"paint", "stack_layers", "unstack_layers", "recurrent_scan"}
     assert preset_names - helpers <= set(presets.MODELS)
-    classes = {type(model.build(2)) for model in presets.MODELS.values()}
+    classes = {type(model.network()) for model in presets.MODELS.values()}
     convolutional = {getattr(jn.convolutional, name) for name in jn.convolutional.__all__}
     networks = {value for value in convolutional if isinstance(value, type)}
     networks |= {jn.MLP, jn.MLPMixer}
@@ -78,7 +79,7 @@ def test_every_network_and_preset_of_the_families_has_a_name():
             (jn.recurrent, "SequenceClassifier TextClassifier RecurrentLM RecurrentTranslator"),
             (jn.recurrent, "SpeechRecognizer"),
             (jn.transformer, "TransformerLM TransformerClassifier TransformerTranslator"),
-            (jn.transformer, "VisionTransformer AudioTransformer"),
+            (jn.transformer, "VisionTransformer AudioTransformer MaskedAutoencoder"),
         )
         for name in names.split()
     }
@@ -302,6 +303,7 @@ def test_unknown_costs_are_null_in_json_and_named_in_the_table(monkeypatch):
         (["mlp", "--optimizer", "adm"], "unknown optimizer 'adm'; choose from sgd, .*adamw"),
         (["mlp", "--batch", "0"], "batch_size=0 must be made of positive"),
         (["mlp", "--outputs", "0"], "num_outputs=0 must be made of positive"),
+        (["mae_vit_base16", "--outputs", "5"], "num_outputs is 5, and .* leave it out"),
         (["mlp", "--input", "8", "-1"], r"input_shape=\(8, -1\) must be made of positive"),
         (["lenet5", "--input", "30", "30", "1"], "LeNet5 got images of"),
         (["resnet18", "--input", "30"], "ResNet got inputs of shape"),
