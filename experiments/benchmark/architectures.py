@@ -5,11 +5,12 @@ Imported by every process that is measured, so it knows no library.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
+class Network(abc.ABC):
     """An architecture as numbers.
 
     Attributes:
@@ -19,9 +20,9 @@ class Network:
     num_outputs: int = 10
 
     @property
+    @abc.abstractmethod
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example: [features], [height, width, channels], [time, channels], [time]."""
-        raise NotImplementedError
 
     @property
     def label_shape(self) -> tuple[int, ...]:
