@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.upsampling import TransposedConvolution, Upsampling, depth_to_space, enlarge
+from jaxnets import functional
+from jaxnets.upsampling import (
+    TransposedConvolution,
+    Upsampling,
+    depth_to_space,
+    enlarge,
+    enlarged_convolution,
+)
 
 
 def images(*shape):
@@ -22,6 +29,26 @@ def test_enlarging_repeats_every_pixel_and_depth_to_space_lays_out_channels():
         square = (2 * (row % 2) + column % 2) * 2
         expected = wide[0, row // 2, column // 2, square : square + 2]
         np.testing.assert_array_equal(found[0, row, column], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_a_convolution_of_repeated_pixels_needs_no_large_map(size):
+    x, kernel = images(2, 3, 4, 5), images(size, size, 5, 6) - 0.5
+    weights = images(2, 6, 8, 6)
+
+    def plain(x, kernel):
+        return jnp.sum(weights * functional.convolution(enlarge(x), kernel))
+
+    def own(x, kernel):
+        return jnp.sum(weights * enlarged_convolution(x, kernel))
+
+    expected, found = (jax.value_and_grad(f, argnums=(0, 1))(x, kernel) for f in (plain, own))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+    )
+    np.testing.assert_allclose(
+        enlarged_convolution(x, kernel), functional.convolution(enlarge(x), kernel), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kernel_size", [3, 4])
