@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxnets doctor` and `python -m jaxnets summary MODEL`."""
+"""The command line: `python -m jaxnets doctor`, `summary MODEL` and `compare RUN RUN ...`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxnets import doctor, presets, summary
+from jaxnets import comparison, doctor, presets, summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help=examine, description=examine, parents=[as_json], allow_abbrev=False
     )
+    contrast = "runs side by side, and which of their differences hold up"
+    compare = commands.add_parser(
+        "compare", help=contrast, description=contrast, parents=[as_json], allow_abbrev=False
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run")
     describe = "layers, parameters, FLOPs and memory of a network, without allocating it"
     summarize = commands.add_parser(
         "summary",
@@ -69,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(report.to_json()) if options.json else report)
         return 0 if report.healthy else 1
     try:
+        if options.command == "compare":
+            found = comparison.compare([comparison.read_run(run) for run in options.runs])
+            print(json.dumps(found.to_json()) if options.json else found)
+            return 0
         result = summary.summarize_model(
             options.model,
             input_shape=tuple(options.input) if options.input else None,
