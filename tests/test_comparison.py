@@ -15,7 +15,7 @@ def run(name, *values, unit="%", metric="digits, test accuracy"):
 
 
 def test_pairs_are_tested_by_welch_and_corrected_by_holm():
-    values = {"a": (0.90, 0.91, 0.92), "b": (0.93, 0.95, 0.96, 0.94), "c": (0.915, 0.91, 0.92)}
+    values = {"a": (0.90, 0.91, 0.92), "b": (0.93, 0.95, 0.96, 0.94), "c": (0.91, 0.93, 0.92)}
     found = compare([run(name, *each) for name, each in values.items()])
     plain = {
         first + second: scipy.stats.ttest_ind(values[first], values[second], equal_var=False).pvalue
@@ -29,7 +29,7 @@ def test_pairs_are_tested_by_welch_and_corrected_by_holm():
         expected = np.mean(values[pair.second]) - np.mean(values[pair.first])
         assert pair.difference == pytest.approx(expected)
         assert pair.holds_up == (pair.p_value < 0.05)
-    assert [pair.holds_up for pair in found.differences] == [True, False, True]
+    assert [pair.holds_up for pair in found.differences] == [True, False, False]
 
 
 def test_a_corrected_value_is_never_below_a_smaller_one_nor_above_one():

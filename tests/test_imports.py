@@ -115,6 +115,7 @@ ALLOWED = {
     },
     "generative_metrics": {"core", "layers"},
     "metrics": {"core"},
+    "comparison": {"metrics"},
     "objectives": {"core", "metrics"},
     "sequence_objectives": {"core", "metrics", "objectives", "padding"},
     "sampling": {"core"},
