@@ -4,6 +4,7 @@ config.json     every option, as resolved
 metrics.jsonl   one row per logged step
 checkpoints/    what a resumed run starts from
 *.png           figures
+report.html     all of it on one page
 result.json     written last; a folder that has it is finished
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import jaxnets as jn
-from experiments import command_line
+from experiments import command_line, report
 from experiments.options import Options, check
 from experiments.problem import Measured, Problem
 from experiments.run_folder import RunFolder, environment
@@ -90,12 +90,15 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
         f"{history.first_call_seconds:.1f} s (compilation), the others {history.seconds:.1f} s",
         file=sys.stderr,
     )
+    trained = time.perf_counter()
     measured = problem.measure(states)
     result = summarize(name, problem, states, history, measured)
-    result["wall_seconds"] = round(time.perf_counter() - began, 2)
     problem.draw(folder, states, history, measured)
+    result["measure_seconds"] = round(time.perf_counter() - trained, 2)
+    result["wall_seconds"] = round(time.perf_counter() - began, 2)
+    page = report.write(folder.path, result)
     folder.write("result.json", result)
-    print(f"{describe(measured)}; figures in {folder.path}", file=sys.stderr)
+    print(f"{describe(measured)}; see {page}", file=sys.stderr)
     return result
 
 
@@ -120,6 +123,8 @@ def summarize(
         **measured.details,
         "train_seconds": round(history.seconds + history.first_call_seconds, 2),
         "compile_seconds": round(history.first_call_seconds, 2),
+        "step_seconds": round(history.seconds - sum(history.spent.values()), 2),
+        **{f"{name}_seconds": round(spent, 2) for name, spent in sorted(history.spent.items())},
         "parameters_sha256": jn.parameters_sha256(states.params),
         **environment(),
     }

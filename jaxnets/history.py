@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -61,6 +63,8 @@ class History:
         step: step up to which rows and sums are complete; None before the first `fit`.
         seconds: wall time in `fit` after the first call, hooks included.
         first_call_seconds: wall time of the first call, that is of compiling.
+        spent: parts of `seconds`: "batches", waiting for the source (the device may compute in the
+            meantime: an upper bound of what it waits for data), "evaluation", "checkpoints".
         stopped: why the last `fit` ended early; None if it reached `num_steps`.
         interrupted: it ended early for an outer reason, such as a signal, and can go on.
 
@@ -75,6 +79,7 @@ class History:
     step: int | None = None
     seconds: float = 0.0
     first_call_seconds: float = 0.0
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
     stopped: str | None = None
     interrupted: bool = False
     _queue: collections.deque[_Call] = dataclasses.field(
@@ -104,6 +109,7 @@ class History:
             "step": self.step,
             "seconds": self.seconds,
             "first_call_seconds": self.first_call_seconds,
+            "spent": dict(self.spent),
         }
 
     @classmethod
@@ -128,6 +134,13 @@ class History:
             )
         self.step, self.stopped, self.interrupted = step, None, False
         self._writers = tuple(writers)
+
+    @contextlib.contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Count the wall time of a block as spent on `name`; called by `fit` and hooks."""
+        began = time.perf_counter()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
 
     def append(
         self, first: int, last: int, metrics: Metrics, values: Mapping[str, Any], *, cut: bool

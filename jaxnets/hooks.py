@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
+import jax
 import numpy as np
 
 from jaxnets import checkpoint
@@ -70,6 +71,30 @@ def every(num_steps: int, hook: Hook) -> Hook:
     return _Every(num_steps, hook)
 
 
+class _Evaluation:
+    def __init__(
+        self,
+        eval_step: Callable[[Any, Batch], Metrics],
+        batches: BatchSource | Iterable[Batch],
+        prefix: str,
+    ) -> None:
+        self._eval_step, self._batches, self._prefix = eval_step, batches, prefix
+        self._history = History()
+
+    def start(self, history: History, step: int) -> None:
+        self._history = history
+
+    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        jax.block_until_ready(state)  # the steps before are not evaluation
+        with self._history.spending("evaluation"):
+            measured = evaluate(self._eval_step, state, self._batches)
+        return {
+            f"{self._prefix}/{name}": value
+            for name, value in measured.items()
+            if not isinstance(value, np.ndarray)
+        }
+
+
 def evaluation(
     eval_step: Callable[[Any, Batch], Metrics],
     batches: BatchSource | Iterable[Batch],
@@ -87,15 +112,7 @@ def evaluation(
         Hook for `fit`.
     """
 
-    def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-        measured = evaluate(eval_step, state, batches)
-        return {
-            f"{prefix}/{name}": value
-            for name, value in measured.items()
-            if not isinstance(value, np.ndarray)
-        }
-
-    return hook
+    return _Evaluation(eval_step, batches, prefix)
 
 
 class EarlyStopping:
@@ -235,8 +252,9 @@ class Checkpointing:
         bad = first_nonfinite(state.params)
         if bad is not None:
             raise NonFiniteError(f"the state at step {step}", parameter=bad)
-        checkpoint.save(self._directory, state, metadata={"history": history}, step=step)
-        checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
+        with self._history.spending("checkpoints"):
+            checkpoint.save(self._directory, state, metadata={"history": history}, step=step)
+            checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
 
     def close(self) -> None:
         """Give the signals back."""

@@ -105,10 +105,12 @@ def fit(
         stack.callback(getattr(source, "close", _nothing))
         size = getattr(batches, "steps_per_batch", 1)
         bar = stack.enter_context(_ProgressBar(num_steps, progress))
+        bar.announce(history.first_call_seconds)
         now = logged = first
         began, earlier = time.perf_counter(), history.seconds
         while now < num_steps and history.stopped is None:
-            batch = next(source, None)
+            with history.spending("batches") if now > first else contextlib.nullcontext():
+                batch = next(source, None)
             if batch is None:
                 raise ValueError(
                     f"the batch source ended at step {now} of {num_steps}; give one that repeats, "
@@ -278,6 +280,11 @@ class _ProgressBar(contextlib.AbstractContextManager["_ProgressBar"]):
         self._num_steps = num_steps
         self._bar: tqdm.tqdm[Any] | None = None
         self._began, self._examples = 0.0, 0
+
+    def announce(self, seconds: float) -> None:
+        if not self._hidden:
+            before = f", {seconds:.0f} s when it began" if seconds else ""
+            print(f"compiling the step{before} ...", file=sys.stderr, flush=True)
 
     def update(self, step: int, examples: int, history: History | None) -> None:
         if self._bar is None:

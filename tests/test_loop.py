@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from loop_problem import (
     train_step,
 )
 
+from jaxnets.core import Mean
 from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
 from jaxnets.hooks import Checkpointing, evaluation, every
 from jaxnets.loop import evaluate, first_nonfinite, fit
@@ -352,9 +354,36 @@ def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys)
     fit(train_step, make_state(), source, num_steps=40, log_every=2, progress=True)
     shown = capsys.readouterr().err
     assert "40/40" in shown and "loss" in shown and "examples/s" in shown
+    assert shown.startswith("compiling the step ...\n")
+
+
+def test_a_resumed_run_says_how_long_compiling_took(capsys):
+    history = History(first_call_seconds=8.3)
+    fit(train_step, make_state(), source, num_steps=2, history=history, progress=True)
+    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ...\n")
 
 
 def test_time_is_measured_beside_the_rows():
     _, history = fit(train_step, make_state(), source, num_steps=3)
     assert history.first_call_seconds > 0 and history.seconds > 0
     assert not any("seconds" in name for row in history.rows for name in row)
+
+
+def test_waiting_evaluating_and_saving_are_counted_apart_and_survive_a_resume(tmp_path):
+    def slow_source(step):
+        for batch in source(step):
+            time.sleep(0.02)
+            yield batch
+
+    def slow_eval(state, batch):
+        time.sleep(0.03)
+        return {"loss": Mean.of(jnp.ones(1))}
+
+    hooks = [evaluation(slow_eval, [{}]), Checkpointing(tmp_path, every=2)]
+    _, history = fit(train_step, make_state(), slow_source, num_steps=3, hooks=hooks)
+    spent = history.spent
+    assert set(spent) == {"batches", "evaluation", "checkpoints"}
+    assert spent["batches"] >= 2 * 0.02  # the first batch counts with the first call
+    assert spent["evaluation"] >= 3 * 0.03
+    assert sum(spent.values()) <= history.seconds
+    assert History.from_json(json.loads(json.dumps(history.to_json()))).spent == spent
