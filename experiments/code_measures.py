@@ -104,7 +104,8 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
         "probe_pixels": round(probe(few, all_of_test), 4),
         "probe_pca": round(probe(*projected), 4),
     }
-    if config.kind != "vq-vae":  # whose code is made of whole numbers
+    # The code of a VQ-VAE is made of whole numbers; a denoiser does not see the image itself.
+    if config.kind not in ("vq-vae", "denoising"):
         pca_error = float(np.mean(np.square(lost)))
         details["pca_squared_error"] = round(pca_error, 6)
         details["below_pca"] = round(1 - error / pca_error, 4) if pca_error > 1e-9 else None

@@ -63,7 +63,7 @@ class Config(Options):
     """Factor of the squared gradient at generated images."""
     critics: int = 1
     """Updates of the discriminator for one of the generator, all on the batch of the step."""
-    width: int = 64
+    width: int = 32
     """Channels at half the image size (dcgan), or of every block (resnet)."""
     latent_size: int = 100
     """Numbers that an image is made of."""
@@ -77,9 +77,9 @@ class Config(Options):
     """Generated, training and test images that the measures compare, at most."""
     classifier_epochs: int = 3
     """Passes over the training set of the classifier whose features measure."""
-    epochs: float = 20.0
+    epochs: float = 5.0
     batch_size: int = 64
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     warmup: float = 0.0
     schedule: Literal["cosine", "constant"] = "constant"
     weight_decay: float = 0.0
@@ -323,23 +323,42 @@ RECIPES = {
         epochs=60,
         learning_rate=1e-3,
         beta1=0.0,
-        width=32,
         latent_size=32,
         average_decay=0.99,
         classifier_epochs=20,
         eval_every=220,
     ),
-    "resnet": Config(model="resnet", loss="hinge", width=64, latent_size=128, beta1=0.0),
+    "resnet": Config(
+        model="resnet",
+        loss="hinge",
+        epochs=20,
+        learning_rate=2e-4,
+        beta1=0.0,
+        width=64,
+        latent_size=128,
+    ),
     "wgan-gp": Config(
         loss="wasserstein",
         norm="layer",
         gradient_penalty=10.0,
         critics=5,
+        epochs=20,
         learning_rate=1e-4,
         beta1=0.0,
         beta2=0.9,
+        width=64,
     ),
-    "r3gan": Config(loss="relativistic", norm="none", r1=1.0, r2=1.0, beta1=0.0, beta2=0.99),
+    "r3gan": Config(
+        loss="relativistic",
+        norm="none",
+        r1=1.0,
+        r2=1.0,
+        epochs=20,
+        learning_rate=2e-4,
+        beta1=0.0,
+        beta2=0.99,
+        width=64,
+    ),
 }
 
 if __name__ == "__main__":
