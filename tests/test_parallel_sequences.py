@@ -169,9 +169,15 @@ def problem(name, optimizer, precision=Precision()):
     return update, create, batch
 
 
+LARGE_GRADIENTS = {"masked_language_model"}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_executors_agree_in_float32_under_momentum(name):
-    update, create, batch = problem(name, optax.sgd(0.1, momentum=0.9))
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    if name in LARGE_GRADIENTS:  # the same updates; 1e-6 is two units in the last place of 8
+        optimizer = optax.chain(optax.scale(0.1), optax.sgd(1.0, momentum=0.9))
+    update, create, batch = problem(name, optimizer)
     check_executors(update, jax.jit(create)(0), batch, tolerance=1e-6)
 
 
