@@ -313,6 +313,9 @@ def make_problem(config: Config) -> Adversaries:
     return Adversaries(config, load[config.dataset]())
 
 
+# What the recipes of papers share here.
+_LARGE = Config(width=64, epochs=20, learning_rate=2e-4, beta1=0.0)
+
 RECIPES = {
     "dcgan": Config(),
     # 8 pixels halve once only, which leaves dcgan a discriminator of one convolution.
@@ -328,36 +331,18 @@ RECIPES = {
         classifier_epochs=20,
         eval_every=220,
     ),
-    "resnet": Config(
-        model="resnet",
-        loss="hinge",
-        epochs=20,
-        learning_rate=2e-4,
-        beta1=0.0,
-        width=64,
-        latent_size=128,
-    ),
-    "wgan-gp": Config(
+    "resnet": dataclasses.replace(_LARGE, model="resnet", loss="hinge", latent_size=128),
+    "wgan-gp": dataclasses.replace(
+        _LARGE,
         loss="wasserstein",
         norm="layer",
         gradient_penalty=10.0,
         critics=5,
-        epochs=20,
         learning_rate=1e-4,
-        beta1=0.0,
         beta2=0.9,
-        width=64,
     ),
-    "r3gan": Config(
-        loss="relativistic",
-        norm="none",
-        r1=1.0,
-        r2=1.0,
-        epochs=20,
-        learning_rate=2e-4,
-        beta1=0.0,
-        beta2=0.99,
-        width=64,
+    "r3gan": dataclasses.replace(
+        _LARGE, loss="relativistic", norm="none", r1=1.0, r2=1.0, beta2=0.99
     ),
 }
 

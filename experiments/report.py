@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import registry
 from experiments.svg_chart import NUM_COLORS, Series, line_chart
+from jaxnets.comparison import show_number
 
 _PICTURES = {".png": "image/png", ".gif": "image/gif"}
 # Drawn as charts, or shown elsewhere in the report.
@@ -21,7 +22,7 @@ _HEADLINE = ("value", "ci95", "values", "unit", "metric", "experiment", "dataset
 _ENVIRONMENT = ("command", "python", "jax", "flax", "optax", "devices", "cpu_cores")
 _TIMES = {
     "compile_seconds": "first call, compilation",
-    "step_seconds": "steps",
+    "step_seconds": "steps and pictures of the progress",
     "evaluation_seconds": "evaluation on the way",
     "checkpoints_seconds": "checkpoints",
     "batches_seconds": "waiting for batches",
@@ -101,10 +102,10 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
 def _head(result: Mapping[str, Any]) -> str:
     names = filter(None, (result["experiment"], result["dataset"], result["model"]))
     what = ", ".join(dict.fromkeys(names))  # the digits are both
-    value = _number(result["value"], result["unit"])
+    value = show_number(result["value"], result["unit"])
     spread = ""
     if result["ci95"] is not None:
-        half = _number(result["ci95"], result["unit"])
+        half = show_number(result["ci95"], result["unit"])
         spread = f" <small>&plusmn; {half} (95%, {result['seeds']} seeds)</small>"
     unit = "" if result["unit"] == "%" else f" <small>{html.escape(result['unit'])}</small>"
     lines = [
@@ -114,7 +115,7 @@ def _head(result: Mapping[str, Any]) -> str:
         f"{result['steps']:,} steps</div>",
     ]
     if result["seeds"] > 1:
-        each = ", ".join(_number(value, result["unit"]) for value in result["values"])
+        each = ", ".join(show_number(value, result["unit"]) for value in result["values"])
         lines.append(f'<div class="soft">each seed: {each}</div>')
     lines += [f'<div class="soft">{html.escape(line)}</div>' for line in _references(result)]
     return "".join(lines)
@@ -225,7 +226,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _number(value: float, unit: str) -> str:
-    return f"{value:.2%}" if unit == "%" else f"{value:.4g}"

@@ -17,6 +17,7 @@ from experiments import command_line, report
 from experiments.options import Options, check
 from experiments.problem import Measured, Problem
 from experiments.run_folder import RunFolder, environment
+from jaxnets.comparison import show_number
 
 
 def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
@@ -133,10 +134,9 @@ def summarize(
 def describe(measured: Measured) -> str:
     """Return the outcome as a sentence, with its interval over the seeds."""
     value, interval = jn.metrics.confidence_interval(measured.values)
-
-    def write(number: float) -> str:
-        return f"{number:.2%}" if measured.unit == "%" else f"{number:.4g}"
-
-    spread = "" if interval is None else f" +- {write(interval)} over the seeds (95%)"
+    shown = show_number(value, measured.unit)
+    spread = ""
+    if interval is not None:
+        spread = f" +- {show_number(interval, measured.unit)} over the seeds (95%)"
     unit = "" if measured.unit == "%" else f" {measured.unit}"
-    return f"{measured.metric} {write(value)}{spread}{unit}"
+    return f"{measured.metric} {shown}{spread}{unit}"

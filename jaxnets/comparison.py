@@ -17,6 +17,21 @@ from jaxnets.metrics import confidence_interval
 LEVEL = 0.05
 
 
+def show_number(value: float, unit: str, *, sign: str = "") -> str:
+    """Write a number of a result, without the name of its unit unless that is %.
+
+    Args:
+        value: a share where the unit is "%".
+        unit: "%" or any other.
+        sign: "+" shows the sign of positive numbers too.
+
+    Example:
+        >>> show_number(0.9926, "%"), show_number(1.88972, "nats", sign="+")
+        ('99.26%', '+1.89')
+    """
+    return f"{value:{sign}.2%}" if unit == "%" else f"{value:{sign}.4g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The result of a run.
@@ -38,8 +53,8 @@ class Run:
     seconds: float | None = None
 
     def show(self, value: float, *, sign: str = "") -> str:
-        """Return a number in the unit of the run, without the unit's name unless it is %."""
-        return f"{value:{sign}.2%}" if self.unit == "%" else f"{value:{sign}.4g}"
+        """Return a number in the unit of the run, see `show_number`."""
+        return show_number(value, self.unit, sign=sign)
 
 
 @dataclasses.dataclass(frozen=True)

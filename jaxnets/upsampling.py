@@ -69,12 +69,13 @@ def enlarged_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         summed.reshape(reach, reach, x.shape[-1], -1).astype(x.dtype),
         padding=[(-starts[0], starts[1] + reach - 1)] * 2,
     )
-    batch, height, width, _ = x.shape
-    y = y.reshape(*y.shape[:3], 2, 2, kernel.shape[-1])
+    height, width = x.shape[1:3]
     skip = starts[1] - starts[0]  # odd outputs start so much later
-    rows = jnp.stack([y[:, a * skip : a * skip + height, :, a] for a in (0, 1)], 2)
-    grid = jnp.stack([rows[:, :, :, b * skip : b * skip + width, b] for b in (0, 1)], 4)
-    return grid.reshape(batch, 2 * height, 2 * width, kernel.shape[-1])
+    squares = [
+        part[:, a * skip : a * skip + height, b * skip : b * skip + width]
+        for part, (a, b) in zip(jnp.split(y, 4, axis=-1), np.ndindex(2, 2), strict=True)
+    ]
+    return depth_to_space(jnp.concatenate(squares, axis=-1))
 
 
 def depth_to_space(x: jax.Array) -> jax.Array:

@@ -73,7 +73,11 @@ NETWORKS = {
     ),
     "masked_language_model": (
         language_modelling,  # of labels that are the inputs, weighted where they are hidden
-        lambda p: transformer.MaskedLM(11, num_layers=1, config=ENCODER, precision=p),
+        # BERT's initial deviation of 0.02 is for hundreds of features; with 8 of them the norm in
+        # front of the output makes gradients of ten.
+        lambda p: transformer.MaskedLM(
+            11, num_layers=1, config=dataclasses.replace(ENCODER, init_std=None), precision=p
+        ),
         MASKED,
     ),
     "transformer_translator": (
@@ -169,15 +173,9 @@ def problem(name, optimizer, precision=Precision()):
     return update, create, batch
 
 
-LARGE_GRADIENTS = {"masked_language_model"}
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_executors_agree_in_float32_under_momentum(name):
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    if name in LARGE_GRADIENTS:  # the same updates; 1e-6 is two units in the last place of 8
-        optimizer = optax.chain(optax.scale(0.1), optax.sgd(1.0, momentum=0.9))
-    update, create, batch = problem(name, optimizer)
+    update, create, batch = problem(name, optax.sgd(0.1, momentum=0.9))
     check_executors(update, jax.jit(create)(0), batch, tolerance=1e-6)
 
 
