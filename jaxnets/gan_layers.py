@@ -120,9 +120,9 @@ def modulated_norm(
 
 
 class LogitHead(nn.Module):
-    """The logit of a discriminator: linear in its features, and in those of the class.
+    """The logit of a discriminator: linear in its features, with weights of the class added.
 
-    w . features + b, plus v_y . pooled for the class y where there are classes.
+    (w + v_y) . features + b, where v_y is zero without classes.
 
     Attributes:
         num_classes: number of classes, or None.
@@ -143,15 +143,15 @@ class LogitHead(nn.Module):
     def __call__(
         self,
         features: jax.Array,
-        pooled: jax.Array,
-        labels: jax.Array | None,
+        labels: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Map features [batch, ...], pooled [batch, channels], labels [batch] to logits [batch]."""
+        """Map features [batch, ...] and integer labels [batch] to logits [batch]."""
         policy = self.precision
+        features = features.reshape(features.shape[0], -1)
         logits = linear_layer(
-            features.reshape(features.shape[0], -1),
+            features,
             Dense,
             1,
             spectral=self.spectral,
@@ -164,12 +164,12 @@ class LogitHead(nn.Module):
             return logits.astype(policy.output)
         fields: dict[str, Any] = {"embedding_init": self.kernel_init, "precision": policy}
         if self.spectral:
-            table = Embedding(self.num_classes, pooled.shape[-1], parent=None, **fields)
+            table = Embedding(self.num_classes, features.shape[-1], parent=None, **fields)
             vectors = SpectralNorm(table, precision=policy, name="class")(labels, train=train)
         else:
-            table = Embedding(self.num_classes, pooled.shape[-1], name="class", **fields)
+            table = Embedding(self.num_classes, features.shape[-1], name="class", **fields)
             vectors = table(labels)
-        products = at_least_float32(vectors) * at_least_float32(pooled)
+        products = at_least_float32(vectors) * at_least_float32(features)
         return (logits + jnp.sum(products, axis=-1).astype(logits.dtype)).astype(policy.output)
 
 
@@ -199,7 +199,7 @@ def judge(
         precision=module.precision,
         name="head",
     )
-    return head(x if flatten else pooled, pooled, labels, train=train)
+    return head(x if flatten else pooled, labels, train=train)
 
 
 def check_generator(

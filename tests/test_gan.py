@@ -155,15 +155,13 @@ def test_class_modulation_scales_and_shifts_by_the_row_of_the_label():
 
 def test_the_projection_adds_the_product_with_the_vector_of_the_class():
     module = LogitHead(num_classes=3)
-    features, pooled, labels = normal(2, 5), normal(2, 4) + 1, jnp.array([2, 1])
-    variables = module.init(jax.random.key(0), features, pooled, labels)
+    features, labels = normal(2, 5), jnp.array([2, 1])
+    variables = module.init(jax.random.key(0), features, labels)
     params = variables["params"]
     kernel, bias = params["logit"]["kernel"][:, 0], params["logit"]["bias"][0]
     vectors = np.asarray(params["class"]["embedding"])[labels]
-    expected = features @ kernel + bias + np.sum(vectors * pooled, axis=1)
-    np.testing.assert_allclose(
-        module.apply(variables, features, pooled, labels), expected, rtol=1e-5
-    )
+    expected = features @ kernel + bias + np.sum(vectors * features, axis=1)
+    np.testing.assert_allclose(module.apply(variables, features, labels), expected, rtol=1e-5)
 
 
 def test_a_class_changes_the_image_and_its_logit():
