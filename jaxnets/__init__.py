@@ -108,6 +108,7 @@ from jaxnets.parallel import (
     sharded_step,
 )
 from jaxnets.patches import join_patches, split_patches
+from jaxnets.population import PopulationExecutor
 from jaxnets.reconstruction_objectives import (
     contractive,
     denoising,
@@ -177,6 +178,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Params",
+    "PopulationExecutor",
     "Precision",
     "Recurrent",
     "RecurrentLM",

@@ -11,7 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxnets"
 
-ENGINE = {"core", "training", "parallel", "history", "loop", "hooks", "checkpoint", "equivalence"}
+ENGINE = {
+    *{"core", "training", "parallel", "population", "history", "loop", "hooks", "checkpoint"},
+    "equivalence",
+}
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
 ALLOWED = {
@@ -125,6 +128,7 @@ ALLOWED = {
     "optimizers": {"core"},
     "training": {"core"},
     "parallel": {"core", "training"},
+    "population": {"core", "parallel"},
     "history": {"core"},
     "loop": {"core", "parallel", "history"},
     "checkpoint": {"core"},
