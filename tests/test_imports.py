@@ -26,7 +26,8 @@ ALLOWED = {
     "pooling": {"spatial"},
     "functional": {"convolution", "linear", "pooling", "spatial"},
     "normalization": {"core"},
-    "attention": {"core"},
+    "attention": set(),
+    "positions": {"attention", "core"},
     "sequence": {"core", "functional", "normalization", "padding"},
     "parallel_recurrence": {"core", "functional", "sequence"},
     "layers": {"core", "functional", "normalization"},
@@ -62,6 +63,7 @@ ALLOWED = {
     },
     "transformer_layers": {
         "attention",
+        "positions",
         "core",
         "embedding",
         "functional",
