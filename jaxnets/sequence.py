@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional import linear
@@ -206,13 +207,20 @@ def _scan_forward(
     def run(
         rest: Weights, projected: jax.Array, carry: Carry, taps: Sequence[jax.Array]
     ) -> tuple[tuple[jax.Array, Carry], list[jax.Array]]:
+        # Kept for the gradient: the carry and the products. What the cell makes of them is cheaper
+        # to compute again than to write to one stack for each of its operations.
+        @functools.partial(
+            jax.checkpoint,
+            policy=jax.checkpoint_policies.save_only_these_names("product"),
+            prevent_cse=False,
+        )
         def advance(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
             now, valid, taps = inputs
             multiplied: list[jax.Array] = []
 
             def product(pair: Any, tap: jax.Array, hidden: jax.Array) -> jax.Array:
                 multiplied.append(hidden)
-                return _tapped_product(hidden, tap, *pair)
+                return checkpoint_name(_tapped_product(hidden, tap, *pair), "product")
 
             products = [
                 functools.partial(product, pair, tap) for pair, tap in zip(pairs, taps, strict=True)
