@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import jaxnets as jn
-from experiments import command_line, report
+from experiments import command_line, event_pictures, report
 from experiments.options import Options, check
 from experiments.problem import Measured, Problem
 from experiments.run_folder import RunFolder, environment
@@ -60,8 +60,14 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     problem = make_problem(options)
     states, history = jn.resume(folder.checkpoints, problem.create_states())
     writers = [jn.jsonl_writer(folder.metrics)]
+    events, drawn = None, []
     if options.tensorboard:
-        writers.append(jn.tensorboard_writer(folder.path / "tensorboard"))
+        events = jn.tensorboard_writer(folder.path / "tensorboard")
+        writers.append(events)
+        drawn = [
+            event_pictures.NewPictures(folder.path),
+            jn.every(options.eval_every or problem.steps_per_epoch, jn.parameter_histograms()),
+        ]
     began = time.perf_counter()
     states, history = jn.fit(
         problem.executor(),
@@ -74,6 +80,7 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
                 jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
             ),
             *problem.hooks(folder),
+            *drawn,
             jn.Checkpointing(
                 folder.checkpoints,
                 every=options.checkpoint_every or problem.steps_per_epoch,
@@ -95,6 +102,8 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     measured = problem.measure(states)
     result = summarize(name, problem, states, history, measured)
     problem.draw(folder, states, history, measured)
+    if events is not None:
+        event_pictures.show_last(events, folder.path, history, problem.num_steps)
     result["measure_seconds"] = round(time.perf_counter() - trained, 2)
     result["wall_seconds"] = round(time.perf_counter() - began, 2)
     page = report.write(folder.path, result)

@@ -37,7 +37,8 @@ class Hook(Protocol):
     """Called after every call of the step, in the order given.
 
     `metrics` holds the call's Means beside what the hooks before returned at this step; what the
-    hook returns is merged into the row of the step. A hook may also have
+    hook returns is merged into the row of the step: numbers, or one for every member; a `Picture`
+    or a `Histogram` goes to the writers that show it and into no row. A hook may also have
 
         start(history, step)           before the first call; `StopTraining` here ends `fit`
         commit(step, state, *, last)   when the step's row is in the history; `last`: fit ends
@@ -72,8 +73,8 @@ def fit(
             trimmed to end at `num_steps`, which compiles the step once more.
         num_steps: absolute: a finished run, run again, does nothing.
         hooks: see `Hook`.
-        writers: called with every row, in step order, when it is complete; of several processes
-            only the first one writes.
+        writers: called with every row, in step order, when it is complete, and with what hooks
+            drew, if they have a `show`; of several processes only the first one writes.
         log_every: steps between rows of training metrics; the last step always has one.
         history: of the run that `state` was restored from, continued in place.
         progress: show a progress bar on standard error; None shows it in a terminal only.

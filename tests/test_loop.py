@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 
 import jax
@@ -23,9 +22,10 @@ from loop_problem import (
 )
 
 from jaxnets.core import Mean
-from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
+from jaxnets.history import History, NonFiniteError
 from jaxnets.hooks import Checkpointing, evaluation, every
 from jaxnets.loop import evaluate, first_nonfinite, fit
+from jaxnets.writers import jsonl_writer
 
 
 def test_rows_hold_the_exact_means_since_the_row_before():
@@ -311,41 +311,6 @@ def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
     )
     assert path.read_bytes() == whole
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
-
-
-def test_the_jsonl_log_is_strict_json(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    hook = lambda step, state, metrics: {"x/nan": math.nan, "x/list": [1.0, math.inf]}  # noqa: E731
-    fit(train_step, make_state(), source, num_steps=1, hooks=[hook], writers=[jsonl_writer(path)])
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    row = json.loads(path.read_text(), parse_constant=refuse)
-    assert row["x/nan"] is None and row["x/list"] == [1.0, None]
-
-
-def test_tensorboard_gets_every_number_of_every_row(tmp_path):
-    pytest.importorskip("tensorboardX")
-    hook = lambda step, state, metrics: {"x/list": [step, 2 * step]}  # noqa: E731
-    fit(
-        train_step,
-        make_state(),
-        source,
-        num_steps=4,
-        log_every=2,
-        hooks=[hook],
-        writers=[tensorboard_writer(tmp_path)],
-    )
-    content = b"".join(file.read_bytes() for file in tmp_path.iterdir())
-    for name in (b"loss", b"residual", b"x/list/0", b"x/list/1"):
-        assert name in content
-
-
-def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"jaxnets\[tensorboard\]"):
-        tensorboard_writer(tmp_path)
 
 
 def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys):
