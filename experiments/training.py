@@ -21,7 +21,10 @@ from jaxnets.comparison import show_number
 
 
 def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
-    """Run an experiment from the command line; the last line printed is its result as JSON.
+    """Run an experiment from the command line.
+
+    What a person reads goes to standard error. The one line on standard output, unless that is a
+    terminal, is the result as JSON.
 
     Args:
         name: of the experiment, also the default run folder.
@@ -35,7 +38,8 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
     options = command_line.parse(name, recipes)
     with command_line.errors_without_traceback():
         result = run(name, options, make_problem)
-    print(json.dumps(result))
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
 
 
 def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxnets"
 
 ENGINE = {
     *("core", "training", "parallel", "media", "history", "writers", "loop", "hooks", "histograms"),
-    *("checkpoint", "equivalence"),
+    *("checkpoint", "equivalence", "progress"),
 }
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
@@ -132,7 +132,8 @@ ALLOWED = {
     "history": {"core", "media"},
     "writers": {"history", "media"},
     "histograms": {"core", "loop", "media", "training"},
-    "loop": {"core", "parallel", "history"},
+    "progress": {"history"},
+    "loop": {"core", "parallel", "history", "progress"},
     "checkpoint": {"core"},
     "hooks": {"core", "checkpoint", "history", "loop"},
     "equivalence": {"core", "training", "parallel"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 
 import jax
@@ -319,13 +320,27 @@ def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys)
     fit(train_step, make_state(), source, num_steps=40, log_every=2, progress=True)
     shown = capsys.readouterr().err
     assert "40/40" in shown and "loss" in shown and "examples/s" in shown
-    assert shown.startswith("compiling the step ...\n")
+    assert re.match(r"compiling the step \.\.\. \d+\.\d s\n", shown)
 
 
 def test_a_resumed_run_says_how_long_compiling_took(capsys):
     history = History(first_call_seconds=8.3)
     fit(train_step, make_state(), source, num_steps=2, history=history, progress=True)
-    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ...\n")
+    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ... ")
+
+
+def test_compiling_again_for_the_last_steps_is_announced(capsys):
+    fit(scanned_step, make_state(), Chunked(4), num_steps=10, progress=True)
+    assert "compiling the step for the last 2" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_while_compiling_leaves_a_whole_line(capsys):
+    def fails(state, batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(fails, make_state(), source, num_steps=2, progress=True)
+    assert capsys.readouterr().err == "compiling the step ...\n"
 
 
 def test_time_is_measured_beside_the_rows():
