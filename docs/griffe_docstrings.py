@@ -40,7 +40,9 @@ class Docstrings(Extension):
         if "Protocol" in bases and isinstance(call, Function) and cls.docstring is not None:
             start, args, rest = cls.docstring.value.partition("\nArgs:\n")
             if args and call.docstring is None:
-                cls.docstring.value = start + args.replace("Args:", "Called with:") + _quiet(rest)
+                listed = re.sub(r"^    (\w+):", r"    - `\1`:", rest, flags=re.MULTILINE)
+                listed = listed.replace("\nReturns:\n", "\nGives back:\n")
+                cls.docstring.value = f"{start}\nCalled with:\n{listed}"
 
 
 def _readable(text: str) -> str:
@@ -50,10 +52,6 @@ def _readable(text: str) -> str:
             line = _LINK.sub(r"]\1\\[", line)
         lines.append("Examples:" if line == "Example:" else line)
     return "\n".join(lines)
-
-
-def _quiet(text: str) -> str:
-    return text.replace("\nReturns:\n", "\nGives back:\n")
 
 
 def _constructor(cls: Class) -> Function:

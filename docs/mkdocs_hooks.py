@@ -27,6 +27,7 @@ _NO_TEXT = re.compile(
     r"(<(?:pre|code|script|style)\b.*?</(?:pre|code|script|style)>|<[^>]+>)", re.S
 )
 _DOLLARS = re.compile(r"\$\$(?P<block>[^$]+)\$\$|\$(?P<inline>[^$]+)\$")
+_WIDE = "hide: [navigation, toc]\n"  # front matter of a page without columns beside it
 _DIRECTIVE = re.compile(r"^::: (\S+)", re.MULTILINE)
 
 
@@ -53,7 +54,7 @@ def on_files(files: Any, config: Any) -> Any:
         if not target.endswith((".ipynb", ".md"))
     }
     for name in sorted(sources):
-        text = f"---\nsearch: {{exclude: true}}\n---\n\n# {name}\n\n````python\n"
+        text = f"---\n{_WIDE}search: {{exclude: true}}\n---\n\n# {name}\n\n````python\n"
         text += (ROOT / name).read_text() + "````\n"
         files.append(File.generated(config, _source_page(name), content=text))
     return files
@@ -153,7 +154,7 @@ def _written(files: Any) -> list[File]:
 def _results() -> str:
     section = (ROOT / "README.md").read_text().partition("\n## Results\n")[2]
     section = section.partition("\n## ")[0]
-    return "# Results\n" + section.replace("](docs/", "](")
+    return f"---\n{_WIDE}---\n\n# Results\n" + section.replace("](docs/", "](")
 
 
 def _source_page(name: str) -> str:
