@@ -23,14 +23,19 @@ class NewPictures:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known = set(folder.glob("*/*.png"))
+        self._known = self._drawn()
 
     def __call__(
         self, step: int, state: Any, metrics: Mapping[str, Any]
     ) -> Mapping[str, jn.Picture]:
-        new = sorted(set(self._folder.glob("*/*.png")) - self._known)
-        self._known.update(new)
+        drawn = self._drawn()
+        new = sorted(path for path, _ in drawn - self._known)
+        self._known = drawn
         return {f"pictures/{path.parent.name}": _read(path) for path in new}
+
+    def _drawn(self) -> set[tuple[Path, int]]:
+        # With their times: a resumed run draws some of them again.
+        return {(path, path.stat().st_mtime_ns) for path in self._folder.glob("*/*.png")}
 
 
 def show_last(writer: Any, folder: Path, history: jn.History, step: int) -> None:
