@@ -39,6 +39,21 @@ def test_links_and_the_names_in_them_exist(page):
             assert found or re.search(rf"\b{name}\b", path.read_text()), text
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("families/*.md")), ids=lambda page: page.stem)
+def test_the_page_of_a_family_has_all_its_parts(page):
+    text = page.read_text()
+    parts = ("```math", "```python", "](../images/", "## When to use it", "Not ", "Papers: ")
+    assert [part for part in parts if part not in text] == []
+    assert f"](../api/{page.stem}.md)" in text and f"](../../notebooks/{page.stem}.ipynb)" in text
+
+
+def test_pictures_are_small_and_used():
+    text = "".join(path.read_text() for path in (*PATHS, ROOT / "README.md"))
+    for picture in DOCS.glob("images/*"):
+        assert picture.stat().st_size < 100_000, picture.name
+        assert f"images/{picture.name})" in text, picture.name
+
+
 def test_the_api_pages_name_everything_that_is_exported():
     text = "\n".join(path.read_text() for path in sorted(DOCS.glob("api/*.md")))
     shown, names = set(), re.findall(r"^::: jaxnets\.(\S+)", text, re.MULTILINE)
