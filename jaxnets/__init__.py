@@ -110,6 +110,7 @@ from jaxnets.parallel import (
     sharded_step,
 )
 from jaxnets.patches import join_patches, split_patches
+from jaxnets.population import PopulationExecutor
 from jaxnets.reconstruction_objectives import (
     contractive,
     denoising,
@@ -182,6 +183,7 @@ __all__ = [
     "ObjectiveOutput",
     "Params",
     "Picture",
+    "PopulationExecutor",
     "Precision",
     "Recurrent",
     "RecurrentLM",

@@ -1,4 +1,4 @@
-"""Attention as pure functions: the softmax over keys, masks, and what tells positions apart.
+"""Attention as pure functions: the softmax over keys, and the masks that hide some.
 
 Positions are integers [batch or 1, time], so that the same functions serve a whole sequence and a
 history to which each row of a batch appends at its own place. Masks and biases broadcast against
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from jaxnets.core import at_least_float32
 
 
 def attention(
@@ -29,7 +27,9 @@ def attention(
     """Average the values, each weighted by how well its key fits the query.
 
     softmax(scale query key^T + bias) value, head by head. With fewer key-value heads than heads,
-    consecutive heads share one (grouped-query attention), without copies of it.
+    consecutive heads share one (grouped-query attention), without copies of it. For its gradient
+    nothing of the size of the weights is kept but the weights. Reverse-mode differentiable any
+    number of times; forward mode is not supported.
 
     Args:
         query: [batch, queries, heads, size].
@@ -54,10 +54,81 @@ def attention(
 
     References:
         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245
-        (grouped queries).
+        (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
     """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return _attention(query, key, value, mask, bias, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+) -> jax.Array:
     weights = attention_weights(query, key, mask=mask, bias=bias, scale=scale)
     return weighted_values(weights, value)
+
+
+def _attention_forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+) -> tuple[jax.Array, Any]:
+    weights = attention_weights(query, key, mask=mask, bias=bias, scale=scale)
+    output = weighted_values(weights, value)
+    return output, (query, key, value, bias, weights, output)
+
+
+def _attention_backward(
+    scale: float, residuals: Any, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
+    query, key, value, bias, weights, output = residuals
+    batch, queries, heads, size = query.shape
+    wide, groups = weights.dtype, key.shape[2]
+    grouped = functools.partial(_grouped_rows, groups=groups)
+    rows, keys, values = grouped(query), jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    upstream = grouped(cotangent)  # [batch, groups, heads of a group * queries, value_size]
+    shared = weights.reshape(*upstream.shape[:-1], key.shape[1])
+    # The sum over the keys that the gradient of a softmax subtracts, without the weights.
+    subtracted = jnp.sum(upstream.astype(wide) * grouped(output), axis=-1, keepdims=True)
+    product = functools.partial(jnp.matmul, preferred_element_type=wide)
+    scores = shared * (product(upstream, jnp.swapaxes(values, 2, 3)) - subtracted)
+    dvalue = product(jnp.swapaxes(shared.astype(value.dtype), 2, 3), upstream)
+    narrow = scores.astype(query.dtype)
+    dquery = (scale * product(narrow, keys)).astype(query.dtype)
+    dkey = scale * product(jnp.swapaxes(narrow, 2, 3), rows)
+    return (
+        jnp.swapaxes(dquery.reshape(batch, heads, queries, size), 1, 2),
+        jnp.swapaxes(dkey, 1, 2).astype(key.dtype),
+        jnp.swapaxes(dvalue, 1, 2).astype(value.dtype),
+        None,
+        None if bias is None else _sum_to(scores.reshape(weights.shape), bias),
+    )
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _grouped_rows(x: jax.Array, groups: int) -> jax.Array:
+    """Bring [batch, queries, heads, size] to [batch, groups, heads of a group * queries, size]."""
+    batch, queries, heads, size = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(batch, groups, heads // groups * queries, size)
+
+
+def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Sum over the axes along which `like` was broadcast to the shape of `x`."""
+    shape = (1,) * (x.ndim - like.ndim) + like.shape
+    axes = tuple(
+        a for a, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if have > want
+    )
+    return jnp.sum(x, axis=axes, keepdims=True).reshape(like.shape).astype(like.dtype)
 
 
 def attention_weights(
@@ -84,7 +155,7 @@ def attention_weights(
     query = query * (1 / math.sqrt(size) if scale is None else scale)
     # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
     # that share a key follow each other as further rows.
-    rows = jnp.swapaxes(query, 1, 2).reshape(batch, groups, heads // groups * queries, size)
+    rows = _grouped_rows(query, groups)
     columns = jnp.transpose(key, (0, 2, 3, 1))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.matmul(rows, columns, preferred_element_type=wide)
@@ -131,7 +202,7 @@ def causal_mask(
         >>> causal_mask(4, window=2)[0, 0].astype(int).tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
-    behind = _distances(queries, keys)
+    behind = distances(queries, keys)
     visible = behind >= 0
     return visible if window is None else visible & window_mask(queries, keys, window=window)
 
@@ -157,186 +228,23 @@ def window_mask(
     """
     if window < 1:
         raise ValueError(f"window is {window}; a position sees itself, so give at least 1")
-    return jnp.abs(_distances(queries, keys)) < window
+    return jnp.abs(distances(queries, keys)) < window
 
 
-def sinusoidal_positions(
-    positions: jax.Array, features: int, *, dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
-    """Write each position as sines and cosines of falling frequency.
-
-    sin(position / 10000^(2i / features)) at 2i, the cosine at 2i + 1.
-
-    Args:
-        positions: integer [...].
-        features: size of a vector, even.
-        dtype: of the result, float32 or wider.
-
-    Returns:
-        [..., features].
-
-    Raises:
-        ValueError: an odd number of features.
-
-    Example:
-        >>> sinusoidal_positions(jnp.arange(1), 4).tolist()
-        [[0.0, 1.0, 0.0, 1.0]]
-
-    References:
-        Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
-    """
-    angles = _angles(positions, features, 10_000.0, dtype)
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*angles.shape[:-1], -1)
-
-
-def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax.Array:
-    """Turn pairs of features by angles that grow with the position.
-
-    The product of two vectors so turned depends on the distance of their positions only. Feature i
-    is paired with feature i + size / 2, as in GPT-NeoX and the published LLaMA checkpoints.
-
-    Args:
-        x: queries or keys, [batch, time, heads, size], size even.
-        positions: integer [batch or 1, time].
-        base: the slowest pair turns by about 1 / base a position.
-
-    Returns:
-        Shape and dtype of `x`.
-
-    Raises:
-        ValueError: an odd size.
-
-    References:
-        Su et al. 2021, arXiv:2104.09864, section 3.2 (which pairs neighbours).
-    """
-    wide = at_least_float32(x)
-    angles = _angles(positions, x.shape[-1], base, wide.dtype)[:, :, None]
-    sine, cosine = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(wide, 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """Return how fast attention falls with the distance, head by head.
-
-    For a power of two the slopes are 2^(-8/n), 2^(-16/n), ..., 2^-8. Otherwise those of the power
-    of two below, and in between them every second slope of the power of two above.
-
-    Args:
-        num_heads: number of heads.
-
-    Returns:
-        One slope for each head.
-
-    Example:
-        >>> alibi_slopes(2), alibi_slopes(3)
-        ([0.0625, 0.00390625], [0.0625, 0.00390625, 0.25])
-
-    References:
-        Press, Smith and Lewis 2022, arXiv:2108.12409, section 3 and their published code.
-    """
-    below = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8 * (index + 1) / below) for index in range(below)]
-    between = [2.0 ** (-4 * (2 * index + 1) / below) for index in range(num_heads - below)]
-    return slopes + between
-
-
-def alibi_bias(
-    num_heads: int,
-    queries: int | jax.Array,
-    keys: jax.Array | None = None,
-    *,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-    """Penalise each key by its distance from the query, times the slope of the head.
-
-    Args:
-        num_heads: number of heads.
-        queries: positions, integer [batch or 1, queries]; or the length of a sequence.
-        keys: positions, integer [batch or 1, keys]; by default those of the queries.
-        dtype: of the result, float32 or wider.
-
-    Returns:
-        [batch or 1, heads, queries, keys]: -slope |query - key|.
-
-    Example:
-        >>> alibi_bias(2, 3)[0, 0].tolist()[2][:2]
-        [-0.125, -0.0625]
-    """
-    slopes = jnp.asarray(alibi_slopes(num_heads), dtype)[None, :, None, None]
-    return -slopes * jnp.abs(_distances(queries, keys)).astype(dtype)
-
-
-def relative_buckets(
-    queries: int | jax.Array,
-    keys: jax.Array | None = None,
-    *,
-    bidirectional: bool,
-    num_buckets: int = 32,
-    max_distance: int = 128,
-) -> jax.Array:
-    """Sort the distances from queries to keys into buckets that widen with the distance.
-
-    Half the buckets hold one distance each; the others widen logarithmically up to
-    `max_distance`, and the last one holds all beyond. In both directions, keys behind and keys
-    ahead have half of the buckets each; otherwise a key ahead counts as distance 0.
+def distances(queries: int | jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Return how far each key lies behind each query.
 
     Args:
         queries: positions, integer [batch or 1, queries]; or the length of a sequence.
-        keys: positions, integer [batch or 1, keys]; by default those of the queries.
-        bidirectional: tell keys ahead from keys behind.
-        num_buckets: number of buckets.
-        max_distance: where the last bucket begins at the latest.
+        keys: positions, integer [batch or 1, keys]; None takes those of the queries.
 
     Returns:
-        int32 [batch or 1, queries, keys] in [0, num_buckets).
+        Integer [batch or 1, 1, queries, keys].
 
     Example:
-        >>> relative_buckets(3, bidirectional=True, num_buckets=8)[0].tolist()
-        [[0, 5, 6], [1, 0, 5], [2, 1, 0]]
-
-    References:
-        Raffel et al. 2020, arXiv:1910.10683, section 2.1 and their published code.
+        >>> distances(2, jnp.array([[0, 1, 2]]))[0, 0].tolist()
+        [[0, -1, -2], [1, 0, -1]]
     """
-    behind = _distances(queries, keys)[:, 0]
-    per_side = num_buckets // 2 if bidirectional else num_buckets
-    table = jnp.asarray(_bucket_table(per_side, max_distance))
-    distance = jnp.abs(behind) if bidirectional else jnp.maximum(behind, 0)
-    buckets = table[jnp.minimum(distance, max_distance)]
-    return buckets + jnp.where(behind < 0, per_side, 0).astype(jnp.int32) * bidirectional
-
-
-@functools.cache
-def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
-    """Return the bucket of each distance in [0, max_distance]."""
-    exact = num_buckets // 2
-    if not 0 < exact < max_distance:
-        raise ValueError(
-            f"{num_buckets} buckets do not fit distances up to {max_distance}; give at least 2 "
-            "buckets in each direction, and fewer than twice the greatest distance"
-        )
-    distances = np.arange(max_distance + 1)
-    ratio = np.log(np.maximum(distances, exact) / exact) / np.log(max_distance / exact)
-    # Without the little extra the distances where a bucket begins depend on rounding.
-    wide = exact + np.floor(ratio * (num_buckets - exact) + 1e-9).astype(np.int32)
-    table = np.where(distances < exact, distances, np.minimum(wide, num_buckets - 1))
-    return table.astype(np.int32)
-
-
-def _distances(queries: int | jax.Array, keys: jax.Array | None) -> jax.Array:
-    """Return how far each key lies behind each query, integer [batch or 1, 1, queries, keys]."""
     where = jnp.arange(queries)[None] if isinstance(queries, int) else jnp.asarray(queries)
     keys = where if keys is None else jnp.asarray(keys)
     return where[:, None, :, None] - keys[:, None, None, :]
-
-
-def _angles(positions: jax.Array, size: int, base: float, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return position / base^(2i / size), [..., size / 2]."""
-    if size % 2:
-        raise ValueError(
-            f"{size} features do not form pairs; sines and cosines need an even number"
-        )
-    frequencies = jnp.asarray(base ** (-np.arange(0, size, 2) / size), dtype)
-    positions = jnp.asarray(positions).astype(dtype)[..., None]
-    return positions * frequencies.reshape((1,) * (positions.ndim - 1) + frequencies.shape)

@@ -1,8 +1,9 @@
 """Convolution over time, or over height and width, channels last.
 
-It means the plain XLA operation. Only its gradients differ, and only on CPU: inside a `lax.scan`
-XLA's kernel gradient is 20 to 150 times slower than outside. Which gradient runs is chosen when
-the program is compiled for its platform.
+It means the plain XLA operation. How it is computed differs, and only on CPU: small maps of many
+channels are one matrix product, and so are the gradients, because inside a `lax.scan` XLA's kernel
+gradient is 20 to 150 times slower than outside. What runs is chosen when the program is compiled
+for its platform.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,16 @@ from jaxnets.spatial import (
 # Below this many channels, or features, one matrix product over all kernel offsets beats one
 # product for each.
 _JOIN_OFFSETS_BELOW = 16
+# So many numbers of patches stay in the cache of a core between being copied and being multiplied:
+# larger batches are summed chunk by chunk, which is up to twice as fast.
+_CACHED_PATCHES = 2**20
+# Fewer chunks than this cost more than they gain.
+_FEWEST_CHUNKS = 5
+# As one matrix product, a convolution copies each input once for every kernel offset. Where an
+# output map has at most this many positions for each channel, that is cheaper than the slow
+# kernels which XLA has for such maps (3 to 5 times with JAX 0.12), up to a limit of memory.
+_POSITIONS_PER_CHANNEL = 0.5
+_MOST_PATCHES = 2**24
 
 
 class _Geometry(NamedTuple):
@@ -109,13 +120,54 @@ def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> 
     )
 
 
-_convolution = jax.custom_vjp(_plain_convolution, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+    plain = functools.partial(_plain_convolution, geometry=geometry)
+    shape = jax.eval_shape(plain, x, kernel).shape
+    positions, channels = math.prod(shape[1:-1]), x.shape[-1]
+    patches = shape[0] * positions * math.prod(kernel.shape[:-1])
+    small = 0 < positions <= _POSITIONS_PER_CHANNEL * channels and patches <= _MOST_PATCHES
+    if geometry.groups > 1 or not small:
+        return plain(x, kernel)
+    own = functools.partial(_matrix_convolution, shape=shape, geometry=geometry)
+    return lax.platform_dependent(x, kernel, cpu=own, default=plain)
+
+
+def _matrix_convolution(
+    x: jax.Array, kernel: jax.Array, *, shape: Sequence[int], geometry: _Geometry
+) -> jax.Array:
+    """Convolve, without groups, as one product of all patches with all of the kernel."""
+    padded = _padded(x, geometry)
+    offsets = list(itertools.product(*map(range, kernel.shape[:-2])))
+    rows = _patches(padded, offsets, shape, geometry).reshape(-1, math.prod(kernel.shape[:-1]))
+    return linear(rows, kernel.reshape(-1, kernel.shape[-1])).reshape(shape)
+
+
+def _padded(x: jax.Array, geometry: _Geometry) -> jax.Array:
+    edges = [(low, high, 0) for low, high in geometry.padding]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+
+
+def _patches(
+    padded: jax.Array, offsets: Sequence[Axes], shape: Sequence[int], geometry: _Geometry
+) -> jax.Array:
+    """Return what kernel offsets see, [batch, *outputs, offsets * channels]."""
+    seen = [
+        strided(
+            padded,
+            [o * d for o, d in zip(offset, geometry.dilation, strict=True)],
+            (padded.shape[0], *shape[1:]),
+            geometry.strides,
+        )
+        for offset in offsets
+    ]
+    return seen[0] if len(seen) == 1 else jnp.concatenate(seen, axis=-1)
 
 
 def _convolution_forward(
     x: jax.Array, kernel: jax.Array, geometry: _Geometry
 ) -> tuple[jax.Array, Any]:
-    return _plain_convolution(x, kernel, geometry), (x, kernel)
+    return _convolution(x, kernel, geometry), (x, kernel)
 
 
 def _convolution_backward(
@@ -210,28 +262,55 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geom
         turned = _kernel_gradient(dy, x, size=size, geometry=geometry._replace(padding=pairs))
         spatial = tuple(range(len(size)))
         return jnp.swapaxes(jnp.flip(turned, spatial), -1, -2)
-    edges = [(low, high, 0) for low, high in padding]
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    patches = [  # what each kernel offset sees, each [batch, *outputs, channels]
-        strided(padded, [o * d for o, d in zip(offset, dilation, strict=True)], dy.shape, strides)
-        for offset in itertools.product(*map(range, size))
-    ]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-
-    def product(patch: jax.Array) -> jax.Array:
-        rows, gradients = patch.reshape(-1, patch.shape[-1]), dy.reshape(-1, features)
-        contract_rows = (((0,), (0,)), ((), ()))
-        return lax.dot_general(rows, gradients, contract_rows, preferred_element_type=wide)
-
+    offsets, padded = list(itertools.product(*map(range, size))), _padded(x, geometry)
     if groups > 1:  # depthwise: each feature sees one channel
         outputs = _split_last(dy, channels)  # [batch, *outputs, channels, features / channels]
         summed = tuple(range(dy.ndim - 1))
-        dkernel = jnp.stack([jnp.sum(p[..., None] * outputs, summed, wide) for p in patches])
-    elif channels < _JOIN_OFFSETS_BELOW:
-        dkernel = product(jnp.concatenate(patches, axis=-1))
-    else:
-        dkernel = jnp.stack([product(patch) for patch in patches])
-    return dkernel.reshape(*size, channels // groups, features).astype(x.dtype)
+        seen = [_patches(padded, [offset], dy.shape, geometry) for offset in offsets]
+        dkernel = jnp.stack([jnp.sum(p[..., None] * outputs, summed, wide) for p in seen])
+        return dkernel.reshape(*size, channels // groups, features).astype(x.dtype)
+    together = len(offsets) if channels < _JOIN_OFFSETS_BELOW else size[-1]
+
+    def summed_products(padded: jax.Array, dy: jax.Array) -> jax.Array:
+        gradients, contract_rows = dy.reshape(-1, features), (((0,), (0,)), ((), ()))
+        products = []
+        for first in range(0, len(offsets), together):
+            seen = _patches(padded, offsets[first : first + together], dy.shape, geometry)
+            rows = seen.reshape(-1, together * channels)
+            products.append(
+                lax.dot_general(rows, gradients, contract_rows, preferred_element_type=wide)
+            )
+        return jnp.stack(products).reshape(*size, channels, features)
+
+    patches = math.prod(dy.shape[:-1]) * len(offsets) * channels
+    return _sum_over_chunks(summed_products, padded, dy, patches).astype(x.dtype)
+
+
+def _sum_over_chunks(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    first: jax.Array,
+    second: jax.Array,
+    numbers: int,
+) -> jax.Array:
+    """Sum a function that adds up over the batch, in chunks if it needs many numbers."""
+    batch = first.shape[0]
+    count = max(batch * _CACHED_PATCHES // max(numbers, 1), 1)
+    chunks = batch // count
+    if chunks < _FEWEST_CHUNKS:
+        return function(first, second)
+    # A chunk takes every so many-th example: a batch that is split over devices stays so.
+    whole = count * chunks
+    several = [a[:whole].reshape(count, chunks, *a.shape[1:]) for a in (first, second)]
+
+    def add(index: jax.Array, total: jax.Array) -> jax.Array:
+        return total + function(
+            *(lax.dynamic_index_in_dim(array, index, 1, keepdims=False) for array in several)
+        )
+
+    result = jax.eval_shape(function, first, second)
+    total = lax.fori_loop(0, chunks, add, jnp.zeros(result.shape, result.dtype))
+    return total if whole == batch else total + function(first[whole:], second[whole:])
 
 
 def _per_group(function: Any, groups: int, first: jax.Array, second: jax.Array) -> jax.Array:

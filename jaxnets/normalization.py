@@ -1,6 +1,12 @@
-"""The pure formulas of the norms: statistics in float32 or wider, the last axis normalised."""
+"""The pure formulas of the norms: statistics in float32 or wider, the last axis normalised.
+
+Both are reverse-mode differentiable any number of times; forward mode is not supported. Their
+gradients keep the normalised array, which the scale needs anyway, and nothing else of its size.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +37,8 @@ def layer_norm(
         Ba, Kiros and Hinton 2016, arXiv:1607.06450, equation 4.
     """
     x = at_least_float32(x)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     row = (1,) * (x.ndim - 1) + scale.shape
-    y = centred * lax.rsqrt(variance + epsilon) * scale.reshape(row)
+    y = _normalized(x, epsilon, True) * scale.reshape(row)
     return y if bias is None else y + bias.reshape(row)
 
 
@@ -57,6 +61,33 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Ar
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
     x = at_least_float32(x)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    y = x * lax.rsqrt(mean_square + epsilon)
-    return y * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return _normalized(x, epsilon, False) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _normalized(x: jax.Array, epsilon: float, centre: bool) -> jax.Array:
+    return _normalized_forward(x, epsilon, centre)[0]
+
+
+def _normalized_forward(
+    x: jax.Array, epsilon: float, centre: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    centred = x - _mean(x) if centre else x
+    factor = lax.rsqrt(_mean(jnp.square(centred)) + epsilon)
+    y = centred * factor
+    return y, (y, factor)
+
+
+def _normalized_backward(
+    epsilon: float, centre: bool, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array]:
+    y, factor = residuals
+    dx = dy - y * _mean(dy * y)
+    return (factor * (dx - _mean(dy) if centre else dx),)
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, axis=-1, keepdims=True)

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 
 from jaxnets.attention import (
-    alibi_bias,
-    alibi_slopes,
     attention,
     attention_weights,
     causal_mask,
-    relative_buckets,
-    rotary,
-    sinusoidal_positions,
+    weighted_values,
     window_mask,
 )
 from jaxnets.padding import padding_mask
+from jaxnets.positions import (
+    alibi_bias,
+    alibi_slopes,
+    relative_buckets,
+    rotary,
+    sinusoidal_positions,
+)
 
 HEADS, SIZE = 4, 6
 
@@ -54,6 +57,43 @@ def test_attention_equals_a_loop_over_queries_with_shared_key_heads(groups):
     np.testing.assert_allclose(found, looped(q, k, v, mask, bias, 0.3), atol=2e-6)
     found = attention(q, k, v)
     np.testing.assert_allclose(found, looped(q, k, v, True, 0.0, SIZE**-0.5), atol=2e-6)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("bias_shape", [None, (1, HEADS, 3, 5), (2, 1, 1, 5), (1, 1, 1, 1)])
+def test_the_gradients_of_attention_are_those_of_its_formula(groups, bias_shape):
+    with jax.enable_x64(True):
+        shapes = ((2, 3, HEADS, SIZE), (2, 5, groups, SIZE), (2, 5, groups, 7))
+        operands = [jnp.asarray(x, jnp.float64) for x in arrays(*shapes)]
+        if bias_shape is not None:
+            operands.append(jnp.asarray(arrays(bias_shape, seed=3)[0], jnp.float64))
+        mask = np.random.default_rng(1).random((2, 1, 3, 5)) < 0.5
+        mask[0, 0, 1] = False
+
+        def formula(q, k, v, *bias):
+            weights = attention_weights(q, k, mask=mask, bias=bias[0] if bias else None, scale=0.3)
+            return weighted_values(weights, v)
+
+        def own(q, k, v, *bias):
+            return attention(q, k, v, mask=mask, bias=bias[0] if bias else None, scale=0.3)
+
+        def slope(function, *operands):
+            return jnp.sum(jnp.cos(function(*operands)) + 0.5)
+
+        def curvature(function, *operands):
+            numbers = tuple(range(len(operands)))
+            gradients = jax.grad(slope, tuple(n + 1 for n in numbers))(function, *operands)
+            return sum(jnp.sum(jnp.sin(gradient)) for gradient in gradients)
+
+        for measure in (slope, curvature):  # first and second derivatives
+            numbers = tuple(n + 1 for n in range(len(operands)))
+            both = [
+                jax.jit(jax.grad(measure, numbers), static_argnums=0)(function, *operands)
+                for function in (own, formula)
+            ]
+            for found, expected in zip(*both, strict=True):
+                assert found.dtype == expected.dtype
+                np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_a_query_that_sees_no_key_gives_zero_and_a_finite_gradient():

@@ -1,6 +1,7 @@
 """Convolution and pooling against XLA's own operations: values, gradients, transformations."""
 
 import itertools
+import unittest.mock
 
 import hypothesis
 import jax
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from jax import lax
 
-from jaxnets import functional
+from jaxnets import convolution, functional
 
 # Every example compiles for its own shapes; a fixed seed keeps the run repeatable and cached.
 some = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -66,8 +67,10 @@ def convolutions(draw):
     groups, width, multiplier = draw(st.integers(1, 3)), draw(st.integers(1, 2)), each(1, 2)[0]
     if draw(st.booleans()):
         groups, width = 1, 17  # many channels take another form of the kernel gradient
+    batch, cached = draw(st.sampled_from([(2, None), (7, 1), (11, 4000)]))
     return {
-        "x": (2, *sizes, groups * width),
+        "cached": cached,  # a small cache makes chunks, of one example or with a rest
+        "x": (batch, *sizes, groups * width),
         "kernel": (*taps, width, groups * multiplier),
         "options": {
             "strides": strides,
@@ -89,7 +92,9 @@ def test_convolution_and_its_gradients_equal_xla_for_any_geometry(case):
     def theirs(x, kernel):
         return reference_convolution(x, kernel, **case["options"])
 
-    value, gradients = loss_and_gradients(ours, x, kernel)
+    cached = case["cached"] or convolution._CACHED_PATCHES
+    with unittest.mock.patch.object(convolution, "_CACHED_PATCHES", cached):
+        value, gradients = loss_and_gradients(ours, x, kernel)
     expected, expected_gradients = loss_and_gradients(theirs, x, kernel)
     np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-10)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
@@ -216,6 +221,26 @@ def test_the_kernel_gradient_is_no_convolution_on_cpu():
     gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
     text = jax.jit(gradient).lower(kernel).as_text()
     assert text.count("stablehlo.convolution") == 1  # the forward pass
+
+
+def test_large_batches_are_summed_chunk_by_chunk_on_cpu(monkeypatch):
+    x, kernel = normal((12, 8, 8, 2), 0), normal((3, 3, 2, 4), 1)
+    gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
+    assert "stablehlo.while" not in jax.jit(gradient).lower(kernel).as_text()
+    monkeypatch.setattr(convolution, "_CACHED_PATCHES", 2 * 8 * 8 * 9 * 2)
+    jax.clear_caches()
+    assert "stablehlo.while" in jax.jit(gradient).lower(kernel).as_text()
+
+
+def test_small_maps_of_many_channels_are_one_product_on_cpu_only():
+    x, kernel = normal((2, 2, 2, 16), 0), normal((3, 3, 16, 4), 1)
+    traced = jax.jit(functional.convolution).trace(x, kernel)
+    own, other = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu"))
+    assert "stablehlo.convolution" not in own and own.count("stablehlo.dot") == 1
+    assert "stablehlo.dot" not in other and other.count("stablehlo.convolution") == 1
+    wide = normal((2, 4, 4, 16), 0)
+    text = jax.jit(functional.convolution).trace(wide, kernel).lower().as_text()
+    assert text.count("stablehlo.convolution") == 1
 
 
 def test_other_platforms_get_the_gradients_of_xla(operands, monkeypatch):

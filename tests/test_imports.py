@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxnets"
 
 ENGINE = {
-    *("core", "training", "parallel", "media", "history", "writers", "loop", "hooks", "histograms"),
-    *("checkpoint", "equivalence", "progress"),
+    *("core", "training", "parallel", "population", "media", "history", "writers", "loop", "hooks"),
+    *("histograms", "checkpoint", "equivalence", "progress"),
 }
 
 # module -> modules of jaxnets it may import; a module that is not here may import none.
@@ -26,7 +26,8 @@ ALLOWED = {
     "pooling": {"spatial"},
     "functional": {"convolution", "linear", "pooling", "spatial"},
     "normalization": {"core"},
-    "attention": {"core"},
+    "attention": set(),
+    "positions": {"attention", "core"},
     "sequence": {"core", "functional", "normalization", "padding"},
     "parallel_recurrence": {"core", "functional", "sequence"},
     "layers": {"core", "functional", "normalization"},
@@ -62,6 +63,7 @@ ALLOWED = {
     },
     "transformer_layers": {
         "attention",
+        "positions",
         "core",
         "embedding",
         "functional",
@@ -128,6 +130,7 @@ ALLOWED = {
     "optimizers": {"core"},
     "training": {"core"},
     "parallel": {"core", "training"},
+    "population": {"core", "parallel"},
     "media": set(),
     "history": {"core", "media"},
     "writers": {"history", "media"},

@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention import attention_weights, rotary, weighted_values
+from jaxnets.attention import attention, attention_weights, weighted_values
 from jaxnets.core import Precision
 from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm, activation, record
+from jaxnets.positions import rotary
 from jaxnets.transformer_layers.config import BlockConfig
 
 #: Keys and values of one layer, {"key": [batch, time, heads, size], ...}; {} where none are kept.
@@ -92,10 +93,14 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query = self.query_norm(query)
         query = self._turn(query, positions)
-        weights = attention_weights(query, seen["key"], mask=mask, bias=bias)
-        record(self, "weights", weights)
-        weights = self.dropout(weights, train=train)
-        y = weighted_values(weights, seen["value"])
+        key, value = seen["key"], seen["value"]
+        dropping = train and self.config.attention_dropout_rate > 0
+        if dropping or self.is_mutable_collection("intermediates"):
+            weights = attention_weights(query, key, mask=mask, bias=bias)
+            record(self, "weights", weights)
+            y = weighted_values(self.dropout(weights, train=train), value)
+        else:
+            y = attention(query, key, value, mask=mask, bias=bias)
         return self.output(y.reshape(*x.shape[:2], -1))
 
     def _turn(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:

@@ -36,7 +36,7 @@ class BlockConfig:
             behind each branch, as in the paper of 2017.
         positions: "learned" or "sinusoidal" vectors added to the input; "rotary", "alibi" or
             "relative" (the bias of T5, shared by all layers) inside the attention; or None.
-        rotary_base: as in `attention.rotary`.
+        rotary_base: as in `positions.rotary`.
         window: attend to less than this distance only; by default to everything.
         qk_norm: normalise queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
         use_bias: whether the matrices have biases, those of the keys excepted.

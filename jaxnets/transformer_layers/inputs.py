@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention import sinusoidal_positions
 from jaxnets.core import Precision
 from jaxnets.embedding import Embedding
 from jaxnets.layers import Dropout, check_rank
 from jaxnets.padding import clear_padding, clear_tokens
+from jaxnets.positions import sinusoidal_positions
 from jaxnets.transformer_layers.block import make_norm
 from jaxnets.transformer_layers.config import BlockConfig
 

@@ -9,15 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention import (
-    alibi_bias,
-    causal_mask,
-    relative_buckets,
-    window_mask,
-)
+from jaxnets.attention import causal_mask, window_mask
 from jaxnets.core import Precision
 from jaxnets.layers import check_sizes
 from jaxnets.padding import clear_padding, padding_mask
+from jaxnets.positions import alibi_bias, relative_buckets
 from jaxnets.transformer_layers.block import Block, LayerCache, Scene, make_norm
 from jaxnets.transformer_layers.config import BlockConfig
 
