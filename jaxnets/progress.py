@@ -52,6 +52,8 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
 
     def update(self, step: int, examples: int, history: History | None) -> None:
         """Move to a step; with the history, show its last loss and the rate of examples."""
+        if self._bar is None and step == self._num_steps:
+            return  # the first call was the whole run
         if self._bar is None:
             self._bar = tqdm.tqdm(
                 initial=step,

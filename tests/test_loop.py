@@ -334,6 +334,11 @@ def test_compiling_again_for_the_last_steps_is_announced(capsys):
     assert "compiling the step for the last 2" in capsys.readouterr().err
 
 
+def test_a_run_of_one_call_has_no_bar(capsys):
+    fit(scanned_step, make_state(), Chunked(4), num_steps=4, progress=True)
+    assert re.fullmatch(r"compiling the step \.\.\. \d+\.\d s\n", capsys.readouterr().err)
+
+
 def test_a_step_that_fails_while_compiling_leaves_a_whole_line(capsys):
     def fails(state, batch):
         raise ZeroDivisionError
