@@ -58,7 +58,7 @@ class Options:
     checkpoint_every: int | None = None
     """Steps between checkpoints; by default once an epoch."""
     tensorboard: bool = False
-    """Write TensorBoard event files into the run folder too."""
+    """Write TensorBoard event files into the run folder too: numbers, pictures, histograms."""
     data: Path | None = None
     """Folder of the data set; by default it is searched for (see `python -m jaxnets doctor`)."""
     out: Path = Path("runs")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import jaxnets as jn
-from experiments import command_line, report
+from experiments import command_line, event_pictures, report
 from experiments.options import Options, check
 from experiments.problem import Measured, Problem
 from experiments.run_folder import RunFolder, environment
@@ -21,7 +21,10 @@ from jaxnets.comparison import show_number
 
 
 def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
-    """Run an experiment from the command line; the last line printed is its result as JSON.
+    """Run an experiment from the command line.
+
+    What a person reads goes to standard error. The one line on standard output, unless that is a
+    terminal, is the result as JSON.
 
     Args:
         name: of the experiment, also the default run folder.
@@ -35,7 +38,8 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
     options = command_line.parse(name, recipes)
     with command_line.errors_without_traceback():
         result = run(name, options, make_problem)
-    print(json.dumps(result))
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
 
 
 def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> dict[str, Any]:
@@ -60,8 +64,14 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     problem = make_problem(options)
     states, history = jn.resume(folder.checkpoints, problem.create_states())
     writers = [jn.jsonl_writer(folder.metrics)]
+    events, drawn = None, []
     if options.tensorboard:
-        writers.append(jn.tensorboard_writer(folder.path / "tensorboard"))
+        events = jn.tensorboard_writer(folder.path / "tensorboard")
+        writers.append(events)
+        drawn = [
+            event_pictures.NewPictures(folder.path),
+            jn.every(options.eval_every or problem.steps_per_epoch, jn.parameter_histograms()),
+        ]
     began = time.perf_counter()
     states, history = jn.fit(
         problem.executor(),
@@ -74,6 +84,7 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
                 jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
             ),
             *problem.hooks(folder),
+            *drawn,
             jn.Checkpointing(
                 folder.checkpoints,
                 every=options.checkpoint_every or problem.steps_per_epoch,
@@ -95,6 +106,8 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     measured = problem.measure(states)
     result = summarize(name, problem, states, history, measured)
     problem.draw(folder, states, history, measured)
+    if events is not None:
+        event_pictures.show_last(events, folder.path, history, problem.num_steps)
     result["measure_seconds"] = round(time.perf_counter() - trained, 2)
     result["wall_seconds"] = round(time.perf_counter() - began, 2)
     page = report.write(folder.path, result)

@@ -67,7 +67,8 @@ from jaxnets.generative_metrics import (
     frechet_distance,
     precision_recall,
 )
-from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
+from jaxnets.histograms import gradient_histograms, parameter_histograms
+from jaxnets.history import History, NonFiniteError
 from jaxnets.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
 from jaxnets.host_memory import keep_memory
 from jaxnets.hyperparameters import scheduled, with_hyperparameters
@@ -80,6 +81,7 @@ from jaxnets.latent_objectives import (
 from jaxnets.layers import capture
 from jaxnets.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SquaredError
 from jaxnets.loop import Hook, Interrupted, StopTraining, evaluate, fit
+from jaxnets.media import Histogram, Picture
 from jaxnets.objectives import (
     absolute_error,
     binary_cross_entropy,
@@ -139,6 +141,7 @@ from jaxnets.transformer import (
     TransformerTranslator,
     VisionTransformer,
 )
+from jaxnets.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
 __version__ = "0.1.0"
 
@@ -165,6 +168,7 @@ __all__ = [
     "EarlyStopping",
     "Executor",
     "Gaussian",
+    "Histogram",
     "History",
     "Hook",
     "Interrupted",
@@ -178,6 +182,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Params",
+    "Picture",
     "PopulationExecutor",
     "Precision",
     "Recurrent",
@@ -241,6 +246,7 @@ __all__ = [
     "generate",
     "generate_images",
     "generative_metrics",
+    "gradient_histograms",
     "huber_error",
     "importance_weighted",
     "importance_weighted_bound",
@@ -256,6 +262,7 @@ __all__ = [
     "metrics",
     "muon_dimensions",
     "overfit_one_batch",
+    "parameter_histograms",
     "parameters_sha256",
     "pmap_step",
     "population_step",
@@ -282,6 +289,7 @@ __all__ = [
     "transformer",
     "vae",
     "vq_vae",
+    "wandb_writer",
     "with_batch_transform",
     "with_carry",
     "with_hyperparameters",

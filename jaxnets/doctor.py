@@ -30,9 +30,11 @@ _PACKAGES = ("jaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 #: Optional packages by the extra of this project that installs them.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "docs": ("mkdocs-material", "mkdocstrings", "mkdocs-jupyter", "latex2mathml", "ruff"),
     "experiments": ("tyro", "matplotlib", "pillow", "jiwer", "sacrebleu"),
     "grain": ("grain",),
-    "tensorboard": ("tensorboardX",),
+    "tensorboard": ("tensorboardX", "pillow"),
+    "wandb": ("wandb",),
     "text": ("tokenizers",),
     "notebooks": ("jupyter-client", "nbclient", "ipykernel"),
     "parity": ("torch", "transformers", "safetensors", "librosa", "torchaudio"),

@@ -1,24 +1,22 @@
-"""What a training run measured, summed exactly, and the writers that its rows go to."""
+"""What a training run measured, summed exactly, in rows that go to writers."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import dataclasses
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxnets.core import Metrics
+from jaxnets.media import Histogram, Picture
 
 Row: TypeAlias = dict[str, Any]  # {"step": int, name: float, or [float] with one per member}
-Writer: TypeAlias = Callable[[Row], None]  # may have start(history, step) and close()
+# It may have start(history, step), close(), and show(step, name, Picture or Histogram).
+Writer: TypeAlias = Callable[[Row], None]
 
 
 class NonFiniteError(FloatingPointError):
@@ -166,11 +164,16 @@ class History:
             with np.errstate(invalid="ignore", divide="ignore"):
                 row |= {name: _number(total / count) for name, (total, count) in self.sums.items()}
             self.sums = {}
-        row |= {name: _number(value) for name, value in call.values.items()}
+        media = {k: v for k, v in call.values.items() if isinstance(v, Picture | Histogram)}
+        row |= {k: _number(value) for k, value in call.values.items() if k not in media}
         if len(row) > 1:
             self.rows.append(row)
             for writer in self._writers:
                 writer(row)
+        for name, medium in media.items():
+            for show in (getattr(writer, "show", None) for writer in self._writers):
+                if show is not None:
+                    show(call.last, name, medium)
 
 
 def _number(value: Any) -> Any:
@@ -183,91 +186,3 @@ def _where(name: str, call: _Call, total: Any) -> str:
         steps = f"steps {call.first + 1} to {call.last}"
     member = f" of member {int(np.argmin(np.isfinite(total)))}" if np.ndim(total) else ""
     return f"{name}{member} at {steps}"
-
-
-class _JsonlWriter:
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-
-    def start(self, history: History, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(self._path.name + ".new")
-        with temporary.open("w") as file:
-            file.writelines(_line(row) for row in history.rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a")
-
-    def __call__(self, row: Row) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _line(row: Row) -> str:
-    def finite(value: Any) -> Any:
-        if isinstance(value, list):
-            return [finite(one) for one in value]
-        return value if math.isfinite(value) else None  # JSON has no NaN
-
-    return json.dumps({name: finite(value) for name, value in row.items()}) + "\n"
-
-
-def jsonl_writer(path: str | os.PathLike[str]) -> Writer:
-    """Write one line of JSON per row.
-
-    At the start of a run the file is replaced, atomically, by the rows of the history it starts
-    from, so after a kill and a resume it is byte for byte that of an uninterrupted run.
-
-    Args:
-        path: the file, such as `run/metrics.jsonl`.
-
-    Returns:
-        Writer for `fit`.
-    """
-    return _JsonlWriter(path)
-
-
-class _TensorBoardWriter:
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise ImportError(
-                "tensorboard_writer needs tensorboardX: pip install 'jaxnets[tensorboard]'"
-            ) from error
-        self._directory = str(directory)
-        self._open = tensorboardX.SummaryWriter
-
-    def start(self, history: History, step: int) -> None:
-        # What a killed run wrote after its last checkpoint is to be hidden.
-        self._events = self._open(self._directory, purge_step=step + 1 if step else None)
-
-    def __call__(self, row: Row) -> None:
-        for name, value in row.items():
-            if isinstance(value, list):
-                for member, one in enumerate(value):
-                    self._events.add_scalar(f"{name}/{member}", one, row["step"])
-            elif name != "step":
-                self._events.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._events.close()
-
-
-def tensorboard_writer(directory: str | os.PathLike[str]) -> Writer:
-    """Write every number of every row as a TensorBoard scalar, `name/member` in a population.
-
-    Args:
-        directory: folder of the event files.
-
-    Returns:
-        Writer for `fit`.
-
-    Raises:
-        ImportError: tensorboardX is not installed.
-    """
-    return _TensorBoardWriter(directory)

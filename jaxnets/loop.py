@@ -8,8 +8,6 @@ on the device and fetched a log interval later. Only hooks that read the state w
 from __future__ import annotations
 
 import contextlib
-import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -17,10 +15,10 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from jaxnets.core import Batch, BatchSource, Mean, Metrics, tree_path
 from jaxnets.history import History, NonFiniteError, Writer
+from jaxnets.progress import ProgressBar
 
 State = TypeVar("State", bound=Any)
 
@@ -37,7 +35,8 @@ class Hook(Protocol):
     """Called after every call of the step, in the order given.
 
     `metrics` holds the call's Means beside what the hooks before returned at this step; what the
-    hook returns is merged into the row of the step. A hook may also have
+    hook returns is merged into the row of the step: numbers, or one for every member; a `Picture`
+    or a `Histogram` goes to the writers that show it and into no row. A hook may also have
 
         start(history, step)           before the first call; `StopTraining` here ends `fit`
         commit(step, state, *, last)   when the step's row is in the history; `last`: fit ends
@@ -72,11 +71,11 @@ def fit(
             trimmed to end at `num_steps`, which compiles the step once more.
         num_steps: absolute: a finished run, run again, does nothing.
         hooks: see `Hook`.
-        writers: called with every row, in step order, when it is complete; of several processes
-            only the first one writes.
+        writers: called with every row, in step order, when it is complete, and with what hooks
+            drew, if they have a `show`; of several processes only the first one writes.
         log_every: steps between rows of training metrics; the last step always has one.
         history: of the run that `state` was restored from, continued in place.
-        progress: show a progress bar on standard error; None shows it in a terminal only.
+        progress: show a progress line on standard error; None shows it in a terminal only.
 
     Returns:
         State after the last step, and the history.
@@ -104,8 +103,8 @@ def fit(
         source = batches(first)
         stack.callback(getattr(source, "close", _nothing))
         size = getattr(batches, "steps_per_batch", 1)
-        bar = stack.enter_context(_ProgressBar(num_steps, progress))
-        bar.announce(history.first_call_seconds)
+        bar = stack.enter_context(ProgressBar(num_steps, progress))
+        bar.compiling(history.first_call_seconds)
         now = logged = first
         began, earlier = time.perf_counter(), history.seconds
         while now < num_steps and history.stopped is None:
@@ -119,11 +118,13 @@ def fit(
             previous, now = now, min(now + size, num_steps)
             if now - previous < size:
                 batch = _first_steps(batch, now - previous)
+                bar.compiling_rest(now - previous)
             state, metrics = step(state, batch)
             if previous == first:
                 _check_advance(current_step(state) - first, now - first)
                 history.first_call_seconds = time.perf_counter() - began
                 began += history.first_call_seconds
+                bar.compiled(history.first_call_seconds)
             history.seconds = earlier + time.perf_counter() - began
             try:
                 values = _run_hooks(hooks, now, state, metrics, history)
@@ -270,40 +271,3 @@ def _num_examples(batch: Batch, steps_per_batch: int) -> int:
             return int(np.size(batch[name]))
     leaf = jax.tree.leaves(batch)[0]
     return int(np.prod(np.shape(leaf)[: 1 if steps_per_batch == 1 else 2]))
-
-
-class _ProgressBar(contextlib.AbstractContextManager["_ProgressBar"]):
-    """tqdm from the end of the first call on, so that its rates leave compiling out."""
-
-    def __init__(self, num_steps: int, progress: bool | None) -> None:
-        self._hidden = not (sys.stderr.isatty() if progress is None else progress)
-        self._num_steps = num_steps
-        self._bar: tqdm.tqdm[Any] | None = None
-        self._began, self._examples = 0.0, 0
-
-    def announce(self, seconds: float) -> None:
-        if not self._hidden:
-            before = f", {seconds:.0f} s when it began" if seconds else ""
-            print(f"compiling the step{before} ...", file=sys.stderr, flush=True)
-
-    def update(self, step: int, examples: int, history: History | None) -> None:
-        if self._bar is None:
-            self._bar = tqdm.tqdm(
-                initial=step,
-                total=self._num_steps,
-                unit="step",
-                disable=self._hidden,
-                dynamic_ncols=True,
-            )
-            self._began = time.perf_counter()
-            return
-        self._examples += examples
-        self._bar.update(step - self._bar.n)
-        if history and history.rows and not self._hidden:
-            rate = self._examples / (time.perf_counter() - self._began)
-            losses = history.column("loss")[1] or [math.nan]
-            self._bar.set_postfix_str(f"loss {np.mean(losses[-1]):.4g}, {rate:.3g} examples/s")
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -122,6 +122,25 @@ class TrainStep:
         )
         return new_state, metrics
 
+    def gradients(self, state: TrainState, batch: Batch) -> Params:
+        """Return the gradients at a state, of every update; nothing is trained.
+
+        Args:
+            state: TrainState.
+            batch: dict of arrays [batch, ...].
+
+        Returns:
+            A tree like `state.params`; of a network that several updates train, the gradient of
+            the last of them. Parameters that no update trains are left out.
+        """
+        _check_updates(self.updates, state.params)
+        found: dict[str | None, Params] = {}
+        for index, update in enumerate(self.updates):
+            rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), index)
+            sums, output = self._gradient_sums(update, state.params, state.model_state, batch, rng)
+            found[update.wrt] = _divide(sums, output.loss.count)
+        return found.get(None, found)
+
     def _gradient_sums(
         self,
         update: Update,

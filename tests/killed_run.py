@@ -13,9 +13,9 @@ import optax
 
 from jaxnets import checkpoint
 from jaxnets.core import Mean, TrainState
-from jaxnets.history import jsonl_writer
 from jaxnets.hooks import Checkpointing, resume
 from jaxnets.loop import fit
+from jaxnets.writers import jsonl_writer
 
 
 def main(folder: Path, num_steps: int) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import re
 import time
 
 import jax
@@ -23,9 +23,10 @@ from loop_problem import (
 )
 
 from jaxnets.core import Mean
-from jaxnets.history import History, NonFiniteError, jsonl_writer, tensorboard_writer
+from jaxnets.history import History, NonFiniteError
 from jaxnets.hooks import Checkpointing, evaluation, every
 from jaxnets.loop import evaluate, first_nonfinite, fit
+from jaxnets.writers import jsonl_writer
 
 
 def test_rows_hold_the_exact_means_since_the_row_before():
@@ -313,54 +314,38 @@ def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_jsonl_log_is_strict_json(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    hook = lambda step, state, metrics: {"x/nan": math.nan, "x/list": [1.0, math.inf]}  # noqa: E731
-    fit(train_step, make_state(), source, num_steps=1, hooks=[hook], writers=[jsonl_writer(path)])
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    row = json.loads(path.read_text(), parse_constant=refuse)
-    assert row["x/nan"] is None and row["x/list"] == [1.0, None]
-
-
-def test_tensorboard_gets_every_number_of_every_row(tmp_path):
-    pytest.importorskip("tensorboardX")
-    hook = lambda step, state, metrics: {"x/list": [step, 2 * step]}  # noqa: E731
-    fit(
-        train_step,
-        make_state(),
-        source,
-        num_steps=4,
-        log_every=2,
-        hooks=[hook],
-        writers=[tensorboard_writer(tmp_path)],
-    )
-    content = b"".join(file.read_bytes() for file in tmp_path.iterdir())
-    for name in (b"loss", b"residual", b"x/list/0", b"x/list/1"):
-        assert name in content
-
-
-def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"jaxnets\[tensorboard\]"):
-        tensorboard_writer(tmp_path)
-
-
 def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys):
     fit(train_step, make_state(), source, num_steps=40, log_every=2)
     assert capsys.readouterr().err == ""
     fit(train_step, make_state(), source, num_steps=40, log_every=2, progress=True)
     shown = capsys.readouterr().err
     assert "40/40" in shown and "loss" in shown and "examples/s" in shown
-    assert shown.startswith("compiling the step ...\n")
+    assert re.match(r"compiling the step \.\.\. \d+\.\d s\n", shown)
 
 
 def test_a_resumed_run_says_how_long_compiling_took(capsys):
     history = History(first_call_seconds=8.3)
     fit(train_step, make_state(), source, num_steps=2, history=history, progress=True)
-    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ...\n")
+    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ... ")
+
+
+def test_compiling_again_for_the_last_steps_is_announced(capsys):
+    fit(scanned_step, make_state(), Chunked(4), num_steps=10, progress=True)
+    assert "compiling the step for the last 2" in capsys.readouterr().err
+
+
+def test_a_run_of_one_call_has_no_bar(capsys):
+    fit(scanned_step, make_state(), Chunked(4), num_steps=4, progress=True)
+    assert re.fullmatch(r"compiling the step \.\.\. \d+\.\d s\n", capsys.readouterr().err)
+
+
+def test_a_step_that_fails_while_compiling_leaves_a_whole_line(capsys):
+    def fails(state, batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(fails, make_state(), source, num_steps=2, progress=True)
+    assert capsys.readouterr().err == "compiling the step ...\n"
 
 
 def test_time_is_measured_beside_the_rows():

@@ -7,16 +7,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_code_of_the_tour_runs(capsys):
+def test_the_code_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 5
+    assert blocks
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "'accuracy': 0.9" in printed
-    assert "learnt one batch by heart" in printed
-    assert "<- best" in printed
+    assert re.search(r"9\d\.\d\d% \+- .* over 16 seeds", capsys.readouterr().out)
 
 
 def test_links_and_pictures_exist():
@@ -26,8 +23,8 @@ def test_links_and_pictures_exist():
         assert target.startswith("http") or (ROOT / target).is_file(), target
 
 
-def test_the_two_commands_are_one_line_each():
-    for name in ("digits", "test"):
+def test_the_commands_are_one_line_each():
+    for name in ("digits", "test", "docs"):
         (command,) = re.findall(rf"<!-- {name} command -->\n```sh\n(.*?)\n```", README, re.DOTALL)
         assert "\n" not in command and command.startswith("python3 -m venv")
 

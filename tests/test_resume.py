@@ -17,9 +17,10 @@ import pytest
 from checkpoint_problem import assert_bitwise_equal, flip, make_state, source, train_step
 
 from jaxnets.checkpoint import all_steps, latest_step, restore
-from jaxnets.history import History, NonFiniteError, jsonl_writer
+from jaxnets.history import History, NonFiniteError
 from jaxnets.hooks import Checkpointing, resume
 from jaxnets.loop import fit
+from jaxnets.writers import jsonl_writer
 
 
 @pytest.mark.parametrize("stop", [5, 6, 9])

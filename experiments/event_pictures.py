@@ -1,0 +1,59 @@
+"""The pictures of a run folder in TensorBoard: those of its hooks, and those of its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import jaxnets as jn
+
+
+class NewPictures:
+    """A hook that returns what the hooks before it have drawn into subfolders of the run.
+
+    Of each subfolder it returns the latest new picture, as `pictures/subfolder`.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known = self._drawn()
+
+    def __call__(
+        self, step: int, state: Any, metrics: Mapping[str, Any]
+    ) -> Mapping[str, jn.Picture]:
+        drawn = self._drawn()
+        new = sorted(path for path, _ in drawn - self._known)
+        self._known = drawn
+        return {f"pictures/{path.parent.name}": _read(path) for path in new}
+
+    def _drawn(self) -> set[tuple[Path, int]]:
+        # With their times: a resumed run draws some of them again.
+        return {(path, path.stat().st_mtime_ns) for path in self._folder.glob("*/*.png")}
+
+
+def show_last(writer: Any, folder: Path, history: jn.History, step: int) -> None:
+    """Show the pictures of a finished run, `pictures/name`, beside what it logged.
+
+    Args:
+        writer: one with `show`, closed.
+        folder: of the run; the PNG files in it are shown.
+        history: of the run.
+        step: its last one.
+    """
+    writer.start(history, step)
+    for path in sorted(folder.glob("*.png")):
+        writer.show(step, f"pictures/{path.stem}", _read(path))
+    writer.close()
+
+
+def _read(path: Path) -> jn.Picture:
+    with Image.open(path) as opened:
+        kept = opened if opened.mode in ("L", "RGB", "RGBA") else opened.convert("RGB")
+        return jn.Picture(np.asarray(kept))

@@ -1,0 +1,82 @@
+"""What a hook may return beside numbers: pictures and histograms, for the writers that show them.
+
+They go to writers only, never into the rows of the history: a checkpoint stays small, and a
+resumed run draws again what it had not saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture that a hook returns under a name.
+
+    Attributes:
+        pixels: [height, width], [height, width, 1], [height, width, 3] or with 4 channels, the
+            last of which is the opacity; uint8, or floating in [0, 1].
+
+    Raises:
+        ValueError: another shape or dtype.
+
+    Example:
+        >>> Picture(np.zeros((28, 28))).as_uint8().shape
+        (28, 28, 1)
+    """
+
+    pixels: np.ndarray | jax.Array
+
+    def __post_init__(self) -> None:
+        shape, dtype = np.shape(self.pixels), self.pixels.dtype
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
+            raise ValueError(
+                f"a picture has the shape {shape}; give [height, width] or [height, width, "
+                "channels] with 1, 3 or 4 channels; join several images to one sheet first"
+            )
+        if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
+            raise ValueError(f"a picture has the dtype {dtype}; give uint8, or floats in [0, 1]")
+
+    def as_uint8(self) -> np.ndarray:
+        """Return [height, width, channels] on the host; floats beyond [0, 1] are cut off."""
+        pixels = np.asarray(self.pixels)
+        if pixels.dtype != np.uint8:
+            pixels = np.rint(255 * np.clip(np.nan_to_num(pixels), 0, 1)).astype(np.uint8)
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Histogram:
+    """How many values lie in each of several intervals; a hook returns it under a name.
+
+    Attributes:
+        counts: [bins].
+        edges: [bins + 1], increasing.
+
+    Example:
+        >>> Histogram.of([1.0, 1.0, 2.0], num_bins=2).counts.tolist()
+        [2, 1]
+    """
+
+    counts: np.ndarray | jax.Array
+    edges: np.ndarray | jax.Array
+
+    @classmethod
+    def of(cls, values: object, *, num_bins: int = 64) -> Histogram:
+        """Count values on the host; those that are NaN or infinite are left out.
+
+        Args:
+            values: anything of any shape that NumPy takes for an array.
+            num_bins: intervals of equal width, from the least value to the largest.
+
+        Returns:
+            The histogram.
+        """
+        flat = np.asarray(values, np.float64).ravel()
+        return cls(*np.histogram(flat[np.isfinite(flat)], bins=num_bins))
+
+
+Medium = Picture | Histogram
