@@ -27,7 +27,7 @@ from jaxnets.adversarial_losses import (
     one_centred_penalty,
     zero_centred_penalty,
 )
-from jaxnets.dcgan import DCGANDiscriminator, DCGANGenerator
+from jaxnets.gan_dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.gan_layers import check_labels
 from jaxnets.gan_resnet import ResNetDiscriminator, ResNetGenerator
 from jaxnets.layers import check_sizes

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 
 from jaxnets.core import Precision, Update
-from jaxnets.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.gan import GAN
+from jaxnets.gan_dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.training import create_train_state
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)

@@ -7,8 +7,8 @@ import pytest
 from checks import assert_close, check_module, count_parameters, perturbed, shapes_of
 
 from jaxnets import gan
-from jaxnets.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.gan import GAN, dcgan, generate_images, interpolate_latents, resnet_gan
+from jaxnets.gan_dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.gan_layers import ClassModulation, LogitHead
 from jaxnets.gan_resnet import ResNetDiscriminator, ResNetGenerator
 from jaxnets.layers import capture

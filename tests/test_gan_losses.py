@@ -16,7 +16,7 @@ from jaxnets.adversarial_losses import (
     zero_centred_penalty,
 )
 from jaxnets.core import Precision
-from jaxnets.dcgan import DCGANDiscriminator
+from jaxnets.gan_dcgan import DCGANDiscriminator
 from jaxnets.layers import Convolution, Dense
 from jaxnets.spectral_norm import SpectralNorm, largest_singular_value
 

@@ -25,8 +25,8 @@ from gan_problem import (
 from jaxnets.adversarial import adversarial
 from jaxnets.adversarial_losses import discriminator_loss, generator_loss
 from jaxnets.core import Update
-from jaxnets.dcgan import DCGANGenerator
 from jaxnets.gan import GAN, dcgan
+from jaxnets.gan_dcgan import DCGANGenerator
 from jaxnets.training import create_train_state, make_eval_step, make_train_step
 
 # The logit from which on an image counts as real; without one, the images of a pair compare.

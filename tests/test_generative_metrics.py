@@ -7,7 +7,7 @@ import scipy.linalg
 
 from jaxnets import generative_metrics
 from jaxnets.convolutional import ConvNet
-from jaxnets.dcgan import DCGANGenerator
+from jaxnets.gan_dcgan import DCGANGenerator
 from jaxnets.generative_metrics import (
     FeatureDistribution,
     class_agreement,

@@ -108,14 +108,14 @@ ALLOWED = {
     "hyperparameters": {"core"},
     "spectral_norm": {"core", "layers"},
     "gan_layers": {"core", "embedding", "layers", "spectral_norm", "upsampling"},
-    "dcgan": {"core", "gan_layers", "layers", "spectral_norm", "upsampling"},
+    "gan_dcgan": {"core", "gan_layers", "layers", "spectral_norm", "upsampling"},
     "gan_resnet": {
         *("core", "functional", "gan_layers", "layers", "spectral_norm", "upsampling"),
     },
     "adversarial_losses": {"core"},
     "adversarial": {"adversarial_losses", "core", "image_range"},
     "gan": {
-        *("adversarial", "adversarial_losses", "dcgan", "gan_layers", "gan_resnet"),
+        *("adversarial", "adversarial_losses", "gan_dcgan", "gan_layers", "gan_resnet"),
         *("layers", "spectral_norm", "upsampling"),
     },
     "generative_metrics": {"core", "layers"},
@@ -198,18 +198,39 @@ def test_only_the_checkpoint_imports_orbax():
     assert users == {"checkpoint.py"}
 
 
-def test_importing_the_library_is_light_and_changes_no_configuration():
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_names_are_loaded_when_they_are_used():
+    loaded = "sorted(name for name in sys.modules if name.startswith('jaxnets.'))"
+    output = run(f"import sys, jaxnets; print({loaded}); jaxnets.fit; print({loaded})")
+    before, after = (set(ast.literal_eval(line)) for line in output.splitlines())
+    assert before == set()
+    assert "jaxnets.loop" in after and "jaxnets.transformer" not in after
+
+
+def test_the_whole_library_is_light_and_changes_no_configuration():
     code = (
         "import sys, jax; before = dict(jax.config.values); import jaxnets;"
+        "[getattr(jaxnets, name) for name in jaxnets.__all__];"
         "assert all(jax.config.values[name] == value for name, value in before.items());"
         "heavy = {'orbax', 'grain', 'matplotlib', 'sklearn', 'PIL', 'torch', 'tyro', "
         "'tensorboardX', 'wandb'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert output.strip() == "[]"
+    assert run(code) == "[]"
+
+
+def test_a_function_called_like_a_module_stays_a_function():
+    names = ("adversarial", "beam_search", "dcgan")
+    modules = "import jaxnets.beam_search, jaxnets.adversarial, jaxnets.gan, jaxnets as jn;"
+    for first in ("", modules):
+        assert run(
+            f"{first} import jaxnets as jn; print([callable(getattr(jn, n)) for n in {names}])"
+        ) == ("[True, True, True]")
 
 
 def test_every_exported_name_exists_and_is_documented():
