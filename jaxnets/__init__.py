@@ -13,3 +13,5 @@ import lazy_loader
 
 # The stub beside this file lists the names; a script loads the families that it uses, no others.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+__version__ = "0.1.0"

@@ -134,7 +134,7 @@ from .transformer import (
 )
 from .writers import jsonl_writer, tensorboard_writer, wandb_writer
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "DATA_AXIS",

@@ -225,12 +225,12 @@ def test_the_whole_library_is_light_and_changes_no_configuration():
 
 
 def test_a_function_called_like_a_module_stays_a_function():
-    names = ("adversarial", "beam_search", "dcgan")
-    modules = "import jaxnets.beam_search, jaxnets.adversarial, jaxnets.gan, jaxnets as jn;"
+    look = (
+        "print([callable(getattr(jn, name)) for name in ('adversarial', 'beam_search', 'dcgan')])"
+    )
+    modules = "import jaxnets.beam_search, jaxnets.adversarial, jaxnets.gan; "
     for first in ("", modules):
-        assert run(
-            f"{first} import jaxnets as jn; print([callable(getattr(jn, n)) for n in {names}])"
-        ) == ("[True, True, True]")
+        assert run(f"{first}import jaxnets as jn; {look}") == "[True, True, True]"
 
 
 def test_every_exported_name_exists_and_is_documented():
