@@ -49,7 +49,7 @@ def images(*shape):
         (
             DCGANDiscriminator(4, num_classes=3, norm="spectral"),
             (images(6, 8, 8, 1), LABELS),
-            68 + 65 + 12,
+            68 + 65 + 3 * 64,
         ),
         (DCGANDiscriminator(4, norm="layer"), (images(6, 16, 16, 1),), 68 + 528 + 129),
         (
@@ -106,12 +106,12 @@ def test_a_preset_has_its_shapes_and_parameters(
     ("module", "plain", "generator", "discriminator"),
     [
         # 10 classes: a gain and a shift for each channel of each norm, and a vector of features.
-        (dcgan(num_classes=10), dcgan(), 20 * (512 + 256 + 128 + 64), 10 * 512),
+        (dcgan(num_classes=10), dcgan(), 20 * (512 + 256 + 128 + 64), 10 * 512 * 16),
         (
             dcgan((32, 32, 3), num_classes=10, norm="spectral"),
             dcgan((32, 32, 3), norm="spectral"),
             20 * (256 + 128 + 64),
-            10 * 256,
+            10 * 256 * 16,
         ),
         (resnet_gan(num_classes=10), resnet_gan(), 20 * 2 * 3 * 256, 10 * 128),
     ],
