@@ -27,7 +27,15 @@ from jaxnets import (
 from jaxnets.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
 from jaxnets.beam_search import beam_search
 from jaxnets.checkpoint import CheckpointError, parameters_sha256
-from jaxnets.convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
+from jaxnets.convolutional import (
+    ConvNet,
+    ConvNeXt,
+    LeNet5,
+    PilotNet,
+    ResNet,
+    ResNet9,
+    WideResNet,
+)
 from jaxnets.core import (
     DATA_AXIS,
     Batch,
@@ -123,6 +131,8 @@ from jaxnets.recurrent import (
     SpeechRecognizer,
     TextClassifier,
 )
+from jaxnets.regression_heads import DiscretizedHead, GaussianHead, head_regression
+from jaxnets.saliency import input_gradient, visual_backprop
 from jaxnets.sampling import Sampling
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
 from jaxnets.spectral_norm import SpectralNorm
@@ -160,10 +170,12 @@ __all__ = [
     "ConvNet",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "DiscretizedHead",
     "DiscretizedLogistic",
     "EarlyStopping",
     "Executor",
     "Gaussian",
+    "GaussianHead",
     "History",
     "Hook",
     "Interrupted",
@@ -177,6 +189,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Params",
+    "PilotNet",
     "Precision",
     "Recurrent",
     "RecurrentLM",
@@ -239,9 +252,11 @@ __all__ = [
     "generate",
     "generate_images",
     "generative_metrics",
+    "head_regression",
     "huber_error",
     "importance_weighted",
     "importance_weighted_bound",
+    "input_gradient",
     "jit_step",
     "join_patches",
     "jsonl_writer",
@@ -279,6 +294,7 @@ __all__ = [
     "tensorboard_writer",
     "transformer",
     "vae",
+    "visual_backprop",
     "vq_vae",
     "with_batch_transform",
     "with_carry",

@@ -29,7 +29,10 @@ ALLOWED = {
     "layers": {"core", "functional", "normalization"},
     "embedding": {"core", "functional", "layers"},
     "feedforward": {"core", "functional", "layers"},
-    "convolutional": {"core", "functional", "layers", "resnet", "convnext"},
+    "convolutional": {"core", "functional", "layers", "resnet", "convnext", "pilotnet"},
+    "pilotnet": {"core", "layers"},
+    "regression_heads": {"core", "objectives"},
+    "saliency": set(),
     "resnet": {"core", "functional", "layers"},
     "convnext": {"core", "functional", "layers"},
     "recurrent_cells": {"core", "functional", "normalization", "sequence"},
@@ -193,7 +196,7 @@ def test_importing_the_library_is_light_and_changes_no_configuration():
         "import sys, jax; before = dict(jax.config.values); import jaxnets;"
         "assert all(jax.config.values[name] == value for name, value in before.items());"
         "heavy = {'orbax', 'grain', 'matplotlib', 'sklearn', 'PIL', 'torch', 'tyro', "
-        "'tensorboardX'};"
+        "'tensorboardX', 'gymnasium', 'pygame', 'Box2D'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     output = subprocess.run(
