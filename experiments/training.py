@@ -63,27 +63,39 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     if options.tensorboard:
         writers.append(jn.tensorboard_writer(folder.path / "tensorboard"))
     began = time.perf_counter()
-    states, history = jn.fit(
-        problem.executor(),
-        states,
-        problem.batches(),
-        num_steps=problem.num_steps,
-        hooks=[
-            jn.every(
-                options.eval_every or problem.steps_per_epoch,
-                jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
-            ),
-            *problem.hooks(folder),
-            jn.Checkpointing(
-                folder.checkpoints,
-                every=options.checkpoint_every or problem.steps_per_epoch,
-                keep=2,
-            ),
-        ],
-        writers=writers,
-        log_every=options.log_every,
-        history=history,
-    )
+    hooks = [
+        jn.every(
+            options.eval_every or problem.steps_per_epoch,
+            jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
+        ),
+        *problem.hooks(folder),
+        jn.Checkpointing(
+            folder.checkpoints,
+            every=options.checkpoint_every or problem.steps_per_epoch,
+            keep=2,
+        ),
+    ]
+    compiling = 0.0
+    for stage, last_step in enumerate(problem.stages):
+        told = problem.prepare(folder, stage, states)
+        if told:
+            print(told, file=sys.stderr)
+        if last_step < min(int(states.step[0]) + 1, problem.num_steps):
+            continue  # a resumed run is beyond this stage
+        states, history = jn.fit(
+            problem.executor(),
+            states,
+            problem.batches(),
+            num_steps=last_step,
+            hooks=hooks,
+            writers=writers,
+            log_every=options.log_every,
+            history=history,
+        )
+        compiling += history.first_call_seconds
+        history.first_call_seconds = compiling
+        if history.stopped is not None:
+            break
     if history.interrupted:
         raise command_line.Stopped(f"stopped by {history.stopped}; go on with --resume")
     print(

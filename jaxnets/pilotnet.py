@@ -63,7 +63,7 @@ class PilotNet(nn.Module):
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, num_outputs].
 
-        Records "conv_0" to "conv_4", the maps behind each activation, and "features".
+        Records "map_0" to "map_4", the maps behind each activation, and "features".
         """
         check_rank(inputs, self, layouts=IMAGES)
         policy, act = self.precision, activation(self.activation)
@@ -88,7 +88,7 @@ class PilotNet(nn.Module):
                     name=f"conv_{index}",
                 )(x)
             )
-            record(self, f"conv_{index}", x)
+            record(self, f"map_{index}", x)
         x = x.reshape(x.shape[0], -1)
         for index, width in enumerate(self.hidden_features):
             x = act(Dense(width, precision=policy, name=f"hidden_{index}")(x))

@@ -58,7 +58,7 @@ def visual_backprop(
 
     Args:
         maps: of each convolution in order, behind its activation, at least 0,
-            [batch, height, width, channels]; such as "conv_0", "conv_1", ... of
+            [batch, height, width, channels]; such as "map_0", "map_1", ... of
             `capture(PilotNet(), ...)`.
         geometry: (size of the kernel, stride) of each convolution, without padding.
         image_size: height and width of the images.

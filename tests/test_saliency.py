@@ -11,7 +11,7 @@ import jaxnets as jn
 def test_the_gradient_is_the_largest_of_the_channels_and_apart_for_each_image():
     weights = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
     images = jnp.ones((2, 3, 4, 2)) * jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
-    found = jn.input_gradient(lambda x: jnp.sum(weights * x**2, axis=(1, 2, 3)), images)
+    found = jn.input_gradient(lambda x: jnp.sum(weights[None] * x**2, axis=(1, 2, 3)), images)
     expected = np.abs(2 * weights).max(axis=-1)
     np.testing.assert_allclose(found, np.stack([expected, 3 * expected]), rtol=1e-6)
 
@@ -45,7 +45,7 @@ def test_the_maps_of_pilotnet_lead_back_to_a_spot_in_the_picture():
     images = jnp.zeros((2, 84, 96, 3)).at[0, 30:40, 60:70].set(5.0)
     variables = module.init(jax.random.key(0), images)
     _, inside = jn.capture(module, variables, images)
-    maps = [inside[f"conv_{index}"] for index in range(5)]
+    maps = [inside[f"map_{index}"] for index in range(5)]
     geometry = [(size, stride) for _, size, stride in CONVOLUTIONS]
     found = jn.visual_backprop(maps, geometry, (84, 96))
     assert found.shape == (2, 84, 96)

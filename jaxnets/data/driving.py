@@ -14,6 +14,7 @@ from jaxnets.data.driving_augment import (
     move_car,
     moved_controls,
     random_brightness,
+    random_mirror,
     random_shadow,
 )
 from jaxnets.data.driving_car import (
@@ -75,6 +76,7 @@ __all__ = [
     "move_car",
     "moved_controls",
     "random_brightness",
+    "random_mirror",
     "random_shadow",
     "read_points",
     "read_recordings",

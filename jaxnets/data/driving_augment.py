@@ -95,12 +95,35 @@ def moved_controls(
     return jnp.stack([corrected, jnp.clip(gas, 0, 1), brake], axis=-1)
 
 
-def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Array:
-    """Darken each picture on one side of a random line.
+def random_mirror(
+    key: jax.Array, frames: jax.Array, controls: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mirror half of the examples left to right, and their steering.
 
     Args:
         key: random key.
-        frames: floating [batch, height, width, channels], black at 0.
+        frames: [batch, ..., height, width, channels].
+        controls: steering, gas and brake, [batch, ..., 3].
+
+    Returns:
+        Frames and controls of the given shapes and dtypes.
+    """
+    chosen = jax.random.bernoulli(key, 0.5, (len(frames),))
+    flip = chosen.reshape((-1,) + (1,) * (frames.ndim - 1))
+    signs = jnp.array([-1, 1, 1], controls.dtype).reshape((1,) * (controls.ndim - 1) + (3,))
+    turned = chosen.reshape((-1,) + (1,) * (controls.ndim - 1))
+    return (
+        jnp.where(flip, frames[..., ::-1, :], frames),
+        jnp.where(turned, controls * signs, controls),
+    )
+
+
+def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Array:
+    """Darken each example on one side of a random line.
+
+    Args:
+        key: random key.
+        frames: floating [batch, ..., height, width, channels], black at 0.
         strength: share of the light that is taken away at most, in [0, 1].
 
     Returns:
@@ -110,7 +133,7 @@ def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Arr
         ValueError: a strength out of range.
     """
     _check_share("strength", strength)
-    batch, height, width, _ = frames.shape
+    batch, (height, width) = len(frames), frames.shape[-3:-1]
     angle_key, place_key, dark_key = jax.random.split(key, 3)
     angle = jax.random.uniform(angle_key, (batch, 1, 1), maxval=2 * jnp.pi)
     place = jax.random.uniform(place_key, (batch, 1, 1), minval=-0.5, maxval=0.5)
@@ -118,15 +141,16 @@ def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Arr
     columns = jnp.linspace(-0.5, 0.5, width)[None, None, :]
     shaded = rows * jnp.sin(angle) + columns * jnp.cos(angle) > place
     dark = jax.random.uniform(dark_key, (batch, 1, 1), maxval=strength)
-    return frames * jnp.where(shaded, 1 - dark, 1.0).astype(frames.dtype)[..., None]
+    light = jnp.where(shaded, 1 - dark, 1.0).astype(frames.dtype)
+    return frames * light.reshape(batch, *[1] * (frames.ndim - 4), height, width, 1)
 
 
 def random_brightness(key: jax.Array, frames: jax.Array, strength: float) -> jax.Array:
-    """Multiply each picture by a random number in [1 - strength, 1 + strength].
+    """Multiply each example by a random number in [1 - strength, 1 + strength].
 
     Args:
         key: random key.
-        frames: floating [batch, height, width, channels], black at 0.
+        frames: floating [batch, ...], black at 0.
         strength: in [0, 1].
 
     Returns:
@@ -136,7 +160,7 @@ def random_brightness(key: jax.Array, frames: jax.Array, strength: float) -> jax
         ValueError: a strength out of range.
     """
     _check_share("strength", strength)
-    shape = (len(frames), 1, 1, 1)
+    shape = (len(frames), *[1] * (frames.ndim - 1))
     factor = jax.random.uniform(key, shape, minval=1 - strength, maxval=1 + strength)
     return frames * factor.astype(frames.dtype)
 
