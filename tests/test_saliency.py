@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxnets as jn
+from jaxnets.pilotnet import CONVOLUTIONS
 
 
 def test_the_gradient_is_the_largest_of_the_channels_and_apart_for_each_image():
@@ -39,15 +40,18 @@ def test_nothing_active_gives_nothing_and_no_nan():
 
 
 def test_the_maps_of_pilotnet_lead_back_to_a_spot_in_the_picture():
-    from jaxnets.pilotnet import CONVOLUTIONS
-
     module = jn.PilotNet()
     images = jnp.zeros((2, 84, 96, 3)).at[0, 30:40, 60:70].set(5.0)
-    variables = module.init(jax.random.key(0), images)
-    _, inside = jn.capture(module, variables, images)
-    maps = [inside[f"map_{index}"] for index in range(5)]
-    geometry = [(size, stride) for _, size, stride in CONVOLUTIONS]
-    found = jn.visual_backprop(maps, geometry, (84, 96))
+    variables = jax.jit(module.init)(jax.random.key(0), images)
+
+    @jax.jit
+    def look(images):
+        _, inside = jn.capture(module, variables, images)
+        maps = [inside[f"map_{index}"] for index in range(5)]
+        geometry = [(size, stride) for _, size, stride in CONVOLUTIONS]
+        return jn.visual_backprop(maps, geometry, (84, 96))
+
+    found = look(images)
     assert found.shape == (2, 84, 96)
     assert float(found[0].max()) == pytest.approx(1)
     row, column = np.unravel_index(np.argmax(found[0]), (84, 96))
