@@ -65,7 +65,7 @@ class Config(Options):
     """Tracks on which the expert is recorded at first."""
     noise: float = 0.08
     """What jostles the expert while it is recorded, see ExpertDriver."""
-    rounds: int = 3
+    rounds: int = 0
     """Rounds in which the network drives and the expert labels."""
     round_tracks: int = 20
     """Tracks of each round."""
@@ -87,7 +87,7 @@ class Config(Options):
     """Darkest shadow on a picture, as a share of the light."""
     brightness: float = 0.2
     """Change of brightness, as a share."""
-    workers: int = 2
+    workers: int = 0
     """Processes that hold the cars; 0 is this one."""
 
 
@@ -321,6 +321,8 @@ def _outputs_alone(*arguments: Any, **keywords: Any) -> tuple[jax.Array, jn.Mode
 
 ALONE = Config(
     steps=2400,
+    rounds=3,
+    workers=2,
     batch_size=64,
     learning_rate=1e-3,
     weight_decay=1e-2,

@@ -81,7 +81,7 @@ class DrivingNetwork(nn.Module):
         """Return the memory of drivers that have seen nothing."""
         if self.cell is None:
             return None
-        return jn.Recurrent(self.hidden_size, cell=self.cell).zero_carry(num_cars)
+        return jn.Recurrent(self.hidden_size, cell=self.cell, parent=None).zero_carry(num_cars)
 
 
 def make_network(

@@ -36,6 +36,7 @@ def move_car(frames: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
     Returns:
         Shape and dtype of `frames`.
     """
+    frames = jnp.asarray(frames)
     height, width = frames.shape[1:3]
     down, across = PIXELS_PER_METRE
     rows = (CAR_PLACE[0] - jnp.arange(height)) / down  # metres in front of the car
