@@ -5,6 +5,7 @@
     python -m experiments.driving --model lstm
     python -m experiments.driving --model gru
     python -m experiments.driving --head discretized
+    python -m experiments.driving --model gru --no-speedometer
 
 An expert that sees the track drives and is recorded; the network learns its controls from the
 camera and the speed (behaviour cloning). Then, round by round, the network drives on new tracks
@@ -32,6 +33,7 @@ import jaxnets as jn
 from experiments import driving_pictures, figures, training
 from experiments.driving_networks import (
     CONTROL_NAMES,
+    EncoderName,
     HeadName,
     ModelName,
     NetworkDriver,
@@ -42,7 +44,7 @@ from experiments.driving_networks import (
 )
 from experiments.options import Options
 from experiments.problem import Measured, Problem, member
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunError, RunFolder
 from jaxnets.data import driving
 from jaxnets.data.files import cache_folder
 
@@ -53,12 +55,14 @@ class Config(Options):
 
     model: ModelName = "pilotnet"
     """Network; lstm and gru are recurrent layers behind --encoder."""
-    encoder: str = "pilotnet"
-    """What sees the frames in front of a recurrent layer: pilotnet or resnet."""
+    encoder: EncoderName = "pilotnet"
+    """What sees the frames in front of a recurrent layer."""
     head: HeadName = "gaussian"
     """How controls are regressed: normal distributions, or probabilities of 21 values each."""
     hidden: int = 64
     """Size of the recurrent layer, or of the dense layer in its place."""
+    speedometer: bool = True
+    """Give the speed to the network; without it, only a memory of the frames can tell it."""
     window: int = 1
     """Consecutive decisions in a training example; recurrent networks need more than one."""
     tracks: int = 40
@@ -100,12 +104,14 @@ class Driving(Problem):
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
+        check_options(config)
         self.head = make_head(config.head)
         self.module = make_network(
             config.model,
             self.head.num_outputs,
             encoder=config.encoder,
             hidden_size=config.hidden,
+            speedometer=config.speedometer,
             precision=config.precision,
         )
         self.style = driving.ExpertStyle()
@@ -313,6 +319,28 @@ class Driving(Problem):
         return {**batch, "frames": 2 * light - 1, "labels": labels}
 
 
+def check_options(config: Config) -> None:
+    """Refuse what would stop the run only later.
+
+    Raises:
+        RunError: naming the option, or the package that is missing.
+    """
+    if config.batch_size < config.window:
+        raise RunError(
+            f"--batch-size {config.batch_size} decisions hold no --window of {config.window}; "
+            "give a larger batch or a smaller window"
+        )
+    if config.model in ("lstm", "gru") and config.window < 2:
+        raise RunError(f"--window is {config.window}; give 2 or more for --model {config.model}")
+    for name in ("shadow", "brightness"):
+        if getattr(config, name) > 1:
+            raise RunError(f"--{name} is {getattr(config, name)}; give a share in [0, 1]")
+    try:
+        driving.RacingCar()
+    except ImportError as error:
+        raise RunError(str(error)) from error
+
+
 def _outputs_alone(*arguments: Any, **keywords: Any) -> tuple[jax.Array, jn.ModelState]:
     """Call a network, and leave its memory aside."""
     (outputs, _), model_state = jn.apply_module(*arguments, **keywords)
@@ -320,8 +348,8 @@ def _outputs_alone(*arguments: Any, **keywords: Any) -> tuple[jax.Array, jn.Mode
 
 
 ALONE = Config(
-    steps=2400,
-    rounds=3,
+    steps=1200,
+    rounds=2,
     workers=2,
     batch_size=64,
     learning_rate=1e-3,
@@ -330,7 +358,7 @@ ALONE = Config(
     average_decay=0.99,
     steps_per_dispatch=20,
 )
-RECURRENT = dataclasses.replace(ALONE, window=16, clip=1.0)
+RECURRENT = dataclasses.replace(ALONE, window=16, batch_size=96, clip=1.0)
 RECIPES = {
     "pilotnet": ALONE,
     "resnet": dataclasses.replace(ALONE, model="resnet"),

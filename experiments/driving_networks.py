@@ -16,6 +16,7 @@ import jaxnets as jn
 from jaxnets.data import driving
 
 ModelName = Literal["pilotnet", "resnet", "lstm", "gru"]
+EncoderName = Literal["pilotnet", "resnet"]
 HeadName = Literal["gaussian", "discretized"]
 
 #: What the outputs mean, in the order of the controls.
@@ -37,6 +38,7 @@ class DrivingNetwork(nn.Module):
         num_outputs: size of the output.
         cell: of the recurrent layer, such as "gru"; None for no memory.
         hidden_size: of the recurrent layer, or of the dense layer in its place.
+        speedometer: whether the speed is seen.
         precision: dtypes.
     """
 
@@ -44,6 +46,7 @@ class DrivingNetwork(nn.Module):
     num_outputs: int
     cell: str | None = None
     hidden_size: int = 64
+    speedometer: bool = True
     precision: jn.Precision = jn.Precision()
 
     @nn.compact
@@ -63,9 +66,10 @@ class DrivingNetwork(nn.Module):
         """
         batch, time = frames.shape[:2]
         seen = self.encoder(frames.reshape(batch * time, *frames.shape[2:]), train=train)
-        features = nn.relu(seen).reshape(batch, time, -1)
-        speeds = (speeds / _SPEED_UNIT).astype(features.dtype)[..., None]
-        x = jnp.concatenate([features, speeds], axis=-1)
+        x = nn.relu(seen).reshape(batch, time, -1)
+        if self.speedometer:
+            speeds = (speeds / _SPEED_UNIT).astype(x.dtype)[..., None]
+            x = jnp.concatenate([x, speeds], axis=-1)
         if self.cell is None:
             x = nn.relu(
                 jn.layers.Dense(self.hidden_size, precision=self.precision, name="hidden")(x)
@@ -85,22 +89,30 @@ class DrivingNetwork(nn.Module):
 
 
 def make_network(
-    model: ModelName, num_outputs: int, *, encoder: str, hidden_size: int, precision: str
+    model: ModelName,
+    num_outputs: int,
+    *,
+    encoder: EncoderName,
+    hidden_size: int,
+    precision: str,
+    speedometer: bool = True,
 ) -> DrivingNetwork:
     """Build a network.
 
     Args:
         model: "pilotnet" or "resnet" alone, or a recurrent layer behind an encoder.
         num_outputs: size of the output.
-        encoder: "pilotnet" or "resnet", in front of a recurrent layer.
+        encoder: what stands in front of a recurrent layer.
         hidden_size: of the last layer in front of the output.
         precision: compute dtype.
+        speedometer: whether the network sees the speed.
 
     Returns:
         The network.
     """
     policy = jn.Precision(compute=jnp.dtype(precision))
-    sees = model if model in ("pilotnet", "resnet") else encoder
+    recurrent = model in ("lstm", "gru")
+    sees = encoder if recurrent else model
     convolutions: nn.Module
     if sees == "pilotnet":  # the speed joins in where PilotNet has its layer of 50
         convolutions = jn.PilotNet(_NUM_FEATURES, hidden_features=(100,), precision=policy)
@@ -109,8 +121,9 @@ def make_network(
     return DrivingNetwork(
         convolutions,
         num_outputs,
-        cell=model if model in ("lstm", "gru") else None,
+        cell=model if recurrent else None,
         hidden_size=hidden_size,
+        speedometer=speedometer,
         precision=policy,
     )
 

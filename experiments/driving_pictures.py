@@ -140,7 +140,8 @@ def _panel(picture: np.ndarray, controls: np.ndarray, speed: float) -> Image.Ima
     bars = ((controls[1], "limegreen", 60), (controls[2], "red", middle + 10))
     for value, color, left in bars:
         length = float(np.clip(value, 0, 1)) * (middle - 70)
-        draw.rectangle((left, height + 28, left + length, height + 40), fill=color)
+        if length >= 1:
+            draw.rectangle((left, height + 28, left + length, height + 40), fill=color)
     draw.text((4, height + 5), "steering", fill="white")
     draw.text((4, height + 27), "gas, brake", fill="white")
     draw.text((width - 52, height + 5), f"{speed:.0f} m/s", fill="white")

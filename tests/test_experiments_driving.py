@@ -17,7 +17,7 @@ from experiments.driving_networks import (
     make_network,
     to_inputs,
 )
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunError, RunFolder
 from experiments.training import run
 from jaxnets.data import driving
 
@@ -161,6 +161,29 @@ def test_each_seed_learns_from_its_own_rounds(finished, tmp_path):
     own = [set(problem.pools[seed].ravel().tolist()) for seed in (0, 1)]
     assert own[0] & own[1] == set(range(20))
     assert len(own[0] | own[1]) == len(problem.resident["speeds"]) == 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 8}, "--batch-size 4 decisions hold no --window of 8"),
+        ({"model": "gru", "window": 1}, "--window is 1; give 2 or more for --model gru"),
+        ({"shadow": 1.5}, "--shadow is 1.5"),
+        ({"tracks": 0}, "--tracks is 0"),
+    ],
+)
+def test_impossible_options_are_named(changes, message, tmp_path):
+    with pytest.raises(RunError, match=message):
+        run_driving(tmp_path / "run", tmp_path, **changes)
+
+
+def test_a_missing_simulator_is_reported_before_the_training(monkeypatch):
+    def missing(**keywords):
+        raise ImportError("driving needs gymnasium")
+
+    monkeypatch.setattr(driving, "RacingCar", missing)
+    with pytest.raises(RunError, match="driving needs gymnasium"):
+        experiment.check_options(config())
 
 
 @pytest.mark.slow
