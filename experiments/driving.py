@@ -238,7 +238,8 @@ class Driving(Problem):
         track = (driving.TUNING_SEEDS if self.config.held_out else driving.TEST_SEEDS)[0]
         (lap,) = driving.drive(driver, [track], self._fleet())
         driving_pictures.saliency(driver, lap, folder.path / "saliency.png")
-        driving_pictures.film(driver, lap, folder.path / "lap.gif")
+        seconds = self.config.frames_per_decision / driving.FRAMES_PER_SECOND
+        driving_pictures.film(driver, lap, folder.path / "lap.gif", seconds=seconds)
 
     def _recordings(self, name: str, seeds: Sequence[int], noise: float) -> dict[str, np.ndarray]:
         """Read the drives of the expert, or record them first."""

@@ -103,13 +103,14 @@ def saliency(driver: NetworkDriver, drive: driving.Drive, path: Path) -> None:
     pictures.grid(sheet, path)
 
 
-def film(driver: NetworkDriver, drive: driving.Drive, path: Path) -> None:
+def film(driver: NetworkDriver, drive: driving.Drive, path: Path, *, seconds: float) -> None:
     """Draw a lap as an animation: the camera with what the network looks at, and the controls.
 
     Args:
         driver: the network.
         drive: with frames.
         path: GIF file.
+        seconds: between two decisions; every other one is drawn.
     """
     frames = drive.arrays["frames"][:, : driving.NUM_WORLD_ROWS]
     maps = backprop_maps(driver, drive)
@@ -124,7 +125,9 @@ def film(driver: NetworkDriver, drive: driving.Drive, path: Path) -> None:
     # One palette for all, or else the colours flicker.
     palette = panels[len(panels) // 2].quantize(64)
     reduced = [panel.quantize(palette=palette, dither=Image.Dither.NONE) for panel in panels]
-    reduced[0].save(path, save_all=True, append_images=reduced[1:], duration=100, loop=0)
+    reduced[0].save(
+        path, save_all=True, append_images=reduced[1:], duration=round(2000 * seconds), loop=0
+    )
 
 
 def _panel(picture: np.ndarray, controls: np.ndarray, speed: float) -> Image.Image:

@@ -74,6 +74,7 @@ class RacingCar:
     Attributes:
         frame: what the camera saw last, uint8 [96, 96, 3].
         score: of this drive.
+        track: centre line of this drive's track in the direction of driving, [points, 2].
         over: whether the drive has ended: the lap is closed, the car has left the field, or the
             frames are used up.
 
@@ -151,13 +152,8 @@ class RacingCar:
     def view(self) -> CarView:
         """Return what an expert may know, and a passenger cannot."""
         hull = self._environment.car.hull
-        velocity = hull.linearVelocity
-        return CarView(
-            np.array(hull.position),
-            np.array(hull.GetWorldVector((0, 1))),
-            float(np.hypot(velocity[0], velocity[1])),
-            float(hull.angularVelocity),
-        )
+        forward = np.array(hull.GetWorldVector((0, 1)))
+        return CarView(np.array(hull.position), forward, self.speed, float(hull.angularVelocity))
 
     @property
     def speed(self) -> float:
@@ -169,11 +165,6 @@ class RacingCar:
         """Return how far the car is from the nearest point of the centre line, in metres."""
         x, y = self._environment.car.hull.position
         return float(np.sqrt(((self.track - np.array([[x, y]])) ** 2).sum(axis=1).min()))
-
-    def picture(self) -> np.ndarray:
-        """Draw the present moment as for a film, uint8 [400, 600, 3]."""
-        self._environment.looking = True
-        return self._environment._render("rgb_array")
 
 
 @functools.cache
