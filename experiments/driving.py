@@ -359,7 +359,7 @@ ALONE = Config(
     average_decay=0.99,
     steps_per_dispatch=20,
 )
-RECURRENT = dataclasses.replace(ALONE, window=16, batch_size=96, clip=1.0)
+RECURRENT = dataclasses.replace(ALONE, window=8, clip=1.0)
 RECIPES = {
     "pilotnet": ALONE,
     "resnet": dataclasses.replace(ALONE, model="resnet"),

@@ -152,11 +152,11 @@ def _panel(picture: np.ndarray, controls: np.ndarray, speed: float) -> Image.Ima
 
 
 def _overlaid(frames: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Darken the frames, and leave light and tinted what the network looks at."""
+    """Darken the frames, and tint what the network looks at."""
     bright = np.quantile(maps, 0.995, axis=(1, 2), keepdims=True)
     shares = np.clip(maps / np.maximum(bright, 1e-12), 0, 1)[..., None]
-    tint = np.array([255, 60, 200])
-    mixed = frames * (0.45 + 0.25 * shares) + shares * 0.5 * tint
+    tint = np.array([255, 60, 220])
+    mixed = 0.45 * frames * (1 - 0.6 * shares) + 0.85 * shares * tint
     return np.clip(mixed, 0, 255).astype(np.uint8)
 
 
