@@ -90,6 +90,30 @@ class Problem(abc.ABC):
         return options.steps or max(round(options.epochs * self.steps_per_epoch), 1)
 
     @property
+    def stages(self) -> Sequence[int]:
+        """Last step of each stage of the run, rising to `num_steps`; there is one here.
+
+        In front of each stage `prepare` is called, and then `batches` and `executor` again.
+        """
+        return (self.num_steps,)
+
+    def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
+        """Make what a stage trains on, where it depends on the networks so far; nothing here.
+
+        A resumed run calls this for the stages that are over too, with later states: what they
+        made must be read again from the folder.
+
+        Args:
+            folder: of the run.
+            stage: counts from 0.
+            states: the networks as they are.
+
+        Returns:
+            A line to print, if there is anything to say.
+        """
+        return None
+
+    @property
     def update(self) -> jn.Update | Sequence[jn.Update]:
         """The gradient phase of a step, or its phases."""
         return jn.Update(self.objective, make_optimizer(self.options, self.num_steps))

@@ -21,7 +21,9 @@ from typing import Any
 import jax
 
 #: Options that say where or how a run is computed, not what it computes.
-NOT_PART_OF_THE_RUN = ("out", "resume", "data", "checkpoint_every", "keep_memory", "tensorboard")
+NOT_PART_OF_THE_RUN = (
+    *("out", "resume", "data", "checkpoint_every", "keep_memory", "tensorboard", "workers"),
+)
 
 
 class RunError(Exception):

@@ -18,6 +18,7 @@ from experiments.options import Options, check
 from experiments.problem import Measured, Problem
 from experiments.run_folder import RunFolder, environment
 from jaxnets.comparison import show_number
+from jaxnets.history import Writer
 
 
 def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
@@ -64,7 +65,8 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     problem = make_problem(options)
     states, history = jn.resume(folder.checkpoints, problem.create_states())
     writers = [jn.jsonl_writer(folder.metrics)]
-    events, drawn = None, []
+    events: Any = None
+    drawn: list[jn.Hook] = []
     if options.tensorboard:
         events = jn.tensorboard_writer(folder.path / "tensorboard")
         writers.append(events)
@@ -73,28 +75,7 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
             jn.every(options.eval_every or problem.steps_per_epoch, jn.parameter_histograms()),
         ]
     began = time.perf_counter()
-    states, history = jn.fit(
-        problem.executor(),
-        states,
-        problem.batches(),
-        num_steps=problem.num_steps,
-        hooks=[
-            jn.every(
-                options.eval_every or problem.steps_per_epoch,
-                jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
-            ),
-            *problem.hooks(folder),
-            *drawn,
-            jn.Checkpointing(
-                folder.checkpoints,
-                every=options.checkpoint_every or problem.steps_per_epoch,
-                keep=2,
-            ),
-        ],
-        writers=writers,
-        log_every=options.log_every,
-        history=history,
-    )
+    states, history = _train(problem, folder, states, history, writers, drawn)
     if history.interrupted:
         raise command_line.Stopped(f"stopped by {history.stopped}; go on with --resume")
     print(
@@ -114,6 +95,53 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     folder.write("result.json", result)
     print(f"{describe(measured)}; see {page}", file=sys.stderr)
     return result
+
+
+def _train(
+    problem: Problem,
+    folder: RunFolder,
+    states: jn.TrainState,
+    history: jn.History,
+    writers: list[Writer],
+    drawn: list[jn.Hook],
+) -> tuple[jn.TrainState, jn.History]:
+    """Run the stages that are left, one after the other, as one course of steps."""
+    options = problem.options
+    hooks = [
+        jn.every(
+            options.eval_every or problem.steps_per_epoch,
+            jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
+        ),
+        *problem.hooks(folder),
+        *drawn,
+        jn.Checkpointing(
+            folder.checkpoints,
+            every=options.checkpoint_every or problem.steps_per_epoch,
+            keep=2,
+        ),
+    ]
+    compiling = 0.0
+    for stage, last_step in enumerate(problem.stages):
+        told = problem.prepare(folder, stage, states)
+        if told:
+            print(told, file=sys.stderr)
+        if last_step < min(int(states.step[0]) + 1, problem.num_steps):
+            continue  # a resumed run is beyond this stage
+        states, history = jn.fit(
+            problem.executor(),
+            states,
+            problem.batches(),
+            num_steps=last_step,
+            hooks=hooks,
+            writers=writers,
+            log_every=options.log_every,
+            history=history,
+        )
+        compiling += history.first_call_seconds
+        history.first_call_seconds = compiling
+        if history.stopped is not None:
+            break
+    return states, history
 
 
 def summarize(

@@ -19,7 +19,7 @@ from .adversarial import adversarial
 from .autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
 from .beam_search import beam_search
 from .checkpoint import CheckpointError, parameters_sha256
-from .convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
+from .convolutional import ConvNet, ConvNeXt, LeNet5, PilotNet, ResNet, ResNet9, WideResNet
 from .core import (
     DATA_AXIS,
     Batch,
@@ -117,6 +117,8 @@ from .recurrent import (
     SpeechRecognizer,
     TextClassifier,
 )
+from .regression_heads import DiscretizedHead, GaussianHead, head_regression
+from .saliency import input_gradient, visual_backprop
 from .sampling import Sampling
 from .sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
 from .spectral_norm import SpectralNorm
@@ -155,10 +157,12 @@ __all__ = [
     "ConvNet",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "DiscretizedHead",
     "DiscretizedLogistic",
     "EarlyStopping",
     "Executor",
     "Gaussian",
+    "GaussianHead",
     "Histogram",
     "History",
     "Hook",
@@ -174,6 +178,7 @@ __all__ = [
     "ObjectiveOutput",
     "Params",
     "Picture",
+    "PilotNet",
     "PopulationExecutor",
     "Precision",
     "Recurrent",
@@ -238,9 +243,11 @@ __all__ = [
     "generate_images",
     "generative_metrics",
     "gradient_histograms",
+    "head_regression",
     "huber_error",
     "importance_weighted",
     "importance_weighted_bound",
+    "input_gradient",
     "jit_step",
     "join_patches",
     "jsonl_writer",
@@ -279,6 +286,7 @@ __all__ = [
     "tensorboard_writer",
     "transformer",
     "vae",
+    "visual_backprop",
     "vq_vae",
     "wandb_writer",
     "with_batch_transform",

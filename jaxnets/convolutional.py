@@ -1,7 +1,8 @@
 """Convolutional networks: LeNet-5, a plain configurable one, and the residual families.
 
-`ResNet`, `WideResNet` and `ResNet9` are defined in `resnet`, `ConvNeXt` in `convnext`; they and
-their presets are given here too, so that this one module names the whole family.
+`ResNet`, `WideResNet` and `ResNet9` are defined in `resnet`, `ConvNeXt` in `convnext`, `PilotNet`
+in `pilotnet`; they and their presets are given here too, so that this one module names the whole
+family.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from jaxnets.layers import (
     normalize,
     record,
 )
+from jaxnets.pilotnet import PilotNet, pilotnet
 from jaxnets.resnet import (
     ResNet,
     ResNet9,
@@ -56,6 +58,7 @@ __all__ = [
     "ConvNeXt",
     "ConvNet",
     "LeNet5",
+    "PilotNet",
     "ResNet",
     "ResNet9",
     "WideResNet",
@@ -63,6 +66,7 @@ __all__ = [
     "convnext_large",
     "convnext_small",
     "convnext_tiny",
+    "pilotnet",
     "resnet9",
     "resnet18",
     "resnet34",

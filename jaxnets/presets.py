@@ -15,7 +15,7 @@ import optax.contrib
 from jaxnets import convolutional, feedforward, recurrent, transformer
 from jaxnets.core import Objective
 from jaxnets.layers import check_sizes
-from jaxnets.objectives import classification
+from jaxnets.objectives import classification, regression
 from jaxnets.optimizers import decay_mask, muon_dimensions
 from jaxnets.reconstruction_objectives import masked_reconstruction
 from jaxnets.sequence_objectives import ctc, language_modelling, sequence_to_sequence
@@ -85,6 +85,11 @@ _CLASSIFICATION = Task(
     classification,
     ("inputs",),
     lambda size, shape: {"inputs": _values(size, *shape), "labels": _ids(size)},
+)
+_STEERING = Task(
+    regression,
+    ("inputs",),
+    lambda size, shape: {"inputs": _values(size, *shape), "labels": _values(size, 1)},
 )
 _TEXT_CLASSIFICATION = Task(
     classification,
@@ -223,6 +228,7 @@ MODELS: dict[str, Model] = {
         build.__name__: Model(build, _IMAGENET, None, _PAINTING)
         for build in (transformer.mae_vit_base16, transformer.mae_vit_large16)
     },
+    "pilotnet": Model(convolutional.pilotnet, (66, 200, 3), 1, _STEERING),
     "speech_recognizer": Model(
         lambda classes: recurrent.SpeechRecognizer(num_outputs=classes),
         (400, 40),

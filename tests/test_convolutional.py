@@ -7,7 +7,15 @@ import pytest
 from checks import check_module, check_preset, shapes_of
 
 from jaxnets import convolutional
-from jaxnets.convolutional import ConvNet, ConvNeXt, LeNet5, ResNet, ResNet9, WideResNet
+from jaxnets.convolutional import (
+    ConvNet,
+    ConvNeXt,
+    LeNet5,
+    PilotNet,
+    ResNet,
+    ResNet9,
+    WideResNet,
+)
 from jaxnets.layers import capture
 
 
@@ -52,10 +60,21 @@ def test_lenet_has_the_parameters_of_the_book_for_padded_and_full_images(side):
     check_preset(LeNet5(), (2, side, side, 1), num_parameters=61_706, output_shape=(2, 10))
 
 
+def test_pilotnet_has_the_published_number_of_parameters_at_its_own_size():
+    check_preset(
+        convolutional.pilotnet(), (2, 66, 200, 3), num_parameters=252_219, output_shape=(2, 1)
+    )
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "parameters"),
     [
         (LeNet5(), (3, 28, 28, 1), 61_706),
+        (
+            PilotNet(num_outputs=2, hidden_features=(4,), activation="elu"),
+            (4, 61, 63, 1),
+            624 + 21_636 + 43_248 + 27_712 + 36_928 + (64 * 4 + 4) + 10,
+        ),
         (
             ConvNet(features=(4,), hidden_features=(5,), num_outputs=3, dropout_rate=0.1),
             (4, 8, 8, 1),
@@ -100,7 +119,17 @@ def test_lenet_has_the_parameters_of_the_book_for_padded_and_full_images(side):
             (20 + 8) + (200 + 8 + 80 + 68 + 4) + (8 + 102) + (300 + 12 + 168 + 150 + 6) + 12 + 21,
         ),
     ],
-    ids=["lenet", "plain", "audio", "resnet", "bottleneck", "wide", "resnet9", "convnext"],
+    ids=[
+        "lenet",
+        "pilotnet",
+        "plain",
+        "audio",
+        "resnet",
+        "bottleneck",
+        "wide",
+        "resnet9",
+        "convnext",
+    ],
 )
 def test_a_convolutional_network_passes_every_check(module, shape, parameters):
     check_module(module, images(*shape), num_parameters=parameters)
@@ -129,6 +158,18 @@ def test_one_definition_takes_small_and_large_images_and_audio(module, shape):
     ("module", "shape", "stages"),
     [
         (LeNet5(), (2, 28, 28, 1), {"features": (2, 84)}),
+        (
+            PilotNet(),
+            (2, 66, 200, 3),
+            {
+                "map_0": (2, 31, 98, 24),
+                "map_1": (2, 14, 47, 36),
+                "map_2": (2, 5, 22, 48),
+                "map_3": (2, 3, 20, 64),
+                "map_4": (2, 1, 18, 64),
+                "features": (2, 10),
+            },
+        ),
         (ConvNet(), (2, 28, 28, 1), {"features": (2, 128)}),
         (
             convolutional.resnet18(10, stem="cifar"),
@@ -164,7 +205,7 @@ def test_one_definition_takes_small_and_large_images_and_audio(module, shape):
             },
         ),
     ],
-    ids=["lenet", "plain", "resnet", "wide", "resnet9", "convnext"],
+    ids=["lenet", "pilotnet", "plain", "resnet", "wide", "resnet9", "convnext"],
 )
 def test_named_intermediates_have_the_expected_shapes(module, shape, stages):
     inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -255,6 +296,7 @@ def test_convnet_audio_and_an_image_of_one_row_agree():
         (lambda: ResNet(stem="tiny"), "'tiny'.*'cifar'"),
         (lambda: WideResNet(depth=27), r"depth=27 must be 6 n \+ 4"),
         (lambda: ConvNeXt(stage_sizes=(1, 2)), "one entry a stage"),
+        (lambda: shapes_of(PilotNet(), images(1, 60, 90, 1)), r"\(60, 90\).*need 61 pixels a side"),
         (lambda: shapes_of(LeNet5(), images(1, 8, 8, 1)), r"\(8, 8\).*28x28.*ConvNet"),
         (lambda: shapes_of(ConvNet(), images(2, 28)), r"\(2, 28\).*\[\.\.\., None\]"),
         (lambda: shapes_of(ResNet(), images(2, 28)), r"ResNet got.*\(2, 28\)"),

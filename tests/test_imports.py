@@ -33,7 +33,10 @@ ALLOWED = {
     "layers": {"core", "functional", "normalization"},
     "embedding": {"core", "functional", "layers"},
     "feedforward": {"core", "functional", "layers"},
-    "convolutional": {"core", "functional", "layers", "resnet", "convnext"},
+    "convolutional": {"core", "functional", "layers", "resnet", "convnext", "pilotnet"},
+    "pilotnet": {"core", "layers"},
+    "regression_heads": {"core", "objectives"},
+    "saliency": set(),
     "resnet": {"core", "functional", "layers"},
     "convnext": {"core", "functional", "layers"},
     "recurrent_cells": {"core", "functional", "normalization", "sequence"},
@@ -218,7 +221,7 @@ def test_the_whole_library_is_light_and_changes_no_configuration():
         "[getattr(jaxnets, name) for name in jaxnets.__all__];"
         "assert all(jax.config.values[name] == value for name, value in before.items());"
         "heavy = {'orbax', 'grain', 'matplotlib', 'sklearn', 'PIL', 'torch', 'tyro', "
-        "'tensorboardX', 'wandb'};"
+        "'tensorboardX', 'wandb', 'gymnasium', 'pygame', 'Box2D'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert run(code) == "[]"

@@ -39,6 +39,7 @@ DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16", "mae_vit
         *PUBLISHED_FOR_CIFAR.items(),
         *SEQUENCES.items(),
         ("lenet5", 61_706),
+        ("pilotnet", 252_219),
         ("mixer_b16", 59_880_472),
         ("mixer_h14", 432_350_952),
     ],

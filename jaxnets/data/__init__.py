@@ -1,5 +1,6 @@
 """Data: deterministic sources of batches, images, text, speech, files with pinned digests."""
 
+from jaxnets.data import driving
 from jaxnets.data.arrays import check_arrays, pad_batch, split
 from jaxnets.data.audio_augment import (
     add_noise,
@@ -83,6 +84,7 @@ __all__ = [
     "digit_string_batches",
     "digit_strings",
     "digits",
+    "driving",
     "fashion_mnist",
     "grain_batches",
     "index_batches",

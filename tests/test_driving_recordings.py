@@ -1,0 +1,106 @@
+"""Recordings on disk: what is written is read, and what is damaged is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxnets.data import driving
+
+SETTINGS = {"noise": 0.1, "seeds": [0, 20]}
+
+
+def fake_drive(seed, length):
+    random = np.random.default_rng(seed)
+    arrays = {
+        "frames": random.integers(0, 256, (length, 4, 4, 3), np.uint8),
+        "speeds": random.normal(size=length).astype(np.float32),
+        "decisions": np.arange(length, dtype=np.int32),
+    }
+    return driving.Drive(seed, driving.Score(points=10.0 * seed), arrays)
+
+
+DRIVES = [fake_drive(seed, 3 + seed % 4) for seed in range(20)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    driving.write_recordings(tmp_path / "drives", DRIVES, SETTINGS)
+    return tmp_path / "drives"
+
+
+def test_what_is_written_is_read_in_the_same_order(folder):
+    assert driving.has_recordings(folder)
+    found = driving.read_recordings(folder, SETTINGS)
+    assert set(found) == {"frames", "speeds", "decisions"}
+    for name, array in found.items():
+        expected = np.concatenate([drive.arrays[name] for drive in DRIVES])
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == expected.dtype
+    assert len(list(folder.glob("*.npz"))) == 3  # of 8, 8 and 4 drives
+    assert driving.read_points(folder) == [10.0 * seed for seed in range(20)]
+
+
+def test_writing_twice_gives_the_same_bytes(folder, tmp_path):
+    driving.write_recordings(tmp_path / "again", DRIVES, SETTINGS)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_a_recording_that_was_stopped_counts_as_none(tmp_path):
+    def stopped():
+        yield from DRIVES[:12]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        driving.write_recordings(tmp_path, stopped(), SETTINGS)
+    assert not driving.has_recordings(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"recordings.json is missing\); record first"):
+        driving.read_recordings(tmp_path)
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "drives_001.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"drives_001.npz is missing; remove .* again"):
+        driving.read_recordings(folder)
+
+
+def test_a_damaged_shard_is_named(folder):
+    path = folder / "drives_002.npz"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"drives_002.npz is damaged: sha256 .* expected .*again"):
+        driving.read_recordings(folder)
+
+
+def test_a_damaged_list_is_named(folder):
+    (folder / "recordings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recordings.json is damaged .*; remove"):
+        driving.read_recordings(folder)
+    (folder / "recordings.json").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match=r"recordings.json is damaged .*; remove"):
+        driving.read_recordings(folder)
+
+
+def test_other_settings_are_named(folder):
+    with pytest.raises(ValueError, match=r"recorded with noise = 0.1, not 0.2; use another"):
+        driving.read_recordings(folder, {**SETTINGS, "noise": 0.2})
+
+
+def test_nothing_to_write_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no drive to write"):
+        driving.write_recordings(tmp_path, [], SETTINGS)
+
+
+def test_windows_stay_within_drives():
+    decisions = np.concatenate([drive.arrays["decisions"] for drive in DRIVES])
+    found = driving.windows(decisions, 4)
+    lengths = [len(drive.arrays["decisions"]) for drive in DRIVES]
+    assert len(found) == sum(max(length - 3, 0) for length in lengths)
+    assert (np.diff(decisions[found], axis=1) == 1).all()
+    assert driving.windows(decisions, 1).ravel().tolist() == list(range(len(decisions)))
+
+
+@pytest.mark.parametrize(("length", "message"), [(0, "1 or more"), (7, "no drive has 7")])
+def test_impossible_windows_are_named(length, message):
+    with pytest.raises(ValueError, match=message):
+        driving.windows(np.concatenate([np.arange(6), np.arange(6)]), length)
