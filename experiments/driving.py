@@ -11,8 +11,8 @@ An expert that sees the track drives and is recorded; the network learns its con
 camera and the speed (behaviour cloning). Then, round by round, the network drives on new tracks
 and the expert says what it would have done (DAgger: Ross, Gordon and Bagnell 2011,
 arXiv:1011.0686, algorithm 3.1, with the expert driving in the first round only). The result is
-the mean score in closed loop on 50 tracks that nothing was trained or tuned on; the recipes were
-chosen on tracks of `TUNING_SEEDS` with --held-out.
+the mean score in closed loop on 50 tracks that nothing was trained or tuned on; --held-out
+measures on tracks of `TUNING_SEEDS` instead, for choosing recipes.
 """
 
 from __future__ import annotations
