@@ -11,8 +11,8 @@ An expert that sees the track drives and is recorded; the network learns its con
 camera and the speed (behaviour cloning). Then, round by round, the network drives on new tracks
 and the expert says what it would have done (DAgger: Ross, Gordon and Bagnell 2011,
 arXiv:1011.0686, algorithm 3.1, with the expert driving in the first round only). The result is
-the mean score in closed loop on 50 tracks that nothing was trained or tuned on; the recipes were
-chosen on tracks of `TUNING_SEEDS` with --held-out.
+the mean score in closed loop on 50 tracks that nothing was trained or tuned on; --held-out
+measures on tracks of `TUNING_SEEDS` instead, for choosing recipes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Config(Options):
     speedometer: bool = True
     """Give the speed to the network; without it, only a memory of the frames can tell it."""
     window: int = 1
-    """Consecutive decisions in a training example; recurrent networks need more than one."""
+    """Consecutive decisions in a training example, of which --batch-size counts each; recurrent
+    networks need more than one."""
     tracks: int = 40
     """Tracks on which the expert is recorded at first."""
     noise: float = 0.08
@@ -121,7 +122,7 @@ class Driving(Problem):
         )
         pool = driving.windows(self.resident["decisions"], config.window)
         self.pools = {int(seed): pool for seed in self.seeds}
-        self.steps_per_epoch = max(len(pool) // (config.batch_size // config.window), 1)
+        self.steps_per_epoch = max(len(pool) // config.batch_size, 1)
         held = self._recordings("validation", driving.TUNING_SEEDS[-4:], config.noise)
         self.eval_batches = list(self._validation(self._world(held)))
         objective = jn.head_regression(

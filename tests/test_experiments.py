@@ -65,6 +65,38 @@ def test_a_run_leaves_result_log_figures_and_configuration(finished):
     assert result["value"] == pytest.approx(np.mean(result["values"]), abs=1e-6)
 
 
+class Staged(ImageClassification):
+    """Stops for something after 10 of 20 steps, and once more when it is resumed."""
+
+    stopped = True
+
+    @property
+    def stages(self):
+        return (10, 20)
+
+    def prepare(self, folder, stage, states):
+        assert int(states.step[0]) == 10 * (stage if Staged.stopped else 1)
+        if stage and Staged.stopped:
+            raise RunError("stopped between the stages")
+        return f"stage {stage}"
+
+
+def test_a_run_in_stages_prepares_each_and_ends_like_one_stage(finished, tmp_path, capsys):
+    def staged(**changes):
+        config = dataclasses.replace(TINY, out=tmp_path / "run", seeds=3, **changes)
+        return run("digits", config, lambda config: Staged(config, digits()))
+
+    with pytest.raises(RunError, match="between the stages"):
+        staged()
+    assert latest_step(tmp_path / "run" / "checkpoints") == 10
+    Staged.stopped = False
+    result = staged(resume=True)
+    assert capsys.readouterr().err.count("stage 0\nstage 1\n") == 1
+    assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+
+
 def test_running_a_finished_run_again_does_nothing(finished, capsys):
     out, result = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}

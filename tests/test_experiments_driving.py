@@ -39,13 +39,21 @@ def run_driving(out, data, **changes):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("out") / "run"
-    return data, out, run_driving(out, data)
+def data(tmp_path_factory):
+    """A folder with the drives of the expert."""
+    folder = tmp_path_factory.mktemp("data")
+    experiment.Driving(config(data=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "run"
+    return out, run_driving(out, data)
 
 
 def test_a_run_leaves_its_result_and_pictures(finished):
-    _, out, result = finished
+    out, result = finished
     assert json.loads((out / "result.json").read_text()) == result
     assert result["metric"] == "test score, mean over 2 tracks" and result["unit"] == "points"
     assert result["share_of_expert"] == pytest.approx(
@@ -62,8 +70,7 @@ def test_a_run_leaves_its_result_and_pictures(finished):
     assert "lap" in (out / "report.html").read_text()
 
 
-def test_recordings_are_made_once(finished):
-    data, _, _ = finished
+def test_recordings_are_made_once(data):
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*.npz")}
     assert len(before) == 2  # of the expert, for training and validation
     problem = experiment.Driving(config(data=data))
@@ -71,9 +78,12 @@ def test_recordings_are_made_once(finished):
     assert len(problem.resident["speeds"]) == 20
 
 
-@pytest.mark.parametrize("lost", [pytest.param("nothing", marks=pytest.mark.slow), "rounds"])
-def test_a_run_that_was_killed_in_its_second_stage_ends_bitwise_the_same(finished, tmp_path, lost):
-    data, out, result = finished
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["nothing", "rounds"])
+def test_a_run_that_was_killed_in_its_second_stage_ends_bitwise_the_same(
+    data, finished, tmp_path, lost
+):
+    out, result = finished
     shutil.copytree(out, tmp_path / "run")
     for name in ("result.json", "report.html"):
         (tmp_path / "run" / name).unlink()
@@ -135,8 +145,7 @@ def test_driving_step_by_step_gives_what_training_sees_and_a_new_drive_starts_af
             np.testing.assert_allclose(controls, expected[:, step], atol=1e-5, err_msg=begins)
 
 
-def test_pictures_change_in_training_only_and_with_them_the_labels(finished):
-    data, _, _ = finished
+def test_pictures_change_in_training_only_and_with_them_the_labels(data):
     problem = experiment.Driving(config(data=data, shift=1.0, turn=0.1))
     batch = arrays(3, 2)
     calm = problem._transform(batch, jax.random.key(0), False)
@@ -153,8 +162,7 @@ def test_pictures_change_in_training_only_and_with_them_the_labels(finished):
     np.testing.assert_allclose(np.abs(labels), np.abs(batch["labels"]), atol=1e-5)
 
 
-def test_each_seed_learns_from_its_own_rounds(finished, tmp_path):
-    data, _, _ = finished
+def test_each_seed_learns_from_its_own_rounds(data, tmp_path):
     problem = experiment.Driving(config(data=data, seeds=2))
     states = problem.create_states()
     problem.prepare(RunFolder(tmp_path), 1, states)

@@ -22,8 +22,8 @@ class ExpertStyle:
     """How an expert drives.
 
     The numbers were searched for on the tracks of `TUNING_SEEDS`, and then speed and sideways
-    acceleration lowered: by 0.7% of the points, so that a bend is always in the picture before the
-    car has to brake for it, and so that a push costs little.
+    acceleration lowered, for less than 1% of the points, so that a bend is always in the picture
+    before the car has to brake for it, and so that a push costs little.
 
     Attributes:
         lateral: sideways acceleration allowed in bends, in metres per second squared.
