@@ -38,10 +38,12 @@ _JOIN_OFFSETS_BELOW = 16
 _CACHED_PATCHES = 2**20
 # Fewer chunks than this cost more than they gain.
 _FEWEST_CHUNKS = 5
-# As one matrix product, a convolution copies each input once for every kernel offset. Where an
-# output map has at most this many positions for each channel, that is cheaper than the slow
-# kernels which XLA has for such maps (3 to 5 times with JAX 0.12), up to a limit of memory.
+# As one matrix product, a convolution copies each input once for every kernel offset. That is
+# cheaper than the slow kernels which XLA has where an output map has at most this many positions
+# for each channel (3 to 5 times with JAX 0.12), and for so few channels and features (up to 4
+# times for one channel), as long as the copies do not take too much memory.
 _POSITIONS_PER_CHANNEL = 0.5
+_FEW_CHANNELS, _FEW_FEATURES = 3, 16
 _MOST_PATCHES = 2**24
 
 
@@ -126,8 +128,9 @@ def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Ar
     shape = jax.eval_shape(plain, x, kernel).shape
     positions, channels = math.prod(shape[1:-1]), x.shape[-1]
     patches = shape[0] * positions * math.prod(kernel.shape[:-1])
-    small = 0 < positions <= _POSITIONS_PER_CHANNEL * channels and patches <= _MOST_PATCHES
-    if geometry.groups > 1 or not small:
+    small = positions <= _POSITIONS_PER_CHANNEL * channels
+    few = channels <= _FEW_CHANNELS and kernel.shape[-1] <= _FEW_FEATURES
+    if geometry.groups > 1 or not (small or few) or not 0 < patches <= _MOST_PATCHES:
         return plain(x, kernel)
     own = functools.partial(_matrix_convolution, shape=shape, geometry=geometry)
     return lax.platform_dependent(x, kernel, cpu=own, default=plain)

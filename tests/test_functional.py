@@ -217,7 +217,7 @@ def test_reverse_mode_works_twice(operands):
 
 
 def test_the_kernel_gradient_is_no_convolution_on_cpu():
-    x, kernel = normal((2, 8, 8, 2), 0), normal((3, 3, 2, 4), 1)
+    x, kernel = normal((2, 8, 8, 4), 0), normal((3, 3, 4, 4), 1)
     gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
     text = jax.jit(gradient).lower(kernel).as_text()
     assert text.count("stablehlo.convolution") == 1  # the forward pass
@@ -232,14 +232,25 @@ def test_large_batches_are_summed_chunk_by_chunk_on_cpu(monkeypatch):
     assert "stablehlo.while" in jax.jit(gradient).lower(kernel).as_text()
 
 
-def test_small_maps_of_many_channels_are_one_product_on_cpu_only():
-    x, kernel = normal((2, 2, 2, 16), 0), normal((3, 3, 16, 4), 1)
+@pytest.mark.parametrize(
+    ("shape", "features"),
+    [((2, 2, 2, 16), 4), ((2, 9, 9, 1), 8)],
+    ids=["small map", "few channels"],
+)
+def test_what_xla_is_slow_at_is_one_product_on_cpu_only(shape, features):
+    x, kernel = normal(shape, 0), normal((3, 3, shape[-1], features), 1)
     traced = jax.jit(functional.convolution).trace(x, kernel)
     own, other = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu"))
     assert "stablehlo.convolution" not in own and own.count("stablehlo.dot") == 1
     assert "stablehlo.dot" not in other and other.count("stablehlo.convolution") == 1
-    wide = normal((2, 4, 4, 16), 0)
-    text = jax.jit(functional.convolution).trace(wide, kernel).lower().as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "features"), [((2, 4, 4, 16), 4), ((2, 9, 9, 1), 17), ((2, 9, 9, 4), 8)]
+)
+def test_other_convolutions_are_those_of_xla(shape, features):
+    x, kernel = normal(shape, 0), normal((3, 3, shape[-1], features), 1)
+    text = jax.jit(functional.convolution).trace(x, kernel).lower().as_text()
     assert text.count("stablehlo.convolution") == 1
 
 
