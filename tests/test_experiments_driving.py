@@ -192,22 +192,3 @@ def test_a_missing_simulator_is_reported_before_the_training(monkeypatch):
     monkeypatch.setattr(driving, "RacingCar", missing)
     with pytest.raises(RunError, match="driving needs gymnasium"):
         experiment.check_options(config())
-
-
-@pytest.mark.slow
-def test_networks_learn_to_stay_on_the_road(tmp_path):
-    result = run(
-        "driving",
-        dataclasses.replace(
-            experiment.RECIPES["pilotnet"],
-            steps=600,
-            tracks=10,
-            rounds=1,
-            round_tracks=5,
-            test_tracks=4,
-            out=tmp_path / "run",
-            data=tmp_path,
-        ),
-        experiment.Driving,
-    )
-    assert result["share_of_expert"] > 0.3
