@@ -69,8 +69,7 @@ def _attention(
     bias: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    weights = attention_weights(query, key, mask=mask, bias=bias, scale=scale)
-    return weighted_values(weights, value)
+    return _attention_forward(query, key, value, mask, bias, scale)[0]
 
 
 def _attention_forward(

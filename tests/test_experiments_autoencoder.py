@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
+from event_files import events
 from PIL import Image
 from stopping import stopped_at_three
 
@@ -225,17 +226,9 @@ def test_the_options_have_a_recipe_for_every_kind():
 
 
 def test_tensorboard_shows_the_pictures_and_the_parameters(tmp_path):
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     train(tmp_path, "vae", tensorboard=True)
-    steps = {}
-    for file in (tmp_path / "tensorboard").iterdir():
-        content = file.read_bytes()
-        while content:
-            size = int.from_bytes(content[:8], "little")
-            event = event_pb2.Event.FromString(content[12 : 12 + size])
-            content = content[16 + size :]
-            for value in event.summary.value:
-                steps.setdefault(value.tag, []).append(event.step)
+    found = events(tmp_path / "tensorboard")
+    steps = {name: [step for step, *_ in shown] for name, shown in found.items()}
     assert steps["pictures/progress"] == [3, 6]
     for name in ("samples", "reconstructions", "curves"):
         assert steps[f"pictures/{name}"] == [6]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from event_files import events
 from loop_problem import make_state, source, train_step
 
 import jaxnets as jn
@@ -26,23 +27,6 @@ def draw(step, state, metrics):
         "x/picture": Picture(np.full((4, 6), 0.5, np.float32)),
         "x/histogram": Histogram.of([0.0, 1.0, 1.0], num_bins=2),
     }
-
-
-def events(folder):
-    """Read event files back: {tag: [(step, kind, value)]}, by the field numbers of the format."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    found = {}
-    for file in sorted(folder.iterdir()):
-        content = file.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            event = event_pb2.Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            for value in event.summary.value:
-                kind = value.WhichOneof("value")
-                entry = event.step, kind, getattr(value, kind)
-                found.setdefault(value.tag, []).append(entry)
-    return found
 
 
 class FakeWandb(types.ModuleType):
