@@ -30,8 +30,9 @@ _PACKAGES = ("jaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 #: Optional packages by the extra of this project that installs them.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "docs": ("mkdocs-material", "mkdocstrings", "mkdocs-jupyter", "latex2mathml", "ruff"),
     "experiments": ("tyro", "matplotlib", "pillow", "jiwer", "sacrebleu"),
+    "driving": ("gymnasium", "box2d", "pygame"),
+    "docs": ("mkdocs-material", "mkdocstrings", "mkdocs-jupyter", "latex2mathml", "ruff"),
     "grain": ("grain",),
     "tensorboard": ("tensorboardX", "pillow"),
     "wandb": ("wandb",),
