@@ -37,6 +37,20 @@ RECIPES = {
         average_decay=0.999,
     ),
     "resnet18": RESIDUAL,
+    "speedrun": Config(
+        model="whitened",
+        epochs=5,
+        batch_size=512,
+        optimizer="muon",
+        learning_rate=1e-2,
+        weight_decay=0.05,
+        flip=True,
+        crop=2,
+        label_smoothing=0.2,
+        average_decay=0.95,
+        flip_test=True,
+        keep_memory=True,
+    ),
     "wrn16_4": dataclasses.replace(RESIDUAL, model="wrn16_4"),
 }
 

@@ -34,6 +34,8 @@ class Config(Options):
     """Side of a random square set to the mean colour."""
     mixup: float = 0.0
     """Alpha of mixup; 0 is off."""
+    flip_test: bool = False
+    """Average the logits of each test image and its mirror image."""
 
 
 def main(
@@ -49,6 +51,27 @@ def main(
     training.main(name, lambda config: ImageClassification(config, load(config)), recipes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mirrored:
+    """A network that in evaluation gives the mean of its logits for an image and its mirror image.
+
+    Attributes:
+        module: inputs [batch, height, width, channels] -> logits [batch, num_classes].
+    """
+
+    module: Any
+
+    def apply(
+        self, variables: Any, inputs: jax.Array, *, train: bool = False, **keywords: Any
+    ) -> Any:
+        """Apply the network as Linen does."""
+        if train:
+            return self.module.apply(variables, inputs, train=True, **keywords)
+        both = jnp.concatenate([inputs, inputs[:, :, ::-1]])
+        logits = self.module.apply(variables, both, **keywords)
+        return logits.reshape(2, len(inputs), -1).mean(axis=0)
+
+
 class ImageClassification(Problem):
     """A data set of images, a network and an optimizer put together as the options say."""
 
@@ -56,6 +79,7 @@ class ImageClassification(Problem):
         self.options = self.config = config
         self.dataset, self.dataset_name = dataset, dataset.name
         self.module = make_model(config.model, dataset, config.precision)
+        self.judged = Mirrored(self.module) if config.flip_test else self.module
         self.loop = "map" if prefers_map(config.model) else "vmap"
         self.resident = dataset.train
         self.steps_per_epoch = max(len(dataset.train["labels"]) // config.batch_size, 1)
@@ -65,6 +89,15 @@ class ImageClassification(Problem):
 
     def example(self) -> tuple[Any, ...]:
         return (jnp.zeros((1, *self.dataset.image_shape)),)
+
+    def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
+        variables = super().initial_variables(key)
+        if self.config.model != "whitened":
+            return variables
+        images, data = self.dataset.train["inputs"][:5000], self.dataset
+        return jn.convolutional.with_whitening(
+            variables, jn.data.normalize(images, data.mean, data.std)
+        )
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.dataset.train
@@ -87,7 +120,7 @@ class ImageClassification(Problem):
 
         metrics = jn.metrics
         return Measured(
-            "test accuracy",
+            "test accuracy" + (" over both mirror images" if self.config.flip_test else ""),
             np.array([float(m["accuracy"].compute()) for m in members]),
             details={
                 "test_loss": mean(lambda m: m["loss"].compute()),
@@ -117,7 +150,7 @@ class ImageClassification(Problem):
             inputs = self._transform(batch, jax.random.key(0), False)["inputs"]
 
             def one(state: jn.TrainState) -> jax.Array:
-                return jax.nn.softmax(self.module.apply(state.variables, inputs))
+                return jax.nn.softmax(self.judged.apply(state.variables, inputs))
 
             return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
 
@@ -125,7 +158,7 @@ class ImageClassification(Problem):
         return np.concatenate(batches)[: len(self.dataset.test["labels"])]
 
     def _classification(self, **options: Any) -> jn.Objective:
-        return jn.with_batch_transform(jn.classification(self.module, **options), self._transform)
+        return jn.with_batch_transform(jn.classification(self.judged, **options), self._transform)
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Normalise, and augment while training."""

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 
 import jaxnets as jn
 
-ModelName = Literal["perceptron", "mlp", "mixer", "lenet5", "cnn", "resnet9", "resnet18", "wrn16_4"]
+ModelName = Literal[
+    "perceptron",
+    "mlp",
+    "mixer",
+    "lenet5",
+    "cnn",
+    "whitened",
+    "resnet9",
+    "resnet18",
+    "wrn16_4",
+]
 
 
 def make_model(name: ModelName, dataset: jn.data.ImageDataset, precision: str) -> Any:
@@ -43,6 +53,8 @@ def make_model(name: ModelName, dataset: jn.data.ImageDataset, precision: str) -
             return jn.ConvNet(
                 features, hidden_features=(), norm="batch", dropout_rate=0.3, **shared
             )
+        case "whitened":
+            return jn.WhitenedConvNet((64, 256) if small else (64, 256, 256), **shared)
         case "resnet9":
             return jn.ResNet9(width=16, **shared)
         case "resnet18":

@@ -19,7 +19,16 @@ from .adversarial import adversarial
 from .autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
 from .beam_search import beam_search
 from .checkpoint import CheckpointError, parameters_sha256
-from .convolutional import ConvNet, ConvNeXt, LeNet5, PilotNet, ResNet, ResNet9, WideResNet
+from .convolutional import (
+    ConvNet,
+    ConvNeXt,
+    LeNet5,
+    PilotNet,
+    ResNet,
+    ResNet9,
+    WhitenedConvNet,
+    WideResNet,
+)
 from .core import (
     DATA_AXIS,
     Batch,
@@ -205,6 +214,7 @@ __all__ = [
     "TransformerTranslator",
     "Update",
     "VisionTransformer",
+    "WhitenedConvNet",
     "WideResNet",
     "absolute_error",
     "adversarial",

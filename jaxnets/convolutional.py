@@ -1,8 +1,8 @@
 """Convolutional networks: LeNet-5, a plain configurable one, and the residual families.
 
 `ResNet`, `WideResNet` and `ResNet9` are defined in `resnet`, `ConvNeXt` in `convnext`, `PilotNet`
-in `pilotnet`; they and their presets are given here too, so that this one module names the whole
-family.
+in `pilotnet`, `WhitenedConvNet` in `whitened_convnet`; they and their presets are given here too,
+so that this one module names the whole family.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from jaxnets.resnet import (
     wide_resnet28_10,
     wide_resnet40_4,
 )
+from jaxnets.whitened_convnet import WhitenedConvNet, patch_whitening, with_whitening
 
 __all__ = [
     "ConvNeXt",
@@ -61,11 +62,13 @@ __all__ = [
     "PilotNet",
     "ResNet",
     "ResNet9",
+    "WhitenedConvNet",
     "WideResNet",
     "convnext_base",
     "convnext_large",
     "convnext_small",
     "convnext_tiny",
+    "patch_whitening",
     "pilotnet",
     "resnet9",
     "resnet18",
@@ -76,6 +79,7 @@ __all__ = [
     "wide_resnet16_4",
     "wide_resnet28_10",
     "wide_resnet40_4",
+    "with_whitening",
 ]
 
 

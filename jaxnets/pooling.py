@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 
 from jaxnets.spatial import Axes, Extent, Padding, Pairs, padding_pairs, per_axis, strided
 
-# Above this many elements a window's own gradient is unrolled too often to be worth compiling.
+# Above this many elements a window is unrolled too often to be worth compiling.
 _MAX_UNROLLED_WINDOW = 16
 
 
@@ -36,12 +37,7 @@ def max_pool(
         [1.0, 3.0, 5.0]
     """
     sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
-    if (
-        sizes == steps
-        and not any(map(any, pairs))
-        and math.prod(sizes) <= _MAX_UNROLLED_WINDOW
-        and jnp.issubdtype(x.dtype, jnp.floating)
-    ):
+    if _are_small_tiles(sizes, steps, pairs) and jnp.issubdtype(x.dtype, jnp.floating):
         return _tile_max(x, sizes)
     return _reduce_max(x, sizes, steps, pairs)
 
@@ -62,9 +58,15 @@ def average_pool(
     """
     sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    ones = jnp.ones((1, *x.shape[1:-1], 1), wide.dtype)
-    total, count = (_reduce_window(v, 0.0, lax.add, sizes, steps, pairs) for v in (wide, ones))
-    return (total / count).astype(x.dtype)
+    sums = functools.partial(
+        _reduce_window, initial=0.0, function=lax.add, sizes=sizes, steps=steps, pairs=pairs
+    )
+    if _are_small_tiles(sizes, steps, pairs):
+        own = functools.partial(_join_tiles, window=sizes, join=lax.add)
+        total = lax.platform_dependent(wide, cpu=own, default=sums)
+        return (total / math.prod(sizes)).astype(x.dtype)
+    count = sums(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype))
+    return (sums(wide) / count).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
@@ -83,6 +85,11 @@ def global_average_pool(x: jax.Array) -> jax.Array:
 def _reduce_window(
     x: jax.Array, initial: Any, function: Any, sizes: Axes, steps: Axes, pairs: Pairs
 ) -> jax.Array:
+    if sizes == steps and not any(map(any, pairs)):
+        # What fits no whole tile is cut off by hand: behind a matrix product jaxlib 0.10.1
+        # overwrites foreign memory on CPU if a window leaves such a rest.
+        whole = (n - n % w for n, w in zip(x.shape[1:-1], sizes, strict=True))
+        x = x[(slice(None), *map(slice, whole))]
     padding = ((0, 0), *pairs, (0, 0))
     return lax.reduce_window(x, initial, function, (1, *sizes, 1), (1, *steps, 1), padding)
 
@@ -93,15 +100,32 @@ def _reduce_max(x: jax.Array, sizes: Axes, steps: Axes, pairs: Pairs) -> jax.Arr
     return _reduce_window(x, lowest, lax.max, sizes, steps, pairs)
 
 
+def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
+    """Whether windows neither overlap nor leave gaps nor are padded, and can be unrolled."""
+    small = math.prod(sizes) <= _MAX_UNROLLED_WINDOW
+    return small and sizes == steps and not any(map(any, pairs))
+
+
+def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
+    """Join the elements of each tile, place by place: one loop, fused with what is around it."""
+    shape = (x.shape[0], *(n // w for n, w in zip(x.shape[1:-1], window, strict=True)), x.shape[-1])
+    places = itertools.product(*map(range, window))
+    return functools.reduce(join, (strided(x, place, shape, window) for place in places))
+
+
 def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
     return _reduce_max(x, window, window, ((0, 0),) * len(window))
 
 
-_tile_max = jax.custom_vjp(_plain_tile_max, nondiff_argnums=(1,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _tile_max(x: jax.Array, window: Axes) -> jax.Array:
+    own = functools.partial(_join_tiles, window=window, join=lax.max)
+    plain = functools.partial(_plain_tile_max, window=window)
+    return lax.platform_dependent(x, cpu=own, default=plain)
 
 
 def _tile_max_forward(x: jax.Array, window: Axes) -> tuple[jax.Array, Any]:
-    y = _plain_tile_max(x, window)
+    y = _tile_max(x, window)
     return y, (x, y)
 
 

@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 
 from experiments import command_line
-from experiments.classification import Config, ImageClassification
+from experiments.classification import Config, ImageClassification, Mirrored
 from experiments.models import ModelName, make_model
 from experiments.run_folder import RunError
 from experiments.training import run
 from jaxnets.checkpoint import latest_step
-from jaxnets.data import digits
+from jaxnets.convolutional import patch_whitening
+from jaxnets.data import digits, normalize
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = Config(
@@ -215,6 +216,33 @@ def test_every_model_fits_the_images_of_every_data_set(name, shape):
             build()
     else:
         assert build()[0].shape == (2, 10)
+
+
+def test_both_mirror_images_count_in_evaluation_and_one_in_training():
+    module = make_model("mlp", digits(), "float32")
+    images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype("f4")
+    variables = module.init(jax.random.key(0), images)
+    mean = (module.apply(variables, images) + module.apply(variables, images[:, :, ::-1])) / 2
+    judged = Mirrored(module)
+    np.testing.assert_allclose(judged.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
+    training = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
+    for one, other in zip(
+        jax.tree.leaves(judged.apply(variables, images, **training)),
+        jax.tree.leaves(module.apply(variables, images, **training)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened(tmp_path):
+    result = tiny(tmp_path, model="whitened", flip_test=True, steps=5)
+    assert result["metric"] == "test accuracy over both mirror images"
+    problem = ImageClassification(dataclasses.replace(TINY, model="whitened", seeds=2), digits())
+    kernels = problem.create_states().model_state["whitening"]["kernel"]
+    train = digits().train["inputs"][:5000]
+    expected = patch_whitening(normalize(train, digits().mean, digits().std))
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4)
 
 
 def environment():

@@ -142,6 +142,41 @@ def test_average_pool_counts_only_elements_that_exist(padding):
     np.testing.assert_allclose(pooled[0, :, 0], expected, rtol=1e-12)
 
 
+@some
+@hypothesis.given(pools())
+def test_average_pool_and_its_gradient_equal_xla(case):
+    shape, window, strides, padding = case
+    x = normal(shape, 0)
+
+    def theirs(x):
+        full, steps = (1, *window, 1), (1, *strides, 1)
+        sums = [
+            lax.reduce_window(v, 0.0, lax.add, full, steps, padding) for v in (x, jnp.ones_like(x))
+        ]
+        return sums[0] / sums[1]
+
+    value, gradients = loss_and_gradients(
+        lambda x: functional.average_pool(x, window, strides, padding), x
+    )
+    expected, expected_gradients = loss_and_gradients(theirs, x)
+    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[0], expected_gradients[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [2, 5])
+@pytest.mark.parametrize("pool", [functional.max_pool, functional.average_pool])
+def test_a_rest_that_fits_no_window_does_no_harm_behind_a_matrix_product(pool, window):
+    # jaxlib 0.10.1 overwrites foreign memory in such a program, if it is written with a window.
+    x = np.random.default_rng(0).normal(size=(36, 7, 7, 128)).astype("f4")
+    kernel = np.random.default_rng(1).normal(size=(128, 256)).astype("f4") / 16
+    pooled = jax.jit(lambda x, kernel: pool(functional.linear(x, kernel), window))(x, kernel)
+    count = 7 // window
+    y = (x @ kernel)[:, : count * window, : count * window]
+    tiles = y.reshape(36, count, window, count, window, 256)
+    expected = tiles.max((2, 4)) if pool is functional.max_pool else tiles.mean((2, 4))
+    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_global_average_pool_is_the_mean_over_every_position():
     x = normal((2, 3, 5, 4), 0)
     np.testing.assert_allclose(
