@@ -107,10 +107,20 @@ def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
 
 
 def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
-    """Join the elements of each tile, place by place: one loop, fused with what is around it."""
-    shape = (x.shape[0], *(n // w for n, w in zip(x.shape[1:-1], window, strict=True)), x.shape[-1])
-    places = itertools.product(*map(range, window))
-    return functools.reduce(join, (strided(x, place, shape, window) for place in places))
+    """Join the elements of each tile, place by place."""
+    counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
+    places = list(itertools.product(*map(range, window)))
+
+    def joined(rows: jax.Array, count: int) -> jax.Array:
+        shape = (x.shape[0], count, *counts[1:], x.shape[-1])
+        return functools.reduce(join, (strided(rows, place, shape, window) for place in places))
+
+    # XLA would compute the tiles again in every loop that reads them; it fuses no loop with a
+    # concatenation in front of it.
+    upper = counts[0] // 2
+    border = upper * window[0]
+    parts = [joined(x[:, :border], upper), joined(x[:, border:], counts[0] - upper)]
+    return lax.concatenate(parts, 1)
 
 
 def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:

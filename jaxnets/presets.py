@@ -164,6 +164,11 @@ _CLASSIFIERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], int]]
     "mixer": (lambda classes: feedforward.MLPMixer(num_outputs=classes), _CIFAR, 10),
     "lenet5": (lambda classes: convolutional.LeNet5(num_outputs=classes), _GREY, 10),
     "convnet": (lambda classes: convolutional.ConvNet(num_outputs=classes), _GREY, 10),
+    "whitened_convnet": (
+        lambda classes: convolutional.WhitenedConvNet(num_outputs=classes),
+        _CIFAR,
+        10,
+    ),
     **{build.__name__: (build, _IMAGENET, 1000) for build in (*_FOR_IMAGENET, *_VITS)},
     **{build.__name__: (build, _CIFAR, 10) for build in _FOR_CIFAR},
     **{

@@ -3,10 +3,24 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxnets.core import Precision, tree_path
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
+
+
+def mostly_slow(cases, kept):
+    """Return the cases of a test, of which all but those kept belong to the slow group."""
+    cases, kept = list(cases), list(kept)
+    assert all(case in cases for case in kept)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else [case]),
+            marks=[pytest.mark.slow] * (case not in kept),
+        )
+        for case in cases
+    ]
 
 
 def shapes_of(module, *inputs):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from checks import mostly_slow
 
 import jaxnets as jn
 from jaxnets.autoencoder import (
@@ -90,7 +91,7 @@ def test_the_sparse_penalty_is_the_absolute_code_in_training_only():
     assert trained.metrics["reconstruction"].total == pytest.approx(float(plain), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dense", "convolutional"])
+@pytest.mark.parametrize("kind", mostly_slow(["dense", "convolutional"], ["dense"]))
 def test_the_contractive_penalty_is_the_norm_of_the_jacobian(kind):
     module = Autoencoder(CoderConfig((3, 4, 1), kind, (5,), "tanh"), latent_size=2)
     params, state = prepared(module)

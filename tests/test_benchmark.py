@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from checks import mostly_slow
 
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import chart, driver, flax_networks, jaxnets_side, report
@@ -292,7 +293,7 @@ def size_in_jaxnets(workload, side="jaxnets"):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("side", [*SIDES, *PEERS])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", mostly_slow(TRAINED, ["cnn", "small-mlp"]))
 def test_every_side_has_the_same_parameters_and_its_loss_falls(name, side):
     if COMPETITORS[side].missing():
         pytest.skip(f"{side} is not installed")

@@ -17,6 +17,7 @@ PAGES = [pytest.param(path, id=path.relative_to(DOCS).with_suffix("").as_posix()
 WITH_CODE = [page for page in PAGES if "```python" in page.values[0].read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_runs_from_top_to_bottom(page):
     text, names = page.read_text(), {}

@@ -82,6 +82,7 @@ class Staged(ImageClassification):
         return f"stage {stage}"
 
 
+@pytest.mark.slow
 def test_a_run_in_stages_prepares_each_and_ends_like_one_stage(finished, tmp_path, capsys):
     def staged(**changes):
         config = dataclasses.replace(TINY, out=tmp_path / "run", seeds=3, **changes)
@@ -111,6 +112,7 @@ def test_another_run_in_the_same_folder_is_refused(finished):
         tiny(finished[0], seeds=3, learning_rate=0.1)
 
 
+@pytest.mark.slow
 def test_each_seed_of_a_population_is_its_run_alone(finished, tmp_path):
     alone = tiny(tmp_path, seed=2)
     assert alone["values"][0] == pytest.approx(finished[1]["values"][2], abs=1 / 360 + 1e-6)
@@ -122,6 +124,7 @@ def test_each_seed_of_a_population_is_its_run_alone(finished, tmp_path):
     assert last[0]["loss"][0] == pytest.approx(last[1]["loss"][2], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_executor_trains_the_same_networks(tmp_path):
     # Without dropout, whose masks differ between devices.
     results = {
@@ -349,6 +352,7 @@ def test_a_data_file_cut_short_is_named_with_its_digest(tmp_path):
     assert "Traceback" not in outcome.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_an_error_and_keeps_what_was_saved(tmp_path):
     options = ("--model", "mlp", "--steps", 300, "--steps-per-dispatch", 10)
     options = (*options, "--checkpoint-every", 10, "--eval-every", 300, "--out", tmp_path)

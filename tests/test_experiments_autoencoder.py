@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
+from checks import mostly_slow
 from event_files import events
 from PIL import Image
 from stopping import stopped_at_three
@@ -60,7 +61,7 @@ def train(out, kind="dense", **changes):
     return run("autoencoder", options(kind, out=out, **changes), ImageAutoencoder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ["vae"]))
 def test_every_kind_leaves_a_result_and_its_pictures(kind, tmp_path):
     result = train(tmp_path, kind, seeds=2)
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -133,6 +134,7 @@ def test_every_likelihood_sees_images_in_its_range(likelihood):
     assert np.isfinite(problem.measure(problem.create_states()).values).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["jit", "pmap", "sharded"])
 def test_every_executor_trains_the_same_networks(executor, tmp_path):
     # The plain kind, which draws no noise.
@@ -141,6 +143,7 @@ def test_every_executor_trains_the_same_networks(executor, tmp_path):
     assert other["values"] == pytest.approx(scanned["values"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vae", "vq-vae"])
 def test_a_stopped_run_ends_bitwise_as_one_that_was_not(kind, tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", kind, executor="jit", pictures_every=2)

@@ -52,6 +52,7 @@ def finished(data, tmp_path_factory):
     return out, run_driving(out, data)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_result_and_pictures(finished):
     out, result = finished
     assert json.loads((out / "result.json").read_text()) == result

@@ -81,11 +81,13 @@ def test_the_log_has_both_networks_and_the_held_out_loss(finished):
             assert len(row[name]) == 2 and np.isfinite(row[name]).all()
 
 
+@pytest.mark.slow
 def test_each_seed_of_a_population_is_its_run_alone(finished, tmp_path):
     alone = train(tmp_path, seed=1, conditional=True)
     assert alone["values"][0] == pytest.approx(finished[1]["values"][1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_resumes_to_bitwise_the_same(finished, tmp_path, monkeypatch):
     def stop(step, state, metrics):
         if step == 2:
@@ -104,6 +106,7 @@ def test_an_unfinished_run_resumes_to_bitwise_the_same(finished, tmp_path, monke
         assert again == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from checks import mostly_slow
 from stopping import stopped_at_three
 
 import jaxnets as jn
@@ -65,7 +66,7 @@ def translate(out, **changes):
     return run("translation", config, translation.Translation)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", mostly_slow(MODELS, ["gru"]))
 def test_every_language_model_leaves_result_curves_samples_and_tokenizer(model, tmp_path):
     result = model_language(tmp_path, model=model)
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -81,6 +82,7 @@ def test_every_language_model_leaves_result_curves_samples_and_tokenizer(model, 
     assert tokenizer.decode(tokenizer.encode("abc\nxyz")) == "abc\nxyz"
 
 
+@pytest.mark.slow
 def test_the_shortest_context_is_sampled_from_too(tmp_path):
     result = model_language(tmp_path, context=1, sample_tokens=3)
     assert np.isfinite(result["value"])
@@ -88,6 +90,7 @@ def test_the_shortest_context_is_sampled_from_too(tmp_path):
     assert [len(sample) for sample in samples] == [4, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gru", "transformer"])
 def test_the_loss_is_near_that_of_the_text(model, tmp_path):
     # Of four characters one is a coin's throw, the others are certain: ln(2) / 4 nats each.
@@ -124,18 +127,21 @@ def test_the_value_is_the_mean_loss_over_every_character(stride, tmp_path):
         assert value == pytest.approx(np.mean(list(losses.values())), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bytes_and_the_text_inside_python_are_read_too(tmp_path, monkeypatch, text):
     monkeypatch.setattr("jaxnets.data.python_topics", lambda: text)
     result = model_language(tmp_path, corpus="python_topics", tokens="bytes", executor="pmap")
     assert result["unit"] == "nats per byte" and result["dataset"] == "two words"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["scan", "jit", "sharded"])
 def test_streams_with_a_carry_are_trained_by_every_executor(executor, tmp_path):
     result = model_language(tmp_path / executor, model="gru", executor=executor, seeds=2)
     assert np.isfinite(result["values"]).all() and len(result["values"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [model_language, translate])
 @pytest.mark.parametrize("model", ["gru", "transformer"])
 def test_a_stopped_run_ends_bitwise_as_one_that_was_not(make, model, tmp_path, monkeypatch):
@@ -150,6 +156,7 @@ def test_a_stopped_run_ends_bitwise_as_one_that_was_not(make, model, tmp_path, m
     assert result["parameters_sha256"] == whole["parameters_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gru", "lstm", "transformer"])
 def test_a_translation_leaves_result_translations_and_attention(captions, model, tmp_path):
     seeds = 2 if model == "gru" else 1
@@ -168,6 +175,7 @@ def test_a_translation_leaves_result_translations_and_attention(captions, model,
     assert tokenizer.decode(tokenizer.encode("ein hund")) == "ein hund"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gru", "transformer"])
 def test_captions_are_learnt_by_heart(captions, model, tmp_path):
     result = translate(

@@ -82,6 +82,7 @@ PROBLEMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_resumed_run_ends_bitwise_the_same(name):
     problem = PROBLEMS[name]()

@@ -85,6 +85,7 @@ def test_an_addition_run_leaves_result_curves_and_mistakes(added):
         assert sum(map(int, question.split("+"))) == int(truth)
 
 
+@pytest.mark.slow
 def test_a_stopped_addition_ends_bitwise_as_one_that_was_not(added, tmp_path, monkeypatch):
     with stopped_at_three(monkeypatch):
         add(tmp_path)
@@ -92,6 +93,7 @@ def test_a_stopped_addition_ends_bitwise_as_one_that_was_not(added, tmp_path, mo
     assert result["parameters_sha256"] == added[1]["parameters_sha256"]
 
 
+@pytest.mark.slow
 def test_every_executor_trains_the_same_adders():
     losses, start = {}, None
     for executor in ("scan", "jit", "pmap", "sharded"):
@@ -103,6 +105,7 @@ def test_every_executor_trains_the_same_adders():
         np.testing.assert_allclose(losses[executor], losses["scan"], rtol=1e-4, err_msg=executor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_every_adder_runs(model, tmp_path):
     assert add(tmp_path, model=model, seeds=1)["model"] == model
@@ -162,6 +165,7 @@ def test_impossible_options_of_addition_are_named(changes, message, tmp_path):
         add(tmp_path, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_a_sentiment_run_leaves_result_figures_tokenizer_and_mistakes(reviews, model, tmp_path):
     result = judge(tmp_path, model=model, seeds=2, executor="jit")
@@ -180,6 +184,7 @@ def test_a_sentiment_run_leaves_result_figures_tokenizer_and_mistakes(reviews, m
         )
 
 
+@pytest.mark.slow
 def test_the_telling_words_are_learnt(reviews, tmp_path):
     result = judge(
         tmp_path,
@@ -195,6 +200,7 @@ def test_the_telling_words_are_learnt(reviews, tmp_path):
     assert result["value"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_stopped_sentiment_run_ends_bitwise_as_one_that_was_not(reviews, tmp_path, monkeypatch):
     # What is measured and drawn at the end does not matter here, and takes longest.
     monkeypatch.setattr(sentiment.Sentiment, "measure", lambda *_: Measured("nothing", np.zeros(1)))
@@ -206,6 +212,7 @@ def test_a_stopped_sentiment_run_ends_bitwise_as_one_that_was_not(reviews, tmp_p
     assert result["parameters_sha256"] == whole["parameters_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["scan", "pmap"])
 def test_sentiment_is_trained_by_every_executor(reviews, executor, tmp_path):
     result = judge(tmp_path, executor=executor, seeds=2, model="gru", buckets=1)

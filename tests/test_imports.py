@@ -33,7 +33,10 @@ ALLOWED = {
     "layers": {"core", "functional", "normalization"},
     "embedding": {"core", "functional", "layers"},
     "feedforward": {"core", "functional", "layers"},
-    "convolutional": {"core", "functional", "layers", "resnet", "convnext", "pilotnet"},
+    "convolutional": {
+        *("core", "functional", "layers", "resnet", "convnext", "pilotnet", "whitened_convnet"),
+    },
+    "whitened_convnet": {"core", "functional", "layers"},
     "pilotnet": {"core", "layers"},
     "regression_heads": {"core", "objectives"},
     "saliency": set(),

@@ -140,6 +140,7 @@ def test_grey_levels_are_refused_unless_a_range_is_named(variables):
         )
 
 
+@pytest.mark.slow
 def test_it_learns_to_continue_stripes():
     """A quarter of the patches tells which way the stripes of an image run."""
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoint_problem import assert_bitwise_equal
+from checks import mostly_slow
 
 import jaxnets as jn
 from jaxnets import autoencoder
@@ -135,7 +136,7 @@ def check_executors(update, state, batch, *, tolerance):
     assert report.largest < tolerance, report.table()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, ["vae"]))
 def test_executors_agree_in_float32_under_momentum(name, one_noise):
     check_executors(*problem(name, optax.sgd(0.1, momentum=0.9)), tolerance=1e-6)
 
@@ -180,8 +181,11 @@ def test_a_restarted_code_is_the_same_on_every_device():
         assert np.min(np.abs(kept - row[None]).max(axis=1)) < 1e-5
 
 
+LOOPS = [*((name, "vmap") for name in ALL), ("quantized", "map")]
+
+
 @pytest.mark.parametrize(
-    ("name", "loop"), [*((name, "vmap") for name in ALL), ("quantized", "map")]
+    ("name", "loop"), mostly_slow(LOOPS, [("vae", "vmap"), ("quantized", "map")])
 )
 def test_each_member_of_a_population_equals_its_solo_run(name, loop):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
@@ -207,7 +211,7 @@ def test_each_member_of_a_population_equals_its_solo_run(name, loop):
             np.testing.assert_allclose(several[member], single, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", mostly_slow(ALL, ["quantized"]))
 def test_a_resumed_run_ends_bitwise_as_one_that_was_not(name, tmp_path):
     update, state, batch = problem(name, optax.adam(1e-2))
     step = jn.jit_step(jn.make_train_step(update))

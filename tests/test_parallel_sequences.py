@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import mostly_slow
 
 from jaxnets import recurrent, transformer
 from jaxnets.core import Precision, Update
@@ -173,7 +174,7 @@ def problem(name, optimizer, precision=Precision()):
     return update, create, batch
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, ["gpt2"]))
 def test_executors_agree_in_float32_under_momentum(name):
     update, create, batch = problem(name, optax.sgd(0.1, momentum=0.9))
     check_executors(update, jax.jit(create)(0), batch, tolerance=1e-6)
@@ -206,7 +207,7 @@ def check_executors(update, state, batch, *, tolerance):
 LOOPS = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
 
 
-@pytest.mark.parametrize(("name", "loop"), LOOPS)
+@pytest.mark.parametrize(("name", "loop"), mostly_slow(LOOPS, [("gpt2", "vmap")]))
 def test_each_member_of_a_population_equals_its_solo_run(name, loop):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), loop, tolerance=1e-6)

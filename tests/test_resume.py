@@ -230,5 +230,6 @@ def check_kills(folder, num_kills, num_steps):
     assert steps == [*range(7, num_steps, 7), num_steps]
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path):
     check_kills(tmp_path, num_kills=3, num_steps=60)

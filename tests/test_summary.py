@@ -50,6 +50,7 @@ def test_a_named_model_has_the_published_number_of_parameters(name, parameters):
     assert result.parameter_bytes == 4 * parameters
 
 
+@pytest.mark.slow
 def test_the_number_of_parameters_of_the_other_named_models_is_that_of_their_variables():
     known = {*PUBLISHED, *PUBLISHED_FOR_CIFAR, *SEQUENCES, *DEEP}
     for name in presets.MODELS.keys() - known:
@@ -69,6 +70,7 @@ def test_every_network_and_preset_of_the_families_has_a_name():
     preset_names = {name for facade in facades for name in facade.__all__ if name.islower()}
     preset_names |= {name for name in vars(jn.feedforward) if name.startswith("mixer_")}
     helpers = {"paint", "stack_layers", "unstack_layers", "recurrent_scan"}
+    helpers |= {"patch_whitening", "with_whitening"}
     assert preset_names - helpers <= set(presets.MODELS)
     classes = {type(model.network()) for model in presets.MODELS.values()}
     convolutional = {getattr(jn.convolutional, name) for name in jn.convolutional.__all__}
