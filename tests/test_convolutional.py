@@ -97,17 +97,19 @@ def test_pilotnet_has_the_published_number_of_parameters_at_its_own_size():
             (6, 16, 1),
             28 + 8 + (16 + 8 + 48 + 8 + 64 + 32 + 64 + 32) + 51,
         ),
-        (
+        pytest.param(
             WideResNet(depth=10, widen_factor=1, num_outputs=3, dropout_rate=0.1),
             (4, 8, 8, 1),
             144 + 4_672 + 14_432 + 57_536 + 128 + 195,
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ResNet9(num_outputs=3, width=2),
             (6, 8, 8, 1),
             22 + 80 + 2 * 152 + 304 + 1_184 + 2 * 2_336 + 48,
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ConvNeXt(
                 stage_sizes=(1, 1),
                 stage_features=(4, 6),
@@ -117,6 +119,7 @@ def test_pilotnet_has_the_published_number_of_parameters_at_its_own_size():
             ),
             (8, 8, 8, 1),
             (20 + 8) + (200 + 8 + 80 + 68 + 4) + (8 + 102) + (300 + 12 + 168 + 150 + 6) + 12 + 21,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=[

@@ -237,6 +237,7 @@ def test_both_mirror_images_count_in_evaluation_and_one_in_training():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened(tmp_path):
     result = tiny(tmp_path, model="whitened", flip_test=True, steps=5)
     assert result["metric"] == "test accuracy over both mirror images"

@@ -95,6 +95,7 @@ def test_every_kind_leaves_a_result_and_its_pictures(kind, tmp_path):
         assert film.n_frames == 2
 
 
+@pytest.mark.slow
 def test_a_conditional_binarized_vae_is_warmed_up(tmp_path):
     changes = {"conditional": True, "binarize": True, "kl_warmup": 0.5, "coder": "conv"}
     result = train(tmp_path, "vae", **changes, widths=(4, 6), executor="jit")
@@ -228,6 +229,7 @@ def test_the_options_have_a_recipe_for_every_kind():
     assert [RECIPES[kind].kind for kind in KINDS] == list(KINDS)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_pictures_and_the_parameters(tmp_path):
     train(tmp_path, "vae", tensorboard=True)
     found = events(tmp_path / "tensorboard")

@@ -33,12 +33,13 @@ def images(*shape):
             (normal(6, 5),),
             5 * 16 * 4 + 8 + 36 + 1,
         ),
-        (
+        pytest.param(
             DCGANGenerator(
                 (16, 16, 2), latent_size=5, width=4, num_classes=3, upsampling="transposed"
             ),
             (normal(6, 5), LABELS),
             (5 * 16 * 8 + 16 + 48) + (16 * 8 * 4 + 8 + 24) + (16 * 4 * 2 + 2),
+            marks=pytest.mark.slow,
         ),
         (
             ResNetGenerator((8, 8, 1), latent_size=5, width=4, num_classes=3),

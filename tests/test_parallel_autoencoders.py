@@ -150,6 +150,7 @@ def test_executors_agree_in_float64_under_adam(name, one_noise, enable_x64):
     check_executors(update, state, batch, tolerance=1e-10)
 
 
+@pytest.mark.slow
 def test_executors_that_keep_a_batch_whole_draw_the_same_noise():
     update, state, batch = problem("vae", optax.sgd(0.01))
     step = jn.make_train_step(update)

@@ -46,9 +46,10 @@ RUN = {name: jax.jit(module.apply) for name, module in MODELS.items()}
     ("fields", "parameters"),
     [
         ({"dropout_rate": 0.2}, 961),
-        (
+        pytest.param(
             {"attention": "luong", "cell": "lstm", "num_decoder_layers": 2, "dropout_rate": 0.2},
             1371,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["bahdanau", "luong"],

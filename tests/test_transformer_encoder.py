@@ -38,7 +38,7 @@ MASKED = MaskedLM(11, 1, config(positions="alibi"))
 @pytest.mark.parametrize(
     ("module", "num_parameters"),
     [
-        (BERT, (11 + 7 + 2) * 8 + NORM + BLOCK + 72 + 27),
+        pytest.param(BERT, (11 + 7 + 2) * 8 + NORM + BLOCK + 72 + 27, marks=pytest.mark.slow),
         (MEAN, 11 * 8 + 32 * 2 + BLOCK + NORM + 27),
         (MASKED, 11 * 8 + BLOCK + NORM + 72 + NORM + 11),
     ],

@@ -31,7 +31,9 @@ APART = TransformerTranslator(
 @pytest.mark.parametrize(
     ("module", "num_parameters"),
     [
-        (SHARED, 11 * 8 + 2 * BLOCK + ATTENTION + NORM + 2 * NORM),
+        pytest.param(
+            SHARED, 11 * 8 + 2 * BLOCK + ATTENTION + NORM + 2 * NORM, marks=pytest.mark.slow
+        ),
         (APART, (11 + 5) * 8 + 2 * BLOCK + ATTENTION + NORM),
     ],
     ids=["shared_table_norm_first", "two_tables_norm_last"],
