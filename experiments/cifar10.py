@@ -49,7 +49,6 @@ RECIPES = {
         label_smoothing=0.2,
         average_decay=0.95,
         flip_test=True,
-        keep_memory=True,
     ),
     "wrn16_4": dataclasses.replace(RESIDUAL, model="wrn16_4"),
 }

@@ -213,7 +213,6 @@ RECURRENT_RECIPE = Config(
     learning_rate=3e-3,
     warmup=0.05,
     clip=1.0,
-    keep_memory=True,
 )
 RECIPES = {
     "transformer": Config(
@@ -224,7 +223,6 @@ RECIPES = {
         warmup=0.1,
         clip=1.0,
         precision="bfloat16",
-        keep_memory=True,
         eval_every=150,
     ),
     "nanogpt-cpu": Config(

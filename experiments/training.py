@@ -37,6 +37,8 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
         for key, recipe in recipes.items()
     }
     options = command_line.parse(name, recipes)
+    if options.keep_memory:  # of this process, which is ours
+        jn.keep_memory()
     with command_line.errors_without_traceback():
         result = run(name, options, make_problem)
     if not sys.stdout.isatty():
@@ -55,8 +57,6 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
         The content of `result.json`.
     """
     check(options)
-    if options.keep_memory:
-        jn.keep_memory()
     folder = RunFolder(options.out)
     finished = folder.open(options, resume=options.resume)
     if finished is not None:
