@@ -38,7 +38,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             spread = [[max(value - each.min(), 0)], [max(each.max() - value, 0)]]
             axis.barh(place, value, xerr=spread, color=colors[name], ecolor="black", capsize=2)
             axis.annotate(
-                f"{value:.3g}",
+                f"{value:.3g}" if value < 1000 else f"{value:.0f}",
                 (max(value, each.max()), place),
                 xytext=(4, 0),
                 textcoords="offset points",
