@@ -1,6 +1,7 @@
 """The names of the package, each loaded when it is first used; see `__init__.py`."""
 
 from . import (
+    attention,
     autoencoder,
     checkpoint,
     convolutional,
@@ -219,6 +220,7 @@ __all__ = [
     "absolute_error",
     "adversarial",
     "apply_module",
+    "attention",
     "autoencoder",
     "averaged_parameters",
     "beam_search",
