@@ -94,10 +94,9 @@ class ImageClassification(Problem):
         variables = super().initial_variables(key)
         if self.config.model != "whitened":
             return variables
-        images, data = self.dataset.train["inputs"][:5000], self.dataset
-        return jn.convolutional.with_whitening(
-            variables, jn.data.normalize(images, data.mean, data.std)
-        )
+        examples = {"inputs": self.dataset.train["inputs"][:5000], "labels": None}
+        images = self._transform(examples, key, False)["inputs"]
+        return jn.convolutional.with_whitening(variables, images)
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.dataset.train
