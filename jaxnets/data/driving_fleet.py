@@ -38,7 +38,7 @@ class Observation:
 
 
 class Driver(Protocol):
-    """Whoever decides for several cars at once."""
+    """Whoever decides for several cars at once; steering in [-1, 1], gas and brake in [0, 1]."""
 
     def start(self, num_cars: int) -> Any:
         """Return what the driver remembers in front of the first decision."""
