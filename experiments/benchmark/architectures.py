@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,8 @@ class Network(abc.ABC):
     """An architecture as numbers.
 
     Attributes:
-        num_outputs: classes, or tokens of the vocabulary.
+        num_outputs: classes, or tokens of the vocabulary; a generative network of images has
+            neither.
     """
 
     num_outputs: int = 10
@@ -33,6 +35,11 @@ class Network(abc.ABC):
     def reads_tokens(self) -> bool:
         """Whether the inputs are token ids below `num_outputs`, and so are the labels."""
         return False
+
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        """Least and greatest value of an input that has to lie in a range, else None."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,3 +216,74 @@ class BidirectionalGRU(Network):
     @property
     def input_shape(self) -> tuple[int, ...]:
         return (self.time, self.channels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariationalAutoencoder(Network):
+    """A dense encoder to mean and log variance, a dense decoder to the logits of the pixels.
+
+    Each has one hidden layer with ReLU.
+
+    Attributes:
+        image: height, width, channels.
+        hidden: width of the hidden layers.
+        latent: numbers of a code.
+    """
+
+    image: tuple[int, int, int] = (28, 28, 1)
+    hidden: int = 512
+    latent: int = 32
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.image
+
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        return (0.0, 1.0)
+
+    @property
+    def num_pixels(self) -> int:
+        """Numbers of an image."""
+        return math.prod(self.image)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialPair(Network):
+    """DCGAN, without transposed convolutions and with kernels that fit their strides.
+
+    Generator: a linear map to few pixels, then pixels are repeated and convolved 3x3; batch norm
+    and ReLU behind each but the last, which ends in tanh. Discriminator: 4x4 convolutions of
+    stride 2, batch norm behind each but the first, leaky ReLU of slope 0.2, a linear map to the
+    logit. No bias in front of a norm.
+
+    Attributes:
+        image: height, width, channels.
+        latent: numbers of a latent.
+        width: channels at half the size of the images.
+        num_doublings: how often the generator doubles the size, and the discriminator halves it.
+    """
+
+    image: tuple[int, int, int] = (32, 32, 1)
+    latent: int = 64
+    width: int = 64
+    num_doublings: int = 3
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.image
+
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        return (-1.0, 1.0)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the discriminator's convolutions; the generator's maps have them in reverse."""
+        return tuple(self.width * 2**index for index in range(self.num_doublings))
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Height and width of the smallest maps."""
+        shrunk = 2**self.num_doublings
+        return self.image[0] // shrunk, self.image[1] // shrunk

@@ -47,8 +47,10 @@ def _side(
     return Competitor(name, f"experiments.benchmark.{module}", tasks, variant, packages)
 
 
-_ALL = _STEPS | {"population", "epoch", "generate", "positions"}
-_CLASSIC = _STEPS | {"population", "epoch"}
+# Plain Flax and torch only: elsewhere the same updates would be written by hand once more.
+_GENERATIVE = frozenset({"autoencode", "adversarial"})
+_CLASSIC = _STEPS | _GENERATIVE | {"population", "epoch"}
+_ALL = _CLASSIC | {"generate", "positions"}
 
 #: The one that the others are compared with.
 REFERENCE = "jaxnets"

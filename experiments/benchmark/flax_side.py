@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training import train_state
 
+from experiments.benchmark import flax_generative
 from experiments.benchmark.flax_networks import build
+from experiments.benchmark.flax_state import State, create_states, num_parameters
 from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
 from experiments.benchmark.workloads import (
     LEARNING_RATE,
@@ -24,12 +26,6 @@ from experiments.benchmark.workloads import (
 LIBRARIES = ("flax", "jax", "optax")
 
 
-class State(train_state.TrainState):
-    """Parameters, optimizer state and the averages of batch norms."""
-
-    batch_stats: Any
-
-
 def prepare(settings: Settings) -> Prepared:
     """Build a workload; the variant "scan" puts many steps into one program by hand."""
     workload = settings.workload
@@ -39,23 +35,14 @@ def prepare(settings: Settings) -> Prepared:
         return train_one_after_the_other(workload)
     if workload.task == "epoch":
         return train_epoch(workload, settings)
+    if workload.task in ("autoencode", "adversarial"):
+        return train_generative(workload)
     return scan(workload) if settings.variant == "scan" else train(workload)
 
 
 def _create(workload: Workload, num_states: int = 1) -> list[State]:
-    """Return states with different parameters and the same functions, which one program fits."""
     module, optimizer = build(workload.network, workload.precision), optax.adam(LEARNING_RATE)
-    init, inputs = jax.jit(module.init), workload.inputs()[:1]
-    drawn = [init(jax.random.key(seed), inputs) for seed in range(num_states)]
-    return [
-        State.create(
-            apply_fn=module.apply,
-            params=variables["params"],
-            tx=optimizer,
-            batch_stats=variables.get("batch_stats", {}),
-        )
-        for variables in drawn
-    ]
+    return create_states(module, optimizer, workload.inputs()[:1], num_states=num_states)
 
 
 def _step(state: State, batch: dict[str, jax.Array]) -> tuple[State, jax.Array]:
@@ -80,22 +67,31 @@ def _batches(workload: Workload) -> list[dict[str, jax.Array]]:
     return [jax.device_put({"inputs": inputs, "labels": each}) for each in workload.labels()]
 
 
-def _size(state: State) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
-
-
 def train(workload: Workload) -> Prepared:
     """Steps one after the other."""
-    (state,), step = _create(workload), jax.jit(_step, donate_argnums=0)
-    endless = itertools.cycle(_batches(workload))
+    (state,) = _create(workload)
+    return _one_by_one(workload, _step, state, _batches(workload))
+
+
+def train_generative(workload: Workload) -> Prepared:
+    """Steps one after the other, of one network or of two."""
+    state, step = flax_generative.create(workload)
+    return _one_by_one(workload, step, state, [jax.device_put(workload.inputs())])
+
+
+def _one_by_one(
+    workload: Workload, step: Callable[..., Any], state: Any, batches: list[Any]
+) -> Prepared:
+    number, compiled = num_parameters(state), jax.jit(step, donate_argnums=0)
+    endless = itertools.cycle(batches)
 
     def run(num_steps: int) -> float:
         nonlocal state
         for _ in range(num_steps):
-            state, loss = step(state, next(endless))
+            state, loss = compiled(state, next(endless))
         return float(jax.block_until_ready((state, loss))[1])
 
-    return ready(workload, run, _size(state))
+    return ready(workload, run, number)
 
 
 def scan(workload: Workload) -> Prepared:
@@ -112,13 +108,13 @@ def scan(workload: Workload) -> Prepared:
             state, losses = step(state, batches)
         return float(jax.block_until_ready((state, losses))[1][-1])
 
-    return ready(workload, run, _size(state), steps_first=bundled)
+    return ready(workload, run, num_parameters(state), steps_first=bundled)
 
 
 def train_one_after_the_other(workload: Workload) -> Prepared:
     """A step of each network, with the one program that fits them all."""
     states = _create(workload, workload.members)
-    size = _size(states[0])
+    size = num_parameters(states[0])
     step = jax.jit(_step, donate_argnums=0)
     endless = itertools.cycle(_batches(workload))
 
@@ -172,4 +168,4 @@ def train_epoch(workload: Workload, settings: Settings) -> Prepared:
         jax.block_until_ready(state)
         return float(np.mean(jax.device_get(losses[-50:])))
 
-    return ready(workload, run, _size(start))
+    return ready(workload, run, num_parameters(start))

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import jaxnets as jn
+from experiments.benchmark import jaxnets_generative
 from experiments.benchmark.architectures import (
     BidirectionalGRU,
     Blocks,
@@ -45,6 +46,8 @@ def prepare(settings: Settings) -> Prepared:
         "population": train_population,
         "infer": infer,
         "epoch": lambda workload: train_epoch(workload, Path(settings.images).parent),
+        "autoencode": train_generative,
+        "adversarial": train_generative,
         "generate": generate,
         "positions": generate_by_position,
     }[workload.task]
@@ -153,6 +156,14 @@ def train_population(workload: Workload) -> Prepared:
     return ready(workload, run, size, details=lambda: {"loops": executor.milliseconds})
 
 
+def train_generative(workload: Workload) -> Prepared:
+    """Steps one after the other, of one network or of two on one state."""
+    state, step = jaxnets_generative.create(workload)
+    batches = [jax.device_put({"inputs": workload.inputs()})]
+    run = _steps(jn.jit_step(step, donate=True), state, batches, 1)
+    return ready(workload, run, _size(state.params))
+
+
 def _steps(
     executor: jn.Executor, state: jn.TrainState, batches: list[Any], bundled: int
 ) -> Callable[[int], float]:
@@ -163,8 +174,10 @@ def _steps(
         metrics: jn.Metrics = {}
         for _ in range(num_steps // bundled):
             state, metrics = executor(state, next(endless))
-        loss = jax.device_get(jax.block_until_ready((state, metrics))[1]["loss"])
-        return float(np.sum(loss.total) / np.sum(loss.count))
+        metrics = jax.device_get(jax.block_until_ready((state, metrics))[1])
+        # One loss, or one of each network.
+        losses = [metrics[name] for name in metrics if name.split("/")[-1] == "loss"]
+        return float(sum(np.sum(loss.total) / np.sum(loss.count) for loss in losses))
 
     return run
 

@@ -12,11 +12,13 @@ import torch
 from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
+from experiments.benchmark import torch_generative
 from experiments.benchmark.architectures import (
     Residual,
 )
 from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
 from experiments.benchmark.torch_networks import build
+from experiments.benchmark.torch_variants import adam, callable_of, num_parameters
 from experiments.benchmark.workloads import (
     LEARNING_RATE,
     PIXEL_DEVIATION,
@@ -38,6 +40,8 @@ def prepare(settings: Settings) -> Prepared:
         "infer": infer,
         "population": train_one_after_the_other,
         "epoch": train_epoch,
+        "autoencode": train_generative,
+        "adversarial": train_generative,
     }[settings.workload.task]
     return make(settings)
 
@@ -48,17 +52,11 @@ def _precision(workload: Workload) -> Any:
     return torch.autocast("cpu", dtype=getattr(torch, workload.precision))
 
 
-def _model(settings: Settings) -> tuple[torch.nn.Module, Any]:
-    """Return the network, and what to call it by."""
-    model = build(settings.workload.network)
-    return model, torch.compile(model) if settings.variant == "compile" else model
-
-
 def _make_step(settings: Settings) -> tuple[torch.nn.Module, Step]:
     workload = settings.workload
-    model, called = _model(settings)
-    fused = settings.variant in ("fused", "compile")
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=fused or None)
+    model = build(workload.network)
+    called = callable_of(model, settings.variant)
+    optimizer = adam(model, settings.variant, LEARNING_RATE)
 
     def step(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -86,10 +84,6 @@ def _channels_first(images: torch.Tensor, workload: Workload) -> torch.Tensor:
     return images.contiguous()
 
 
-def _size(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def train(settings: Settings) -> Prepared:
     """Steps one after the other."""
     workload = settings.workload
@@ -102,7 +96,21 @@ def train(settings: Settings) -> Prepared:
             loss = step(inputs, next(endless))
         return loss.item()
 
-    return ready(workload, run, _size(model))
+    return ready(workload, run, num_parameters(model))
+
+
+def train_generative(settings: Settings) -> Prepared:
+    """Steps one after the other, of one network or of two."""
+    workload = settings.workload
+    trained = torch_generative.create(workload.network, settings.variant)
+    images = _inputs(workload)
+
+    def run(num_steps: int) -> float:
+        for _ in range(num_steps):
+            loss = trained.step(images)
+        return loss.item()
+
+    return ready(workload, run, num_parameters(*trained.models))
 
 
 def train_one_after_the_other(settings: Settings) -> Prepared:
@@ -118,13 +126,14 @@ def train_one_after_the_other(settings: Settings) -> Prepared:
             losses = [step(inputs, labels) for _, step in members]
         return float(np.mean([loss.item() for loss in losses]))
 
-    return ready(workload, run, _size(members[0][0]))
+    return ready(workload, run, num_parameters(members[0][0]))
 
 
 def infer(settings: Settings) -> Prepared:
     """Logits of a batch."""
     workload = settings.workload
-    model, called = _model(settings)
+    model = build(workload.network)
+    called = callable_of(model, settings.variant)
     model.eval()
     inputs = _inputs(workload)
 
@@ -134,7 +143,7 @@ def infer(settings: Settings) -> Prepared:
             for _ in range(num_steps):
                 called(inputs)
 
-    return ready(workload, run, _size(model))
+    return ready(workload, run, num_parameters(model))
 
 
 def train_epoch(settings: Settings) -> Prepared:
@@ -154,4 +163,4 @@ def train_epoch(settings: Settings) -> Prepared:
         losses = [step(*batch).detach() for batch in itertools.islice(loader, num_steps)]
         return torch.stack(losses[-50:]).mean().item()
 
-    return ready(workload, run, _size(model))
+    return ready(workload, run, num_parameters(model))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.benchmark.architectures import (
+    AdversarialPair,
     BidirectionalGRU,
     Convolutional,
     LanguageTransformer,
@@ -18,6 +19,7 @@ from experiments.benchmark.architectures import (
     Perceptron,
     RecurrentLanguage,
     Residual,
+    VariationalAutoencoder,
     Vision,
 )
 
@@ -26,11 +28,15 @@ from experiments.benchmark.architectures import (
 NUM_BATCHES = 8
 #: Of Adam; the rate itself costs nothing.
 LEARNING_RATE = 1e-3
+#: Of the Adam of each of two adversaries, and its decay of the first moment.
+ADVERSARIAL_RATE, ADVERSARIAL_BETA1 = 2e-4, 0.5
 #: Pixels of Fashion-MNIST, in [0, 1].
 PIXEL_MEAN, PIXEL_DEVIATION = 0.2860, 0.3530
 
 Precision = Literal["float32", "bfloat16"]
-Task = Literal["train", "infer", "population", "epoch", "generate", "positions"]
+Task = Literal[
+    "train", "infer", "population", "epoch", "autoencode", "adversarial", "generate", "positions"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,14 @@ class Workload:
         batch_size: examples of a step.
         task: "train": steps of Adam. "infer": logits of a batch. "population": a step of
             each of `members` networks on one batch. "epoch": read Fashion-MNIST from its files
-            and train for one pass. "generate": continue prompts greedily. "positions":
-            the same for several numbers of tokens in one cache.
-        precision: of matrix products and activations; parameters are float32.
+            and train for one pass. "autoencode": steps of Adam on the negative evidence lower
+            bound of pixels that are probabilities, with one code drawn for each image.
+            "adversarial": an update of the discriminator, then one of the generator, with the
+            non-saturating loss and latents drawn for each of the two; the loss is the sum of both.
+            "generate": continue prompts greedily. "positions": the same for several numbers of
+            tokens in one cache.
+        precision: of matrix products and activations; parameters are float32, and so is all of
+            "autoencode" and "adversarial".
         steps_per_call: steps that are started one after the other before the result is waited
             for; many where a step is short, as in a real loop.
         steps_per_dispatch: steps that a side may bundle into one program, if it can.
@@ -76,6 +87,8 @@ class Workload:
             "infer": "batch",
             "population": f"step of all {self.members}",
             "epoch": "epoch",
+            "autoencode": "step",
+            "adversarial": "step",
             "generate": "token",
             "positions": "token",
         }[self.task]
@@ -91,6 +104,8 @@ class Workload:
         shape = (self.batch_size, *self.network.input_shape)
         if self.network.reads_tokens:
             return rng.integers(0, self.network.num_outputs, shape, np.int32)
+        if self.network.input_range is not None:
+            return rng.uniform(*self.network.input_range, shape).astype(np.float32)
         return rng.standard_normal(shape, np.float32)
 
     def labels(self) -> np.ndarray:
@@ -140,6 +155,14 @@ WORKLOADS: dict[str, Workload] = {
             steps_per_call=2,
             steps_per_fit=20,
         ),
+        Workload(
+            name="vae",
+            network=VariationalAutoencoder(),
+            batch_size=128,
+            task="autoencode",
+            steps_per_call=20,
+        ),
+        Workload(name="dcgan", network=AdversarialPair(), batch_size=64, task="adversarial"),
         Workload(
             name="small-mlp",
             network=_SMALL_MLP,
@@ -227,6 +250,8 @@ def shrink(workload: Workload) -> Workload:
         Vision: {"num_layers": 1, "num_heads": 2, "width": 8, "image": (8, 8, 3)},
         RecurrentLanguage: {"embedding": 6, "hidden": 8, "num_layers": 1, "time": 5},
         BidirectionalGRU: {"channels": 3, "hidden": 8, "time": 5},
+        VariationalAutoencoder: {"image": (4, 4, 1), "hidden": 8, "latent": 3},
+        AdversarialPair: {"image": (16, 16, 1), "latent": 5, "width": 4, "num_doublings": 2},
     }
     changes = small[type(network)]
     if network.reads_tokens:

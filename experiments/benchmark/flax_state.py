@@ -1,0 +1,49 @@
+"""The train state of plain Flax, as its guide on batch norm extends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from flax.training import train_state
+
+
+class State(train_state.TrainState):
+    """Parameters, optimizer state and the averages of batch norms."""
+
+    batch_stats: Any
+
+
+def create_states(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *inputs: Any,
+    num_states: int = 1,
+) -> list[State]:
+    """Return states with different parameters and the same functions, which one program fits.
+
+    Args:
+        module: the network.
+        optimizer: of its parameters.
+        inputs: an example of what the module is called with.
+        num_states: number of networks.
+    """
+    init = jax.jit(module.init)
+    drawn = [init(jax.random.key(seed), *inputs) for seed in range(num_states)]
+    return [
+        State.create(
+            apply_fn=module.apply,
+            params=variables["params"],
+            tx=optimizer,
+            batch_stats=variables.get("batch_stats", {}),
+        )
+        for variables in drawn
+    ]
+
+
+def num_parameters(states: Any) -> int:
+    """Return the number of trainable numbers of a state, or of all states in a tuple."""
+    found = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, State))
+    return sum(leaf.size for state in found for leaf in jax.tree.leaves(state.params))
