@@ -95,8 +95,10 @@ class ImageClassification(Problem):
         if self.config.model != "whitened":
             return variables
         examples = {"inputs": self.dataset.train["inputs"][:5000], "labels": None}
-        images = self._transform(examples, key, False)["inputs"]
-        return jn.convolutional.with_whitening(variables, images)
+        # The kernel is the same for every seed: computed now, not in the program that draws them.
+        with jax.ensure_compile_time_eval():
+            images = self._transform(examples, jax.random.key(0), False)["inputs"]
+            return jn.convolutional.with_whitening(variables, images)
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.dataset.train

@@ -26,8 +26,9 @@ import numpy as np
 
 import jaxnets as jn
 from experiments import figures, pictures, training
+from experiments.optimizers import make_optimizer
 from experiments.options import Options
-from experiments.problem import Measured, Problem, make_optimizer, member
+from experiments.problem import Measured, Problem, member
 from experiments.real_features import RealFeatures
 from experiments.run_folder import RunError, RunFolder
 

@@ -29,20 +29,22 @@ class Options:
     """Steps in one dispatch of the scan executor."""
     batch_size: int = 128
     """Examples per step and network."""
-    optimizer: Literal["adamw", "sgd", "rmsprop", "lion", "muon"] = "adamw"
-    """sgd has Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "sgd", "rmsprop", "lion", "muon", "relative_muon"] = "adamw"
+    """sgd has Nesterov momentum 0.9; relative_muon is for convolutions behind which are norms."""
     learning_rate: float = 2e-3
-    """Peak rate, after a linear warm-up."""
+    """Peak rate, after a linear warm-up; of relative_muon it is a share of each kernel's norm."""
+    adam_share: float = 1.0
+    """Share of the rate at which Adam trains what is no convolution (relative_muon)."""
     warmup: float = 0.15
     """Share of the steps in which the rate rises."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: a cosine down to --final-rate, or the peak rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up: a cosine or a line down to --final-rate, or the peak rate."""
     final_rate: float = 0.0
-    """Share of the peak rate at which the cosine ends."""
+    """Share of the peak rate at which the cosine or the line ends."""
     weight_decay: float = 0.05
     """Decoupled weight decay of kernels (adamw, lion, muon), or L2 penalty (sgd, rmsprop)."""
     beta2: float = 0.999
-    """Decay of the average of squared gradients (adamw; muon for what is no matrix)."""
+    """Decay of the average of squared gradients (adamw; what Muon leaves to Adam)."""
     clip: float = 0.0
     """Largest norm of the whole gradient; 0 is no limit."""
     average_decay: float = 0.0

