@@ -39,7 +39,7 @@ RECIPES = {
     "resnet18": RESIDUAL,
     "speedrun": Config(
         model="whitened",
-        epochs=8.5,
+        epochs=7,
         batch_size=512,
         optimizer="relative_muon",
         learning_rate=0.12,

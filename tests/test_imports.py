@@ -22,6 +22,7 @@ ALLOWED = {
     "spatial": set(),
     "linear": set(),
     "host_memory": set(),
+    "channels": set(),
     "chunks": set(),
     "winograd": {"chunks", "linear", "spatial"},
     "convolution": {"chunks", "linear", "spatial", "winograd"},
@@ -32,7 +33,7 @@ ALLOWED = {
     "positions": {"attention", "core"},
     "sequence": {"core", "functional", "normalization", "padding"},
     "parallel_recurrence": {"core", "functional", "sequence"},
-    "layers": {"core", "functional", "normalization"},
+    "layers": {"channels", "core", "functional", "normalization"},
     "embedding": {"core", "functional", "layers"},
     "feedforward": {"core", "functional", "layers"},
     "convolutional": {
