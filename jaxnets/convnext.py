@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxnets.channels import along_channels
 from jaxnets.core import Precision
 from jaxnets.functional import global_average_pool
 from jaxnets.layers import (
@@ -57,7 +58,7 @@ class ConvNeXtBlock(nn.Module):
             y = activation("gelu")(y) if name == "expand" else y
         init = nn.initializers.constant(self.scale_init)
         scale = self.param("scale", init, (channels,), policy.parameter)
-        y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (channels,))
+        y = y * along_channels(scale.astype(y.dtype), y)
         return x + Dropout(self.dropout_rate, per_example=True, name="skip")(y, train=train)
 
 

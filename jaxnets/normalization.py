@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.channels import along_channels
 from jaxnets.core import at_least_float32
 
 
@@ -37,9 +38,8 @@ def layer_norm(
         Ba, Kiros and Hinton 2016, arXiv:1607.06450, equation 4.
     """
     x = at_least_float32(x)
-    row = (1,) * (x.ndim - 1) + scale.shape
-    y = _normalized(x, epsilon, True) * scale.reshape(row)
-    return y if bias is None else y + bias.reshape(row)
+    y = _normalized(x, epsilon, True) * along_channels(scale, x)
+    return y if bias is None else y + along_channels(bias, x)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
@@ -61,7 +61,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Ar
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
     x = at_least_float32(x)
-    return _normalized(x, epsilon, False) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return _normalized(x, epsilon, False) * along_channels(scale, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxnets.channels import along_channels
 from jaxnets.functional import linear
 from jaxnets.normalization import layer_norm
-from jaxnets.sequence import Carry, Cell, Initializer, Products, Weights, add_row
+from jaxnets.sequence import Carry, Cell, Initializer, Products, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class LSTMCell(Cell):
         projected = linear(x, weights["input_kernel"])
         if self.layer_norm:
             projected = layer_norm(projected, weights["input_scale"]).astype(projected.dtype)
-        return add_row(projected, weights["bias"])
+        return projected + along_channels(weights["bias"], projected)
 
     def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
         hidden, memory = carry
@@ -152,7 +153,7 @@ class GRUCell(Cell):
         if self.reset == "after":
             recurrent = products[0](hidden)
             reset, update = _gates(gates + recurrent[:, : 2 * size])
-            seen = reset * add_row(recurrent[:, 2 * size :], weights["candidate_bias"])
+            seen = reset * (recurrent[:, 2 * size :] + weights["candidate_bias"][None])
         else:
             reset, update = _gates(gates + products[0](hidden))
             seen = products[1](reset * hidden)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxnets.channels import along_channels
 from jaxnets.core import at_least_float32
 from jaxnets.functional import linear
 from jaxnets.padding import check_lengths, padding_mask
@@ -69,7 +70,8 @@ class Cell(abc.ABC):
 
     def project(self, weights: Weights, x: jax.Array) -> jax.Array:
         """Map inputs [..., channels] of any number of steps to [..., num_gates * hidden_size]."""
-        return add_row(linear(x, weights["input_kernel"]), weights["bias"])
+        projected = linear(x, weights["input_kernel"])
+        return projected + along_channels(weights["bias"], projected)
 
     @abc.abstractmethod
     def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
@@ -317,11 +319,6 @@ def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array
 
 def _product(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     return at_least_float32(hidden.astype(kernel.dtype) @ kernel)
-
-
-def add_row(x: jax.Array, vector: jax.Array) -> jax.Array:
-    """Add a vector [features] to each row of [..., features]."""
-    return x + vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _each_gate(initializer: Initializer, num_gates: int) -> Initializer:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.channels import along_channels
 from jaxnets.core import Precision, at_least_float32
 from jaxnets.layers import Convolution, Dense, Initializer, check_sizes
 
@@ -110,7 +111,7 @@ class SpectralNorm(nn.Module):
         y = y / value.astype(y.dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, y.shape[-1:], policy.parameter)
-            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+            y = y + along_channels(bias.astype(y.dtype), y)
         return y.astype(policy.compute)
 
     def _start(self, matrix: jax.Array) -> jax.Array:

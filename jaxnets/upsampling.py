@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets import functional
+from jaxnets.channels import along_channels
 from jaxnets.core import Precision
 from jaxnets.layers import Convolution, Initializer
 
@@ -183,7 +184,7 @@ def _biased(module: EnlargedConvolution | TransposedConvolution, y: jax.Array) -
         return y
     shape, dtype = (module.features,), module.precision.parameter
     bias = module.param("bias", nn.initializers.zeros, shape, dtype)
-    return y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
+    return y + along_channels(bias.astype(y.dtype), y)
 
 
 class Upsampling(nn.Module):

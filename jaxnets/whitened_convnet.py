@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxnets.channels import along_channels
 from jaxnets.core import Precision
 from jaxnets.functional import convolution, max_pool
 from jaxnets.layers import (
@@ -151,7 +152,7 @@ class WhitenedConvNet(nn.Module):
         kernel = self.variable("whitening", "kernel", unset).value
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], policy.parameter)
         y = convolution(x, kernel.astype(policy.compute), padding="VALID")
-        return y + bias.astype(policy.compute).reshape(1, 1, 1, -1)
+        return y + along_channels(bias.astype(policy.compute), y)
 
 
 def with_whitening(variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
