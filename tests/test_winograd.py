@@ -1,5 +1,6 @@
 """Minimal filtering against the plain convolution: values, gradients, transformations."""
 
+import itertools
 import unittest.mock
 
 import hypothesis
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import mostly_slow
 from hypothesis import strategies as st
 from jax import lax
 
@@ -14,7 +16,7 @@ from jaxnets import convolution, functional, winograd
 from jaxnets.parallel import DATA_AXIS, data_mesh
 
 # Every example compiles for its own shapes; a fixed seed keeps the run repeatable and cached.
-some = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+some = hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)
@@ -169,14 +171,21 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("cached", [2**21, 1], ids=["whole", "chunks"])
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_gradients_are_the_same_under_every_transformation(
-    transform, cached, everywhere, monkeypatch
-):
+WHOLE, CHUNKS = 2**21, 1
+
+
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    mostly_slow(
+        itertools.product(TRANSFORMS, (WHOLE, CHUNKS)),
+        [("vmap", WHOLE), ("scan", CHUNKS), ("pmap", CHUNKS)],
+    ),
+)
+def test_gradients_are_the_same_under_every_transformation(name, cached, everywhere, monkeypatch):
     monkeypatch.setattr(winograd, "_CACHED_NUMBERS", cached)
     x, kernels = normal((4, 6, 5, 6, 2), 0), normal((4, 3, 3, 2, 2), 1)
     expected = jax.jit(jax.vmap(jax.grad(network(plain), (0, 1))))(x, kernels)
+    transform = TRANSFORMS[name]
     found = transform(jax.grad(network(functional.convolution), (0, 1)))(x, kernels)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -199,8 +208,10 @@ def test_reverse_mode_works_twice(everywhere):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, 3])
-@pytest.mark.parametrize("cached", [2**21, 1], ids=["whole", "chunks"])
+@pytest.mark.parametrize(
+    ("axis", "cached"),
+    mostly_slow(itertools.product(range(4), (WHOLE, CHUNKS)), [(0, CHUNKS), (1, WHOLE)]),
+)
 def test_arrays_may_be_split_over_devices(axis, cached, everywhere, monkeypatch):
     monkeypatch.setattr(winograd, "_CACHED_NUMBERS", cached)
     x, kernel = normal((8, 8, 8, 4), 0), normal((3, 3, 4, 4), 1)
