@@ -115,7 +115,8 @@ def check_report(report, name):
 def test_executors_agree_in_float32_under_momentum(name):
     report = check_equivalence(*problem(name, optax.sgd(0.1, momentum=0.9)), num_steps=3)
     check_report(report, name)
-    assert report.largest < 1e-6, report.table()
+    # The largest number is the summed loss, about 10: its neighbours in float32 are 1e-6 apart.
+    assert report.largest < 2e-6, report.table()
 
 
 @pytest.mark.slow
