@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import optax
 import optax.contrib
@@ -27,11 +25,12 @@ def make_optimizer(
     """
     warmup = max(1, round(options.warmup * num_steps))
     peak, decay, mask = options.learning_rate, options.weight_decay, jn.decay_mask
+    rising = optax.linear_schedule(0.0, peak, warmup)
     if options.schedule == "constant":
-        rate = optax.linear_schedule(0.0, peak, warmup)
+        rate = rising
     elif options.schedule == "linear":
         falling = optax.linear_schedule(peak, options.final_rate * peak, max(num_steps - warmup, 1))
-        rate = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), falling], [warmup])
+        rate = optax.join_schedules([rising, falling], [warmup])
     else:
         rate = optax.warmup_cosine_decay_schedule(
             0.0, peak, warmup, max(num_steps, warmup + 1), end_value=options.final_rate * peak
@@ -73,12 +72,10 @@ def _relative_muon(
     three iterations are those of Jordan 2024, https://github.com/KellerJordan/cifar10-airbench,
     which scales the kernels themselves back to one norm instead.
     """
-
-    def dimensions(kernels: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3), kernels)
-
     relative = optax.chain(
-        optax.contrib.scale_by_muon(beta=0.6, ns_steps=3, weight_dimension_numbers=dimensions),
+        optax.contrib.scale_by_muon(
+            beta=0.6, ns_steps=3, weight_dimension_numbers=jn.muon_dimensions
+        ),
         optax.scale_by_trust_ratio(),
         optax.scale_by_learning_rate(rate),
     )

@@ -113,10 +113,14 @@ def check_report(report, name):
 
 @pytest.mark.parametrize("name", mostly_slow(NETWORKS, ["mlp_batch_norm", "lstm"]))
 def test_executors_agree_in_float32_under_momentum(name):
-    report = check_equivalence(*problem(name, optax.sgd(0.1, momentum=0.9)), num_steps=3)
+    step, state, batch = problem(name, optax.sgd(0.1, momentum=0.9))
+    report = check_equivalence(step, state, batch, num_steps=3)
     check_report(report, name)
-    # The largest number is the summed loss, about 10: its neighbours in float32 are 1e-6 apart.
-    assert report.largest < 2e-6, report.table()
+    # The loss is a sum over the batch, about 10, whose neighbours in float32 are 1e-6 apart: its
+    # mean is compared, and everything else as it is.
+    for found in report.differences.values():
+        found["metrics/loss"] /= batch["weights"].sum()
+    assert report.largest < 1e-6, report.table()
 
 
 @pytest.mark.slow
