@@ -22,6 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxnets.channels import along_channels
 from jaxnets.core import at_least_float32
 from jaxnets.functional import linear
+from jaxnets.loop_product import (
+    LoopKernel,
+    kernel_gradient,
+    loop_products,
+    multiply,
+    tapped_product,
+)
 from jaxnets.padding import check_lengths, padding_mask
 
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -89,7 +96,7 @@ class Cell(abc.ABC):
 
     def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
         """Advance one step, with all weights: `advance` with plain matrix products."""
-        products = [functools.partial(_product, kernel) for kernel in self.kernels(weights)]
+        products = [functools.partial(multiply, kernel) for kernel in self.kernels(weights)]
         return self.advance(weights, carry, projected, products)
 
     def kernels(self, weights: Weights) -> list[jax.Array]:
@@ -172,7 +179,7 @@ def _scan(
     carry: Carry,
     valid: jax.Array | None,
 ) -> tuple[jax.Array, Carry]:
-    products = [functools.partial(_product, kernel) for kernel in kernels]
+    products = loop_products(kernels, steps=len(projected))
 
     def advance(
         carry: Carry, inputs: tuple[jax.Array, jax.Array | None]
@@ -204,7 +211,7 @@ def _scan_forward(
     """
     shape, dtype = projected.shape[:2], carry[0].dtype
     taps = [jnp.zeros((*shape, kernel.shape[1]), dtype) for kernel in kernels]
-    pairs = [(kernel, kernel.T) for kernel in kernels]  # transposed once, not at every step
+    loop_kernels = [LoopKernel.of(kernel) for kernel in kernels]
 
     def run(
         rest: Weights, projected: jax.Array, carry: Carry, taps: Sequence[jax.Array]
@@ -220,12 +227,13 @@ def _scan_forward(
             now, valid, taps = inputs
             multiplied: list[jax.Array] = []
 
-            def product(pair: Any, tap: jax.Array, hidden: jax.Array) -> jax.Array:
+            def product(kernel: LoopKernel, tap: jax.Array, hidden: jax.Array) -> jax.Array:
                 multiplied.append(hidden)
-                return checkpoint_name(_tapped_product(hidden, tap, *pair), "product")
+                return checkpoint_name(tapped_product(kernel, tap, hidden), "product")
 
             products = [
-                functools.partial(product, pair, tap) for pair, tap in zip(pairs, taps, strict=True)
+                functools.partial(product, kernel, tap)
+                for kernel, tap in zip(loop_kernels, taps, strict=True)
             ]
             after = cell.advance(rest, carry, at_least_float32(now), products)
             after = keep(valid, after, carry)
@@ -247,35 +255,13 @@ def _scan_backward(
     pullback, multiplied = residuals
     rest, projected, carry, products = pullback(cotangents)
     kernels = [
-        jnp.einsum("tbh,tbk->hk", hidden, product.astype(hidden.dtype))
+        kernel_gradient(hidden, product.astype(hidden.dtype))
         for hidden, product in zip(multiplied, products, strict=True)
     ]
     return kernels, rest, projected, carry, None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
-
-
-@jax.custom_vjp
-def _tapped_product(
-    hidden: jax.Array, tap: jax.Array, kernel: jax.Array, transposed: jax.Array
-) -> jax.Array:
-    return _product(kernel, hidden)
-
-
-def _tapped_forward(
-    hidden: jax.Array, tap: jax.Array, kernel: jax.Array, transposed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _product(kernel, hidden), transposed
-
-
-def _tapped_backward(
-    transposed: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
-    return _product(transposed, cotangent), cotangent, None, None
-
-
-_tapped_product.defvjp(_tapped_forward, _tapped_backward)
 
 
 def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
@@ -315,10 +301,6 @@ def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array
     valid = padding_mask(lengths, (batch, time)).T
     kept = jnp.where(inside[None, :, None], x, jnp.asarray(jnp.nan, x.dtype))
     return jnp.where(valid[..., None], kept, jnp.zeros((), x.dtype)), valid
-
-
-def _product(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
-    return at_least_float32(hidden.astype(kernel.dtype) @ kernel)
 
 
 def _each_gate(initializer: Initializer, num_gates: int) -> Initializer:
