@@ -84,9 +84,7 @@ def _tapped_forward(
     return _multiply(*kernel, rows), kernel
 
 
-def _tapped_backward(
-    kernel: LoopKernel, cotangent: jax.Array
-) -> tuple[None, jax.Array, jax.Array]:
+def _tapped_backward(kernel: LoopKernel, cotangent: jax.Array) -> tuple[None, jax.Array, jax.Array]:
     return None, cotangent, _multiply(kernel.transposed, kernel.plain, cotangent)
 
 

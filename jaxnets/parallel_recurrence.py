@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.core import at_least_float32
-from jaxnets.sequence import Carry, Cell, Initializer, Products, Weights
+from jaxnets.sequence import Carry, Cell, Gates, Initializer, Products, Weights, split_gates
 
 
 def linear_recurrence(
@@ -108,8 +108,8 @@ class ParallelCell(Cell):
             raise ValueError(f"candidate is {self.candidate!r}; choose 'positive' or 'identity'")
 
     @abc.abstractmethod
-    def coefficients(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Map projected inputs [..., num_gates * hidden_size] to decay and update."""
+    def coefficients(self, x: Gates) -> tuple[jax.Array, jax.Array]:
+        """Map the projected inputs of all gates, each [..., hidden_size], to decay and update."""
 
     @property
     def products(self) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ class ParallelCell(Cell):
     def kernels(self, weights: Weights) -> list[jax.Array]:
         return []
 
-    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
+    def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
         decay, update = self.coefficients(x)
         return (decay * carry[0] + update,)
 
@@ -138,7 +138,7 @@ class ParallelCell(Cell):
         *,
         reverse: bool,
     ) -> tuple[jax.Array, Carry]:
-        decay, update = self.coefficients(at_least_float32(projected))
+        decay, update = self.coefficients(split_gates(self, at_least_float32(projected)))
         if valid is not None:
             decay = jnp.where(valid[..., None], decay, jnp.ones((), decay.dtype))
             update = jnp.where(valid[..., None], update, jnp.zeros((), update.dtype))
@@ -166,8 +166,8 @@ class MinGRUCell(ParallelCell):
 
     num_gates: ClassVar[int] = 2
 
-    def coefficients(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        update, candidate = jnp.split(x, 2, axis=-1)
+    def coefficients(self, x: Gates) -> tuple[jax.Array, jax.Array]:
+        update, candidate = x
         return jax.nn.sigmoid(-update), jax.nn.sigmoid(update) * self._candidate(candidate)
 
 
@@ -185,8 +185,8 @@ class MinLSTMCell(ParallelCell):
 
     num_gates: ClassVar[int] = 3
 
-    def coefficients(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        forget, write, candidate = jnp.split(x, 3, axis=-1)
+    def coefficients(self, x: Gates) -> tuple[jax.Array, jax.Array]:
+        forget, write, candidate = x
         # f / (f + i) = sigmoid(log f - log i), which stays exact where both gates underflow.
         margin = jax.nn.softplus(-write) - jax.nn.softplus(-forget)
         return jax.nn.sigmoid(margin), jax.nn.sigmoid(-margin) * self._candidate(candidate)

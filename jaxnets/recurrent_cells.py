@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxnets.channels import along_channels
 from jaxnets.functional import linear
 from jaxnets.normalization import layer_norm
-from jaxnets.sequence import Carry, Cell, Initializer, Products, Weights
+from jaxnets.sequence import Carry, Cell, Gates, Initializer, Products, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,10 @@ class ElmanCell(Cell):
 
     num_gates: ClassVar[int] = 1
 
-    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
-        (hidden,), (recurrent,) = carry, products
-        return (self.activation(x + recurrent(hidden)),)
+    def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
+        (hidden,), (given,) = carry, x
+        (recurrent,) = products[0](hidden)
+        return (self.activation(given + recurrent),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,13 @@ class LSTMCell(Cell):
             projected = layer_norm(projected, weights["input_scale"]).astype(projected.dtype)
         return projected + along_channels(weights["bias"], projected)
 
-    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
+    def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
         hidden, memory = carry
         recurrent = products[0](hidden)
         if self.layer_norm:
-            recurrent = layer_norm(recurrent, weights["recurrent_scale"])
-        write, forget, candidate, read = jnp.split(x + recurrent, 4, axis=-1)
+            packed = jnp.concatenate(recurrent, axis=-1)
+            recurrent = jnp.split(layer_norm(packed, weights["recurrent_scale"]), 4, axis=-1)
+        write, forget, candidate, read = map(jnp.add, x, recurrent)
         if self.peephole:
             write = write + weights["peephole"][:1] * memory
             forget = forget + weights["peephole"][1:2] * memory
@@ -147,17 +149,16 @@ class GRUCell(Cell):
             listed["candidate_bias"] = (jax.nn.initializers.zeros, (hidden_size,))
         return listed
 
-    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
-        (hidden,), size = carry, carry[0].shape[-1]
-        gates, candidate = x[:, : 2 * size], x[:, 2 * size :]
+    def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
+        (hidden,) = carry
+        recurrent = products[0](hidden)
+        reset = jax.nn.sigmoid(x[0] + recurrent[0])
+        update = jax.nn.sigmoid(x[1] + recurrent[1])
         if self.reset == "after":
-            recurrent = products[0](hidden)
-            reset, update = _gates(gates + recurrent[:, : 2 * size])
-            seen = reset * (recurrent[:, 2 * size :] + weights["candidate_bias"][None])
+            seen = reset * (recurrent[2] + weights["candidate_bias"][None])
         else:
-            reset, update = _gates(gates + products[0](hidden))
-            seen = products[1](reset * hidden)
-        return (update * hidden + (1 - update) * jnp.tanh(candidate + seen),)
+            (seen,) = products[1](reset * hidden)
+        return (update * hidden + (1 - update) * jnp.tanh(x[2] + seen),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +177,9 @@ class MinimalGatedCell(Cell):
     def products(self) -> tuple[int, ...]:
         return (1, 1)
 
-    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
-        (hidden,), size = carry, carry[0].shape[-1]
-        forget = jax.nn.sigmoid(x[:, :size] + products[0](hidden))
-        candidate = jnp.tanh(x[:, size:] + products[1](forget * hidden))
+    def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
+        (hidden,), (recurrent,) = carry, products[0](carry[0])
+        forget = jax.nn.sigmoid(x[0] + recurrent)
+        (remembered,) = products[1](forget * hidden)
+        candidate = jnp.tanh(x[1] + remembered)
         return ((1 - forget) * hidden + forget * candidate,)
-
-
-def _gates(packed: jax.Array) -> list[jax.Array]:
-    return jnp.split(jax.nn.sigmoid(packed), 2, axis=-1)

@@ -37,8 +37,10 @@ Tree = TypeVar("Tree")
 Carry: TypeAlias = tuple[jax.Array, ...]
 #: Name -> array, as listed by `Cell.parameters`.
 Weights: TypeAlias = Mapping[str, jax.Array]
-#: Functions that multiply [batch, hidden_size] by some columns of the recurrent kernel.
-Products: TypeAlias = Sequence[Callable[[jax.Array], jax.Array]]
+#: One array for each gate, in the order that the cell names, each [batch, hidden_size].
+Gates: TypeAlias = Sequence[jax.Array]
+#: Functions that multiply [batch, hidden_size] by the recurrent kernels of some gates.
+Products: TypeAlias = Sequence[Callable[[jax.Array], Gates]]
 
 
 class Cell(abc.ABC):
@@ -81,13 +83,13 @@ class Cell(abc.ABC):
         return projected + along_channels(weights["bias"], projected)
 
     @abc.abstractmethod
-    def advance(self, weights: Weights, carry: Carry, x: jax.Array, products: Products) -> Carry:
+    def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
         """Advance one step.
 
         Args:
             weights: as listed by `parameters`; the recurrent kernel is reached by `products`.
             carry: states before the step, each [batch, hidden_size].
-            x: projected inputs [batch, num_gates * hidden_size], from `project`.
+            x: the projected input of each gate, from `project`.
             products: one for each entry of the property `products`.
 
         Returns:
@@ -95,9 +97,18 @@ class Cell(abc.ABC):
         """
 
     def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
-        """Advance one step, with all weights: `advance` with plain matrix products."""
+        """Advance one step, with all weights: `advance` with plain matrix products.
+
+        Args:
+            weights: as listed by `parameters`.
+            carry: states before the step, each [batch, hidden_size].
+            projected: [batch, num_gates * hidden_size], from `project`.
+
+        Returns:
+            The states after the step.
+        """
         products = [functools.partial(multiply, kernel) for kernel in self.kernels(weights)]
-        return self.advance(weights, carry, projected, products)
+        return _advance(self, weights, carry, split_gates(self, projected), products)
 
     def kernels(self, weights: Weights) -> list[jax.Array]:
         """Cut the recurrent kernel into one for each entry of `products`."""
@@ -181,16 +192,14 @@ def _scan(
 ) -> tuple[jax.Array, Carry]:
     products = loop_products(kernels, steps=len(projected))
 
-    def advance(
-        carry: Carry, inputs: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[Carry, jax.Array]:
+    def advance(carry: Carry, inputs: tuple[Gates, jax.Array | None]) -> tuple[Carry, jax.Array]:
         now, valid = inputs
-        after = cell.advance(rest, carry, at_least_float32(now), products)
-        after = keep(valid, after, carry)
-        return after, after[0].astype(now.dtype)
+        after = keep(valid, _advance(cell, rest, carry, now, products), carry)
+        return after, after[0].astype(projected.dtype)
 
     # Not unrolled: on CPU 4 steps at once gain nothing, and 16 are slower.
-    carry, outputs = lax.scan(advance, carry, (projected, valid), reverse=reverse)
+    inputs = split_gates(cell, projected), valid
+    carry, outputs = lax.scan(advance, carry, inputs, reverse=reverse)
     return outputs, carry
 
 
@@ -214,7 +223,7 @@ def _scan_forward(
     loop_kernels = [LoopKernel.of(kernel) for kernel in kernels]
 
     def run(
-        rest: Weights, projected: jax.Array, carry: Carry, taps: Sequence[jax.Array]
+        rest: Weights, gates: Gates, carry: Carry, taps: Sequence[jax.Array]
     ) -> tuple[tuple[jax.Array, Carry], list[jax.Array]]:
         # Kept for the gradient: the carry and the products. What the cell makes of them is cheaper
         # to compute again than to write to one stack for each of its operations.
@@ -229,23 +238,23 @@ def _scan_forward(
 
             def product(kernel: LoopKernel, tap: jax.Array, hidden: jax.Array) -> jax.Array:
                 multiplied.append(hidden)
-                return checkpoint_name(tapped_product(kernel, tap, hidden), "product")
+                return tapped_product(kernel, tap, hidden)
 
             products = [
                 functools.partial(product, kernel, tap)
                 for kernel, tap in zip(loop_kernels, taps, strict=True)
             ]
-            after = cell.advance(rest, carry, at_least_float32(now), products)
-            after = keep(valid, after, carry)
+            after = keep(valid, _advance(cell, rest, carry, now, products), carry)
             narrow = [hidden.astype(projected.dtype) for hidden in multiplied]
-            return after, (after[0].astype(now.dtype), narrow)
+            return after, (after[0].astype(projected.dtype), narrow)
 
         carry, (outputs, multiplied) = lax.scan(
-            advance, carry, (projected, valid, taps), reverse=reverse
+            advance, carry, (gates, valid, taps), reverse=reverse
         )
         return (outputs, carry), multiplied
 
-    result, pullback, multiplied = jax.vjp(run, rest, projected, carry, taps, has_aux=True)
+    gates = split_gates(cell, projected)
+    result, pullback, multiplied = jax.vjp(run, rest, gates, carry, taps, has_aux=True)
     return result, (pullback, multiplied)
 
 
@@ -253,15 +262,49 @@ def _scan_backward(
     cell: Cell, reverse: bool, residuals: Any, cotangents: tuple[jax.Array, Carry]
 ) -> tuple[Any, ...]:
     pullback, multiplied = residuals
-    rest, projected, carry, products = pullback(cotangents)
+    rest, gates, carry, products = pullback(cotangents)
     kernels = [
         kernel_gradient(hidden, product.astype(hidden.dtype))
         for hidden, product in zip(multiplied, products, strict=True)
     ]
-    return kernels, rest, projected, carry, None
+    return kernels, rest, jnp.concatenate(gates, axis=-1), carry, None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _advance(
+    cell: Cell,
+    weights: Weights,
+    carry: Carry,
+    gates: Gates,
+    products: Sequence[Callable[[jax.Array], jax.Array]],
+) -> Carry:
+    def of_gates(product: Callable[[jax.Array], jax.Array], count: int, hidden: jax.Array) -> Gates:
+        parts = jnp.split(product(hidden), count, axis=-1)
+        return [checkpoint_name(part, "product") for part in parts]
+
+    split = [
+        functools.partial(of_gates, product, count)
+        for product, count in zip(products, cell.products, strict=True)
+    ]
+    return cell.advance(weights, carry, [at_least_float32(gate) for gate in gates], split)
+
+
+def split_gates(cell: Cell, projected: jax.Array) -> list[jax.Array]:
+    """Take projected inputs apart, before the loop.
+
+    A step that reads several parts of one array at the loop's index is not vectorized by XLA's CPU
+    program, and takes up to three times as long.
+
+    Args:
+        cell: whose gates they are.
+        projected: [..., num_gates * hidden_size].
+
+    Returns:
+        One array [..., hidden_size] for each gate.
+    """
+    return jnp.split(projected, cell.num_gates, axis=-1)
 
 
 def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:

@@ -154,8 +154,8 @@ def test_long_sequences_equal_single_steps_and_keep_finite_gradients(name):
 @pytest.mark.parametrize("name", ["mingru", "minlstm"])
 def test_gates_that_are_wide_open_or_shut_stay_finite(name):
     cell = CELLS[name]
-    signs = np.array(np.meshgrid(*[[-1, 0, 1]] * cell.num_gates)).reshape(cell.num_gates, -1).T
-    x = jnp.asarray(1e4 * signs, jnp.float32)
+    signs = np.array(np.meshgrid(*[[-1, 0, 1]] * cell.num_gates)).reshape(cell.num_gates, -1)
+    x = jnp.asarray(1e4 * signs[..., None], jnp.float32)
 
     def total(x):
         return jnp.sum(linear_recurrence(*cell.coefficients(x), jnp.ones(1)))
