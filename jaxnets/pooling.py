@@ -111,16 +111,21 @@ def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> j
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     places = list(itertools.product(*map(range, window)))
 
-    def joined(rows: jax.Array, count: int) -> jax.Array:
-        shape = (x.shape[0], count, *counts[1:], x.shape[-1])
+    def joined(first: int, last: int) -> jax.Array:
+        rows = x[:, first * window[0] : last * window[0]]
+        shape = (x.shape[0], last - first, *counts[1:], x.shape[-1])
         return functools.reduce(join, (strided(rows, place, shape, window) for place in places))
 
-    # XLA would compute the tiles again in every loop that reads them; it fuses no loop with a
-    # concatenation in front of it.
-    upper = counts[0] // 2
-    border = upper * window[0]
-    parts = [joined(x[:, :border], upper), joined(x[:, border:], counts[0] - upper)]
-    return lax.concatenate(parts, 1)
+    return _in_two_parts(joined, counts[0])
+
+
+def _in_two_parts(part: Callable[[int, int], jax.Array], count: int) -> jax.Array:
+    """Make a map from its upper and lower rows of tiles: `part` of the first and the last one.
+
+    XLA would compute the tiles again in every loop that reads them; it fuses no loop with a
+    concatenation in front of it.
+    """
+    return lax.concatenate([part(0, count // 2), part(count // 2, count)], 1)
 
 
 def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
@@ -152,18 +157,31 @@ _tile_max.defvjp(_tile_max_forward, _tile_max_backward)
 
 def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axes) -> jax.Array:
     """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
-    winner = jnp.full(y.shape, -1, jnp.int8)
     offsets = list(itertools.product(*map(range, window)))
-    for index, offset in reversed(list(enumerate(offsets))):  # backwards: the first match stays
-        winner = jnp.where(strided(x, offset, y.shape, window) == y, jnp.int8(index), winner)
+    # Numbers of x's dtype, as loops of one dtype are vectorized better.
+    numbers = jnp.arange(len(offsets), dtype=x.dtype)
+
+    def found(first: int, last: int) -> jax.Array:
+        rows, largest = x[:, first * window[0] : last * window[0]], y[:, first:last]
+        winner = jnp.full(largest.shape, -1, x.dtype)
+        for number, offset in reversed(list(zip(numbers, offsets, strict=True))):
+            candidate = strided(rows, offset, largest.shape, window)
+            winner = jnp.where(candidate == largest, number, winner)  # the first match stays
+        return winner
+
+    winner = _in_two_parts(found, y.shape[1])
     within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
-    per_tile = [n for w in window for n in (1, w)]
-    positions = jnp.arange(len(offsets), dtype=jnp.int8).reshape(1, *per_tile, 1)
-    chosen = jnp.expand_dims(winner, within) == positions
-    dx = jnp.where(chosen, jnp.expand_dims(dy, within), jnp.zeros((), dy.dtype))
-    tiled = [size - size % w for size, w in zip(x.shape[1:-1], window, strict=True)]
+    positions = numbers.reshape(1, *(n for w in window for n in (1, w)), 1)
+
+    def sent(first: int, last: int) -> jax.Array:
+        chosen = jnp.expand_dims(winner[:, first:last], within) == positions
+        received = jnp.expand_dims(dy[:, first:last], within)
+        return jnp.where(chosen, received, jnp.zeros((), dy.dtype))
+
+    tiled = [count * w for count, w in zip(y.shape[1:-1], window, strict=True)]
     rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
-    return jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
+    dx = _in_two_parts(sent, y.shape[1]).reshape(x.shape[0], *tiled, x.shape[-1])
+    return jnp.pad(dx, [(0, 0), *rest, (0, 0)])
 
 
 def _pool_geometry(
