@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import jaxnets as jn
 from experiments import figures, training
 from experiments.models import ModelName, make_model, prefers_map
 from experiments.options import Options
-from experiments.problem import Measured, Problem
+from experiments.problem import Measured, Problem, make_optimizer
 from experiments.run_folder import RunFolder
 
 
@@ -28,6 +29,8 @@ class Config(Options):
     """Weight of the uniform distribution in the training labels."""
     crop: int = 0
     """Random crop after padding by this many pixels."""
+    crop_border: Literal["zero", "reflect"] = "zero"
+    """What the padding shows: black, or the image reflected at its edge."""
     flip: bool = False
     """Random horizontal flip."""
     cutout: int = 0
@@ -36,6 +39,12 @@ class Config(Options):
     """Alpha of mixup; 0 is off."""
     flip_test: bool = False
     """Average the logits of each test image and its mirror image."""
+    shift_test: bool = False
+    """Average over two shifts of each test image by a pixel too, with half its weight each."""
+    small_side: int = 0
+    """Side to which images are shrunk in the first part of training; 0 shrinks none."""
+    small_share: float = 0.6
+    """Share of the steps that see shrunken images, where there is a side."""
 
 
 def main(
@@ -52,14 +61,19 @@ def main(
 
 
 @dataclasses.dataclass(frozen=True)
-class Mirrored:
-    """A network that in evaluation gives the mean of its logits for an image and its mirror image.
+class Viewed:
+    """A network that in evaluation gives the mean of its logits for several views of an image.
 
     Attributes:
         module: inputs [batch, height, width, channels] -> logits [batch, num_classes].
+        mirrored: also view each image's mirror image.
+        shifted: also view each image a pixel up and left, and a pixel down and right, with the
+            border reflected; the two weigh as much as the image where it is.
     """
 
     module: Any
+    mirrored: bool
+    shifted: bool
 
     def apply(
         self, variables: Any, inputs: jax.Array, *, train: bool = False, **keywords: Any
@@ -67,9 +81,18 @@ class Mirrored:
         """Apply the network as Linen does."""
         if train:
             return self.module.apply(variables, inputs, train=True, **keywords)
-        both = jnp.concatenate([inputs, inputs[:, :, ::-1]])
-        logits = self.module.apply(variables, both, **keywords)
-        return logits.reshape(2, len(inputs), -1).mean(axis=0)
+        views, weights = [inputs], [1.0]
+        if self.shifted:
+            height, width = inputs.shape[1:3]
+            padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+            views += [padded[:, d : d + height, d : d + width] for d in (0, 2)]
+            weights += [0.5, 0.5]
+        if self.mirrored:
+            views += [view[:, :, ::-1] for view in views]
+            weights *= 2
+        logits = self.module.apply(variables, jnp.concatenate(views), **keywords)
+        each = logits.reshape(len(views), len(inputs), -1)
+        return jnp.average(each, axis=0, weights=jnp.asarray(weights, logits.dtype))
 
 
 class ImageClassification(Problem):
@@ -79,13 +102,21 @@ class ImageClassification(Problem):
         self.options = self.config = config
         self.dataset, self.dataset_name = dataset, dataset.name
         self.module = make_model(config.model, dataset, config.precision)
-        self.judged = Mirrored(self.module) if config.flip_test else self.module
+        several = config.flip_test or config.shift_test
+        viewed = Viewed(self.module, mirrored=config.flip_test, shifted=config.shift_test)
+        self.judged = viewed if several else self.module
         self.loop = "map" if prefers_map(config.model) else "vmap"
         self.resident = dataset.train
         self.steps_per_epoch = max(len(dataset.train["labels"]) // config.batch_size, 1)
         batches = jn.data.sequential_batches(dataset.test, min(1000, len(dataset.test["labels"])))
         self.eval_batches = [jax.device_put(batch) for batch in batches(0)]
         self.objective = self._classification(label_smoothing=config.label_smoothing)
+        side, share = config.small_side, config.small_share
+        if not 0 <= side < min(dataset.image_shape[:2]) or not 0 <= share <= 1:
+            raise ValueError(
+                f"small_side is {side} and small_share {share}, for images of "
+                f"{dataset.image_shape}; give a smaller side, and a share of the steps in [0, 1]"
+            )
 
     def example(self) -> tuple[Any, ...]:
         return (jnp.zeros((1, *self.dataset.image_shape)),)
@@ -106,6 +137,24 @@ class ImageClassification(Problem):
             return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
         return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
 
+    def train_step(self) -> jn.StepFn:
+        whole, steps = super().train_step(), round(self.config.small_share * self.num_steps)
+        if not self.config.small_side:
+            return whole
+        smoothing = self.config.label_smoothing
+        shrunk = jn.classification(self.judged, label_smoothing=smoothing)
+        objective = jn.with_batch_transform(shrunk, self._shrunk)
+        optimizer = make_optimizer(self.config, self.num_steps)
+        small = jn.make_train_step(jn.Update(objective, optimizer))
+
+        def step(
+            state: jn.TrainState, batch: jn.Batch, *, axis_name: str | None = None
+        ) -> tuple[jn.TrainState, jn.Metrics]:
+            ways = [functools.partial(way, axis_name=axis_name) for way in (small, whole)]
+            return jax.lax.cond(state.step < steps, *ways, state, batch)
+
+        return step
+
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate the final networks on the test set: per seed, and the confusion of all."""
         measures = {
@@ -121,7 +170,7 @@ class ImageClassification(Problem):
 
         metrics = jn.metrics
         return Measured(
-            "test accuracy" + (" over both mirror images" if self.config.flip_test else ""),
+            "test accuracy" + self._views(),
             np.array([float(m["accuracy"].compute()) for m in members]),
             details={
                 "test_loss": mean(lambda m: m["loss"].compute()),
@@ -161,13 +210,28 @@ class ImageClassification(Problem):
     def _classification(self, **options: Any) -> jn.Objective:
         return jn.with_batch_transform(jn.classification(self.judged, **options), self._transform)
 
+    def _views(self) -> str:
+        views = {
+            "both mirror images": self.config.flip_test,
+            "three shifts": self.config.shift_test,
+        }
+        taken = " and ".join(name for name, wanted in views.items() if wanted)
+        return f" over {taken}" if taken else ""
+
+    def _shrunk(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
+        """Transform, and shrink to the side of the first part of training."""
+        batch, side = self._transform(batch, rng, train), self.config.small_side
+        images = batch["inputs"]
+        shape = (len(images), side, side, images.shape[-1])
+        return {**batch, "inputs": jax.image.resize(images, shape, "linear")}
+
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Normalise, and augment while training."""
         config, data = self.config, jn.data
         images, labels = batch["inputs"], batch["labels"]
         keys = jax.random.split(rng, 4)
-        if train and config.crop:  # on the raw pixels: what comes in at the border is black
-            images = data.random_crop(keys[0], images, config.crop)
+        if train and config.crop:  # on the raw pixels: zeros are black
+            images = data.random_crop(keys[0], images, config.crop, mode=config.crop_border)
         if train and config.flip:
             images = data.random_flip(keys[1], images)
         images = data.normalize(images, self.dataset.mean, self.dataset.std)

@@ -48,6 +48,9 @@ _MOST_PATCHES = 2**24
 # Winograd's way pays where it saves so many products for each number that it sums (1.1 to 1.9 times
 # as fast forward, 1.2 to 2 times for the kernel's gradient; below, XLA's convolution is faster).
 _SAVED_FORWARD, _SAVED_KERNEL_GRADIENT = 130, 60
+# The sums of the taps cost as much as so many numbers for each element of the kernel: few examples
+# do not pay for them.
+_TAPS_FORWARD, _TAPS_KERNEL_GRADIENT = 8, 24
 
 
 class _Geometry(NamedTuple):
@@ -129,7 +132,7 @@ def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> 
 def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
     plain = functools.partial(_plain_convolution, geometry=geometry)
     shape = jax.eval_shape(plain, x, kernel).shape
-    if _winograd_saves(kernel, shape[1:-1], geometry) >= _SAVED_FORWARD:
+    if _winograd_saves(kernel, shape, geometry, _TAPS_FORWARD) >= _SAVED_FORWARD:
         fewer = functools.partial(winograd.convolve, padding=geometry.padding)
         return lax.platform_dependent(x, kernel, cpu=fewer, default=plain)
     positions, channels = math.prod(shape[1:-1]), x.shape[-1]
@@ -142,16 +145,21 @@ def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Ar
     return lax.platform_dependent(x, kernel, cpu=own, default=plain)
 
 
-def _winograd_saves(kernel: jax.Array, outputs: Axes, geometry: _Geometry) -> float:
+def _winograd_saves(
+    kernel: jax.Array, shape: Sequence[int], geometry: _Geometry, tap_cost: float
+) -> float:
     """Return how many products `winograd` saves for each number that it sums; 0 if it cannot."""
-    taps, (channels, features) = kernel.shape[:-2], kernel.shape[-2:]
+    (batch, *outputs, _), taps = shape, kernel.shape[:-2]
+    channels, features = kernel.shape[-2:]
     ones = (1,) * len(taps)
     fits = geometry.strides == geometry.dilation == ones and geometry.groups == 1
     # Sums in a narrower dtype would lose digits before they are multiplied.
     exact = kernel.dtype in (jnp.float32, jnp.float64)
-    if not fits or not exact or set(taps) != {winograd.TAPS} or 0 in outputs:
+    if not fits or not exact or set(taps) != {winograd.TAPS} or 0 in shape:
         return 0
-    return winograd.products_saved(outputs) * channels * features / (channels + features)
+    pairs = channels * features
+    sums = channels + features + tap_cost * pairs / (batch * math.prod(outputs))
+    return winograd.products_saved(tuple(outputs)) * pairs / sums
 
 
 def _matrix_convolution(
@@ -204,7 +212,8 @@ def _convolution_backward(
 
     own_dx = functools.partial(_input_gradient, size=x.shape[1:-1], geometry=geometry)
     own_dkernel = functools.partial(_kernel_gradient, size=kernel.shape[:-2], geometry=geometry)
-    if _winograd_saves(kernel, dy.shape[1:-1], geometry) >= _SAVED_KERNEL_GRADIENT:
+    saved = _winograd_saves(kernel, dy.shape, geometry, _TAPS_KERNEL_GRADIENT)
+    if saved >= _SAVED_KERNEL_GRADIENT:
         own_dkernel = functools.partial(winograd.kernel_gradient, padding=geometry.padding)
     # Two choices, so that the compiler can drop the input gradient that nobody asks for.
     dx = lax.platform_dependent(kernel, dy, cpu=own_dx, default=plain_dx)

@@ -280,6 +280,8 @@ def _advance(
     gates: Gates,
     products: Sequence[Callable[[jax.Array], jax.Array]],
 ) -> Carry:
+    """Advance the cell, with each product split into its gates, named for `_scan_forward`."""
+
     def of_gates(product: Callable[[jax.Array], jax.Array], count: int, hidden: jax.Array) -> Gates:
         parts = jnp.split(product(hidden), count, axis=-1)
         return [checkpoint_name(part, "product") for part in parts]

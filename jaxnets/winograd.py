@@ -12,8 +12,10 @@ References:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -33,8 +35,9 @@ TAPS = 3
 _OUTPUTS, _INPUTS = 2, 4
 # Transformed taps: what each of the 4 products has of the 3 taps.
 _KERNEL_SUMS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-# So many numbers of a chunk's tiles stay in the cache between their sums and products.
-_CACHED_NUMBERS = 2**21
+# So many numbers of a chunk's tiles stay in the cache between their sums and products, where both
+# kinds of tiles are read for the gradient, and one is written forward.
+_CACHED_FORWARD, _CACHED_GRADIENT = 2**22, 2**20
 
 
 def _input_sums(seen: Sequence[jax.Array]) -> list[jax.Array]:
@@ -71,14 +74,14 @@ def convolve(x: jax.Array, kernel: jax.Array, *, padding: Pairs) -> jax.Array:
         [batch, *outputs, features].
     """
     sizes = _output_sizes(x.shape[1:-1], padding)
-    sums = _transformed_kernel(kernel)
+    sums = _kernel_tiles(kernel)
 
     def chunk(x: jax.Array) -> jax.Array:
         tiles = _input_tiles(x, sizes, padding)
         return _joined({p: linear(tile, sums[p]) for p, tile in tiles.items()}, sizes)
 
     numbers = len(x) * _tile_numbers(sizes, sum(kernel.shape[-2:]))
-    return map_chunks(chunk, x, numbers=numbers, cached=_CACHED_NUMBERS)
+    return map_chunks(chunk, x, numbers=numbers, cached=_CACHED_FORWARD)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array:
@@ -90,7 +93,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array
         padding: (low, high) of each axis; negative ones cut.
     """
     sizes, channels, features = dy.shape[1:-1], x.shape[-1], dy.shape[-1]
-    places = _places(len(sizes))
+    places, weights = _places(len(sizes)), jnp.asarray(_KERNEL_SUMS.T, x.dtype)
 
     def chunk(x: jax.Array, dy: jax.Array) -> jax.Array:
         inputs, shares = _input_tiles(x, sizes, padding), _output_tiles(dy)
@@ -101,9 +104,11 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array
         return jnp.stack([lax.dot_general(*pair, (((0,), (0,)), ((), ()))) for pair in pairs])
 
     numbers = len(x) * _tile_numbers(sizes, channels + features)
-    total = sum_over_chunks(chunk, x, dy, numbers=numbers, cached=_CACHED_NUMBERS)
+    total = sum_over_chunks(chunk, x, dy, numbers=numbers, cached=_CACHED_GRADIENT)
     total = total.reshape(*(_INPUTS,) * len(sizes), channels, features)
-    return _along_each_axis(_KERNEL_SUMS.T, total)
+    for axis in range(len(sizes)):
+        total = jnp.moveaxis(jnp.tensordot(weights, total, (1, axis)), 0, axis)
+    return total
 
 
 def _places(num_axes: int, size: int = _INPUTS) -> list[Axes]:
@@ -119,17 +124,23 @@ def _tile_numbers(sizes: Axes, width: int) -> int:
     return math.prod(_INPUTS * _count(size) for size in sizes) * width
 
 
-def _transformed_kernel(kernel: jax.Array) -> _Tiles:
-    sums = _along_each_axis(_KERNEL_SUMS, kernel)
-    return {place: sums[place] for place in _places(kernel.ndim - 2)}
+def _kernel_tiles(kernel: jax.Array) -> _Tiles:
+    """Return the sums of the taps, [channels, features] for each place."""
+    # Sums of slices become one loop each; a product with the small matrix would copy the kernel.
+    # Those along the first axis are stacked, which XLA does once: a kernel that comes flipped and
+    # transposed, as for the gradient of the input, is not read in that order sixteen times.
+    tiles: _Tiles = {(i,): part for i, part in enumerate(jnp.stack(_tap_sums(kernel)))}
+    for _ in range(kernel.ndim - 3):
+        tiles = {
+            (*p, i): total for p, taps in tiles.items() for i, total in enumerate(_tap_sums(taps))
+        }
+    return tiles
 
 
-def _along_each_axis(weights: np.ndarray, kernel: jax.Array) -> jax.Array:
-    """Multiply [*axes, channels, features] by the weights along each of the leading axes."""
-    for axis in range(kernel.ndim - 2):
-        weighted = jnp.tensordot(jnp.asarray(weights, kernel.dtype), kernel, (1, axis))
-        kernel = jnp.moveaxis(weighted, 0, axis)
-    return kernel
+def _tap_sums(taps: jax.Array) -> list[jax.Array]:
+    rows = _KERNEL_SUMS.tolist()
+    terms = ([w * taps[tap] for tap, w in enumerate(row) if w] for row in rows)
+    return [functools.reduce(operator.add, each) for each in terms]
 
 
 def _input_tiles(x: jax.Array, sizes: Axes, padding: Pairs) -> _Tiles:

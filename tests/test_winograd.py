@@ -61,6 +61,11 @@ def test_products_saved_are_counted():
     assert winograd.products_saved((3, 3)) == pytest.approx(9 - 64 / 9)
 
 
+def cache(numbers):
+    """Values of the constants that say how many numbers a chunk has; None leaves them."""
+    return {n: numbers or getattr(winograd, n) for n in ("_CACHED_FORWARD", "_CACHED_GRADIENT")}
+
+
 @st.composite
 def cases(draw):
     num_axes = draw(st.integers(1, 2))
@@ -82,8 +87,7 @@ def test_any_padding_and_any_size_equal_the_plain_convolution(case):
     expected, pull = jax.vjp(lambda kernel: plain(x, kernel, padding), kernel)
     dy = jnp.cos(expected)
     # A small cache makes chunks, of one example or with a rest.
-    numbers = cached or winograd._CACHED_NUMBERS
-    with unittest.mock.patch.object(winograd, "_CACHED_NUMBERS", numbers):
+    with unittest.mock.patch.multiple(winograd, **cache(cached)):
         value = jax.jit(lambda x, k: winograd.convolve(x, k, padding=padding))(x, kernel)
         gradient = jax.jit(lambda x, y: winograd.kernel_gradient(x, y, padding=padding))(x, dy)
     np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
@@ -108,10 +112,12 @@ def test_single_precision_loses_no_digit_that_counts():
 @pytest.mark.parametrize(
     ("shape", "features", "forward", "backward"),
     [
-        ((2, 8, 8, 64), 64, True, True),
-        ((2, 8, 8, 32), 64, False, True),
-        ((2, 8, 8, 16), 16, False, False),
-        ((2, 3, 3, 64), 64, False, True),
+        ((32, 8, 8, 64), 64, True, True),
+        ((32, 8, 8, 32), 64, False, True),
+        ((32, 8, 8, 16), 16, False, False),
+        ((32, 3, 3, 64), 64, False, False),
+        ((16, 4, 4, 512), 512, True, False),  # fewer examples do not pay for the kernel's sums
+        ((8, 4, 4, 512), 512, False, False),
     ],
 )
 def test_it_is_taken_where_it_pays_and_on_cpu_only(shape, features, forward, backward):
@@ -182,7 +188,8 @@ WHOLE, CHUNKS = 2**21, 1
     ),
 )
 def test_gradients_are_the_same_under_every_transformation(name, cached, everywhere, monkeypatch):
-    monkeypatch.setattr(winograd, "_CACHED_NUMBERS", cached)
+    for constant, numbers in cache(cached).items():
+        monkeypatch.setattr(winograd, constant, numbers)
     x, kernels = normal((4, 6, 5, 6, 2), 0), normal((4, 3, 3, 2, 2), 1)
     expected = jax.jit(jax.vmap(jax.grad(network(plain), (0, 1))))(x, kernels)
     transform = TRANSFORMS[name]
@@ -213,7 +220,8 @@ def test_reverse_mode_works_twice(everywhere):
     mostly_slow(itertools.product(range(4), (WHOLE, CHUNKS)), [(0, CHUNKS), (1, WHOLE)]),
 )
 def test_arrays_may_be_split_over_devices(axis, cached, everywhere, monkeypatch):
-    monkeypatch.setattr(winograd, "_CACHED_NUMBERS", cached)
+    for constant, numbers in cache(cached).items():
+        monkeypatch.setattr(winograd, constant, numbers)
     x, kernel = normal((8, 8, 8, 4), 0), normal((3, 3, 4, 4), 1)
     expected = jax.jit(jax.grad(network(plain), (0, 1)))(x, kernel)
     names = [None] * 4
