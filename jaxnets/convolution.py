@@ -50,7 +50,7 @@ _MOST_PATCHES = 2**24
 _SAVED_FORWARD, _SAVED_KERNEL_GRADIENT = 130, 60
 # The sums of the taps cost as much as so many numbers for each element of the kernel: few examples
 # do not pay for them.
-_TAPS_FORWARD, _TAPS_KERNEL_GRADIENT = 8, 24
+_TAPS_FORWARD, _TAPS_KERNEL_GRADIENT = 16, 24
 
 
 class _Geometry(NamedTuple):
