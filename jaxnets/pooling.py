@@ -158,20 +158,20 @@ _tile_max.defvjp(_tile_max_forward, _tile_max_backward)
 def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axes) -> jax.Array:
     """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
     offsets = list(itertools.product(*map(range, window)))
-    # Numbers of x's dtype, as loops of one dtype are vectorized better.
-    numbers = jnp.arange(len(offsets), dtype=x.dtype)
 
     def found(first: int, last: int) -> jax.Array:
         rows, largest = x[:, first * window[0] : last * window[0]], y[:, first:last]
+        # Numbers of x's dtype, as loops of one dtype are vectorized better.
         winner = jnp.full(largest.shape, -1, x.dtype)
-        for number, offset in reversed(list(zip(numbers, offsets, strict=True))):
+        for number, offset in reversed(list(enumerate(offsets))):  # backwards: the first stays
             candidate = strided(rows, offset, largest.shape, window)
-            winner = jnp.where(candidate == largest, number, winner)  # the first match stays
+            winner = jnp.where(candidate == largest, jnp.asarray(number, x.dtype), winner)
         return winner
 
     winner = _in_two_parts(found, y.shape[1])
     within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
-    positions = numbers.reshape(1, *(n for w in window for n in (1, w)), 1)
+    per_tile = [n for w in window for n in (1, w)]
+    positions = jnp.arange(len(offsets), dtype=x.dtype).reshape(1, *per_tile, 1)
 
     def sent(first: int, last: int) -> jax.Array:
         chosen = jnp.expand_dims(winner[:, first:last], within) == positions
