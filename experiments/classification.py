@@ -138,14 +138,13 @@ class ImageClassification(Problem):
         return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
 
     def train_step(self) -> jn.StepFn:
-        whole, steps = super().train_step(), round(self.config.small_share * self.num_steps)
-        if not self.config.small_side:
+        config, whole = self.config, super().train_step()
+        if not config.small_side:
             return whole
-        smoothing = self.config.label_smoothing
-        shrunk = jn.classification(self.judged, label_smoothing=smoothing)
-        objective = jn.with_batch_transform(shrunk, self._shrunk)
-        optimizer = make_optimizer(self.config, self.num_steps)
+        objective = self._classification(self._shrunk, label_smoothing=config.label_smoothing)
+        optimizer = make_optimizer(config, self.num_steps)
         small = jn.make_train_step(jn.Update(objective, optimizer))
+        steps = round(config.small_share * self.num_steps)
 
         def step(
             state: jn.TrainState, batch: jn.Batch, *, axis_name: str | None = None
@@ -207,8 +206,13 @@ class ImageClassification(Problem):
         batches = [np.asarray(predict(states, batch)) for batch in self.eval_batches]
         return np.concatenate(batches)[: len(self.dataset.test["labels"])]
 
-    def _classification(self, **options: Any) -> jn.Objective:
-        return jn.with_batch_transform(jn.classification(self.judged, **options), self._transform)
+    def _classification(
+        self,
+        transform: Callable[[jn.Batch, jax.Array, bool], jn.Batch] | None = None,
+        **options: Any,
+    ) -> jn.Objective:
+        judged = jn.classification(self.judged, **options)
+        return jn.with_batch_transform(judged, transform or self._transform)
 
     def _views(self) -> str:
         views = {

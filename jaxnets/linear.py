@@ -25,6 +25,22 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def laid_out_transpose(matrix: jax.Array) -> jax.Array:
+    """Transpose; on CPU the result is laid out in memory, not read through strides.
+
+    Args:
+        matrix: [rows, columns].
+
+    Returns:
+        [columns, rows].
+    """
+    return lax.platform_dependent(
+        matrix,
+        cpu=lambda matrix: with_layout_constraint(matrix.T, Layout(major_to_minor=(0, 1))),
+        default=jnp.transpose,
+    )
+
+
 @jax.custom_vjp
 def _narrow_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
@@ -36,17 +52,8 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    dkernel = lax.platform_dependent(x, dy, cpu=_transposed_product, default=_plain_transposed)
-    return dy @ kernel.T, dkernel
+    # The CPU's bfloat16 kernels want the contracted axis innermost on the left.
+    return dy @ kernel.T, laid_out_transpose(x) @ dy
 
 
 _narrow_product.defvjp(_forward, _backward)
-
-
-def _plain_transposed(x: jax.Array, dy: jax.Array) -> jax.Array:
-    return x.T @ dy
-
-
-def _transposed_product(x: jax.Array, dy: jax.Array) -> jax.Array:
-    # The CPU's bfloat16 kernels want the contracted axis innermost on the left: really transpose.
-    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1))) @ dy

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxnets.core import at_least_float32
+from jaxnets.linear import laid_out_transpose
 
 # A kernel of fewer numbers goes on the right: packed, it stays in the nearest caches. From here on
 # the left side takes 0.3 to 1 of the time for up to 128 rows (JAX 0.10 and 0.12, 2 cores).
@@ -34,7 +34,7 @@ class LoopKernel(NamedTuple):
 
     @classmethod
     def of(cls, kernel: jax.Array) -> LoopKernel:
-        return cls(kernel, _really_transposed(kernel))
+        return cls(kernel, laid_out_transpose(kernel))
 
 
 def loop_products(
@@ -103,7 +103,7 @@ def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
     """
     rows, cotangents = (array.reshape(-1, array.shape[-1]) for array in (rows, cotangents))
     if cotangents.shape[-1] % _ALIASED_FEATURES == 0:
-        return _really_transposed(rows) @ cotangents
+        return laid_out_transpose(rows) @ cotangents
     return rows.T @ cotangents
 
 
@@ -123,12 +123,3 @@ def _on_the_left(transposed: jax.Array, rows: jax.Array) -> jax.Array:
     # Behind a barrier, as XLA would turn the product of transposes round again.
     product = lax.optimization_barrier(transposed @ rows.astype(transposed.dtype).T)
     return at_least_float32(product).T
-
-
-def _really_transposed(matrix: jax.Array) -> jax.Array:
-    """Transpose; on CPU the result is laid out in memory, not read through strides."""
-    return lax.platform_dependent(
-        matrix,
-        cpu=lambda matrix: with_layout_constraint(matrix.T, Layout(major_to_minor=(0, 1))),
-        default=jnp.transpose,
-    )

@@ -31,7 +31,7 @@ ALLOWED = {
     "normalization": {"channels", "core"},
     "attention": set(),
     "positions": {"attention", "core"},
-    "loop_product": {"core"},
+    "loop_product": {"core", "linear"},
     "sequence": {"channels", "core", "functional", "loop_product", "normalization", "padding"},
     "parallel_recurrence": {"core", "functional", "sequence"},
     "layers": {"channels", "core", "functional", "normalization"},
