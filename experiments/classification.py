@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -117,6 +116,7 @@ class ImageClassification(Problem):
                 f"small_side is {side} and small_share {share}, for images of "
                 f"{dataset.image_shape}; give a smaller side, and a share of the steps in [0, 1]"
             )
+        self.shrinks = False
 
     def example(self) -> tuple[Any, ...]:
         return (jnp.zeros((1, *self.dataset.image_shape)),)
@@ -137,22 +137,36 @@ class ImageClassification(Problem):
             return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
         return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
 
+    @property
+    def small_steps(self) -> int:
+        """Steps on shrunken images: whole dispatches, where others follow."""
+        config = self.config
+        steps = round(config.small_share * self.num_steps) if config.small_side else 0
+        if steps == self.num_steps:
+            return steps
+        return steps - steps % config.steps_per_dispatch or steps
+
+    @property
+    def stages(self) -> Sequence[int]:
+        return sorted({self.small_steps, self.num_steps} - {0})
+
+    def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
+        """Shrink the images, or no longer."""
+        if not self.small_steps:
+            return None
+        last_step = self.stages[stage]
+        self.shrinks = last_step <= self.small_steps
+        side = self.config.small_side if self.shrinks else self.dataset.image_shape[0]
+        return f"up to step {last_step} images are {side} pixels high"
+
     def train_step(self) -> jn.StepFn:
-        config, whole = self.config, super().train_step()
-        if not config.small_side:
-            return whole
-        objective = self._classification(self._shrunk, label_smoothing=config.label_smoothing)
-        optimizer = make_optimizer(config, self.num_steps)
-        small = jn.make_train_step(jn.Update(objective, optimizer))
-        steps = round(config.small_share * self.num_steps)
-
-        def step(
-            state: jn.TrainState, batch: jn.Batch, *, axis_name: str | None = None
-        ) -> tuple[jn.TrainState, jn.Metrics]:
-            ways = [functools.partial(way, axis_name=axis_name) for way in (small, whole)]
-            return jax.lax.cond(state.step < steps, *ways, state, batch)
-
-        return step
+        # A step of its own for each stage: within one, in branches, XLA's loops for CPU would run
+        # on one core.
+        if not self.shrinks:
+            return super().train_step()
+        smoothing = self.config.label_smoothing
+        objective = self._classification(self._shrunk, label_smoothing=smoothing)
+        return jn.make_train_step(jn.Update(objective, make_optimizer(self.config, self.num_steps)))
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate the final networks on the test set: per seed, and the confusion of all."""

@@ -54,7 +54,7 @@ def make_model(name: ModelName, dataset: jn.data.ImageDataset, precision: str) -
                 features, hidden_features=(), norm="batch", dropout_rate=0.3, **shared
             )
         case "whitened":
-            return jn.WhitenedConvNet((48, 192) if small else (48, 192, 192), **shared)
+            return jn.WhitenedConvNet((48, 192) if small else (64, 256, 256), **shared)
         case "resnet9":
             return jn.ResNet9(width=16, **shared)
         case "resnet18":

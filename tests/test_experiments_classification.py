@@ -14,6 +14,7 @@ from tiny_run import TINY, tiny
 import jaxnets as jn
 from experiments.classification import ImageClassification, Viewed
 from experiments.models import ModelName, make_model
+from experiments.run_folder import RunFolder
 from jaxnets.convolutional import patch_whitening
 from jaxnets.data import digits, normalize
 
@@ -72,26 +73,43 @@ def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened
 
 
 @pytest.mark.slow
-def test_images_are_shrunk_for_a_share_of_the_steps():
-    """Steps before the change equal those on shrunken images, steps after it whole ones."""
-    config = dataclasses.replace(TINY, model="whitened", steps=4, small_side=6, small_share=0.5)
+def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
+    """A run equals one of plain steps, on shrunken images first and then on whole ones."""
+    config = dataclasses.replace(
+        TINY, model="whitened", steps=5, steps_per_dispatch=2, small_side=6, small_share=0.6
+    )
     problem = ImageClassification(config, digits())
-    state = jax.tree.map(lambda leaf: leaf[0], problem.create_states())
-    images, labels = digits().train["inputs"][:8], digits().train["labels"][:8]
-    step = jax.jit(problem.train_step())
+    assert problem.stages == [2, 5]
+    folder, states = RunFolder(tmp_path), problem.create_states()
     plain = jax.jit(jn.make_train_step(problem.update))
-    batch = {"inputs": images, "labels": labels}
-    small = jax.image.resize(images.astype("f4") / 255, (8, 6, 6, 1), "linear")
-    for number in range(4):
-        seen = {**batch, "inputs": small} if number < 2 else batch
-        expected, _ = plain(state, seen)
-        state, _ = step(state, batch)
-        assert int(state.step) == number + 1
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-            expected.params,
-            state.params,
+    state = jax.tree.map(lambda leaf: leaf[0], states)
+    for step, batch in zip(range(5), problem.member_source(0)(0), strict=False):
+        images = digits().train["inputs"][batch["indices"]]
+        if step < 2:
+            images = jax.image.resize(images.astype("f4") / 255, (len(images), 6, 6, 1), "linear")
+        batch = {"inputs": images, "labels": digits().train["labels"][batch["indices"]]}
+        state, _ = plain(state, batch)
+    for stage, side in enumerate((6, 8)):
+        told = problem.prepare(folder, stage, states)
+        assert told == f"up to step {problem.stages[stage]} images are {side} pixels high"
+        states, _ = jn.fit(
+            problem.executor(), states, problem.batches(), num_steps=problem.stages[stage]
         )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-3, atol=1e-4),
+        state.params,
+        states.params,
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "stages"), [(0.0, [7]), (0.2, [1, 7]), (0.9, [6, 7]), (1.0, [7])]
+)
+def test_shrunken_images_come_in_whole_dispatches(share, stages):
+    config = dataclasses.replace(TINY, steps=7, steps_per_dispatch=3, small_side=4)
+    problem = ImageClassification(dataclasses.replace(config, small_share=share), digits())
+    assert problem.stages == stages
+    assert ImageClassification(dataclasses.replace(config, small_side=0), digits()).stages == [7]
 
 
 @pytest.mark.parametrize(("side", "share"), [(8, 0.5), (-1, 0.5), (4, 1.5)])
