@@ -5,7 +5,11 @@ import platform
 import subprocess
 import sys
 
+import jax
+import jax.monitoring
 import pytest
+
+from jaxnets import host_memory
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="keep_memory is for glibc, which is not here"
@@ -38,15 +42,54 @@ print(json.dumps({"faults": faults, "value": value}))
 """
 
 
-def run(mode):
+#: Frees 256 MiB, and says that a compilation is over which took so many seconds.
+COMPILED = """
+import sys
+import jax, numpy as np
+import jaxnets as jn
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+assert jn.keep_memory()
+before = resident()
+filled = np.ones(2**25)
+del filled
+event = "/jax/core/compile/backend_compile_duration"
+jax.monitoring.record_event_duration_secs(event, float(sys.argv[1]))
+print(resident() - before)
+"""
+
+
+def run(program, argument):
     done = subprocess.run(
-        [sys.executable, "-c", COUNT, mode], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, argument], capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
 
 def test_kept_memory_is_not_fetched_again_and_numbers_stay():
-    plain, kept = run("plain"), run("kept")
+    plain, kept = run(COUNT, "plain"), run(COUNT, "kept")
     assert kept["value"] == plain["value"]
     # 5 calls x 64 MiB are 80,000 faults with pages of 4 KiB, 160 with those of 2 MiB.
     assert kept["faults"] < plain["faults"] / 10, (kept, plain)
+
+
+def test_what_a_long_compilation_frees_goes_back():
+    assert run(COMPILED, "0.1") > 200
+    assert run(COMPILED, "9.0") < 50
+
+
+def test_jax_reports_compilations_under_the_name_that_is_waited_for():
+    seen = []
+
+    def listen(event, duration_secs, **_):
+        seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: 2 * x)(1.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert host_memory._COMPILATION in seen
