@@ -33,7 +33,8 @@ def keep_memory() -> bool:
     programs on accelerators.
 
     Call this once in a process, before JAX's first computation, and train in the main thread. The
-    price: the process keeps the memory of its largest step.
+    price: the process keeps the memory of its largest step, and steps of a few milliseconds, which
+    no longer run beside what Python does between them, take up to a tenth longer.
 
     Returns:
         Whether memory is kept; False, with nothing changed, where the C library is not glibc.
