@@ -15,7 +15,7 @@ from jax._src import xla_bridge  # the public interface does not tell whether JA
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER = -1
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
-# Compilations of so many seconds leave much behind; after others, looking for it takes longer.
+# A compilation of so many seconds leaves much behind; after shorter ones a search does not pay.
 _LONG = 0.5
 
 

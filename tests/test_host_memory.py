@@ -26,7 +26,7 @@ if sys.argv[1] == "kept":
 
 @jax.jit
 def f(x):
-    # Both orders of a sum in front of a product need the array itself.
+    # Two products need the array itself.
     y = jnp.sin(x[:, None] * x)
     return (y @ y[:, 0]) @ (y.T @ y[0])
 
@@ -40,7 +40,6 @@ if sys.argv[1] == "kept":
     assert jn.keep_memory()  # again, which changes nothing
 print(json.dumps({"faults": faults, "value": value}))
 """
-
 
 #: Frees 256 MiB, and says that a compilation is over which took so many seconds.
 COMPILED = """
@@ -72,7 +71,7 @@ def run(program, argument):
 def test_kept_memory_is_not_fetched_again_and_numbers_stay():
     plain, kept = run(COUNT, "plain"), run(COUNT, "kept")
     assert kept["value"] == plain["value"]
-    # 5 calls x 64 MiB are 80,000 faults with pages of 4 KiB, 160 with those of 2 MiB.
+    # 5 calls x 128 MiB are 160,000 faults with pages of 4 KiB, 320 with those of 2 MiB.
     assert kept["faults"] < plain["faults"] / 10, (kept, plain)
 
 
