@@ -14,7 +14,7 @@ import jaxnets as jn
 from experiments import figures, training
 from experiments.models import ModelName, make_model, prefers_map
 from experiments.options import Options
-from experiments.problem import Measured, Problem, make_optimizer
+from experiments.problem import Measured, Problem
 from experiments.run_folder import RunFolder
 
 
@@ -159,14 +159,6 @@ class ImageClassification(Problem):
         side = self.config.small_side if self.shrinks else self.dataset.image_shape[0]
         return f"up to step {last_step} images are {side} pixels high"
 
-    def train_step(self) -> jn.StepFn:
-        # A step of its own for each stage: as branches of one, they take a quarter longer.
-        if not self.shrinks:
-            return super().train_step()
-        smoothing = self.config.label_smoothing
-        objective = self._classification(self._shrunk, label_smoothing=smoothing)
-        return jn.make_train_step(jn.Update(objective, make_optimizer(self.config, self.num_steps)))
-
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate the final networks on the test set: per seed, and the confusion of all."""
         measures = {
@@ -219,13 +211,8 @@ class ImageClassification(Problem):
         batches = [np.asarray(predict(states, batch)) for batch in self.eval_batches]
         return np.concatenate(batches)[: len(self.dataset.test["labels"])]
 
-    def _classification(
-        self,
-        transform: Callable[[jn.Batch, jax.Array, bool], jn.Batch] | None = None,
-        **options: Any,
-    ) -> jn.Objective:
-        judged = jn.classification(self.judged, **options)
-        return jn.with_batch_transform(judged, transform or self._transform)
+    def _classification(self, **options: Any) -> jn.Objective:
+        return jn.with_batch_transform(jn.classification(self.judged, **options), self._transform)
 
     def _views(self) -> str:
         views = {
@@ -234,13 +221,6 @@ class ImageClassification(Problem):
         }
         taken = " and ".join(name for name, wanted in views.items() if wanted)
         return f" over {taken}" if taken else ""
-
-    def _shrunk(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        """Transform, and shrink to the side of the first part of training."""
-        batch, side = self._transform(batch, rng, train), self.config.small_side
-        images = batch["inputs"]
-        shape = (len(images), side, side, images.shape[-1])
-        return {**batch, "inputs": jax.image.resize(images, shape, "linear")}
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Normalise, and augment while training."""
@@ -257,4 +237,7 @@ class ImageClassification(Problem):
         if train and config.mixup:
             one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)
             images, labels = data.mixup(keys[3], images, one_hot, config.mixup)
+        if train and self.shrinks:  # read when a stage's step is traced
+            shape = (len(images), config.small_side, config.small_side, images.shape[-1])
+            images = jax.image.resize(images, shape, "linear")
         return {**batch, "inputs": images, "labels": labels}
