@@ -57,7 +57,7 @@ def attention(
         (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _attention(query, key, value, mask, bias, scale)
+    return _shared_attention(query, key, value, mask, bias, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -113,6 +113,8 @@ def _attention_backward(
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_attention = jax.jit(_attention, static_argnums=5)
 
 
 def _grouped_rows(x: jax.Array, groups: int) -> jax.Array:

@@ -3,9 +3,15 @@
 XLA's CPU program for a sum over several leading axes adds one element after the other, as soon as
 something is computed on the way. The same sum in two steps, first over all but some neighbouring
 positions, adds whole vectors: 3 to 4 times as fast in a batch norm.
+
+Both functions are compiled ones inside, so that they and their gradients are traced once for all
+layers of a shape: tracing the choice of a platform takes longer than tracing the rest of a layer.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +30,7 @@ def channel_sum(x: jax.Array) -> jax.Array:
     Returns:
         [channels].
     """
-    together = _neighbours(x.shape)
-    if together == 1:
-        return _plain_sum(x)
-
-    def in_two_steps(x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
-        return jnp.sum(rows.reshape(together, channels), axis=0)
-
-    return lax.platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
+    return _sum_positions(x)
 
 
 def along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -46,7 +43,26 @@ def along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
     Returns:
         An array of the shape of `like` and the dtype of `vector`.
     """
-    shape, together = like.shape, _neighbours(like.shape)
+    return _repeat(vector, like.shape)
+
+
+@jax.jit
+def _sum_positions(x: jax.Array) -> jax.Array:
+    together = _neighbours(x.shape)
+    if together == 1:
+        return _plain_sum(x)
+
+    def in_two_steps(x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
+        return jnp.sum(rows.reshape(together, channels), axis=0)
+
+    return lax.platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    together = _neighbours(shape)
 
     def plain(vector: jax.Array) -> jax.Array:
         return jnp.broadcast_to(vector.reshape((1,) * (len(shape) - 1) + vector.shape), shape)
@@ -56,7 +72,7 @@ def along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
 
     def in_two_steps(vector: jax.Array) -> jax.Array:
         row = jnp.broadcast_to(vector[None], (together, vector.size)).reshape(1, -1)
-        return jnp.broadcast_to(row, (like.size // row.size, row.size)).reshape(shape)
+        return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
 
     return lax.platform_dependent(vector, cpu=in_two_steps, default=plain)
 

@@ -112,7 +112,7 @@ def convolution(
     if groups == 1 and math.prod(kernel.shape[:-2]) == 1 and not any(map(any, pairs)):
         every = tuple(slice(None, None, step) for step in steps)
         return linear(x[(slice(None), *every)], kernel.reshape(channels, features))
-    return _convolution(x, kernel, _Geometry(steps, pairs, gaps, groups))
+    return _shared_convolution(x, kernel, _Geometry(steps, pairs, gaps, groups))
 
 
 def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
@@ -222,6 +222,8 @@ def _convolution_backward(
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_convolution = jax.jit(_convolution, static_argnums=2)
 
 
 def _input_gradient(
@@ -238,7 +240,7 @@ def _input_gradient(
         reach = extent_of(taps, dilation)
         spans = zip(reach, padding, strict=True)
         pairs = tuple((r - 1 - low, r - 1 - high) for r, (low, high) in spans)
-        return _convolution(dy, flipped, _Geometry(strides, pairs, dilation, groups))
+        return _shared_convolution(dy, flipped, _Geometry(strides, pairs, dilation, groups))
     if groups > 1:
         ungrouped = geometry._replace(groups=1)
         single = functools.partial(_input_gradient, size=size, geometry=ungrouped)

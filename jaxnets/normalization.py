@@ -38,7 +38,7 @@ def layer_norm(
         Ba, Kiros and Hinton 2016, arXiv:1607.06450, equation 4.
     """
     x = at_least_float32(x)
-    y = _normalized(x, epsilon, True) * along_channels(scale, x)
+    y = _shared_normalized(x, epsilon, True) * along_channels(scale, x)
     return y if bias is None else y + along_channels(bias, x)
 
 
@@ -61,7 +61,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Ar
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
     x = at_least_float32(x)
-    return _normalized(x, epsilon, False) * along_channels(scale, x)
+    return _shared_normalized(x, epsilon, False) * along_channels(scale, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -87,6 +87,8 @@ def _normalized_backward(
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_normalized = jax.jit(_normalized, static_argnums=(1, 2))
 
 
 def _mean(x: jax.Array) -> jax.Array:

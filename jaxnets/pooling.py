@@ -38,7 +38,7 @@ def max_pool(
     """
     sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
     if _are_small_tiles(sizes, steps, pairs) and jnp.issubdtype(x.dtype, jnp.floating):
-        return _tile_max(x, sizes)
+        return _shared_tile_max(x, sizes)
     return _reduce_max(x, sizes, steps, pairs)
 
 
@@ -153,6 +153,8 @@ def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax
 
 
 _tile_max.defvjp(_tile_max_forward, _tile_max_backward)
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_tile_max = jax.jit(_tile_max, static_argnums=1)
 
 
 def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axes) -> jax.Array:

@@ -116,11 +116,14 @@ class Blocks(Network):
         num_layers: number of blocks.
         num_heads: attention heads.
         width: features.
+        scanned: compute the blocks in a loop over their stacked parameters, which is one block to
+            compile; jaxnets only.
     """
 
     num_layers: int
     num_heads: int
     width: int
+    scanned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

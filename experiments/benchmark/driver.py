@@ -49,9 +49,16 @@ class Worker:
         settings: what it is told.
         log: file for whatever it prints.
         patience: seconds to wait for an answer.
+        variables: further environment variables of the process.
     """
 
-    def __init__(self, settings: Settings, log: Path, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Path,
+        patience: float = PATIENCE,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.log, self.patience = log, patience
         threads = str(settings.threads)
         # Torch and NumPy take their number of threads from here, XLA from the cores it may use.
@@ -65,7 +72,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **dict.fromkeys(pools, threads)},
+                env={**os.environ, **dict.fromkeys(pools, threads), **(variables or {})},
                 text=True,
             )
 

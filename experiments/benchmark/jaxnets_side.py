@@ -100,7 +100,11 @@ def build(network: Network, precision: jn.Precision) -> Any:
 def _blocks(network: Blocks) -> jn.BlockConfig:
     # The peers' attention has biases everywhere.
     return jn.BlockConfig(
-        features=network.width, num_heads=network.num_heads, activation="gelu_tanh", key_bias=True
+        features=network.width,
+        num_heads=network.num_heads,
+        activation="gelu_tanh",
+        key_bias=True,
+        scan_layers=network.scanned,
     )
 
 

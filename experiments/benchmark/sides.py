@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from experiments.benchmark.workloads import WORKLOADS, Workload, shrink
+from experiments.benchmark.workloads import STARTS, WORKLOADS, Workload, shrink
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings:
     @property
     def workload(self) -> Workload:
         """The workload that is meant."""
-        workload = WORKLOADS[self.name]
+        workload = (WORKLOADS | STARTS)[self.name]
         return shrink(workload) if self.tiny else workload
 
 

@@ -227,6 +227,18 @@ WORKLOADS: dict[str, Workload] = {
     )
 }
 
+_DEEP = LanguageTransformer(num_outputs=65, num_layers=12, num_heads=6, width=384, context=128)
+#: Name -> workload whose first step is of interest, for `startup`.
+STARTS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload(name="gpt-12", network=_DEEP, batch_size=1),
+        Workload(
+            name="gpt-12-scanned", network=dataclasses.replace(_DEEP, scanned=True), batch_size=1
+        ),
+    )
+}
+
 
 def shrink(workload: Workload) -> Workload:
     """Return a workload of the same kind that takes no time, to see that a side runs.

@@ -1,0 +1,153 @@
+"""The time from nothing to the first trained step, and of the import alone.
+
+    python -m experiments.benchmark.startup
+
+Each number comes from processes of their own. The first process of a network fills JAX's persistent
+compilation cache, those after it find their programs there. The last line printed is the result as
+JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.benchmark.competitors import COMPETITORS
+from experiments.benchmark.driver import Worker
+from experiments.benchmark.sides import Settings
+from experiments.command_line import errors_without_traceback, fail
+from experiments.run_folder import environment
+
+#: What is imported, beside the first of them.
+IMPORTS = {
+    "jax, flax and optax": "import jax, flax.linen, optax",
+    "jax, flax, optax and jaxnets": "import jax, flax.linen, optax, jaxnets",
+    "the same and what a script takes from jaxnets": (
+        "import jax, flax.linen, optax, jaxnets as jn; jn.data, jn.MLP, jn.classification, "
+        "jn.Update, jn.create_train_state, jn.make_train_step, jn.jit_step, jn.fit, jn.evaluate"
+    ),
+}
+#: Network and side, by what the table calls them.
+FIRST_STEPS = {
+    "jaxnets, layers in a loop": ("gpt-12-scanned", "jaxnets-kept"),
+    "jaxnets": ("gpt-12", "jaxnets-kept"),
+    "plain Flax": ("gpt-12", "flax"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How often it is measured."""
+
+    rounds: int = 3
+    """Processes of each kind."""
+    tiny: bool = False
+    """Small networks, to see that it runs; the times mean nothing."""
+
+
+def main() -> None:
+    """Run from the command line."""
+    config = tyro.cli(Config, prog="python -m experiments.benchmark.startup", description=__doc__)
+    with errors_without_traceback():
+        if config.rounds < 1:
+            fail(f"rounds is {config.rounds}; measure at least once")
+        result = run(config)
+    print(json.dumps(result))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measure everything, and print it as tables on standard error.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        "imports", {name: median seconds}; "first_steps", {name: {"cold", "warm": as returned by
+        `first_step`}}, where "warm" is the process with the median total; and the environment.
+    """
+    imports = import_times(config)
+    for name, seconds in imports.items():
+        print(f"{seconds:8.3f} s  import of {name}", file=sys.stderr)
+    steps: dict[str, dict[str, dict[str, float]]] = {}
+    for title, (network, side) in FIRST_STEPS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cold = first_step(network, side, config, Path(folder))
+            warm = [first_step(network, side, config, Path(folder)) for _ in range(config.rounds)]
+        middle = sorted(warm, key=lambda each: each["total"])[len(warm) // 2]
+        steps[title] = {"cold": cold, "warm": middle}
+        print(f"{title}, {network}:", file=sys.stderr)
+        for kind, each in steps[title].items():
+            print(
+                f"{each['total']:8.3f} s  with a {kind} cache: {each['prepare']:.3f} s to the "
+                f"state, {each['first']:.3f} s for the first step",
+                file=sys.stderr,
+            )
+    return {"experiment": "startup", "imports": imports, "first_steps": steps, **environment()}
+
+
+def import_times(config: Config) -> dict[str, float]:
+    """Return the median seconds of each of `IMPORTS`, each time in a process of its own."""
+    times: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for _ in range(config.rounds):
+        for name, statement in IMPORTS.items():
+            code = f"import time; began = time.perf_counter(); {statement}"
+            done = subprocess.run(
+                [sys.executable, "-c", f"{code}; print(time.perf_counter() - began)"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            times[name].append(float(done.stdout))
+    return {name: float(np.median(each)) for name, each in times.items()}
+
+
+def first_step(network: str, side: str, config: Config, folder: Path) -> dict[str, float]:
+    """Take the first step of a network in a process of its own.
+
+    Args:
+        network: name of one of `STARTS`.
+        side: name of a competitor.
+        config: of the run.
+        folder: for the log and the cache of compiled programs.
+
+    Returns:
+        Seconds behind the import: "prepare", until state and batches are there, "first", for the
+        step, and "total".
+    """
+    competitor = COMPETITORS[side]
+    settings = Settings(
+        module=competitor.module,
+        variant=competitor.variant,
+        name=network,
+        threads=os.cpu_count() or 1,
+        tiny=config.tiny,
+    )
+    variables = _cache(folder / "cache")
+    with contextlib.closing(Worker(settings, folder / "log", variables=variables)) as worker:
+        prepared = worker.ask("prepare")["prepare_seconds"]
+        first = worker.ask("first")["seconds"]
+    return {"prepare": prepared, "first": first, "total": prepared + first}
+
+
+def _cache(folder: Path) -> Mapping[str, str]:
+    """Return the environment in which JAX keeps every program that it compiles."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+if __name__ == "__main__":
+    main()
