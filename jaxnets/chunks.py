@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -70,7 +71,11 @@ def map_chunks(
 
 def _split(batch: int, numbers: int, cached: int) -> tuple[int, int]:
     """Return how many examples a chunk has, and how many whole chunks there are."""
-    count = max(batch * cached // max(numbers, 1), 1)
+    wanted = max(batch * cached / max(numbers, 1), 1)
+    # What the chunks leave behind would be a second program, and would be cut off by a copy.
+    divisors = [count for count in range(1, batch + 1) if batch % count == 0]
+    near = [count for count in divisors if wanted / 2 <= count <= 2 * wanted]
+    count = min(near, key=lambda count: abs(math.log(count / wanted)), default=int(wanted))
     return count, batch // count
 
 

@@ -21,7 +21,7 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # On CPU the gradient of a product with more leading axes copies both operands transposed.
     rows = x.reshape(-1, x.shape[-1])
     narrow = x.dtype == kernel.dtype == jnp.bfloat16
-    product = _narrow_product(rows, kernel) if narrow else rows @ kernel
+    product = _shared_narrow_product(rows, kernel) if narrow else rows @ kernel
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -57,3 +57,5 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
 
 
 _narrow_product.defvjp(_forward, _backward)
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_narrow_product = jax.jit(_narrow_product)

@@ -7,6 +7,7 @@ import pytest
 from jaxnets.attention import attention
 from jaxnets.channels import along_channels, channel_sum
 from jaxnets.functional import convolution, max_pool
+from jaxnets.linear import linear
 from jaxnets.normalization import layer_norm
 
 
@@ -32,9 +33,11 @@ def three_times(layer):
 
 
 KERNEL = jnp.ones((3, 3, 4, 4))
+MATRIX = jnp.ones((4, 4))
 SCALE = jnp.arange(1.0, 5.0)
 LAYERS = {
     "_convolution": lambda x: convolution(x, KERNEL),
+    "_narrow_product": lambda x: linear(x, MATRIX.astype(x.dtype)),
     "_normalized": lambda x: layer_norm(x, SCALE),
     "_repeat": lambda x: x + along_channels(x[0, 0, 0], x),
     "_sum_positions": lambda x: x * channel_sum(x)[None, None, None],
@@ -43,9 +46,12 @@ LAYERS = {
 }
 
 
+DTYPES = {"_narrow_product": jnp.bfloat16}
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_three_layers_share_one_program_forward(name):
-    x = jnp.ones((2, 4, 4, 4))
+    x = jnp.ones((2, 4, 4, 4), DTYPES.get(name, jnp.float32))
     found = programs(jax.make_jaxpr(three_times(LAYERS[name]))(x).jaxpr, name)
     assert len(found) == 3
     assert len({id(program) for program in found}) == 1
@@ -53,7 +59,7 @@ def test_three_layers_share_one_program_forward(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_three_layers_share_the_programs_of_their_gradient(name):
-    x = jnp.ones((2, 4, 4, 4))
+    x = jnp.ones((2, 4, 4, 4), DTYPES.get(name, jnp.float32))
     found = programs(jax.make_jaxpr(jax.grad(three_times(LAYERS[name])))(x).jaxpr, name)
     assert len(found) == 6  # forward and back
     assert len({id(program) for program in found}) <= 3  # the outermost gradient is another one

@@ -27,10 +27,11 @@ def double_precision():
 
 
 @pytest.fixture
-def everywhere(monkeypatch):
+def everywhere(monkeypatch, forget_traces):
     """Let every 3x3 convolution of stride 1 go this way, however small."""
     monkeypatch.setattr(convolution, "_SAVED_FORWARD", 0.01)
     monkeypatch.setattr(convolution, "_SAVED_KERNEL_GRADIENT", 0.01)
+    forget_traces()
 
 
 def normal(shape, seed, dtype=np.float64):
