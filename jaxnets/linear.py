@@ -1,11 +1,19 @@
-"""The product of the last axis with a matrix."""
+"""The product of the last axis with a matrix.
+
+In float32 it can be made of three products of bfloat16, which matrix units compute faster: inside
+`jax.default_matmul_precision("BF16_BF16_F32_X3")`. XLA's CPU backend ignores that wish by itself.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+
+_THREE_PRODUCTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 
 
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -17,11 +25,22 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Returns:
         [..., features].
+
+    Example:
+        >>> x, kernel = jnp.full((2, 3), 1.001), jnp.ones((3, 1))
+        >>> with jax.default_matmul_precision("BF16_BF16_F32_X3"):
+        ...     round(float(linear(x, kernel)[0, 0]), 4)
+        3.003
     """
     # On CPU the gradient of a product with more leading axes copies both operands transposed.
     rows = x.reshape(-1, x.shape[-1])
-    narrow = x.dtype == kernel.dtype == jnp.bfloat16
-    product = _shared_narrow_product(rows, kernel) if narrow else rows @ kernel
+    dtypes = {x.dtype, kernel.dtype}
+    if dtypes == {jnp.dtype(jnp.bfloat16)}:
+        product = _shared_narrow_product(rows, kernel)
+    elif dtypes == {jnp.dtype(jnp.float32)} and _three_products_wanted():
+        product = _shared_split_product(rows, kernel)
+    else:
+        product = rows @ kernel
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -59,3 +78,54 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
 _narrow_product.defvjp(_forward, _backward)
 # As a compiled function it is traced once, with its gradient, for all layers of a shape.
 _shared_narrow_product = jax.jit(_narrow_product)
+
+
+def _three_products_wanted() -> bool:
+    wish = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return bool(wish == _THREE_PRODUCTS.name)
+
+
+@jax.custom_vjp
+def _split_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply float32 matrices as sums of two bfloat16 numbers, without the smallest product.
+
+    Of 24 bits of a factor the two have 16. The error is about 5e-6 of the largest output (1e-5
+    for a few channels), that of a float32 product 5e-7, that of one bfloat16 product 2e-3.
+
+    References:
+        Henry, Tang and Heinecke 2019, arXiv:1904.06376 (three products of two parts).
+    """
+    plain = functools.partial(jnp.matmul, precision=_THREE_PRODUCTS)
+    return lax.platform_dependent(x, kernel, cpu=_three_products, default=plain)
+
+
+def _three_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    (x_high, x_low), (kernel_high, kernel_low) = map(_halves, (x, kernel))
+    product = functools.partial(
+        jnp.matmul, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+    )
+    small = product(x_high, kernel_low) + product(x_low, kernel_high)
+    return product(x_high, kernel_high) + small
+
+
+def _halves(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Rounded by `reduce_precision`: XLA removes a cast to bfloat16 and back.
+    high = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (array - high).astype(jnp.bfloat16)
+
+
+def _split_forward(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _split_product(x, kernel), (x, kernel)
+
+
+def _split_backward(
+    saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    return _split_product(dy, kernel.T), _split_product(laid_out_transpose(x), dy)
+
+
+_split_product.defvjp(_split_forward, _split_backward)
+_shared_split_product = jax.jit(_split_product)
