@@ -7,8 +7,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from jaxnets import attention, channels, convolution, linear, normalization, pooling
-
 # Most of the tests' time is XLA compiling tiny programs; see `optimized_processes`.
 COMPILE_FAST = " --xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):  # later ones have no other emitters, and refuse the flag
@@ -37,21 +35,8 @@ def optimized_processes(monkeypatch):
 @pytest.fixture
 def forget_traces():
     """Call this behind a patch of what is read while tracing; what it traced is forgotten again."""
-
-    def forget():
-        for traced_once in (
-            attention._shared_attention,
-            channels._repeat,
-            channels._sum_positions,
-            convolution._shared_convolution,
-            linear._shared_narrow_product,
-            normalization._shared_normalized,
-            pooling._shared_tile_max,
-        ):
-            traced_once.clear_cache()
-
-    yield forget
-    forget()
+    yield jax.clear_caches
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")
