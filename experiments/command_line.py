@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tyro
@@ -56,6 +57,17 @@ def errors_without_traceback() -> Iterator[None]:
         sys.exit(3)
     except (RunError, ValueError, OSError, jn.NonFiniteError, jn.CheckpointError) as error:
         fail(str(error))
+
+
+def print_result(run: Callable[[], Any]) -> None:
+    """Print what a run returns as JSON, the last line on standard output.
+
+    Args:
+        run: the work; errors that a user can mend become one line.
+    """
+    with errors_without_traceback():
+        result = run()
+    print(json.dumps(result))
 
 
 def fail(message: str) -> None:

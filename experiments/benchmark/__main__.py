@@ -15,8 +15,9 @@ import tyro
 from experiments.benchmark import chart, driver, report
 from experiments.benchmark.competitors import COMPETITORS, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
+from experiments.benchmark.worker import available_cores
 from experiments.benchmark.workloads import WORKLOADS, shrink
-from experiments.command_line import errors_without_traceback
+from experiments.command_line import print_result
 from experiments.run_folder import RunError, RunFolder, environment
 from jaxnets.data import files, images
 
@@ -52,9 +53,7 @@ _QUIET = 0.5
 def main() -> None:
     """Run the benchmark from the command line."""
     config = tyro.cli(Config, prog="python -m experiments.benchmark", description=_description())
-    with errors_without_traceback():
-        result = run(config)
-    print(json.dumps(result))
+    print_result(lambda: run(config))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -132,13 +131,7 @@ def _files(config: Config) -> tuple[str, str]:
 
 
 def _threads(config: Config) -> int:
-    return config.threads or _cores()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return config.threads or available_cores()
 
 
 def _machine(config: Config) -> dict[str, Any]:
@@ -163,8 +156,10 @@ def _check(config: Config) -> None:
             f"--rounds {config.rounds} and --seconds {config.seconds:g} measure nothing; give "
             "numbers above 0"
         )
-    if config.threads is not None and not 1 <= config.threads <= _cores():
-        raise RunError(f"--threads is {config.threads}; this machine has 1 to {_cores()} for you")
+    if config.threads is not None and not 1 <= config.threads <= available_cores():
+        raise RunError(
+            f"--threads is {config.threads}; this machine has 1 to {available_cores()} for you"
+        )
 
 
 def _description() -> str:

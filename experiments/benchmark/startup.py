@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,9 @@ import tyro
 from experiments.benchmark.competitors import COMPETITORS
 from experiments.benchmark.driver import Worker
 from experiments.benchmark.sides import Settings
-from experiments.command_line import errors_without_traceback, fail
-from experiments.run_folder import environment
+from experiments.benchmark.worker import available_cores
+from experiments.command_line import print_result
+from experiments.run_folder import RunError, environment
 
 #: What is imported, beside the first of them.
 IMPORTS = {
@@ -59,15 +57,11 @@ class Config:
 def main() -> None:
     """Run from the command line."""
     config = tyro.cli(Config, prog="python -m experiments.benchmark.startup", description=__doc__)
-    with errors_without_traceback():
-        if config.rounds < 1:
-            fail(f"rounds is {config.rounds}; measure at least once")
-        result = run(config)
-    print(json.dumps(result))
+    print_result(lambda: run(config))
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure everything, and print it as tables on standard error.
+    """Measure everything, and print it on standard error.
 
     Args:
         config: of the run.
@@ -75,7 +69,12 @@ def run(config: Config) -> dict[str, Any]:
     Returns:
         "imports", {name: median seconds}; "first_steps", {name: {"cold", "warm": as returned by
         `first_step`}}, where "warm" is the process with the median total; and the environment.
+
+    Raises:
+        RunError: no rounds.
     """
+    if config.rounds < 1:
+        raise RunError(f"rounds is {config.rounds}; measure at least once")
     imports = import_times(config)
     for name, seconds in imports.items():
         print(f"{seconds:8.3f} s  import of {name}", file=sys.stderr)
@@ -89,8 +88,9 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{title}, {network}:", file=sys.stderr)
         for kind, each in steps[title].items():
             print(
-                f"{each['total']:8.3f} s  with a {kind} cache: {each['import']:.3f} s to import, "
-                f"{each['prepare']:.3f} s to the state, {each['first']:.3f} s for the first step",
+                f"{each['total']:8.3f} s  with a {kind} cache, behind an import of "
+                f"{each['import']:.3f} s: {each['prepare']:.3f} s to the state, "
+                f"{each['first']:.3f} s for the first step",
                 file=sys.stderr,
             )
     return {"experiment": "startup", "imports": imports, "first_steps": steps, **environment()}
@@ -122,29 +122,26 @@ def first_step(network: str, side: str, config: Config, folder: Path) -> dict[st
         folder: for the log and the cache of compiled programs.
 
     Returns:
-        Seconds: "import"; "prepare", until state and batches are there, with the modules of
-        jaxnets that are loaded when they are used; "first", for the step; and the "total".
+        Seconds: "import", of all of jaxnets if the side uses it; "prepare", until state and batches
+        are there; "first", for the step; and the "total" of the last two.
     """
     competitor = COMPETITORS[side]
     settings = Settings(
         module=competitor.module,
         variant=competitor.variant,
         name=network,
-        threads=os.cpu_count() or 1,
+        threads=available_cores(),
         tiny=config.tiny,
     )
-    variables = _cache(folder / "cache")
+    # Modules that are loaded when they are first used would count as preparing.
+    variables = _cache(folder / "cache") | {"EAGER_IMPORT": "1"}
     with contextlib.closing(Worker(settings, folder / "log", variables=variables)) as worker:
         prepared, first = worker.ask("prepare"), worker.ask("first")
-    parts = {
-        "import": prepared["import_seconds"],
-        "prepare": prepared["prepare_seconds"],
-        "first": first["seconds"],
-    }
-    return {**parts, "total": sum(parts.values())}
+    parts = {"prepare": prepared["prepare_seconds"], "first": first["seconds"]}
+    return {"import": prepared["import_seconds"], **parts, "total": sum(parts.values())}
 
 
-def _cache(folder: Path) -> Mapping[str, str]:
+def _cache(folder: Path) -> dict[str, str]:
     """Return the environment in which JAX keeps every program that it compiles."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
