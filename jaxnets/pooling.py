@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.fusion import computed_once
 from jaxnets.spatial import Axes, Extent, Padding, Pairs, padding_pairs, per_axis, strided
 
 # Above this many elements a window is unrolled too often to be worth compiling.
@@ -110,22 +111,8 @@ def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> j
     """Join the elements of each tile, place by place."""
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     places = list(itertools.product(*map(range, window)))
-
-    def joined(first: int, last: int) -> jax.Array:
-        rows = x[:, first * window[0] : last * window[0]]
-        shape = (x.shape[0], last - first, *counts[1:], x.shape[-1])
-        return functools.reduce(join, (strided(rows, place, shape, window) for place in places))
-
-    return _in_two_parts(joined, counts[0])
-
-
-def _in_two_parts(part: Callable[[int, int], jax.Array], count: int) -> jax.Array:
-    """Make a map from its upper and lower rows of tiles: `part` of the first and the last one.
-
-    XLA would compute the tiles again in every loop that reads them; it fuses no loop with a
-    concatenation in front of it.
-    """
-    return lax.concatenate([part(0, count // 2), part(count // 2, count)], 1)
+    shape = (x.shape[0], *counts, x.shape[-1])
+    return computed_once(functools.reduce(join, (strided(x, p, shape, window) for p in places)))
 
 
 def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
@@ -161,29 +148,22 @@ def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axe
     """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
     offsets = list(itertools.product(*map(range, window)))
 
-    def found(first: int, last: int) -> jax.Array:
-        rows, largest = x[:, first * window[0] : last * window[0]], y[:, first:last]
-        # Numbers of x's dtype, as loops of one dtype are vectorized better.
-        winner = jnp.full(largest.shape, -1, x.dtype)
-        for number, offset in reversed(list(enumerate(offsets))):  # backwards: the first stays
-            candidate = strided(rows, offset, largest.shape, window)
-            winner = jnp.where(candidate == largest, jnp.asarray(number, x.dtype), winner)
-        return winner
-
-    winner = _in_two_parts(found, y.shape[1])
+    # Numbers of x's dtype, as loops of one dtype are vectorized better.
+    winner = jnp.full(y.shape, -1, x.dtype)
+    for number, offset in reversed(list(enumerate(offsets))):  # backwards: the first stays
+        candidate = strided(x, offset, y.shape, window)
+        winner = jnp.where(candidate == y, jnp.asarray(number, x.dtype), winner)
+    winner = computed_once(winner)
     within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
     per_tile = [n for w in window for n in (1, w)]
     positions = jnp.arange(len(offsets), dtype=x.dtype).reshape(1, *per_tile, 1)
-
-    def sent(first: int, last: int) -> jax.Array:
-        chosen = jnp.expand_dims(winner[:, first:last], within) == positions
-        received = jnp.expand_dims(dy[:, first:last], within)
-        return jnp.where(chosen, received, jnp.zeros((), dy.dtype))
-
+    chosen = jnp.expand_dims(winner, within) == positions
+    received = jnp.expand_dims(dy, within)
+    dx = jnp.where(chosen, received, jnp.zeros((), dy.dtype))
     tiled = [count * w for count, w in zip(y.shape[1:-1], window, strict=True)]
     rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
-    dx = _in_two_parts(sent, y.shape[1]).reshape(x.shape[0], *tiled, x.shape[-1])
-    return jnp.pad(dx, [(0, 0), *rest, (0, 0)])
+    dx = jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
+    return computed_once(dx)
 
 
 def _pool_geometry(

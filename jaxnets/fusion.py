@@ -1,0 +1,43 @@
+"""Where XLA's loops begin and end.
+
+XLA's CPU compiler merges an elementwise computation into every loop that reads it, where it is
+computed again. It deems a comparison of whole windows cheap, which costs more than to write its
+result down: a step of a small convolutional network takes 0.5 to 0.8 of the time with the latter.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+_Array = TypeVar("_Array", bound=jax.Array)
+
+
+@jax.jit
+def _identity(x: _Array) -> _Array:
+    return x
+
+
+def computed_once(x: _Array) -> _Array:
+    """Write an array down once, for all loops that read it, instead of computing it in each.
+
+    `lax.optimization_barrier` does not do that: the compiler drops it before it merges loops. A
+    call that is not to be inlined stays, and an identity costs nothing. It is a hint: numbers,
+    gradients, batching and shardings are those of `x`.
+
+    Args:
+        x: of any shape.
+
+    Returns:
+        `x`.
+
+    Example:
+        >>> def double(x):
+        ...     return computed_once(x + x)
+        >>> 'inlineable="false"' in jax.jit(double).lower(1.0).compile().as_text()
+        True
+    """
+    once: _Array = set_xla_metadata(_identity(x), inlineable="false")
+    return once
