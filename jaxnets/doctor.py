@@ -20,6 +20,7 @@ import optax
 import jaxnets
 from jaxnets import data
 from jaxnets.core import Update
+from jaxnets.cores import usable_cores
 from jaxnets.data.files import cache_folder
 from jaxnets.feedforward import MLP
 from jaxnets.objectives import classification
@@ -247,10 +248,9 @@ def _check_sums() -> str | None:
 
 
 def _machine() -> dict[str, str]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": f"{usable} usable of {os.cpu_count()}",
+        "cores": f"{usable_cores()} usable of {os.cpu_count()}",
     }
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         facts["memory"] = _gibibytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.core import Batch, Executor, Metrics, StepFn, TrainState
+from jaxnets.cores import usable_cores
 from jaxnets.parallel import jit_step, population_step
 
 #: How the members of a population are computed: side by side, one after the other inside one
-#: program, or each by a call of one program.
-PopulationLoop: TypeAlias = Literal["vmap", "map", "members"]
+#: program, each by a call of one program, or in one group for each core, in threads.
+PopulationLoop: TypeAlias = Literal["vmap", "map", "members", "threads"]
 _WAYS: tuple[PopulationLoop, ...] = get_args(PopulationLoop)
 
 # Calls that are timed for each way; the shortest one counts, because other work only lengthens.
@@ -29,16 +32,21 @@ class PopulationExecutor:
     """Run one step of every member of a population, in the way that is fastest here.
 
     Which way that is depends on network, batch and device. The first call therefore compiles all
-    three and times each on a copy of the state, which costs as much memory as one more state; all
-    later calls take the fastest one. The three compute the same up to rounding. A run that is to
-    resume bit for bit has to go on in the same way: give `remember`, or tell `loop`.
+    of them and times each on a copy of the state, which costs as much memory as one more state;
+    later calls take the fastest one. They compute the same up to rounding. A run that is to resume
+    bit for bit has to go on in the same way: give `remember`, or tell `loop`.
+
+    On CPU the program of a small network keeps one core busy. "threads" then trains one group of
+    members on each core, and pays where a call is long against handing out the members: make it of
+    several steps, `scan_steps(step)`.
 
     Args:
         step: a step of one member; `scan_steps` of one will do too.
         shared_batch: every member sees the same batch; otherwise the batch has a leading member
             axis.
         loop: "vmap" computes the members side by side, "map" one after the other inside one
-            program, "members" each by a call of its own; None measures.
+            program, "members" each by a call of its own, "threads" one group for each core, and
+            its members one after the other; None measures, threads on CPU only.
         remember: JSON file with the way that was found and the times of all; read where it
             exists, else written by the first call.
         donate: reuse the memory of the state that is passed in, which is then gone for the caller.
@@ -82,7 +90,8 @@ class PopulationExecutor:
             loop = _read(self._remember)
         if loop is not None and loop not in _WAYS:
             raise ValueError(
-                f"loop is {loop!r}; choose 'vmap', 'map' or 'members', or None to measure"
+                f"loop is {loop!r}; choose 'vmap', 'map', 'members' or 'threads', or None to "
+                "measure"
             )
         self.loop: PopulationLoop | None = loop
 
@@ -94,7 +103,7 @@ class PopulationExecutor:
         return self._run(states, batch)
 
     def _measure(self, states: TrainState, batch: Batch) -> PopulationLoop:
-        for loop in _WAYS:
+        for loop in _candidates(states):
             run = self._make(loop)
             now, _ = jax.block_until_ready(run(_copied(states), batch))  # compiles
             seconds = []
@@ -103,13 +112,20 @@ class PopulationExecutor:
                 now, _ = jax.block_until_ready(run(now, batch))
                 seconds.append(time.perf_counter() - began)
             self.milliseconds[loop] = round(1000 * min(seconds), 4)
-        fastest = min(_WAYS, key=self.milliseconds.__getitem__)
+        fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
         if self._remember is not None:
             content = {"loop": fastest, "milliseconds": self.milliseconds}
             unfinished = self._remember.with_name(f".{self._remember.name}.{os.getpid()}")
             unfinished.write_text(json.dumps(content))
             unfinished.replace(self._remember)
         return fastest
+
+
+def _candidates(states: TrainState) -> Sequence[PopulationLoop]:
+    leaf = jax.tree.leaves(states)[0]
+    on_cpu = {device.platform for device in leaf.devices()} == {"cpu"}
+    worth_it = on_cpu and min(len(leaf), usable_cores()) > 1
+    return [way for way in _WAYS if way != "threads" or worth_it]
 
 
 def _read(path: Path) -> Any:
@@ -125,6 +141,8 @@ def _read(path: Path) -> Any:
 def _compile(step: StepFn, loop: str, *, shared_batch: bool, donate: bool) -> Executor:
     if loop == "members":
         return _member_by_member(step, shared_batch=shared_batch, donate=donate)
+    if loop == "threads":
+        return _groups_in_threads(step, shared_batch=shared_batch, donate=donate)
     ways: dict[str, Literal["vmap", "map"]] = {"vmap": "vmap", "map": "map"}
     return jit_step(
         population_step(step, shared_batch=shared_batch, loop=ways[loop]), donate=donate
@@ -150,6 +168,59 @@ def _member_by_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Exec
         return states, stack(rows)
 
     return run
+
+
+def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
+    population = population_step(step, shared_batch=shared_batch, loop="map")
+    together = jax.jit(lambda states, batch: population(states, batch), donate_argnums=(0,))
+    workers = ThreadPoolExecutor(usable_cores(), thread_name_prefix="population")
+    programs: dict[Any, Executor] = {}
+
+    def program(states: TrainState, batch: Batch) -> Executor:
+        # Compiled here: what JAX is told by a context manager holds for one thread only.
+        leaves, structure = jax.tree.flatten((states, batch))
+        key = structure, *map(jax.typeof, leaves)
+        if key not in programs:
+            programs[key] = together.lower(states, batch).compile()
+        return programs[key]
+
+    def run(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = jax.device_put(dict(batch))
+        bounds = _bounds(len(jax.tree.leaves(states)[0]), usable_cores())
+        groups = _split(states, bounds)
+        batches = [batch] * len(groups) if shared_batch else _split(batch, bounds)
+        if donate:
+            jax.block_until_ready(groups)
+            for leaf in jax.tree.leaves(states):
+                leaf.delete()
+        advances = list(map(program, groups, batches))
+        done = workers.map(
+            lambda advance, *group: jax.block_until_ready(advance(*group)),
+            *(advances, groups, batches),
+        )
+        return _joined(list(done))
+
+    return run
+
+
+def _bounds(num_members: int, num_groups: int) -> tuple[int, ...]:
+    """Return where each group begins, and where the last one ends: sizes differ by one at most."""
+    groups = min(num_members, num_groups)
+    return tuple(num_members * index // groups for index in range(groups + 1))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(tree: Any, bounds: tuple[int, ...]) -> list[Any]:
+    # Copies, because a single group would be the states themselves, whose memory is reused.
+    return [
+        jax.tree.map(lambda leaf, first=first, end=end: jnp.copy(leaf[first:end]), tree)
+        for first, end in itertools.pairwise(bounds)
+    ]
+
+
+@jax.jit
+def _joined(groups: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
 
 
 def _member(tree: Any, index: jax.Array) -> Any:

@@ -341,15 +341,17 @@ def test_transformers_writes_as_many_tokens():
 def test_many_steps_by_hand_are_those_one_after_the_other():
     one, several = prepare("flax", "small-mlp"), prepare("flax", "small-mlp", "scan")
     assert several.run(2) == pytest.approx(one.run(2), rel=1e-5)
+    one, several = (prepare("flax", "population-64-64-10", variant) for variant in ("", "scan"))
+    assert several.run(2) == pytest.approx((one.run(1) + one.run(1)) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("side", "name"),
-    [("jaxnets", "population-64-64-10"), *((side, "population-cnn") for side in SIDES)],
+    [(side, name) for side in SIDES for name in ("population-64-64-10", "population-cnn")],
 )
 def test_populations_learn(side, name):
     prepared = prepare(side, name)
-    first = prepared.run(1)
+    first = prepared.run(prepared.steps_first)
     assert prepared.run(4 * NUM_BATCHES) < first
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "linear": set(),
     "host_memory": set(),
     "channels": set(),
+    "cores": set(),
     "fusion": set(),
     "chunks": set(),
     "winograd": {"chunks", "linear", "spatial"},
@@ -141,7 +142,7 @@ ALLOWED = {
     "optimizers": {"core"},
     "training": {"core"},
     "parallel": {"core", "training"},
-    "population": {"core", "parallel"},
+    "population": {"core", "cores", "parallel"},
     "media": set(),
     "history": {"core", "media"},
     "writers": {"history", "media"},
@@ -158,7 +159,7 @@ ALLOWED = {
         *{"objectives", "reconstruction_objectives", "sequence_objectives", "optimizers"},
     },
     "summary": {"core", "layers", "presets", "training"},
-    "doctor": {"core", "data", "feedforward", "objectives", "parallel", "training"},
+    "doctor": {"core", "cores", "data", "feedforward", "objectives", "parallel", "training"},
     "core": set(),
 }
 # The command line and the facade put everything together.

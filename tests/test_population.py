@@ -43,7 +43,7 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("loop", ["vmap", "map", "members", None])
+@pytest.mark.parametrize("loop", ["vmap", "map", "members", "threads", None])
 def test_every_way_computes_the_same_as_the_step_of_a_population(loop, states, batch):
     expected, metrics = jit_step(population_step(STEP))(states, batch)
     executor = PopulationExecutor(STEP, loop=loop)
@@ -53,12 +53,13 @@ def test_every_way_computes_the_same_as_the_step_of_a_population(loop, states, b
         assert_close(found, metrics)
 
 
+@pytest.mark.parametrize("loop", ["members", "threads"])
 @pytest.mark.parametrize("donate", [False, True])
-def test_members_with_batches_of_their_own_and_several_steps_a_call(donate, states, batch):
+def test_members_with_batches_of_their_own_and_several_steps_a_call(donate, loop, states, batch):
     own = jax.tree.map(lambda x: np.stack([[x, x], [x[::-1], x], [x, x[::-1]]]), batch)
     steps = scan_steps(STEP)
     expected, metrics = jit_step(population_step(steps, shared_batch=False))(states, own)
-    executor = PopulationExecutor(steps, shared_batch=False, loop="members", donate=donate)
+    executor = PopulationExecutor(steps, shared_batch=False, loop=loop, donate=donate)
     kept = jax.tree.leaves(states.params)[0]
     actual, found = executor(states, own)
     assert_close(actual, expected)
@@ -66,12 +67,15 @@ def test_members_with_batches_of_their_own_and_several_steps_a_call(donate, stat
     assert kept.is_deleted() == donate
 
 
-def test_the_first_call_measures_all_ways_and_writes_what_it_found(states, batch, tmp_path):
+def test_the_first_call_measures_all_ways_and_writes_what_it_found(
+    states, batch, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(population, "usable_cores", lambda: 2)
     path = tmp_path / "loop.json"
     executor = PopulationExecutor(STEP, remember=path)
     assert executor.loop is None
     executor(states, batch)
-    assert set(executor.milliseconds) == {"vmap", "map", "members"}
+    assert set(executor.milliseconds) == {"vmap", "map", "members", "threads"}
     assert executor.milliseconds[executor.loop] == min(executor.milliseconds.values())
     assert json.loads(path.read_text()) == {
         "loop": executor.loop,
@@ -80,7 +84,8 @@ def test_the_first_call_measures_all_ways_and_writes_what_it_found(states, batch
 
 
 def test_the_shortest_time_decides(states, batch, monkeypatch):
-    cost = {"vmap": 3.0, "map": 1.0, "members": 2.0}
+    cost = {"vmap": 3.0, "map": 1.0, "members": 2.0}  # without threads, on a single core
+    monkeypatch.setattr(population, "usable_cores", lambda: 1)
     clock = [0.0]
     real = population._compile
 
@@ -121,3 +126,42 @@ def test_an_unknown_way_and_a_broken_file_are_refused(tmp_path):
     path.write_text('{"loop": "for"}')
     with pytest.raises(ValueError, match="loop is 'for'"):
         PopulationExecutor(STEP, remember=path)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8])
+@pytest.mark.parametrize("donate", [False, True])
+def test_the_members_are_dealt_out_to_any_number_of_cores(
+    cores, donate, states, batch, monkeypatch
+):
+    monkeypatch.setattr(population, "usable_cores", lambda: cores)
+    expected, metrics = jit_step(population_step(STEP))(states, batch)
+    actual, found = PopulationExecutor(STEP, loop="threads", donate=donate)(states, batch)
+    assert_close(actual, expected)
+    assert_close(found, metrics)
+    assert jax.tree.leaves(states)[0].is_deleted() == donate
+
+
+def test_groups_differ_by_one_member_at_most():
+    assert population._bounds(16, 2) == (0, 8, 16)
+    assert population._bounds(7, 3) == (0, 2, 4, 7)
+    assert population._bounds(2, 8) == (0, 1, 2)
+
+
+def test_the_callers_context_holds_for_all_threads(states, batch):
+    seen = []
+
+    def step(state, batch):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return STEP(state, batch)
+
+    with jax.default_matmul_precision("highest"):
+        PopulationExecutor(step, loop="threads")(states, batch)
+    assert set(seen) == {"highest"}
+
+
+def test_batches_of_another_size_get_a_program_of_their_own(states, batch):
+    executor = PopulationExecutor(STEP, loop="threads")
+    step = jit_step(population_step(STEP))
+    for size in (6, 4, 6):
+        part = jax.tree.map(lambda x, size=size: x[:size], batch)
+        assert_close(executor(states, part), step(states, part))

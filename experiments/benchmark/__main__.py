@@ -15,10 +15,10 @@ import tyro
 from experiments.benchmark import chart, driver, report
 from experiments.benchmark.competitors import COMPETITORS, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
-from experiments.benchmark.worker import available_cores
 from experiments.benchmark.workloads import WORKLOADS, shrink
 from experiments.command_line import print_result
 from experiments.run_folder import RunError, RunFolder, environment
+from jaxnets.cores import usable_cores
 from jaxnets.data import files, images
 
 
@@ -131,7 +131,7 @@ def _files(config: Config) -> tuple[str, str]:
 
 
 def _threads(config: Config) -> int:
-    return config.threads or available_cores()
+    return config.threads or usable_cores()
 
 
 def _machine(config: Config) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def _check(config: Config) -> None:
             f"--rounds {config.rounds} and --seconds {config.seconds:g} measure nothing; give "
             "numbers above 0"
         )
-    if config.threads is not None and not 1 <= config.threads <= available_cores():
+    if config.threads is not None and not 1 <= config.threads <= usable_cores():
         raise RunError(
-            f"--threads is {config.threads}; this machine has 1 to {available_cores()} for you"
+            f"--threads is {config.threads}; this machine has 1 to {usable_cores()} for you"
         )
 
 

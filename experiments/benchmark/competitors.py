@@ -30,8 +30,8 @@ class Competitor:
 
     def takes_part(self, workload: Workload) -> bool:
         """Whether it has a way to compute a workload."""
-        if self.variant == "scan":  # nothing to bundle elsewhere
-            return workload.task == "train" and workload.steps_per_dispatch > 1
+        if self.variant == "scan" and workload.steps_per_dispatch == 1:
+            return False  # nothing to bundle
         if self.name == "equinox" and workload.precision != "float32":
             return False  # its documentation has no policy for mixed precision
         return workload.task in self.tasks
@@ -62,7 +62,7 @@ COMPETITORS: dict[str, Competitor] = {
         # With jaxnets.keep_memory, which is the user's choice.
         _side("jaxnets-kept", "jaxnets_side", _ALL - {"positions"}, "kept", "jaxnets"),
         _side("flax", "flax_side", _CLASSIC, "", "flax"),
-        _side("flax-scan", "flax_side", _STEPS, "scan", "flax"),
+        _side("flax-scan", "flax_side", _STEPS | {"population"}, "scan", "flax"),
         _side("keras", "keras_side", _STEPS | {"epoch"}, "", "keras", "jax"),
         _side("equinox", "equinox_side", _STEPS, "", "equinox"),
         _side("torch", "torch_side", _CLASSIC, "", "torch"),

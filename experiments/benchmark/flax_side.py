@@ -32,7 +32,7 @@ def prepare(settings: Settings) -> Prepared:
     if workload.task == "infer":
         return infer(workload)
     if workload.task == "population":
-        return train_one_after_the_other(workload)
+        return train_one_after_the_other(workload, together=settings.variant == "scan")
     if workload.task == "epoch":
         return train_epoch(workload, settings)
     if workload.task in ("autoencode", "adversarial"):
@@ -96,11 +96,8 @@ def _one_by_one(
 
 def scan(workload: Workload) -> Prepared:
     """Many steps in one program, which its user has to write."""
-    (state,), bundled, labels = _create(workload), workload.steps_per_dispatch, workload.labels()
-    step = jax.jit(lambda state, batches: jax.lax.scan(_step, state, batches), donate_argnums=0)
-    several = np.resize(labels, (bundled, *labels.shape[1:]))
-    inputs = np.broadcast_to(workload.inputs(), (bundled, *workload.inputs().shape))
-    batches = jax.device_put({"inputs": inputs, "labels": several})
+    (state,), bundled = _create(workload), workload.steps_per_dispatch
+    step, batches = _bundled(workload)
 
     def run(num_steps: int) -> float:
         nonlocal state
@@ -111,15 +108,27 @@ def scan(workload: Workload) -> Prepared:
     return ready(workload, run, num_parameters(state), steps_first=bundled)
 
 
-def train_one_after_the_other(workload: Workload) -> Prepared:
-    """A step of each network, with the one program that fits them all."""
+def _bundled(workload: Workload) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
+    bundled, inputs, labels = workload.steps_per_dispatch, workload.inputs(), workload.labels()
+    step = jax.jit(lambda state, batches: jax.lax.scan(_step, state, batches), donate_argnums=0)
+    several = np.resize(labels, (bundled, *labels.shape[1:]))
+    inputs = np.broadcast_to(inputs, (bundled, *inputs.shape))
+    return step, jax.device_put({"inputs": inputs, "labels": several})
+
+
+def train_one_after_the_other(workload: Workload, *, together: bool) -> Prepared:
+    """A step of each network, or many steps of each, with the one program that fits them all."""
     states = _create(workload, workload.members)
-    size = num_parameters(states[0])
-    step = jax.jit(_step, donate_argnums=0)
-    endless = itertools.cycle(_batches(workload))
+    size, bundled = num_parameters(states[0]), workload.steps_per_dispatch if together else 1
+    if together:
+        step, batches = _bundled(workload)
+        endless = itertools.repeat(batches)
+    else:
+        step = jax.jit(_step, donate_argnums=0)
+        endless = itertools.cycle(_batches(workload))
 
     def run(num_steps: int) -> float:
-        for _ in range(num_steps):
+        for _ in range(num_steps // bundled):
             batch, losses = next(endless), []
             for index, state in enumerate(states):
                 states[index], loss = step(state, batch)
@@ -127,7 +136,7 @@ def train_one_after_the_other(workload: Workload) -> Prepared:
         jax.block_until_ready(states)
         return float(np.mean(jax.device_get(losses)))
 
-    return ready(workload, run, size)
+    return ready(workload, run, size, steps_first=bundled)
 
 
 def infer(workload: Workload) -> Prepared:

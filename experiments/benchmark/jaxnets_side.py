@@ -132,18 +132,9 @@ def train(workload: Workload) -> Prepared:
     module = _module(workload)
     update = _update(workload, module)
     state = _create(workload, module, update, 0)
-    step, labels = jn.make_train_step(update), workload.labels()
-    inputs, bundled = workload.inputs(), workload.steps_per_dispatch
-    if bundled == 1:
-        executor = jn.jit_step(step, donate=True)
-        batches = [jax.device_put({"inputs": inputs, "labels": each}) for each in labels]
-    else:
-        executor = jn.jit_step(jn.scan_steps(step), donate=True)
-        several = np.resize(labels, (bundled, *labels.shape[1:]))
-        inputs = np.broadcast_to(inputs, (bundled, *inputs.shape))
-        batches = [jax.device_put({"inputs": inputs, "labels": several})]
-    run = _steps(executor, state, batches, bundled)
-    return ready(workload, run, _size(state.params), steps_first=bundled)
+    step, batches = _bundled(workload, jn.make_train_step(update))
+    run = _steps(jn.jit_step(step, donate=True), state, batches, workload.steps_per_dispatch)
+    return ready(workload, run, _size(state.params), steps_first=workload.steps_per_dispatch)
 
 
 def train_population(workload: Workload) -> Prepared:
@@ -152,12 +143,26 @@ def train_population(workload: Workload) -> Prepared:
     update = _update(workload, module)
     seeds = np.arange(workload.members)
     states = jax.jit(jax.vmap(lambda seed: _create(workload, module, update, seed)))(seeds)
-    executor = jn.PopulationExecutor(jn.make_train_step(update), donate=True)
-    inputs = workload.inputs()
-    batches = [jax.device_put({"inputs": inputs, "labels": each}) for each in workload.labels()]
-    run = _steps(executor, states, batches, 1)
-    size = _size(states.params) // workload.members
-    return ready(workload, run, size, details=lambda: {"loops": executor.milliseconds})
+    step, batches = _bundled(workload, jn.make_train_step(update))
+    executor = jn.PopulationExecutor(step, donate=True)
+    run = _steps(executor, states, batches, workload.steps_per_dispatch)
+    return ready(
+        workload,
+        run,
+        _size(states.params) // workload.members,
+        steps_first=workload.steps_per_dispatch,
+        details=lambda: {"loops": executor.milliseconds},
+    )
+
+
+def _bundled(workload: Workload, step: jn.StepFn) -> tuple[jn.StepFn, list[Any]]:
+    """Return the step of a dispatch and what it is called with in turn."""
+    bundled, inputs, labels = workload.steps_per_dispatch, workload.inputs(), workload.labels()
+    if bundled == 1:
+        return step, [jax.device_put({"inputs": inputs, "labels": each}) for each in labels]
+    several = np.resize(labels, (bundled, *labels.shape[1:]))
+    inputs = np.broadcast_to(inputs, (bundled, *inputs.shape))
+    return jn.scan_steps(step), [jax.device_put({"inputs": inputs, "labels": several})]
 
 
 def train_generative(workload: Workload) -> Prepared:

@@ -23,9 +23,9 @@ import tyro
 from experiments.benchmark.competitors import COMPETITORS
 from experiments.benchmark.driver import Worker
 from experiments.benchmark.sides import Settings
-from experiments.benchmark.worker import available_cores
 from experiments.command_line import print_result
 from experiments.run_folder import RunError, environment
+from jaxnets.cores import usable_cores
 
 #: What is imported, beside the first of them.
 IMPORTS = {
@@ -130,7 +130,7 @@ def first_step(network: str, side: str, config: Config, folder: Path) -> dict[st
         module=competitor.module,
         variant=competitor.variant,
         name=network,
-        threads=available_cores(),
+        threads=usable_cores(),
         tiny=config.tiny,
     )
     # Modules that are loaded when they are first used would count as preparing.

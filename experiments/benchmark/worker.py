@@ -99,13 +99,6 @@ def peak_bytes() -> int:
         return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def limit_cores(count: int) -> None:
     """Let this process use some cores only; thread pools that come later have as many threads."""
     if hasattr(os, "sched_setaffinity"):

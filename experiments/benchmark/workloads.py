@@ -177,7 +177,9 @@ WORKLOADS: dict[str, Workload] = {
             batch_size=32,
             task="population",
             members=16,
-            steps_per_call=20,
+            steps_per_call=100,
+            steps_per_dispatch=50,
+            steps_per_fit=50,
         ),
         Workload(
             name="population-784-128-10",
@@ -185,7 +187,9 @@ WORKLOADS: dict[str, Workload] = {
             batch_size=128,
             task="population",
             members=16,
-            steps_per_call=5,
+            steps_per_call=20,
+            steps_per_dispatch=20,
+            steps_per_fit=20,
         ),
         Workload(
             name="population-cnn",
