@@ -81,11 +81,11 @@ from .latent_objectives import (
 )
 from .layers import capture
 from .likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SquaredError
+from .logistic_loss import binary_cross_entropy
 from .loop import Hook, Interrupted, StopTraining, evaluate, fit
 from .media import Histogram, Picture
 from .objectives import (
     absolute_error,
-    binary_cross_entropy,
     classification,
     cross_entropy,
     huber_error,

@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxnets.core import at_least_float32
 from jaxnets.image_range import ImageRange
+from jaxnets.logistic_loss import binary_cross_entropy
 
 # Below it a scale would let single pixels outweigh all else (as in PixelCNN++).
 _LEAST_LOG_SCALE = -7.0
@@ -62,10 +62,7 @@ class Bernoulli:
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum the cross-entropy over the pixels of each image, [batch]."""
-        chex.assert_equal_shape([outputs, images])
-        logits = at_least_float32(outputs)
-        errors = optax.sigmoid_binary_cross_entropy(logits, images.astype(logits.dtype))
-        return _per_image(errors)
+        return _per_image(binary_cross_entropy(outputs, images))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the probabilities of white."""

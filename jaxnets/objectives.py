@@ -83,21 +83,6 @@ def cross_entropy(
     return losses
 
 
-def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of independent yes-or-no labels under the sigmoid of logits.
-
-    Args:
-        logits: [...].
-        labels: probabilities in [0, 1], [...].
-
-    Returns:
-        Nats per label, [...].
-    """
-    chex.assert_equal_shape([logits, labels])
-    logits = at_least_float32(logits)
-    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
-
-
 def squared_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
     """(prediction - label)^2, elementwise.
 

@@ -10,7 +10,6 @@ from jaxnets import metrics
 from jaxnets.core import rng_streams
 from jaxnets.objectives import (
     absolute_error,
-    binary_cross_entropy,
     classification,
     cross_entropy,
     huber_error,
@@ -76,10 +75,6 @@ def test_regression_losses_by_hand():
     np.testing.assert_allclose(squared_error(predictions, labels), [0.25, 9.0])
     np.testing.assert_allclose(absolute_error(predictions, labels), [0.5, 3.0])
     np.testing.assert_allclose(huber_error(predictions, labels), [0.125, 2.5])
-
-
-def test_binary_cross_entropy_at_zero_logits_is_log_two():
-    np.testing.assert_allclose(binary_cross_entropy(jnp.zeros(2), jnp.array([0.0, 1.0])), np.log(2))
 
 
 def test_losses_refuse_shapes_that_would_broadcast():

@@ -131,7 +131,8 @@ def train(workload: Workload) -> Prepared:
     """Steps one after the other, or many of them in a dispatch."""
     module = _module(workload)
     update = _update(workload, module)
-    state = _create(workload, module, update, 0)
+    # One program, as the experiments create their states: without, every array is a call.
+    state = jax.jit(lambda seed: _create(workload, module, update, seed))(0)
     step, batches = _bundled(workload, jn.make_train_step(update))
     run = _steps(jn.jit_step(step, donate=True), state, batches, workload.steps_per_dispatch)
     return ready(workload, run, _size(state.params), steps_first=workload.steps_per_dispatch)
