@@ -20,7 +20,7 @@ from jax import lax
 
 from jaxnets import winograd
 from jaxnets.chunks import sum_over_chunks
-from jaxnets.linear import linear
+from jaxnets.linear import kernel_gradient, linear
 from jaxnets.spatial import (
     Axes,
     Extent,
@@ -307,14 +307,10 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geom
     together = len(offsets) if channels < _JOIN_OFFSETS_BELOW else size[-1]
 
     def summed_products(padded: jax.Array, dy: jax.Array) -> jax.Array:
-        gradients, contract_rows = dy.reshape(-1, features), (((0,), (0,)), ((), ()))
-        products = []
+        gradients, products = dy.reshape(-1, features), []
         for first in range(0, len(offsets), together):
             seen = _patches(padded, offsets[first : first + together], dy.shape, geometry)
-            rows = seen.reshape(-1, together * channels)
-            products.append(
-                lax.dot_general(rows, gradients, contract_rows, preferred_element_type=wide)
-            )
+            products.append(kernel_gradient(seen.reshape(-1, together * channels), gradients))
         return jnp.stack(products).reshape(*size, channels, features)
 
     patches = math.prod(dy.shape[:-1]) * len(offsets) * channels

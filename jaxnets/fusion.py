@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 _Array = TypeVar("_Array", bound=jax.Array)
@@ -17,7 +18,9 @@ _Array = TypeVar("_Array", bound=jax.Array)
 
 @jax.jit
 def _identity(x: _Array) -> _Array:
-    return x
+    # The barrier, which is an operation for JAX, keeps the call when it is differentiated: JAX
+    # drops a function that returns its argument.
+    return lax.optimization_barrier(x)
 
 
 def computed_once(x: _Array) -> _Array:
@@ -25,7 +28,7 @@ def computed_once(x: _Array) -> _Array:
 
     `lax.optimization_barrier` does not do that: the compiler drops it before it merges loops. A
     call that is not to be inlined stays, and an identity costs nothing. It is a hint: numbers,
-    gradients, batching and shardings are those of `x`.
+    derivatives, batching and shardings are those of `x`. The cotangent is written down once, too.
 
     Args:
         x: of any shape.
@@ -39,5 +42,5 @@ def computed_once(x: _Array) -> _Array:
         >>> 'inlineable="false"' in jax.jit(double).lower(1.0).compile().as_text()
         True
     """
-    once: _Array = set_xla_metadata(_identity(x), inlineable="false")
-    return once
+    with set_xla_metadata(inlineable="false"):
+        return _identity(x)

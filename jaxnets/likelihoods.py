@@ -13,8 +13,10 @@ from typing import ClassVar, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxnets.core import at_least_float32
+from jaxnets.fusion import computed_once
 from jaxnets.image_range import ImageRange
 from jaxnets.logistic_loss import binary_cross_entropy
 
@@ -189,4 +191,6 @@ def _mean_and_log_scale(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _per_image(errors: jax.Array) -> jax.Array:
+    # On CPU JAX 0.12 adds one after the other if exponentials and logarithms are merged into it.
+    errors = lax.platform_dependent(errors, cpu=computed_once, default=lambda errors: errors)
     return jnp.sum(errors, axis=tuple(range(1, errors.ndim)))

@@ -20,7 +20,7 @@ ENGINE = {
 ALLOWED = {
     "padding": {"core"},
     "spatial": set(),
-    "linear": set(),
+    "linear": {"fusion"},
     "host_memory": set(),
     "channels": set(),
     "cores": set(),
@@ -102,7 +102,7 @@ ALLOWED = {
     },
     "image_range": set(),
     "logistic_loss": {"core"},
-    "likelihoods": {"core", "image_range", "logistic_loss"},
+    "likelihoods": {"core", "fusion", "image_range", "logistic_loss"},
     "normal_codes": {"core"},
     "upsampling": {"channels", "core", "functional", "layers"},
     "image_coders": {"core", "functional", "layers", "upsampling"},
