@@ -189,11 +189,11 @@ def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Exe
         bounds = _bounds(len(jax.tree.leaves(states)[0]), usable_cores())
         groups = _split(states, bounds)
         batches = [batch] * len(groups) if shared_batch else _split(batch, bounds)
+        advances = list(map(program, groups, batches))
         if donate:
             jax.block_until_ready(groups)
             for leaf in jax.tree.leaves(states):
                 leaf.delete()
-        advances = list(map(program, groups, batches))
         done = workers.map(
             lambda advance, *group: jax.block_until_ready(advance(*group)),
             *(advances, groups, batches),

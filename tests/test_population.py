@@ -165,3 +165,12 @@ def test_batches_of_another_size_get_a_program_of_their_own(states, batch):
     for size in (6, 4, 6):
         part = jax.tree.map(lambda x, size=size: x[:size], batch)
         assert_close(executor(states, part), step(states, part))
+
+
+def test_a_step_that_cannot_be_compiled_leaves_the_states_alone(states, batch):
+    def failing(state, batch):
+        raise RuntimeError("a step that fails")
+
+    with pytest.raises(RuntimeError, match="a step that fails"):
+        PopulationExecutor(failing, loop="threads", donate=True)(states, batch)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states))
