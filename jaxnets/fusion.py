@@ -7,23 +7,19 @@ result down: a step of a small convolutional network takes 0.5 to 0.8 of the tim
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-_Array = TypeVar("_Array", bound=jax.Array)
-
 
 @jax.jit
-def _identity(x: _Array) -> _Array:
+def _identity(x: jax.Array) -> jax.Array:
     # The barrier, which is an operation for JAX, keeps the call when it is differentiated: JAX
     # drops a function that returns its argument.
     return lax.optimization_barrier(x)
 
 
-def computed_once(x: _Array) -> _Array:
+def computed_once(x: jax.Array) -> jax.Array:
     """Write an array down once, for all loops that read it, instead of computing it in each.
 
     `lax.optimization_barrier` does not do that: the compiler drops it before it merges loops. A

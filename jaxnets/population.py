@@ -172,8 +172,8 @@ def _member_by_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Exec
 
 def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
     population = population_step(step, shared_batch=shared_batch, loop="map")
-    together = jax.jit(lambda states, batch: population(states, batch), donate_argnums=(0,))
-    workers = ThreadPoolExecutor(usable_cores(), thread_name_prefix="population")
+    together, cores = jax.jit(population, donate_argnums=(0,)), usable_cores()
+    workers = ThreadPoolExecutor(cores, thread_name_prefix="population")
     programs: dict[Any, Executor] = {}
 
     def program(states: TrainState, batch: Batch) -> Executor:
@@ -186,7 +186,7 @@ def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Exe
 
     def run(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = jax.device_put(dict(batch))
-        bounds = _bounds(len(jax.tree.leaves(states)[0]), usable_cores())
+        bounds = _bounds(len(jax.tree.leaves(states)[0]), cores)
         groups = _split(states, bounds)
         batches = [batch] * len(groups) if shared_batch else _split(batch, bounds)
         advances = list(map(program, groups, batches))

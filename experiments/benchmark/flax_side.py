@@ -109,11 +109,8 @@ def scan(workload: Workload) -> Prepared:
 
 
 def _bundled(workload: Workload) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
-    bundled, inputs, labels = workload.steps_per_dispatch, workload.inputs(), workload.labels()
     step = jax.jit(lambda state, batches: jax.lax.scan(_step, state, batches), donate_argnums=0)
-    several = np.resize(labels, (bundled, *labels.shape[1:]))
-    inputs = np.broadcast_to(inputs, (bundled, *inputs.shape))
-    return step, jax.device_put({"inputs": inputs, "labels": several})
+    return step, jax.device_put(workload.bundle())
 
 
 def train_one_after_the_other(workload: Workload, *, together: bool) -> Prepared:

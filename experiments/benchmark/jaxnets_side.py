@@ -158,12 +158,10 @@ def train_population(workload: Workload) -> Prepared:
 
 def _bundled(workload: Workload, step: jn.StepFn) -> tuple[jn.StepFn, list[Any]]:
     """Return the step of a dispatch and what it is called with in turn."""
-    bundled, inputs, labels = workload.steps_per_dispatch, workload.inputs(), workload.labels()
-    if bundled == 1:
-        return step, [jax.device_put({"inputs": inputs, "labels": each}) for each in labels]
-    several = np.resize(labels, (bundled, *labels.shape[1:]))
-    inputs = np.broadcast_to(inputs, (bundled, *inputs.shape))
-    return jn.scan_steps(step), [jax.device_put({"inputs": inputs, "labels": several})]
+    if workload.steps_per_dispatch > 1:
+        return jn.scan_steps(step), [jax.device_put(workload.bundle())]
+    inputs, labels = workload.inputs(), workload.labels()
+    return step, [jax.device_put({"inputs": inputs, "labels": each}) for each in labels]
 
 
 def train_generative(workload: Workload) -> Prepared:

@@ -114,6 +114,14 @@ class Workload:
         shape = (NUM_BATCHES, self.batch_size, *self.network.label_shape)
         return rng.integers(0, self.network.num_outputs, shape, np.int32)
 
+    def bundle(self) -> dict[str, np.ndarray]:
+        """Return the batches of a dispatch, "inputs" and "labels" [steps, batch, ...]."""
+        steps, inputs, labels = self.steps_per_dispatch, self.inputs(), self.labels()
+        return {
+            "inputs": np.broadcast_to(inputs, (steps, *inputs.shape)),
+            "labels": np.resize(labels, (steps, *labels.shape[1:])),
+        }
+
     def prompts(self) -> np.ndarray:
         """Return the prompts that are continued, int32 [batch, prompt]."""
         rng = np.random.default_rng(2)
