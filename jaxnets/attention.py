@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from jaxnets import fused_attention
 
 
 def attention(
@@ -23,13 +26,15 @@ def attention(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    causal: bool = False,
 ) -> jax.Array:
     """Average the values, each weighted by how well its key fits the query.
 
     softmax(scale query key^T + bias) value, head by head. With fewer key-value heads than heads,
     consecutive heads share one (grouped-query attention), without copies of it. For its gradient
-    nothing of the size of the weights is kept but the weights. Reverse-mode differentiable any
-    number of times; forward mode is not supported.
+    nothing of the size of the weights is kept but the weights, and not even they on NVIDIA's GPUs,
+    where cuDNN's kernel computes with numbers of 16 bits and no bias. Reverse-mode differentiable
+    any number of times; forward mode is not supported.
 
     Args:
         query: [batch, queries, heads, size].
@@ -39,6 +44,8 @@ def attention(
             sees no key gives 0.
         bias: floating, broadcasts to [batch, heads, queries, keys].
         scale: factor of the products, by default 1 / sqrt(size).
+        causal: each query sees the keys up to its own place only; the same as `causal_mask` of
+            the time, which a kernel then need not read, nor compute what it hides.
 
     Returns:
         [batch, queries, heads, value_size], of the dtype of `value`; the softmax is float32 or
@@ -49,7 +56,7 @@ def attention(
 
     Example:
         >>> x = jnp.ones((2, 5, 4, 8))
-        >>> attention(x, x[:, :, :2], x[:, :, :2], mask=causal_mask(5)).shape
+        >>> attention(x, x[:, :, :2], x[:, :, :2], causal=True).shape
         (2, 5, 4, 8)
 
     References:
@@ -57,10 +64,9 @@ def attention(
         (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _shared_attention(query, key, value, mask, bias, scale)
+    return _shared_attention(query, key, value, mask, bias, scale, causal)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
     query: jax.Array,
     key: jax.Array,
@@ -68,8 +74,36 @@ def _attention(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
+    causal: bool,
 ) -> jax.Array:
-    return _attention_forward(query, key, value, mask, bias, scale)[0]
+    def by_weights(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        return _weighted_attention(query, key, value, mask, bias, scale, causal)
+
+    if bias is not None or not fused_attention.fits(query, key, value):
+        return by_weights(query, key, value, mask)
+    fused = functools.partial(
+        fused_attention.fused_attention, scale=scale, causal=causal, formula=by_weights
+    )
+    return lax.platform_dependent(query, key, value, mask, cuda=fused, default=by_weights)
+
+
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_attention = jax.jit(_attention, static_argnums=(5, 6))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _weighted_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+    causal: bool,
+) -> jax.Array:
+    return _attention_forward(query, key, value, mask, bias, scale, causal)[0]
 
 
 def _attention_forward(
@@ -79,14 +113,15 @@ def _attention_forward(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
+    causal: bool,
 ) -> tuple[jax.Array, Any]:
-    weights = attention_weights(query, key, mask=mask, bias=bias, scale=scale)
+    weights = attention_weights(query, key, mask=mask, bias=bias, scale=scale, causal=causal)
     output = weighted_values(weights, value)
     return output, (query, key, value, bias, weights, output)
 
 
 def _attention_backward(
-    scale: float, residuals: Any, cotangent: jax.Array
+    scale: float, causal: bool, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
     query, key, value, bias, weights, output = residuals
     batch, queries, heads, size = query.shape
@@ -112,9 +147,7 @@ def _attention_backward(
     )
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
-# As a compiled function it is traced once, with its gradient, for all layers of a shape.
-_shared_attention = jax.jit(_attention, static_argnums=5)
+_weighted_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _grouped_rows(x: jax.Array, groups: int) -> jax.Array:
@@ -139,12 +172,16 @@ def attention_weights(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    causal: bool = False,
 ) -> jax.Array:
     """Return how much each query takes from each key; the arguments are those of `attention`.
 
     Returns:
         [batch, heads, queries, keys], float32 or wider; each row sums to 1, or is 0 where the
         query sees no key.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
     batch, queries, heads, size = query.shape
     keys, groups = key.shape[1], key.shape[2]
@@ -153,6 +190,13 @@ def attention_weights(
             f"queries of shape {query.shape} do not fit keys of shape {key.shape}; both are "
             "[batch, time, heads, size], where the number of key heads divides that of queries"
         )
+    if causal:
+        if keys != queries:
+            raise ValueError(
+                f"causal attention has as many queries as keys, not {queries} and {keys}; give "
+                "mask=causal_mask(positions of the queries, positions of the keys) instead"
+            )
+        mask = causal_mask(queries) if mask is None else mask & causal_mask(queries)
     query = query * (1 / math.sqrt(size) if scale is None else scale)
     # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
     # that share a key follow each other as further rows.

@@ -1,4 +1,7 @@
-"""Four fake CPU devices, strict rank promotion, and programs that compile fast."""
+"""Four fake CPU devices, strict rank promotion, and programs that compile fast.
+
+With `JAX_PLATFORMS=cuda,cpu` the tests run on a GPU; what needs several devices then skips.
+"""
 
 import os
 
@@ -7,14 +10,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # Most of the tests' time is XLA compiling tiny programs; see `optimized_processes`.
-COMPILE_FAST = " --xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # later ones have no other emitters, and refuse the flag
+COMPILE_FAST = " --xla_backend_optimization_level=0" if ON_CPU else ""
+if ON_CPU and jax.__version_info__ < (0, 11):  # later ones have no other, and refuse the flag
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + COMPILE_FAST
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if not ON_CPU:  # the tests compare digits that TF32 does not have
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("four_devices") and jax.device_count() < 4:
+        pytest.skip(f"needs 4 devices, and there are {jax.device_count()} here")
 
 
 @pytest.fixture

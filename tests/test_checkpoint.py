@@ -77,6 +77,7 @@ def test_a_state_moves_to_another_number_of_devices_and_back(tmp_path):
     assert spread.params["linear"]["kernel"].sharding.mesh == wide
 
 
+@pytest.mark.four_devices
 def test_a_restored_state_is_free_to_go_to_a_mesh_where_its_template_was(tmp_path):
     save(tmp_path, make_state())
     restored, _ = restore(tmp_path, make_state())

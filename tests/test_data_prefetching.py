@@ -45,6 +45,7 @@ def test_the_size_of_a_chunk_is_passed_on():
     assert prefetch(source).steps_per_batch == 1
 
 
+@pytest.mark.four_devices
 def test_batches_can_be_put_on_several_devices():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("data"))

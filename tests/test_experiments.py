@@ -148,7 +148,11 @@ def test_an_unfinished_run_wants_resume_and_then_ends_bitwise_the_same(
         ({"seeds": 0}, "--seeds is 0"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan"),
         ({"average_decay": 1.0}, "decay is 1.0"),
-        ({"executor": "pmap", "batch_size": 30}, "batch size 30 is not divisible by 4 devices"),
+        pytest.param(
+            {"executor": "pmap", "batch_size": 30},
+            "batch size 30 is not divisible by 4 devices",
+            marks=pytest.mark.four_devices,
+        ),
     ],
 )
 def test_impossible_options_are_named(changes, message, tmp_path):

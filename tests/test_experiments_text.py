@@ -157,7 +157,11 @@ def test_about_a_twentieth_of_the_sums_is_held_out(digits):
         ({"digits": 10}, "--digits is 10; give 1 to 9"),
         ({"width": 0}, "--width is 0; give a number above 0"),
         ({"model": "transformer", "width": 10}, "10 features do not split into 4 heads"),
-        ({"executor": "pmap", "batch_size": 6}, "batch size 6 is not divisible by 4 devices"),
+        pytest.param(
+            {"executor": "pmap", "batch_size": 6},
+            "batch size 6 is not divisible by 4 devices",
+            marks=pytest.mark.four_devices,
+        ),
     ],
 )
 def test_impossible_options_of_addition_are_named(changes, message, tmp_path):

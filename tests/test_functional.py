@@ -211,7 +211,7 @@ def operands():
         lambda f: jax.jit(jax.vmap(f)),
         lambda f: lambda *sets: lax.map(lambda one: f(*one), sets),
         lambda f: lambda *sets: lax.scan(lambda carry, one: (carry, f(*one)), 0, sets)[1],
-        lambda f: lambda *sets: jax.pmap(f)(*sets),
+        pytest.param(lambda f: lambda *sets: jax.pmap(f)(*sets), marks=pytest.mark.four_devices),
         lambda f: (
             lambda *sets: jax.tree.map(
                 lambda *leaves: jnp.stack(leaves),

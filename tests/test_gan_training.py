@@ -147,7 +147,7 @@ def check_executors(updates, state, batch, others, *, tolerance):
     report = check_equivalence(step, state, batch, num_steps=2, reference="jit")
     expected = {"scan", "pmap", "replicated", "fsdp", "microbatched"}
     assert set(report.differences) == expected, report.skipped
-    assert report.num_devices == 4
+    assert report.num_devices == jax.device_count()
     for name in expected - others:
         assert max(report.differences[name].values()) < tolerance, report.table()
     for name in others:  # What is left out differs, or it should not be left out.

@@ -15,9 +15,11 @@ pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="keep_memory is for glibc, which is not here"
 )
 
-#: Counts the page faults of five calls that need 128 MiB for a while.
+#: Counts the page faults of each of nine calls that need 128 MiB for a while. Nearly all tell, and
+#: not their sum: now and then a small block that another thread takes stands where the large one
+#: stood, and the memory grows once more.
 COUNT = """
-import json, resource, sys
+import json, resource, statistics, sys
 import jax, jax.numpy as jnp
 import jaxnets as jn
 
@@ -30,15 +32,18 @@ def f(x):
     y = jnp.sin(x[:, None] * x)
     return (y @ y[:, 0]) @ (y.T @ y[0])
 
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
 x = jnp.linspace(1, 2, 1 << 12)
-for call in range(20):
-    if call == 15:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
+for call in range(24):
+    before = faults()
     value = float(f(x))
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    counts.append(faults() - before)
 if sys.argv[1] == "kept":
     assert jn.keep_memory()  # again, which changes nothing
-print(json.dumps({"faults": faults, "value": value}))
+print(json.dumps({"faults": statistics.median(counts[15:]), "value": value}))
 """
 
 #: Frees 256 MiB, and says that a compilation is over which took so many seconds.
@@ -71,7 +76,7 @@ def run(program, argument):
 def test_kept_memory_is_not_fetched_again_and_numbers_stay():
     plain, kept = run(COUNT, "plain"), run(COUNT, "kept")
     assert kept["value"] == plain["value"]
-    # 5 calls x 128 MiB are 160,000 faults with pages of 4 KiB, 320 with those of 2 MiB.
+    # 128 MiB are 32,000 faults with pages of 4 KiB, 64 with those of 2 MiB.
     assert kept["faults"] < plain["faults"] / 10, (kept, plain)
 
 

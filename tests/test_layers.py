@@ -119,6 +119,7 @@ def test_initialising_in_training_mode_leaves_the_running_averages_at_their_star
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
 
 
+@pytest.mark.four_devices
 def test_batch_norm_over_four_devices_equals_the_whole_batch_in_value_state_and_gradient():
     with jax.enable_x64(True):
         x = normal((16, 3, 2), dtype=np.float64) + np.arange(16.0).reshape(16, 1, 1)

@@ -200,7 +200,7 @@ def check_executors(update, state, batch, *, tolerance):
     report = check_equivalence(step, state, batch, num_steps=3, reference="jit")
     expected = {"scan", "pmap", "replicated", "fsdp", "microbatched"}
     assert set(report.differences) == expected, report.skipped
-    assert report.num_devices == 4
+    assert report.num_devices == jax.device_count()
     assert report.largest < tolerance, report.table()
 
 

@@ -54,7 +54,10 @@ def test_first_and_second_derivatives_are_those_of_the_plain_product():
         np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-4 * float(jnp.max(abs(plain))))
 
 
-@pytest.mark.parametrize("transform", [jax.vmap, jax.pmap, lambda f: jax.jit(jax.vmap(f))])
+FOUR = pytest.param(jax.pmap, marks=pytest.mark.four_devices)
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, FOUR, lambda f: jax.jit(jax.vmap(f))])
 def test_it_may_be_transformed(transform):
     x, kernel = normal((4, 6, 8), 0), normal((4, 8, 5), 1)
     with jax.default_matmul_precision(THREE):

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -27,13 +27,15 @@ class Config:
     """What is measured, against whom, how long."""
 
     workloads: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of workloads; all of them by default."""
+    """Names of workloads; by default all of the platform."""
     against: tuple[str, ...] = tuple(name for name in COMPETITORS if name != REFERENCE)
     """Competitors beside jaxnets."""
     rounds: int = 5
     """Turns of each competitor."""
     seconds: float = 3.0
     """Length of a turn; a turn has at least one call."""
+    platform: Literal["cpu", "gpu"] = "cpu"
+    """Where all is computed; by default, a GPU has workloads of its own."""
     threads: int | None = None
     """Cores that each competitor may use; by default all."""
     tiny: bool = False
@@ -80,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     # Workloads that are measured are the checkpoints of this run.
     folder.checkpoints.mkdir(exist_ok=True)
     results: dict[str, Any] = {}
-    for name in config.workloads or WORKLOADS:
+    for name in config.workloads or _names(config.platform):
         done = folder.checkpoints / f"{name}.json"
         if not done.exists():
             folder.write(f"checkpoints/{name}.json", _measure(name, config, folder))
@@ -103,6 +105,7 @@ def _measure(name: str, config: Config, folder: RunFolder) -> dict[str, Any]:
             variant=competitor.variant,
             name=name,
             threads=_threads(config),
+            platform=config.platform,
             tiny=config.tiny,
             images=images_file,
             labels=labels_file,
@@ -120,6 +123,10 @@ def _measure(name: str, config: Config, folder: RunFolder) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     ratios = report.compare(measured)
     return {**measured, "ratios": ratios, "date": date}
+
+
+def _names(platform: str) -> list[str]:
+    return [name for name, workload in WORKLOADS.items() if workload.platform == platform]
 
 
 def _files(config: Config) -> tuple[str, str]:

@@ -63,6 +63,11 @@ class Worker:
         threads = str(settings.threads)
         # Torch and NumPy take their number of threads from here, XLA from the cores it may use.
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
+        chosen = {
+            "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda,cpu"}[settings.platform],
+            # The competitors wait for their turns side by side on one device.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [
@@ -72,7 +77,12 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **dict.fromkeys(pools, threads), **(variables or {})},
+                env={
+                    **os.environ,
+                    **dict.fromkeys(pools, threads),
+                    **chosen,
+                    **(variables or {}),
+                },
                 text=True,
             )
 

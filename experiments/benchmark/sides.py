@@ -28,6 +28,7 @@ class Settings:
         name: of the workload.
         tiny: shrink the workload.
         threads: cores to compute on.
+        platform: "cpu" or "gpu", where all is computed.
         images: file of Fashion-MNIST's training images, for an epoch.
         labels: file of their labels.
     """
@@ -36,6 +37,7 @@ class Settings:
     variant: str
     name: str
     threads: int
+    platform: str = "cpu"
     tiny: bool = False
     images: str = ""
     labels: str = ""

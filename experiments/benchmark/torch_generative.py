@@ -93,7 +93,7 @@ class Autoencoding:
 
     def step(self, images: torch.Tensor) -> torch.Tensor:
         """Train on images in [0, 1], [batch, ...], and return the loss."""
-        return self.update(images, torch.randn(len(images), self.latent))
+        return self.update(images, torch.randn(len(images), self.latent, device=images.device))
 
     def update(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Train with the noise of the codes, [batch, latent], and return the loss."""
@@ -129,7 +129,7 @@ class Competing:
 
     def step(self, images: torch.Tensor) -> torch.Tensor:
         """Train both on images in [-1, 1], [batch, ...], and return the sum of their losses."""
-        first, second = torch.randn(2, len(images), self.latent)
+        first, second = torch.randn(2, len(images), self.latent, device=images.device)
         return self.update_discriminator(images, first) + self.update_generator(second)
 
     def update_discriminator(self, images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from experiments.benchmark.architectures import (
 )
 from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
 from experiments.benchmark.torch_networks import build
-from experiments.benchmark.torch_variants import adam, callable_of, num_parameters
+from experiments.benchmark.torch_variants import adam, begin, callable_of, num_parameters
 from experiments.benchmark.workloads import (
     LEARNING_RATE,
     PIXEL_DEVIATION,
@@ -33,8 +33,7 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def prepare(settings: Settings) -> Prepared:
     """Build a workload; the variants are "", "fused" and "compile"."""
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(0)
+    device = begin(settings)
     make = {
         "train": train,
         "infer": infer,
@@ -43,24 +42,25 @@ def prepare(settings: Settings) -> Prepared:
         "autoencode": train_generative,
         "adversarial": train_generative,
     }[settings.workload.task]
-    return make(settings)
+    return make(settings, device)
 
 
-def _precision(workload: Workload) -> Any:
+def _precision(workload: Workload, device: torch.device) -> Any:
     if workload.precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=getattr(torch, workload.precision))
+    return torch.autocast(device.type, dtype=getattr(torch, workload.precision))
 
 
-def _make_step(settings: Settings) -> tuple[torch.nn.Module, Step]:
+def _make_step(settings: Settings, device: torch.device) -> tuple[torch.nn.Module, Step]:
     workload = settings.workload
-    model = build(workload.network)
+    with device:
+        model = build(workload.network)
     called = callable_of(model, settings.variant)
     optimizer = adam(model, settings.variant, LEARNING_RATE)
 
     def step(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with _precision(workload):
+        with _precision(workload, device):
             logits = called(inputs)
             loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         loss.backward()
@@ -70,8 +70,8 @@ def _make_step(settings: Settings) -> tuple[torch.nn.Module, Step]:
     return model, step
 
 
-def _inputs(workload: Workload) -> torch.Tensor:
-    inputs = torch.from_numpy(workload.inputs())
+def _inputs(workload: Workload, device: torch.device) -> torch.Tensor:
+    inputs = torch.from_numpy(workload.inputs()).to(device)
     if workload.network.reads_tokens:
         return inputs.long()
     return _channels_first(inputs, workload) if inputs.ndim == 4 else inputs
@@ -84,12 +84,12 @@ def _channels_first(images: torch.Tensor, workload: Workload) -> torch.Tensor:
     return images.contiguous()
 
 
-def train(settings: Settings) -> Prepared:
+def train(settings: Settings, device: torch.device) -> Prepared:
     """Steps one after the other."""
     workload = settings.workload
-    model, step = _make_step(settings)
-    inputs = _inputs(workload)
-    endless = itertools.cycle(torch.from_numpy(workload.labels()).long())
+    model, step = _make_step(settings, device)
+    inputs = _inputs(workload, device)
+    endless = itertools.cycle(torch.from_numpy(workload.labels()).long().to(device))
 
     def run(num_steps: int) -> float:
         for _ in range(num_steps):
@@ -99,11 +99,12 @@ def train(settings: Settings) -> Prepared:
     return ready(workload, run, num_parameters(model))
 
 
-def train_generative(settings: Settings) -> Prepared:
+def train_generative(settings: Settings, device: torch.device) -> Prepared:
     """Steps one after the other, of one network or of two."""
     workload = settings.workload
-    trained = torch_generative.create(workload.network, settings.variant)
-    images = _inputs(workload)
+    with device:
+        trained = torch_generative.create(workload.network, settings.variant)
+    images = _inputs(workload, device)
 
     def run(num_steps: int) -> float:
         for _ in range(num_steps):
@@ -113,12 +114,12 @@ def train_generative(settings: Settings) -> Prepared:
     return ready(workload, run, num_parameters(*trained.models))
 
 
-def train_one_after_the_other(settings: Settings) -> Prepared:
+def train_one_after_the_other(settings: Settings, device: torch.device) -> Prepared:
     """A step of each network."""
     workload = settings.workload
-    members = [_make_step(settings) for _ in range(workload.members)]
-    inputs = _inputs(workload)
-    endless = itertools.cycle(torch.from_numpy(workload.labels()).long())
+    members = [_make_step(settings, device) for _ in range(workload.members)]
+    inputs = _inputs(workload, device)
+    endless = itertools.cycle(torch.from_numpy(workload.labels()).long().to(device))
 
     def run(num_steps: int) -> float:
         for _ in range(num_steps):
@@ -129,27 +130,30 @@ def train_one_after_the_other(settings: Settings) -> Prepared:
     return ready(workload, run, num_parameters(members[0][0]))
 
 
-def infer(settings: Settings) -> Prepared:
+def infer(settings: Settings, device: torch.device) -> Prepared:
     """Logits of a batch."""
     workload = settings.workload
-    model = build(workload.network)
+    with device:
+        model = build(workload.network)
     called = callable_of(model, settings.variant)
     model.eval()
-    inputs = _inputs(workload)
+    inputs = _inputs(workload, device)
 
     @torch.inference_mode()
     def run(num_steps: int) -> None:
-        with _precision(workload):
+        with _precision(workload, device):
             for _ in range(num_steps):
                 called(inputs)
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
 
     return ready(workload, run, num_parameters(model))
 
 
-def train_epoch(settings: Settings) -> Prepared:
+def train_epoch(settings: Settings, device: torch.device) -> Prepared:
     """From the files to trained parameters, with the loader that fetches whole batches."""
     workload = settings.workload
-    model, step = _make_step(settings)
+    model, step = _make_step(settings, device)
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run(num_steps: int) -> float:
@@ -160,7 +164,10 @@ def train_epoch(settings: Settings) -> Prepared:
         dataset = TensorDataset(images, labels)
         sampler = BatchSampler(RandomSampler(dataset), workload.batch_size, drop_last=True)
         loader = DataLoader(dataset, sampler=sampler, batch_size=None)
-        losses = [step(*batch).detach() for batch in itertools.islice(loader, num_steps)]
+        losses = [
+            step(*(each.to(device) for each in batch)).detach()
+            for batch in itertools.islice(loader, num_steps)
+        ]
         return torch.stack(losses[-50:]).mean().item()
 
     return ready(workload, run, num_parameters(model))

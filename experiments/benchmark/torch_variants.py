@@ -6,6 +6,17 @@ from typing import Any
 
 import torch
 
+from experiments.benchmark.sides import Settings
+
+
+def begin(settings: Settings) -> torch.device:
+    """Make torch ready for a workload, and return the device of its networks and its data."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    # TF32 on a GPU, as JAX multiplies float32 there, and torch too in convolutions.
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if settings.platform == "gpu" else "cpu")
+
 
 def callable_of(model: torch.nn.Module, variant: str) -> Any:
     """Return what to call a network by: its compiled form in the variant "compile"."""

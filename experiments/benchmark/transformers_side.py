@@ -9,29 +9,29 @@ from experiments.benchmark.architectures import (
     LanguageTransformer,
 )
 from experiments.benchmark.sides import Prepared, Settings, ready
+from experiments.benchmark.torch_variants import begin
 
 LIBRARIES = ("transformers", "torch")
 
 
 def prepare(settings: Settings) -> Prepared:
     """Continue prompts greedily, reading them included."""
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(0)
+    device = begin(settings)
     workload, network = settings.workload, settings.workload.network
     assert isinstance(network, LanguageTransformer)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=network.num_outputs,
-            n_positions=network.context,
-            n_embd=network.width,
-            n_layer=network.num_layers,
-            n_head=network.num_heads,
-            bos_token_id=0,
-            eos_token_id=None,  # nothing ends a text: every call makes all of the tokens
-        )
+    config = GPT2Config(
+        vocab_size=network.num_outputs,
+        n_positions=network.context,
+        n_embd=network.width,
+        n_layer=network.num_layers,
+        n_head=network.num_heads,
+        bos_token_id=0,
+        eos_token_id=None,  # nothing ends a text: every call makes all of the tokens
     )
+    with device:
+        model = GPT2LMHeadModel(config)
     model.eval()
-    prompts = torch.from_numpy(workload.prompts()).long()
+    prompts = torch.from_numpy(workload.prompts()).long().to(device)
     (length,) = workload.new_tokens
 
     def run(num_calls: int) -> None:

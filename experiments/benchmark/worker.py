@@ -69,10 +69,18 @@ class Timer:
     def finish(self) -> dict[str, Any]:
         """Tell what is known at the end."""
         return {
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": self._peak_bytes(),
             "details": dict(self.prepared.details()),
             "versions": {name: _version(name) for name in self.libraries},
         }
+
+    def _peak_bytes(self) -> int:
+        """Return the most memory that the networks had where they are computed."""
+        if self.settings.platform == "cpu":
+            return peak_bytes()
+        if torch := sys.modules.get("torch"):
+            return torch.cuda.max_memory_allocated()
+        return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def _time(self, steps: int) -> float:
         began = time.perf_counter()

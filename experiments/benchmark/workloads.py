@@ -65,6 +65,8 @@ class Workload:
         members: networks of a population.
         prompt: tokens of a prompt.
         new_tokens: how many tokens are generated; one number but for "positions".
+        platform: where it is computed unless it is asked for elsewhere; what a GPU computes is
+            large enough to fill one.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Workload:
     members: int = 1
     prompt: int = 0
     new_tokens: tuple[int, ...] = ()
+    platform: Literal["cpu", "gpu"] = "cpu"
 
     @property
     def unit(self) -> str:
@@ -137,6 +140,9 @@ _GPT2 = LanguageTransformer(
     num_outputs=50_257, num_layers=12, num_heads=12, width=768, context=1024, tied=True
 )
 _LSTM = RecurrentLanguage(num_outputs=65, embedding=256, hidden=512, num_layers=2, time=64)
+_WIDE_LSTM = RecurrentLanguage(num_outputs=65, embedding=512, hidden=1024, num_layers=2, time=128)
+_VIT = Vision(num_layers=12, num_heads=6, width=384, image=(128, 128, 3), patch=8)
+_ON_GPU: dict[str, Any] = {"platform": "gpu", "steps_per_call": 10}
 
 #: Name -> workload, in the order of the report.
 WORKLOADS: dict[str, Workload] = {
@@ -235,6 +241,26 @@ WORKLOADS: dict[str, Workload] = {
         # 468 full batches are one pass over the 60,000 images.
         Workload(
             name="epoch", network=_CNN, batch_size=128, task="epoch", steps_per_call=60_000 // 128
+        ),
+        Workload(
+            name="mlp-4096",
+            network=Perceptron(num_inputs=784, features=(4096, 4096)),
+            batch_size=4096,
+            **_ON_GPU,
+        ),
+        Workload(name="cnn-4096", network=_CNN, batch_size=4096, **_ON_GPU),
+        Workload(name="gpt2-bf16", network=_GPT2, batch_size=16, precision="bfloat16", **_ON_GPU),
+        Workload(name="lstm-1024", network=_WIDE_LSTM, batch_size=128, **_ON_GPU),
+        Workload(name="resnet18-1024", network=Residual(), batch_size=1024, **_ON_GPU),
+        Workload(
+            name="resnet18-1024-bf16",
+            network=Residual(),
+            batch_size=1024,
+            precision="bfloat16",
+            **_ON_GPU,
+        ),
+        Workload(
+            name="vit-256-bf16", network=_VIT, batch_size=256, precision="bfloat16", **_ON_GPU
         ),
     )
 }

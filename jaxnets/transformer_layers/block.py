@@ -75,6 +75,7 @@ class Attention(nn.Module):
         seen: LayerCache,
         *,
         positions: jax.Array | None = None,
+        causal: bool = False,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         train: bool = False,
@@ -85,6 +86,7 @@ class Attention(nn.Module):
             x: what asks.
             seen: what is asked, as made by `keys_values`.
             positions: of `x`, integer [batch or 1, time]; None leaves rotary positions out.
+            causal: as in `attention.attention`.
             mask: as in `attention.attention`.
             bias: as in `attention.attention`.
             train: training mode.
@@ -96,11 +98,11 @@ class Attention(nn.Module):
         key, value = seen["key"], seen["value"]
         dropping = train and self.config.attention_dropout_rate > 0
         if dropping or self.is_mutable_collection("intermediates"):
-            weights = attention_weights(query, key, mask=mask, bias=bias)
+            weights = attention_weights(query, key, mask=mask, bias=bias, causal=causal)
             record(self, "weights", weights)
             y = weighted_values(self.dropout(weights, train=train), value)
         else:
-            y = attention(query, key, value, mask=mask, bias=bias)
+            y = attention(query, key, value, mask=mask, bias=bias, causal=causal)
         return self.output(y.reshape(*x.shape[:2], -1))
 
     def _turn(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
@@ -143,6 +145,7 @@ class Scene(NamedTuple):
 
     Attributes:
         positions: integer [batch or 1, time].
+        causal: whether each step sees those up to itself only.
         mask: of the self-attention.
         bias: of the self-attention.
         slots: integer [batch, time], where in the cache the steps go; beyond it, nowhere.
@@ -151,6 +154,7 @@ class Scene(NamedTuple):
     """
 
     positions: jax.Array
+    causal: bool = False
     mask: jax.Array | None = None
     bias: jax.Array | None = None
     slots: jax.Array | None = None
@@ -212,7 +216,12 @@ class Block(nn.Module):
                     kept[name] = cache[name].at[rows, scene.slots].set(new, mode="drop")
                 seen = kept
             return self.attention(
-                x, seen, positions=scene.positions, mask=scene.mask, bias=scene.bias, train=train
+                *(x, seen),
+                positions=scene.positions,
+                causal=scene.causal,
+                mask=scene.mask,
+                bias=scene.bias,
+                train=train,
             )
 
         def attend_context(x: jax.Array) -> jax.Array:

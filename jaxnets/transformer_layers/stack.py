@@ -91,11 +91,9 @@ class Stack(nn.Module):
             ValueError: lengths that do not fit.
         """
         positions, window = jnp.arange(x.shape[1])[None], self.config.window
-        mask = None
-        if self.causal:  # no valid step sees padding, for it comes last
-            mask = causal_mask(positions, window=window)
-        elif window is not None:
-            mask = window_mask(positions, window=window)
+        # Window and causality together hide what `causal_mask` does. No valid step of causal
+        # attention sees padding, for it comes last.
+        mask = None if window is None else window_mask(positions, window=window)
         if lengths is not None:
             x, _ = clear_padding(x, lengths)
             if not self.causal:
@@ -106,6 +104,7 @@ class Stack(nn.Module):
             context_mask = padding_mask(context_lengths, context.shape[:2])[:, None, None]
         scene = Scene(
             positions=positions,
+            causal=self.causal,
             mask=mask,
             bias=self._bias(positions, positions),
             context=context,
