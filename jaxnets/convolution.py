@@ -109,10 +109,12 @@ def convolution(
     steps = per_axis(strides, spatial, "strides")
     gaps = per_axis(dilation, spatial, "dilation")
     pairs = padding_pairs(padding, x.shape[1:-1], extent_of(kernel.shape[:-2], gaps), steps)
+    geometry = _Geometry(steps, pairs, gaps, groups)
     if groups == 1 and math.prod(kernel.shape[:-2]) == 1 and not any(map(any, pairs)):
-        every = tuple(slice(None, None, step) for step in steps)
-        return linear(x[(slice(None), *every)], kernel.reshape(channels, features))
-    return _shared_convolution(x, kernel, _Geometry(steps, pairs, gaps, groups))
+        if any(step > 1 for step in steps):
+            return _shared_thinned_convolution(x, kernel, geometry)
+        return linear(x, kernel.reshape(channels, features))
+    return _shared_convolution(x, kernel, geometry)
 
 
 def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
@@ -126,6 +128,21 @@ def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> 
         dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         feature_group_count=geometry.groups,
     )
+
+
+def _thinned_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+    """Convolve with one tap and strides."""
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        every = tuple(slice(None, None, step) for step in geometry.strides)
+        return linear(x[(slice(None), *every)], kernel.reshape(kernel.shape[-2:]))
+
+    # Not on GPUs: XLA's compiler for them (JAX 0.11) aborts where a product reads such a slice.
+    plain = functools.partial(_plain_convolution, geometry=geometry)
+    return lax.platform_dependent(x, kernel, cpu=product, default=plain)
+
+
+_shared_thinned_convolution = jax.jit(_thinned_convolution, static_argnums=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

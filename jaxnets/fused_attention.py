@@ -18,8 +18,10 @@ Formula = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Arra
 
 # From this compute capability on there is the kernel.
 _AMPERE = (8, 0)
-# With fewer queries there is too little to do to be worth it, least of all for one new token.
-_FEW_QUERIES = 64
+# Of fewer weights the reading and writing costs less than starting the kernel: 8 x 6 x 128 x 128
+# take 60 us by XLA, forward and back, and 133 by the kernel; 256 x 6 x 64 x 64 take 250 and 197
+# (H200). Nor does it pay for the single query of a new token.
+_FEW_WEIGHTS, _FEW_QUERIES = 1 << 21, 16
 
 
 def fits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
@@ -31,17 +33,19 @@ def fits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
         value: [batch, keys, key_value_heads, value_size].
 
     Returns:
-        True where every GPU of the process has the kernel, and it takes the shapes and dtypes.
+        True where every GPU of the process has the kernel, it takes the shapes and dtypes, and
+        they are large enough for it.
     """
     dtypes = {query.dtype, key.dtype, value.dtype}
-    size = query.shape[3]
+    batch, queries, heads, size = query.shape
     return (
         len(dtypes) == 1
         and dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
         and value.shape[3] == size
         and size % 8 == 0
         and size <= 128
-        and query.shape[1] >= _FEW_QUERIES
+        and queries >= _FEW_QUERIES
+        and batch * heads * queries * key.shape[1] >= _FEW_WEIGHTS
         and _capability() >= _AMPERE
     )
 

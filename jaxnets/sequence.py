@@ -197,10 +197,19 @@ def _scan(
         after = keep(valid, _advance(cell, rest, carry, now, products), carry)
         return after, after[0].astype(projected.dtype)
 
-    # Not unrolled: on CPU 4 steps at once gain nothing, and 16 are slower.
     inputs = split_gates(cell, projected), valid
-    carry, outputs = lax.scan(advance, carry, inputs, reverse=reverse)
+    carry, outputs = lax.scan(advance, carry, inputs, reverse=reverse, unroll=_steps_at_once())
     return outputs, carry
+
+
+def _steps_at_once() -> int:
+    """Return how many steps one turn of the loop takes.
+
+    On GPUs a turn waits for its kernels to be started: an LSTM of 1024 units, 128 rows and 128
+    steps takes 9.7 ms forward and back, and 7.7 with 8 steps at once (H200; cuDNN's takes 8.0). On
+    CPU 4 steps at once gain nothing, and 16 are slower.
+    """
+    return 8 if jax.default_backend() == "gpu" else 1
 
 
 def _scan_forward(
@@ -249,7 +258,7 @@ def _scan_forward(
             return after, (after[0].astype(projected.dtype), narrow)
 
         carry, (outputs, multiplied) = lax.scan(
-            advance, carry, (gates, valid, taps), reverse=reverse
+            *(advance, carry, (gates, valid, taps)), reverse=reverse, unroll=_steps_at_once()
         )
         return (outputs, carry), multiplied
 

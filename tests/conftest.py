@@ -29,6 +29,13 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture
+def on_cpu():
+    """Compile for the CPU, wherever the tests run."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture
 def enable_x64():
     """Double precision for one test."""
     jax.config.update("jax_enable_x64", True)

@@ -251,14 +251,14 @@ def test_reverse_mode_works_twice(operands):
     )
 
 
-def test_the_kernel_gradient_is_no_convolution_on_cpu():
+def test_the_kernel_gradient_is_no_convolution_on_cpu(on_cpu):
     x, kernel = normal((2, 8, 8, 4), 0), normal((3, 3, 4, 4), 1)
     gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
     text = jax.jit(gradient).lower(kernel).as_text()
     assert text.count("stablehlo.convolution") == 1  # the forward pass
 
 
-def test_large_batches_are_summed_chunk_by_chunk_on_cpu(monkeypatch, forget_traces):
+def test_large_batches_are_summed_chunk_by_chunk_on_cpu(on_cpu, monkeypatch, forget_traces):
     x, kernel = normal((12, 8, 8, 2), 0), normal((3, 3, 2, 4), 1)
     gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
     assert "stablehlo.while" not in jax.jit(gradient).lower(kernel).as_text()
@@ -278,6 +278,17 @@ def test_what_xla_is_slow_at_is_one_product_on_cpu_only(shape, features):
     own, other = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu"))
     assert "stablehlo.convolution" not in own and own.count("stablehlo.dot") == 1
     assert "stablehlo.dot" not in other and other.count("stablehlo.convolution") == 1
+
+
+def test_one_tap_with_strides_is_a_product_on_cpu_only():
+    x, kernel = normal((2, 6, 6, 3), 0), normal((1, 1, 3, 4), 1)
+    thinned = jax.jit(lambda x, kernel: functional.convolution(x, kernel, strides=(2, 3)))
+    texts = (
+        thinned.trace(x, kernel).lower(lowering_platforms=(name,)).as_text()
+        for name in ("cpu", "cuda")
+    )
+    counts = [(text.count("stablehlo.dot"), text.count("stablehlo.convolution")) for text in texts]
+    assert counts == [(1, 0), (0, 1)]
 
 
 @pytest.mark.parametrize(

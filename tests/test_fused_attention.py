@@ -163,21 +163,22 @@ def test_programs_for_other_platforms_go_without_it(monkeypatch, forget_traces):
 
 
 def test_the_kernel_is_for_16_bits_and_sizes_that_it_takes(monkeypatch):
-    def fits(queries=64, size=64, dtype=jnp.bfloat16, value_size=None, key_dtype=None):
-        query, value = (
-            jax.ShapeDtypeStruct((2, queries, 4, each), dtype)
-            for each in (size, value_size or size)
-        )
-        key = jax.ShapeDtypeStruct((2, queries, 4, size), key_dtype or dtype)
+    def fits(queries=1024, size=64, dtype=jnp.bfloat16, value_size=None, key_dtype=None):
+        sizes = (size, value_size or size)
+        query, value = (jax.ShapeDtypeStruct((2, queries, 4, each), dtype) for each in sizes)
+        key = jax.ShapeDtypeStruct((2, 1024, 4, size), key_dtype or dtype)
         return fused_attention.fits(query, key, value)
 
     monkeypatch.setattr(fused_attention, "_capability", lambda: (9, 0))
-    assert fits() and fits(dtype=jnp.float16) and fits(queries=101, size=128)
+    assert fits() and fits(dtype=jnp.float16) and fits(queries=501, size=128)
     assert not fits(dtype=jnp.float32)
     assert not fits(key_dtype=jnp.float32)
     assert not fits(size=60)
     assert not fits(size=136)
     assert not fits(value_size=72)
+    assert not fits(queries=128)
+    monkeypatch.setattr(fused_attention, "_FEW_WEIGHTS", 0)
+    assert fits(queries=128)
     assert not fits(queries=1)
     monkeypatch.setattr(fused_attention, "_capability", lambda: (7, 5))
     assert not fits()
@@ -187,6 +188,12 @@ def test_causal_attention_needs_as_many_queries_as_keys():
     query, key, value, _ = operands(3, 5)
     with pytest.raises(ValueError, match="as many queries as keys, not 3 and 5"):
         attention(query, key, value, causal=True)
+
+
+@pytest.fixture
+def however_small(monkeypatch, forget_traces):
+    monkeypatch.setattr(fused_attention, "_FEW_WEIGHTS", 0)
+    forget_traces()
 
 
 def distance(found, expected):
@@ -202,7 +209,7 @@ def distance(found, expected):
     ("queries", "keys", "causal"),
     [(128, 128, True), (65, 65, False), (65, 65, True), (64, 77, False)],
 )
-def test_cudnns_kernel_agrees_with_float32(queries, keys, causal, mask):
+def test_cudnns_kernel_agrees_with_float32(queries, keys, causal, mask, however_small):
     drawn = operands(queries, keys, groups=2, dtype=jnp.bfloat16, size=64)
     mask = MASKS[mask](queries, keys)
     expected = results(
@@ -221,7 +228,7 @@ def test_cudnns_kernel_agrees_with_float32(queries, keys, causal, mask):
 
 
 @needs_kernel
-def test_cudnns_kernel_runs_once_forward_and_once_back():
+def test_cudnns_kernel_runs_once_forward_and_once_back(however_small):
     *drawn, cotangent = operands(128, 128, dtype=jnp.bfloat16, size=64)
 
     def loss(*arguments):

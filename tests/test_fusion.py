@@ -56,7 +56,7 @@ def test_a_sharding_passes_through():
     assert jax.jit(function)(placed)[1].sharding.is_equivalent_to(sharding, 3)
 
 
-def test_a_pooled_network_looks_for_each_maximum_once():
+def test_a_pooled_network_looks_for_each_maximum_once(on_cpu):
     module = jn.ConvNet(num_outputs=3, features=(4,), hidden_features=())
     batch = {"inputs": jnp.ones((2, 8, 8, 1)), "labels": jnp.zeros(2, int)}
     update = jn.Update(jn.classification(module), optax.sgd(0.1))

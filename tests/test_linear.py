@@ -35,7 +35,7 @@ def test_product_and_gradients_are_the_plain_ones(shape):
 
 
 @pytest.mark.parametrize("shape", TURNED + PLAIN)
-def test_few_features_turn_the_gradient_round(shape):
+def test_few_features_turn_the_gradient_round(shape, on_cpu):
     x, kernel, dy = arrays(*shape)
 
     def gradient(x, kernel, dy):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxnets import sequence
 from jaxnets.recurrent import ElmanCell, GRUCell, LSTMCell, MinimalGatedCell
 from jaxnets.sequence import keep, recurrent_scan
 
@@ -107,6 +108,19 @@ def test_in_bfloat16_the_gradient_is_nearer_to_the_true_one_than_the_plain_one()
         errors.append(float(jnp.linalg.norm(gradient.astype(jnp.float32) - true)))
     assert errors[0] < errors[1]
     assert errors[0] < 0.02 * float(jnp.linalg.norm(true))
+
+
+def test_several_steps_at_once_are_the_same_steps(monkeypatch, enable_x64):
+    losses, arguments = both("gru_after", jnp.float64, True)
+    monkeypatch.setattr(sequence, "_steps_at_once", lambda: 4)  # and two are left over
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*arguments) for f in losses
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)
+    program = str(
+        jax.make_jaxpr(jax.grad(lambda weights: losses[0](weights, *arguments[1:])))(arguments[0])
+    )
+    assert program.count("unroll=4") == 2
 
 
 def test_members_of_a_population_get_the_gradients_of_single_runs():

@@ -179,7 +179,11 @@ def test_several_processes_save_and_restore_one_sharded_state(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "JAX_PLATFORMS": "cpu",  # they have two devices each
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, address, str(index), str(tmp_path)],

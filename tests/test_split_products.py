@@ -82,7 +82,7 @@ def test_other_platforms_get_the_wish_itself(platform):
     assert ("num_primitive_operations = 3" in text) == (platform == "tpu")
 
 
-def test_a_whole_network_asks_for_them():
+def test_a_whole_network_asks_for_them(on_cpu):
     module, x = jn.MLP(features=(8,), num_outputs=3), normal((2, 5), 0)
     variables = module.init(jax.random.key(0), x)
     with jax.default_matmul_precision(THREE):
