@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import functional
-from jaxnets.channels import along_channels, channel_sum
+from jaxnets.channels import along_channels
 from jaxnets.core import Precision, at_least_float32, bound_data_axis
-from jaxnets.normalization import layer_norm, rms_norm
+from jaxnets.normalization import batch_norm, layer_norm, rms_norm
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 Activation: TypeAlias = str | Callable[[jax.Array], jax.Array]
@@ -244,19 +244,18 @@ class BatchNorm(nn.Module):
         kept = jnp.promote_types(policy.parameter, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kept)
         running_variance = self.variable("batch_stats", "var", jnp.ones, shape, kept)
-        x = at_least_float32(x)
         if train:
-            mean = _batch_mean(x)
-            # The mean square around the mean: E[x^2] - E[x]^2 cancels where the mean is large.
-            variance = _batch_mean(jnp.square(x - along_channels(mean, x)))
+            y, mean, variance = batch_norm(
+                x, scale, bias, epsilon=self.epsilon, axis_name=bound_data_axis()
+            )
             if not self.is_initializing():
                 for running, now in ((running_mean, mean), (running_variance, variance)):
                     moved = self.momentum * running.value + (1 - self.momentum) * now
                     running.value = moved.astype(kept)
         else:
-            mean, variance = running_mean.value, running_variance.value
-        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        y = (x - along_channels(mean, x)) * along_channels(factor, x) + along_channels(bias, x)
+            factor = scale * jax.lax.rsqrt(running_variance.value + self.epsilon)
+            centred = at_least_float32(x) - along_channels(running_mean.value, x)
+            y = centred * along_channels(factor, x) + along_channels(bias, x)
         return y.astype(policy.compute)
 
 
@@ -386,9 +385,3 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
         for value in (size,) if isinstance(size, (int, float)) else size:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={size} must be made of positive integers")
-
-
-def _batch_mean(x: jax.Array) -> jax.Array:
-    mean = channel_sum(x) / (x.size // x.shape[-1])
-    axis_name = bound_data_axis()
-    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)

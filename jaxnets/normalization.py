@@ -1,18 +1,20 @@
-"""The pure formulas of the norms: statistics in float32 or wider, the last axis normalised.
+"""The pure formulas of the norms: statistics in float32 or wider.
 
-Both are reverse-mode differentiable any number of times; forward mode is not supported. Their
-gradients keep the normalised array, which the scale needs anyway, and nothing else of its size.
+All are reverse-mode differentiable any number of times; forward mode is not supported. The
+gradients of the norms of the last axis keep the normalised array, which the scale needs anyway, and
+nothing else of its size; that of a batch norm keeps its input, and goes over it with two sums.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.channels import along_channels
+from jaxnets.channels import along_channels, channel_sum
 from jaxnets.core import at_least_float32
 
 
@@ -62,6 +64,91 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Ar
     """
     x = at_least_float32(x)
     return _shared_normalized(x, epsilon, False) * along_channels(scale, x)
+
+
+def batch_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float = 1e-5,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise each channel over all positions: scale (x - mean) / sqrt(variance + epsilon) + bias.
+
+    Args:
+        x: floating [..., channels].
+        scale: [channels].
+        bias: [channels].
+        epsilon: added to the variance, which is the biased one.
+        axis_name: of a mapped axis over which the positions are split.
+
+    Returns:
+        The result, [..., channels], float32 or wider; mean and variance, each [channels].
+
+    Example:
+        >>> y, mean, variance = batch_norm(jnp.array([[1.0], [3.0]]), jnp.ones(1), jnp.ones(1))
+        >>> y[:, 0].round().tolist(), float(mean[0]), float(variance[0])
+        ([0.0, 2.0], 2.0, 1.0)
+
+    References:
+        Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1; the gradient is that of section 3.
+    """
+    return _shared_batch_norm(x, scale, bias, epsilon, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return _batch_norm_forward(x, scale, bias, epsilon, axis_name)[0]
+
+
+def _batch_norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
+    wide = at_least_float32(x)
+    mean = _over_devices(channel_sum(wide) / _num_positions(x), axis_name)
+    centred = wide - along_channels(mean, x)
+    # The mean square around the mean: E[x^2] - E[x]^2 cancels where the mean is large.
+    squares = channel_sum(jnp.square(centred))
+    variance = _over_devices(squares / _num_positions(x), axis_name)
+    inverse = lax.rsqrt(variance + epsilon)
+    y = centred * along_channels(scale * inverse, x) + along_channels(bias, x)
+    return (y, mean, variance), (x, scale, bias, mean, inverse)
+
+
+def _batch_norm_backward(
+    epsilon: float, axis_name: str | None, residuals: Any, cotangents: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, bias, mean, inverse = residuals
+    dy, to_mean, to_variance = cotangents
+    centred = at_least_float32(x) - along_channels(mean, x)
+    dbias, products = channel_sum(dy), channel_sum(dy * centred)
+    # The mean has no influence on the variance, whose gradient with respect to it is 0.
+    to_mean = to_mean - scale * inverse * dbias
+    to_variance = to_variance - scale * inverse**3 * products / 2
+    shift = _over_devices(to_mean, axis_name) / _num_positions(x)
+    slope = 2 * _over_devices(to_variance, axis_name) / _num_positions(x)
+    dx = (
+        dy * along_channels(scale * inverse, x)
+        + centred * along_channels(slope, x)
+        + along_channels(shift, x)
+    )
+    dscale = (inverse * products).astype(scale.dtype)
+    return dx.astype(x.dtype), dscale, dbias.astype(bias.dtype)
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+_shared_batch_norm = jax.jit(_batch_norm, static_argnums=(3, 4))
+
+
+def _num_positions(x: jax.Array) -> int:
+    return x.size // x.shape[-1]
+
+
+def _over_devices(mean: jax.Array, axis_name: str | None) -> jax.Array:
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.normalization import layer_norm, rms_norm
+from jaxnets.normalization import batch_norm, layer_norm, rms_norm
 
 EPSILON = 0.1  # large, so that forgetting it would show
 
@@ -19,9 +19,25 @@ def plain_rms_norm(x, scale):
     return scale[None, None] * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + EPSILON)
 
 
+def joined_batch_norm(x, scale, bias, epsilon):
+    """The result, and the mean and variance, which a loss may use too."""
+    return jnp.concatenate([y.ravel() for y in batch_norm(x, scale, bias, epsilon=epsilon)])
+
+
+def plain_batch_norm(x, scale, bias):
+    mean, variance = jnp.mean(x, (0, 1)), jnp.var(x, (0, 1))
+    centred = x - mean[None, None]
+    y = scale[None, None] * centred / jnp.sqrt(variance + EPSILON)[None, None] + bias[None, None]
+    return jnp.concatenate([y.ravel(), mean, variance])
+
+
 @pytest.mark.parametrize(
     ("own", "plain", "num_vectors"),
-    [(layer_norm, plain_layer_norm, 2), (rms_norm, plain_rms_norm, 1)],
+    [
+        (layer_norm, plain_layer_norm, 2),
+        (rms_norm, plain_rms_norm, 1),
+        (joined_batch_norm, plain_batch_norm, 2),
+    ],
 )
 def test_first_and_second_derivatives_are_those_of_the_formula(own, plain, num_vectors):
     random = np.random.default_rng(0)
@@ -46,7 +62,12 @@ def test_first_and_second_derivatives_are_those_of_the_formula(own, plain, num_v
                 np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def batch_norm_of_pairs(x, scale):
+    y, *_ = batch_norm(jnp.stack([x[0], x[0] + 4]), scale, jnp.zeros_like(scale))
+    return y
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm, batch_norm_of_pairs])
 def test_statistics_are_float32_for_narrow_inputs(norm):
     x = jnp.asarray(300.0 + np.arange(4.0)[None], jnp.float16)  # squares beyond its range
     y = norm(x, jnp.ones(4))
