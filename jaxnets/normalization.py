@@ -74,7 +74,7 @@ def batch_norm(
     epsilon: float = 1e-5,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise each channel over all positions: scale (x - mean) / sqrt(variance + epsilon) + bias.
+    """Normalise each channel over all positions, as `layer_norm` does over the last axis.
 
     Args:
         x: floating [..., channels].

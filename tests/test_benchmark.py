@@ -229,6 +229,31 @@ def test_impossible_options_are_named(changes, message, tmp_path):
         command.run(dataclasses.replace(command.Config(out=tmp_path), **changes))
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_measured_in_its_stead(tmp_path):
+    settings = Settings(
+        "experiments.benchmark.jaxnets_side", "", "mlp", threads=1, platform="gpu", tiny=True
+    )
+    worker = driver.Worker(settings, tmp_path / "log")
+    with pytest.raises(driver.LeftOut, match="JAX finds no gpu, only cpu"):
+        worker.ask("prepare")
+    worker.close()
+
+
+def test_a_gpu_has_workloads_of_its_own(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(name, config, folder):
+        asked.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_measure", measure)
+    for platform in ("cpu", "gpu"):
+        with pytest.raises(KeyboardInterrupt):
+            command.run(command.Config(platform=platform, out=tmp_path / platform))
+    assert asked == ["mlp", "mlp-4096"]
+
+
 def test_a_process_that_gives_no_answer_is_given_up(tmp_path):
     settings = Settings("time", "", "mlp", threads=1)
     worker = driver.Worker(settings, tmp_path / "log", patience=0.0)

@@ -41,6 +41,8 @@ class Timer:
         imported = time.perf_counter()
         self.libraries = side.LIBRARIES
         self.prepared = side.prepare(self.settings)
+        # Not in front of it: that would start JAX, which `jaxnets.keep_memory` has to precede.
+        check_platform(self.settings.platform, sys.modules.get("jax"))
         return {
             "import_seconds": imported - began,
             "prepare_seconds": time.perf_counter() - imported,
@@ -86,6 +88,23 @@ class Timer:
         began = time.perf_counter()
         self.loss = self.prepared.run(steps)
         return time.perf_counter() - began
+
+
+def check_platform(platform: str, jax: Any) -> None:
+    """Refuse to compute elsewhere, as JAX does where it finds no GPU; torch refuses by itself.
+
+    Args:
+        platform: "cpu" or "gpu".
+        jax: the package, if this process has it.
+
+    Raises:
+        RuntimeError: JAX computes elsewhere.
+    """
+    if jax is not None and jax.default_backend() != platform:
+        raise RuntimeError(
+            f"JAX finds no {platform}, only {jax.default_backend()}; for NVIDIA's install "
+            "jax[cuda13]"
+        )
 
 
 def _version(package: str) -> str:
