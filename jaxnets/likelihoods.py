@@ -64,7 +64,7 @@ class Bernoulli:
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum the cross-entropy over the pixels of each image, [batch]."""
-        return _per_image(binary_cross_entropy(outputs, images))
+        return sum_per_image(binary_cross_entropy(outputs, images))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the probabilities of white."""
@@ -89,7 +89,7 @@ class SquaredError:
         """Sum the squared error over the pixels of each image, [batch]."""
         chex.assert_equal_shape([outputs, images])
         outputs = at_least_float32(outputs)
-        return _per_image(jnp.square(outputs - images.astype(outputs.dtype)))
+        return sum_per_image(jnp.square(outputs - images.astype(outputs.dtype)))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the outputs."""
@@ -130,7 +130,7 @@ class Gaussian:
             log_scale = jnp.full((), math.log(self.scale), mean.dtype)
         chex.assert_equal_shape([mean, images])
         distance = (images.astype(mean.dtype) - mean) * jnp.exp(-log_scale)
-        return _per_image(jnp.square(distance) / 2 + log_scale + math.log(2 * math.pi) / 2)
+        return sum_per_image(jnp.square(distance) / 2 + log_scale + math.log(2 * math.pi) / 2)
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the means."""
@@ -178,7 +178,7 @@ class DiscretizedLogistic:
         above = jax.nn.log_sigmoid(-lower)
         between = below + above + jnp.log(-jnp.expm1(-2 * half * rate))
         first, last = images < -1 + half, images > 1 - half
-        return -_per_image(jnp.where(first, below, jnp.where(last, above, between)))
+        return -sum_per_image(jnp.where(first, below, jnp.where(last, above, between)))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the means, within [-1, 1]."""
@@ -190,7 +190,8 @@ def _mean_and_log_scale(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.maximum(log_scale, _LEAST_LOG_SCALE)
 
 
-def _per_image(errors: jax.Array) -> jax.Array:
+def sum_per_image(errors: jax.Array) -> jax.Array:
+    """Sum the errors of each image, [batch, ...] to [batch]."""
     # On CPU JAX 0.12 adds one after the other if exponentials and logarithms are merged into it.
     errors = lax.platform_dependent(errors, cpu=computed_once, default=lambda errors: errors)
     return jnp.sum(errors, axis=tuple(range(1, errors.ndim)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +21,7 @@ from jaxnets.core import (
     rng_streams,
 )
 from jaxnets.image_range import ImageRange, check_images
-from jaxnets.likelihoods import Likelihood
+from jaxnets.likelihoods import Likelihood, sum_per_image
 from jaxnets.objectives import check_batch, squared_error, with_batch_transform
 from jaxnets.patches import normalize_patches, split_patches
 
@@ -334,5 +335,5 @@ def pixel_error(
         Mean; `compute()` is the mean over images and pixels, in the square of their unit.
     """
     errors = squared_error(likelihood.mean(outputs), images)
-    errors = jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
+    errors = sum_per_image(errors) / math.prod(errors.shape[1:])
     return Mean.of(jnp.where(inside, errors, jnp.nan), weights)
