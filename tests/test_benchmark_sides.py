@@ -1,0 +1,142 @@
+"""Every side of the benchmark on small shapes: the same networks, losses that fall."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+from checks import mostly_slow
+
+from experiments.benchmark import flax_networks, jaxnets_side
+from experiments.benchmark.architectures import BidirectionalGRU, RecurrentLanguage
+from experiments.benchmark.competitors import COMPETITORS
+from experiments.benchmark.sides import Settings, read_idx
+from experiments.benchmark.workloads import NUM_BATCHES, WORKLOADS, shrink
+from jaxnets.data import ImageDataset
+
+SIDES = ("jaxnets", "flax")
+PEERS = [pytest.param(name, marks=pytest.mark.parity) for name in ("torch", "keras", "equinox")]
+#: See test_benchmark_generative.
+GENERATIVE = ("vae", "dcgan")
+TRAINED = ("cnn", "gpt-bf16", "lstm", "resnet18", "vit", "bigru", "small-mlp")
+
+
+def prepare(side, name, variant="", **files):
+    settings = Settings("", variant, name, threads=1, tiny=True, **files)
+    return importlib.import_module(f"experiments.benchmark.{side}_side").prepare(settings)
+
+
+def size(module, workload):
+    inputs = jax.ShapeDtypeStruct((1, *workload.network.input_shape), workload.inputs().dtype)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def size_in_jaxnets(workload, side="jaxnets"):
+    """The parameters of our network, and the second biases that others have in theirs."""
+    network = workload.network
+    count = size(jaxnets_side.build(network, jaxnets_side.jn.Precision()), workload)
+    if isinstance(network, RecurrentLanguage) and side == "torch":
+        count += network.num_layers * 4 * network.hidden
+    if isinstance(network, BidirectionalGRU) and side in ("torch", "keras"):
+        count += 2 * 2 * network.hidden
+    return count
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("side", [*SIDES, *PEERS])
+@pytest.mark.parametrize("name", mostly_slow(TRAINED, ["cnn", "small-mlp"]))
+def test_every_side_has_the_same_parameters_and_its_loss_falls(name, side):
+    if COMPETITORS[side].missing():
+        pytest.skip(f"{side} is not installed")
+    if not COMPETITORS[side].takes_part(WORKLOADS[name]):
+        pytest.skip(f"{side} takes no part")
+    # The strict promotion of the tests is not that of the peers' code.
+    with jax.numpy_rank_promotion("raise" if side in SIDES else "allow"):
+        prepared = prepare(side, name)
+        assert prepared.num_parameters == size_in_jaxnets(shrink(WORKLOADS[name]), side)
+        # Whole rounds of the batches, so that every loss is that of the same one.
+        first, *_, last = (prepared.run(NUM_BATCHES) for _ in range(20))
+    assert last < first
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_networks_of_full_size_have_the_same_parameters(name):
+    workload = WORKLOADS[name]
+    expected = size_in_jaxnets(workload)
+    assert size(flax_networks.build(workload.network, "float32"), workload) == expected
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in GENERATIVE])
+def test_the_networks_of_full_size_have_the_same_parameters_in_torch(name):
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark.torch_networks import build
+
+    workload = WORKLOADS[name]
+    with torch.device("meta"):
+        model = build(workload.network)
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == size_in_jaxnets(workload, "torch")
+
+
+@pytest.mark.parity
+def test_transformers_writes_as_many_tokens():
+    pytest.importorskip("transformers")
+    prepared = prepare("transformers", "generate")
+    assert prepared.run(1) is None
+    assert prepared.num_parameters == size_in_jaxnets(shrink(WORKLOADS["generate"]))
+
+
+def test_many_steps_by_hand_are_those_one_after_the_other():
+    one, several = prepare("flax", "small-mlp"), prepare("flax", "small-mlp", "scan")
+    assert several.run(2) == pytest.approx(one.run(2), rel=1e-5)
+    one, several = (prepare("flax", "population-64-64-10", variant) for variant in ("", "scan"))
+    assert several.run(2) == pytest.approx((one.run(1) + one.run(1)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "name"),
+    [(side, name) for side in SIDES for name in ("population-64-64-10", "population-cnn")],
+)
+def test_populations_learn(side, name):
+    prepared = prepare(side, name)
+    first = prepared.run(prepared.steps_first)
+    assert prepared.run(4 * NUM_BATCHES) < first
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_inference_runs(side):
+    assert prepare(side, "resnet18-infer-256").run(2) is None
+
+
+def test_generation_runs_and_counts_its_programs():
+    assert prepare("jaxnets", "generate").run(1) is None
+    prepared = prepare("jaxnets", "positions")
+    for _ in range(3):
+        prepared.run(1)
+    details = prepared.details()
+    assert details["programs compiled after the first calls"] == 0
+    assert list(details["ms a token by position"]) == ["0 to 3", "3 to 5"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_an_epoch_starts_from_the_files(side, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 64, np.uint8)
+    images = np.repeat(labels * 20, 784).reshape(64, 28, 28)
+    paths = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
+    for name, array in (("images", images), ("labels", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (tmp_path / name).write_bytes(header + array.tobytes())
+    np.testing.assert_array_equal(read_idx(paths["images"]), images)
+
+    def load(folder, download):
+        assert folder == tmp_path and not download
+        arrays = {"inputs": images[..., None], "labels": labels.astype(np.int32)}
+        return ImageDataset("brightness", arrays, arrays, tuple("0123456789"), (0.5,), (0.5,))
+
+    monkeypatch.setattr("jaxnets.data.fashion_mnist", load)
+    prepared = prepare(side, "epoch", **paths)
+    # Each call is a training of its own from the start.
+    assert prepared.run(4) == prepared.run(4)
