@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets import few_channels
+
 # About so many numbers are summed side by side.
 _COLUMNS = 4096
 
@@ -53,6 +55,8 @@ def _sum_positions(x: jax.Array) -> jax.Array:
         return _plain_sum(x)
 
     def in_two_steps(x: jax.Array) -> jax.Array:
+        if _has_batch_innermost(x.shape):
+            return jnp.sum(jnp.sum(x, axis=(1, 2)), axis=0)
         channels = x.shape[-1]
         rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
         return jnp.sum(rows.reshape(together, channels), axis=0)
@@ -71,10 +75,18 @@ def _repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return plain(vector)
 
     def in_two_steps(vector: jax.Array) -> jax.Array:
+        if _has_batch_innermost(shape):
+            rows = jnp.broadcast_to(vector, (shape[0], 1, 1, shape[-1]))
+            return jnp.broadcast_to(rows, shape)
         row = jnp.broadcast_to(vector[None], (together, vector.size)).reshape(1, -1)
         return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
 
     return lax.platform_dependent(vector, cpu=in_two_steps, default=plain)
+
+
+def _has_batch_innermost(shape: tuple[int, ...]) -> bool:
+    # Images only: what else has few channels comes from products, which write channels innermost.
+    return len(shape) == 4 and few_channels.are_few(shape[-1])
 
 
 def _plain_sum(x: jax.Array) -> jax.Array:

@@ -9,27 +9,29 @@ is chosen when the program is compiled for its platform.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets import winograd
+from jaxnets import few_channels, winograd
 from jaxnets.chunks import sum_over_chunks
 from jaxnets.linear import kernel_gradient, linear
 from jaxnets.spatial import (
     Axes,
     Extent,
+    Geometry,
     Padding,
-    Pairs,
     extent_of,
+    offsets_of,
+    padded,
     padding_pairs,
     per_axis,
-    strided,
+    seen_by,
+    sent_back,
 )
 
 # Below this many channels, or features, one matrix product over all kernel offsets beats one
@@ -40,10 +42,9 @@ _JOIN_OFFSETS_BELOW = 16
 _CACHED_PATCHES = 2**20
 # As one matrix product, a convolution copies each input once for every kernel offset. That is
 # cheaper than the slow kernels which XLA has where an output map has at most this many positions
-# for each channel (3 to 5 times with JAX 0.12), and for so few channels and features (up to 4
-# times for one channel), as long as the copies do not take too much memory.
+# for each channel (3 to 5 times with JAX 0.12), and for few channels and features, as long as the
+# copies do not take too much memory.
 _POSITIONS_PER_CHANNEL = 0.5
-_FEW_CHANNELS, _FEW_FEATURES = 3, 16
 _MOST_PATCHES = 2**24
 # Winograd's way pays where it saves so many products for each number that it sums (1.1 to 1.9 times
 # as fast forward, 1.2 to 2 times for the kernel's gradient; below, XLA's convolution is faster).
@@ -51,13 +52,6 @@ _SAVED_FORWARD, _SAVED_KERNEL_GRADIENT = 130, 60
 # The sums of the taps cost as much as so many numbers for each element of the kernel: few examples
 # do not pay for them.
 _TAPS_FORWARD, _TAPS_KERNEL_GRADIENT = 16, 24
-
-
-class _Geometry(NamedTuple):
-    strides: Axes
-    padding: Pairs
-    dilation: Axes
-    groups: int
 
 
 def convolution(
@@ -109,7 +103,7 @@ def convolution(
     steps = per_axis(strides, spatial, "strides")
     gaps = per_axis(dilation, spatial, "dilation")
     pairs = padding_pairs(padding, x.shape[1:-1], extent_of(kernel.shape[:-2], gaps), steps)
-    geometry = _Geometry(steps, pairs, gaps, groups)
+    geometry = Geometry(steps, pairs, gaps, groups)
     if groups == 1 and math.prod(kernel.shape[:-2]) == 1 and not any(map(any, pairs)):
         if any(step > 1 for step in steps):
             return _shared_thinned_convolution(x, kernel, geometry)
@@ -117,7 +111,7 @@ def convolution(
     return _shared_convolution(x, kernel, geometry)
 
 
-def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     axes = "HW"[: x.ndim - 2]
     return lax.conv_general_dilated(
         x,
@@ -130,7 +124,7 @@ def _plain_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> 
     )
 
 
-def _thinned_convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+def _thinned_convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Convolve with one tap and strides."""
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -146,24 +140,33 @@ _shared_thinned_convolution = jax.jit(_thinned_convolution, static_argnums=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolution(x: jax.Array, kernel: jax.Array, geometry: _Geometry) -> jax.Array:
+def _convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     plain = functools.partial(_plain_convolution, geometry=geometry)
     shape = jax.eval_shape(plain, x, kernel).shape
     if _winograd_saves(kernel, shape, geometry, _TAPS_FORWARD) >= _SAVED_FORWARD:
         fewer = functools.partial(winograd.convolve, padding=geometry.padding)
         return lax.platform_dependent(x, kernel, cpu=fewer, default=plain)
-    positions, channels = math.prod(shape[1:-1]), x.shape[-1]
-    patches = shape[0] * positions * math.prod(kernel.shape[:-1])
-    small = positions <= _POSITIONS_PER_CHANNEL * channels
-    few = channels <= _FEW_CHANNELS and kernel.shape[-1] <= _FEW_FEATURES
-    if geometry.groups > 1 or not (small or few) or not 0 < patches <= _MOST_PATCHES:
+    few = _has_few_channels(kernel, shape, geometry)
+    small = math.prod(shape[1:-1]) <= _POSITIONS_PER_CHANNEL * x.shape[-1]
+    if not (few or small) or not _patches_fit(kernel, shape, geometry):
         return plain(x, kernel)
-    own = functools.partial(_matrix_convolution, shape=shape, geometry=geometry)
+    joined = few_channels.convolve if few else _matrix_convolution
+    own = functools.partial(joined, sizes=tuple(shape[1:-1]), geometry=geometry)
     return lax.platform_dependent(x, kernel, cpu=own, default=plain)
 
 
+def _patches_fit(kernel: jax.Array, shape: Sequence[int], geometry: Geometry) -> bool:
+    patches = math.prod(shape[:-1]) * math.prod(kernel.shape[:-1])
+    return geometry.groups == 1 and 0 < patches <= _MOST_PATCHES
+
+
+def _has_few_channels(kernel: jax.Array, shape: Sequence[int], geometry: Geometry) -> bool:
+    few = all(map(few_channels.are_few, kernel.shape[-2:]))
+    return few and _patches_fit(kernel, shape, geometry)
+
+
 def _winograd_saves(
-    kernel: jax.Array, shape: Sequence[int], geometry: _Geometry, tap_cost: float
+    kernel: jax.Array, shape: Sequence[int], geometry: Geometry, tap_cost: float
 ) -> float:
     """Return how many products `winograd` saves for each number that it sums; 0 if it cannot."""
     (batch, *outputs, _), taps = shape, kernel.shape[:-2]
@@ -180,44 +183,32 @@ def _winograd_saves(
 
 
 def _matrix_convolution(
-    x: jax.Array, kernel: jax.Array, *, shape: Sequence[int], geometry: _Geometry
+    x: jax.Array, kernel: jax.Array, *, sizes: Axes, geometry: Geometry
 ) -> jax.Array:
     """Convolve, without groups, as one product of all patches with all of the kernel."""
-    padded = _padded(x, geometry)
-    offsets = list(itertools.product(*map(range, kernel.shape[:-2])))
-    rows = _patches(padded, offsets, shape, geometry).reshape(-1, math.prod(kernel.shape[:-1]))
+    offsets, shape = offsets_of(kernel.shape[:-2]), (len(x), *sizes, kernel.shape[-1])
+    rows = _patches(padded(x, geometry), offsets, shape, geometry).reshape(
+        -1, math.prod(kernel.shape[:-1])
+    )
     return linear(rows, kernel.reshape(-1, kernel.shape[-1])).reshape(shape)
 
 
-def _padded(x: jax.Array, geometry: _Geometry) -> jax.Array:
-    edges = [(low, high, 0) for low, high in geometry.padding]
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-
-
 def _patches(
-    padded: jax.Array, offsets: Sequence[Axes], shape: Sequence[int], geometry: _Geometry
+    inputs: jax.Array, offsets: Sequence[Axes], shape: Sequence[int], geometry: Geometry
 ) -> jax.Array:
     """Return what kernel offsets see, [batch, *outputs, offsets * channels]."""
-    seen = [
-        strided(
-            padded,
-            [o * d for o, d in zip(offset, geometry.dilation, strict=True)],
-            (padded.shape[0], *shape[1:]),
-            geometry.strides,
-        )
-        for offset in offsets
-    ]
+    seen = seen_by(offsets, inputs, tuple(shape[1:-1]), geometry)
     return seen[0] if len(seen) == 1 else jnp.concatenate(seen, axis=-1)
 
 
 def _convolution_forward(
-    x: jax.Array, kernel: jax.Array, geometry: _Geometry
+    x: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> tuple[jax.Array, Any]:
     return _convolution(x, kernel, geometry), (x, kernel)
 
 
 def _convolution_backward(
-    geometry: _Geometry, residuals: Any, dy: jax.Array
+    geometry: Geometry, residuals: Any, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
 
@@ -227,8 +218,11 @@ def _convolution_backward(
     def plain_dkernel(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda v: _plain_convolution(x, v, geometry), kernel)(dy)[0]
 
-    own_dx = functools.partial(_input_gradient, size=x.shape[1:-1], geometry=geometry)
-    own_dkernel = functools.partial(_kernel_gradient, size=kernel.shape[:-2], geometry=geometry)
+    few = _has_few_channels(kernel, dy.shape, geometry)
+    to_input = few_channels.input_gradient if few else _input_gradient
+    to_kernel = few_channels.kernel_gradient if few else _kernel_gradient
+    own_dx = functools.partial(to_input, size=x.shape[1:-1], geometry=geometry)
+    own_dkernel = functools.partial(to_kernel, size=kernel.shape[:-2], geometry=geometry)
     saved = _winograd_saves(kernel, dy.shape, geometry, _TAPS_KERNEL_GRADIENT)
     if saved >= _SAVED_KERNEL_GRADIENT:
         own_dkernel = functools.partial(winograd.kernel_gradient, padding=geometry.padding)
@@ -244,7 +238,7 @@ _shared_convolution = jax.jit(_convolution, static_argnums=2)
 
 
 def _input_gradient(
-    kernel: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geometry
+    kernel: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geometry
 ) -> jax.Array:
     """Return the gradient [batch, *size, channels] of the input of a convolution."""
     strides, padding, dilation, groups = geometry
@@ -257,7 +251,7 @@ def _input_gradient(
         reach = extent_of(taps, dilation)
         spans = zip(reach, padding, strict=True)
         pairs = tuple((r - 1 - low, r - 1 - high) for r, (low, high) in spans)
-        return _shared_convolution(dy, flipped, _Geometry(strides, pairs, dilation, groups))
+        return _shared_convolution(dy, flipped, Geometry(strides, pairs, dilation, groups))
     if groups > 1:
         ungrouped = geometry._replace(groups=1)
         single = functools.partial(_input_gradient, size=size, geometry=ungrouped)
@@ -269,33 +263,11 @@ def _input_gradient(
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
     ).reshape(*dy.shape[:-1], math.prod(taps), width)
-    total = jnp.zeros((dy.shape[0], *size, width), shares.dtype)
-    for index, offset in enumerate(itertools.product(*map(range, taps))):
-        low = [o * d - p[0] for o, d, p in zip(offset, dilation, padding, strict=True)]
-        total += _spread(shares[..., index, :], low, size, strides)
+    total = sent_back(jnp.moveaxis(shares, -2, 0), taps, size, geometry)
     return total.astype(dy.dtype)
 
 
-def _spread(x: jax.Array, starts: Sequence[int], size: Axes, strides: Axes) -> jax.Array:
-    """Place the elements stride apart, from `starts` on, in zeros of `size`.
-
-    It is one `lax.pad` with interior padding, which aborts XLA's partitioner where a sharding has
-    reached height or width. A new axis that is padded and joined does not.
-    """
-    zero = jnp.zeros((), x.dtype)
-    for axis, (start, extent, stride) in enumerate(zip(starts, size, strides, strict=True), 1):
-        shape = x.shape
-        gaps = [(0, 0, 0)] * (x.ndim + 1)
-        gaps[axis + 1] = (0, stride - 1, 0)
-        x = lax.pad(jnp.expand_dims(x, axis + 1), zero, gaps)
-        x = x.reshape(*shape[:axis], shape[axis] * stride, *shape[axis + 1 :])
-        edges = [(0, 0, 0)] * x.ndim
-        edges[axis] = (start, extent - start - shape[axis] * stride, 0)
-        x = lax.pad(x, zero, edges)
-    return x
-
-
-def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geometry) -> jax.Array:
+def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geometry) -> jax.Array:
     """Return the gradient [*size, channels / groups, features] of the kernel of a convolution."""
     strides, padding, dilation, groups = geometry
     channels, features = x.shape[-1], dy.shape[-1]
@@ -314,24 +286,25 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: _Geom
         spatial = tuple(range(len(size)))
         return jnp.swapaxes(jnp.flip(turned, spatial), -1, -2)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    offsets, padded = list(itertools.product(*map(range, size))), _padded(x, geometry)
+    offsets = offsets_of(size)
+    inputs = padded(x, geometry)
     if groups > 1:  # depthwise: each feature sees one channel
         outputs = _split_last(dy, channels)  # [batch, *outputs, channels, features / channels]
         summed = tuple(range(dy.ndim - 1))
-        seen = [_patches(padded, [offset], dy.shape, geometry) for offset in offsets]
+        seen = [_patches(inputs, [offset], dy.shape, geometry) for offset in offsets]
         dkernel = jnp.stack([jnp.sum(p[..., None] * outputs, summed, wide) for p in seen])
         return dkernel.reshape(*size, channels // groups, features).astype(x.dtype)
     together = len(offsets) if channels < _JOIN_OFFSETS_BELOW else size[-1]
 
-    def summed_products(padded: jax.Array, dy: jax.Array) -> jax.Array:
+    def summed_products(inputs: jax.Array, dy: jax.Array) -> jax.Array:
         gradients, products = dy.reshape(-1, features), []
         for first in range(0, len(offsets), together):
-            seen = _patches(padded, offsets[first : first + together], dy.shape, geometry)
+            seen = _patches(inputs, offsets[first : first + together], dy.shape, geometry)
             products.append(kernel_gradient(seen.reshape(-1, together * channels), gradients))
         return jnp.stack(products).reshape(*size, channels, features)
 
     patches = math.prod(dy.shape[:-1]) * len(offsets) * channels
-    total = sum_over_chunks(summed_products, padded, dy, numbers=patches, cached=_CACHED_PATCHES)
+    total = sum_over_chunks(summed_products, inputs, dy, numbers=patches, cached=_CACHED_PATCHES)
     return total.astype(x.dtype)
 
 

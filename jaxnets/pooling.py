@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets import few_channels
 from jaxnets.fusion import computed_once
 from jaxnets.spatial import Axes, Extent, Padding, Pairs, padding_pairs, per_axis, strided
 
@@ -108,7 +109,13 @@ def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
 
 
 def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
-    """Join the elements of each tile, place by place."""
+    """Join the elements of each tile, place by place; for programs on CPU."""
+    if few_channels.are_few(x.shape[-1]):
+        return few_channels.turned(_join_places(few_channels.turned(x), window, join))
+    return _join_places(x, window, join)
+
+
+def _join_places(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     places = list(itertools.product(*map(range, window)))
     shape = (x.shape[0], *counts, x.shape[-1])
@@ -135,7 +142,12 @@ def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax
     def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda v: _plain_tile_max(v, window), x)[1](dy)[0]
 
-    own = functools.partial(_tile_max_gradient, window=window)
+    def own(*arrays: jax.Array) -> jax.Array:
+        if few_channels.are_few(dy.shape[-1]):
+            turned = map(few_channels.turned, arrays)
+            return few_channels.turned(_tile_max_gradient(*turned, window=window))
+        return _tile_max_gradient(*arrays, window=window)
+
     return (lax.platform_dependent(*residuals, dy, cpu=own, default=plain),)
 
 

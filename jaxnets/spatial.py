@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 #: One value for every spatial axis, or one per axis.
@@ -15,6 +17,22 @@ Padding: TypeAlias = str | int | Sequence[tuple[int, int]]
 
 Axes: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class Geometry(NamedTuple):
+    """What a convolution does along the spatial axes, and in how many groups of channels.
+
+    Attributes:
+        strides: step between outputs.
+        padding: (low, high) of each axis; negative ones cut.
+        dilation: step between the inputs that one output sees.
+        groups: number of channel groups convolved apart.
+    """
+
+    strides: Axes
+    padding: Pairs
+    dilation: Axes
+    groups: int
 
 
 def per_axis(value: Extent, num_axes: int, name: str) -> Axes:
@@ -63,3 +81,69 @@ def strided(x: jax.Array, starts: Sequence[int], shape: Axes, strides: Axes) -> 
     spans = zip(starts, shape[1:-1], strides, strict=True)
     slices = (slice(a, a + (count - 1) * step + 1, step) for a, count, step in spans)
     return x[(slice(None), *slices)]
+
+
+def offsets_of(taps: Sequence[int]) -> list[Axes]:
+    """List the places in a kernel, in the order of its elements."""
+    return list(itertools.product(*map(range, taps)))
+
+
+def padded(x: jax.Array, geometry: Geometry) -> jax.Array:
+    """Put zeros around the axes between the first and the last."""
+    edges = [(low, high, 0) for low, high in geometry.padding]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+
+
+def seen_by(
+    offsets: Sequence[Axes], padded: jax.Array, outputs: Axes, geometry: Geometry
+) -> list[jax.Array]:
+    """Return what each kernel offset sees of a padded array, [first, *outputs, last] each."""
+    shape = (padded.shape[0], *outputs, padded.shape[-1])
+    return [
+        strided(
+            padded,
+            [o * d for o, d in zip(offset, geometry.dilation, strict=True)],
+            shape,
+            geometry.strides,
+        )
+        for offset in offsets
+    ]
+
+
+def sent_back(shares: jax.Array, taps: Axes, inputs: Axes, geometry: Geometry) -> jax.Array:
+    """Sum at each input what the kernel's places send to it: the transpose of `seen_by`.
+
+    Args:
+        shares: [places, first, *outputs, last], the places in the order of `offsets_of`.
+        taps: of the kernel.
+        inputs: sizes.
+        geometry: of the convolution.
+
+    Returns:
+        [first, *inputs, last].
+    """
+    total = jnp.zeros((shares.shape[1], *inputs, shares.shape[-1]), shares.dtype)
+    for share, offset in zip(shares, offsets_of(taps), strict=True):
+        places = zip(offset, geometry.dilation, geometry.padding, strict=True)
+        starts = [o * d - low for o, d, (low, _) in places]
+        total += _spread(share, starts, inputs, geometry.strides)
+    return total
+
+
+def _spread(x: jax.Array, starts: Sequence[int], sizes: Axes, strides: Axes) -> jax.Array:
+    """Place the elements stride apart, from `starts` on, in zeros of `sizes`.
+
+    It is one `lax.pad` with interior padding, which aborts XLA's partitioner where a sharding has
+    reached height or width. A new axis that is padded and joined does not.
+    """
+    zero = jnp.zeros((), x.dtype)
+    for axis, (start, extent, stride) in enumerate(zip(starts, sizes, strides, strict=True), 1):
+        shape = x.shape
+        gaps = [(0, 0, 0)] * (x.ndim + 1)
+        gaps[axis + 1] = (0, stride - 1, 0)
+        x = lax.pad(jnp.expand_dims(x, axis + 1), zero, gaps)
+        x = x.reshape(*shape[:axis], shape[axis] * stride, *shape[axis + 1 :])
+        edges = [(0, 0, 0)] * x.ndim
+        edges[axis] = (start, extent - start - shape[axis] * stride, 0)
+        x = lax.pad(x, zero, edges)
+    return x

@@ -65,8 +65,8 @@ def convolutions(draw):
     if padding == "pairs":
         padding = tuple(zip(each(0, 3), each(0, 3), strict=True))
     groups, width, multiplier = draw(st.integers(1, 3)), draw(st.integers(1, 2)), each(1, 2)[0]
-    if draw(st.booleans()):
-        groups, width = 1, 17  # many channels take another form of the kernel gradient
+    if draw(st.booleans()):  # more than a few channels, or features, take other ways
+        groups, width, multiplier = 1, *draw(st.sampled_from([(17, 2), (2, 17), (17, 18)]))
     batch, cached = draw(st.sampled_from([(2, None), (7, 1), (11, 4000)]))
     return {
         "cached": cached,  # a small cache makes chunks, of one example or with a rest
@@ -110,7 +110,8 @@ def pools(draw):
 
     window = each(1, 5)
     strides = window if draw(st.booleans()) else each(1, 3)
-    return (2, *each(5, 8), 2), window, strides, draw(st.sampled_from(["VALID", "SAME"]))
+    channels = draw(st.sampled_from([2, 17]))
+    return (2, *each(5, 8), channels), window, strides, draw(st.sampled_from(["VALID", "SAME"]))
 
 
 @some
@@ -199,9 +200,11 @@ def plain_network(x, kernel):
     return jnp.sum(jnp.sin(x))
 
 
-@pytest.fixture
-def operands():
-    return normal((4, 3, 8, 8, 2), 0), normal((4, 3, 3, 2, 2), 1)  # four sets of them
+@pytest.fixture(params=[2, 17], ids=["few channels", "more channels"])
+def operands(request):
+    channels = request.param
+    # Four sets of them.
+    return normal((4, 3, 8, 8, channels), 0), normal((4, 3, 3, channels, channels), 1)
 
 
 @pytest.mark.parametrize(
@@ -252,25 +255,25 @@ def test_reverse_mode_works_twice(operands):
 
 
 def test_the_kernel_gradient_is_no_convolution_on_cpu(on_cpu):
-    x, kernel = normal((2, 8, 8, 4), 0), normal((3, 3, 4, 4), 1)
+    x, kernel = normal((2, 8, 8, 20), 0), normal((3, 3, 20, 20), 1)
     gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
     text = jax.jit(gradient).lower(kernel).as_text()
     assert text.count("stablehlo.convolution") == 1  # the forward pass
 
 
 def test_large_batches_are_summed_chunk_by_chunk_on_cpu(on_cpu, monkeypatch, forget_traces):
-    x, kernel = normal((12, 8, 8, 2), 0), normal((3, 3, 2, 4), 1)
+    x, kernel = normal((12, 8, 8, 17), 0), normal((3, 3, 17, 18), 1)
     gradient = jax.grad(lambda k: jnp.sum(functional.convolution(x, k) ** 2))
     assert "stablehlo.while" not in jax.jit(gradient).lower(kernel).as_text()
-    monkeypatch.setattr(convolution, "_CACHED_PATCHES", 2 * 8 * 8 * 9 * 2)
+    monkeypatch.setattr(convolution, "_CACHED_PATCHES", 2 * 8 * 8 * 9 * 17)
     forget_traces()
     assert "stablehlo.while" in jax.jit(gradient).lower(kernel).as_text()
 
 
 @pytest.mark.parametrize(
     ("shape", "features"),
-    [((2, 2, 2, 16), 4), ((2, 9, 9, 1), 8)],
-    ids=["small map", "few channels"],
+    [((2, 2, 2, 20), 4), ((2, 9, 9, 1), 8), ((2, 9, 9, 16), 16)],
+    ids=["small map", "one channel", "few channels"],
 )
 def test_what_xla_is_slow_at_is_one_product_on_cpu_only(shape, features):
     x, kernel = normal(shape, 0), normal((3, 3, shape[-1], features), 1)
@@ -292,7 +295,7 @@ def test_one_tap_with_strides_is_a_product_on_cpu_only():
 
 
 @pytest.mark.parametrize(
-    ("shape", "features"), [((2, 4, 4, 16), 4), ((2, 9, 9, 1), 17), ((2, 9, 9, 4), 8)]
+    ("shape", "features"), [((2, 4, 4, 17), 4), ((2, 9, 9, 1), 17), ((2, 9, 9, 17), 16)]
 )
 def test_other_convolutions_are_those_of_xla(shape, features):
     x, kernel = normal(shape, 0), normal((3, 3, shape[-1], features), 1)

@@ -65,5 +65,5 @@ def test_a_pooled_network_looks_for_each_maximum_once(on_cpu):
     )
     text = compiled(jn.make_train_step(update), state, batch)
     # Four places of a window are compared with its maximum, and then with the number of the place.
-    maps = re.findall(r"pred\[2,4,[\d,]*4\]\S* compare\(.*direction=EQ", text)
+    maps = re.findall(r"pred\[4,4,[\d,]*2\]\S* compare\(.*direction=EQ", text)
     assert len(maps) == 4 + 1
