@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxnets import few_channels, winograd
 from jaxnets.chunks import sum_over_chunks
+from jaxnets.fusion import computed_once
 from jaxnets.linear import kernel_gradient, linear
 from jaxnets.spatial import (
     Axes,
@@ -51,7 +52,7 @@ _MOST_PATCHES = 2**24
 _SAVED_FORWARD, _SAVED_KERNEL_GRADIENT = 130, 60
 # The sums of the taps cost as much as so many numbers for each element of the kernel: few examples
 # do not pay for them.
-_TAPS_FORWARD, _TAPS_KERNEL_GRADIENT = 16, 24
+_TAPS = 8
 
 
 def convolution(
@@ -143,7 +144,7 @@ _shared_thinned_convolution = jax.jit(_thinned_convolution, static_argnums=2)
 def _convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     plain = functools.partial(_plain_convolution, geometry=geometry)
     shape = jax.eval_shape(plain, x, kernel).shape
-    if _winograd_saves(kernel, shape, geometry, _TAPS_FORWARD) >= _SAVED_FORWARD:
+    if _winograd_saves(kernel, shape, geometry) >= _SAVED_FORWARD:
         fewer = functools.partial(winograd.convolve, padding=geometry.padding)
         return lax.platform_dependent(x, kernel, cpu=fewer, default=plain)
     few = _has_few_channels(kernel, shape, geometry)
@@ -165,9 +166,7 @@ def _has_few_channels(kernel: jax.Array, shape: Sequence[int], geometry: Geometr
     return few and _patches_fit(kernel, shape, geometry)
 
 
-def _winograd_saves(
-    kernel: jax.Array, shape: Sequence[int], geometry: Geometry, tap_cost: float
-) -> float:
+def _winograd_saves(kernel: jax.Array, shape: Sequence[int], geometry: Geometry) -> float:
     """Return how many products `winograd` saves for each number that it sums; 0 if it cannot."""
     (batch, *outputs, _), taps = shape, kernel.shape[:-2]
     channels, features = kernel.shape[-2:]
@@ -178,7 +177,7 @@ def _winograd_saves(
     if not fits or not exact or set(taps) != {winograd.TAPS} or 0 in shape:
         return 0
     pairs = channels * features
-    sums = channels + features + tap_cost * pairs / (batch * math.prod(outputs))
+    sums = channels + features + _TAPS * pairs / (batch * math.prod(outputs))
     return winograd.products_saved(tuple(outputs)) * pairs / sums
 
 
@@ -223,7 +222,7 @@ def _convolution_backward(
     to_kernel = few_channels.kernel_gradient if few else _kernel_gradient
     own_dx = functools.partial(to_input, size=x.shape[1:-1], geometry=geometry)
     own_dkernel = functools.partial(to_kernel, size=kernel.shape[:-2], geometry=geometry)
-    saved = _winograd_saves(kernel, dy.shape, geometry, _TAPS_KERNEL_GRADIENT)
+    saved = _winograd_saves(kernel, dy.shape, geometry)
     if saved >= _SAVED_KERNEL_GRADIENT:
         own_dkernel = functools.partial(winograd.kernel_gradient, padding=geometry.padding)
     # Two choices, so that the compiler can drop the input gradient that nobody asks for.
@@ -243,6 +242,8 @@ def _input_gradient(
     """Return the gradient [batch, *size, channels] of the input of a convolution."""
     strides, padding, dilation, groups = geometry
     taps, (width, features) = kernel.shape[:-2], kernel.shape[-2:]
+    if _winograd_saves(kernel, (len(dy), *size, width), geometry) >= _SAVED_FORWARD:
+        return _input_gradient_by_winograd(kernel, dy, geometry)
     if all(stride == 1 for stride in strides):
         # The transpose of a convolution of stride 1 is the convolution with the flipped kernel.
         spatial = tuple(range(len(taps)))
@@ -265,6 +266,29 @@ def _input_gradient(
     ).reshape(*dy.shape[:-1], math.prod(taps), width)
     total = sent_back(jnp.moveaxis(shares, -2, 0), taps, size, geometry)
     return total.astype(dy.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _input_gradient_by_winograd(kernel: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
+    return winograd.input_gradient(kernel, dy, padding=geometry.padding)
+
+
+def _input_gradient_forward(
+    kernel: jax.Array, dy: jax.Array, geometry: Geometry
+) -> tuple[jax.Array, Any]:
+    return _input_gradient_by_winograd(kernel, dy, geometry), (kernel, dy)
+
+
+def _input_gradient_backward(
+    geometry: Geometry, residuals: Any, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    kernel, dy = residuals
+    # The gradient's product with the cotangent is that of `dy` with the cotangent's convolution.
+    convolved, pull = jax.vjp(lambda k: _shared_convolution(cotangent, k, geometry), kernel)
+    return pull(dy)[0], convolved
+
+
+_input_gradient_by_winograd.defvjp(_input_gradient_forward, _input_gradient_backward)
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geometry) -> jax.Array:
@@ -297,6 +321,8 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geome
     together = len(offsets) if channels < _JOIN_OFFSETS_BELOW else size[-1]
 
     def summed_products(inputs: jax.Array, dy: jax.Array) -> jax.Array:
+        # Written down, where XLA would look for a chunk's place again in the loops of all offsets.
+        inputs = computed_once(inputs)
         gradients, products = dy.reshape(-1, features), []
         for first in range(0, len(offsets), together):
             seen = _patches(inputs, offsets[first : first + together], dy.shape, geometry)
