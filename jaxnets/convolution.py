@@ -1,9 +1,9 @@
 """Convolution over time, or over height and width, channels last.
 
 It means the plain XLA operation. How it is computed differs, and only on CPU: 3x3 kernels of many
-channels by `winograd`, small maps of many channels as one matrix product, and so the gradients,
-because inside a `lax.scan` XLA's kernel gradient is 20 to 150 times slower than outside. What runs
-is chosen when the program is compiled for its platform.
+channels by `winograd`, few channels by `few_channels`, small maps of many channels as one matrix
+product, and so the gradients, because inside a `lax.scan` XLA's kernel gradient is 20 to 150 times
+slower than outside. What runs is chosen when the program is compiled for its platform.
 """
 
 from __future__ import annotations

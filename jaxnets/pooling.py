@@ -109,13 +109,14 @@ def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
 
 
 def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
-    """Join the elements of each tile, place by place; for programs on CPU."""
+    """Join the elements of each tile; for programs on CPU."""
     if few_channels.are_few(x.shape[-1]):
         return few_channels.turned(_join_places(few_channels.turned(x), window, join))
     return _join_places(x, window, join)
 
 
 def _join_places(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
+    """Join the elements of each tile of the axes between the first and the last."""
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     places = list(itertools.product(*map(range, window)))
     shape = (x.shape[0], *counts, x.shape[-1])
