@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -185,25 +185,25 @@ def _matrix_convolution(
     x: jax.Array, kernel: jax.Array, *, sizes: Axes, geometry: Geometry
 ) -> jax.Array:
     """Convolve, without groups, as one product of all patches with all of the kernel."""
-    offsets, shape = offsets_of(kernel.shape[:-2]), (len(x), *sizes, kernel.shape[-1])
-    rows = _patches(padded(x, geometry), offsets, shape, geometry).reshape(
-        -1, math.prod(kernel.shape[:-1])
-    )
-    return linear(rows, kernel.reshape(-1, kernel.shape[-1])).reshape(shape)
+    seen = _patches(padded(x, geometry), offsets_of(kernel.shape[:-2]), sizes, geometry)
+    return linear(seen, kernel.reshape(-1, kernel.shape[-1]))
 
 
 def _patches(
-    inputs: jax.Array, offsets: Sequence[Axes], shape: Sequence[int], geometry: Geometry
+    inputs: jax.Array, offsets: Sequence[Axes], sizes: Axes, geometry: Geometry
 ) -> jax.Array:
-    """Return what kernel offsets see, [batch, *outputs, offsets * channels]."""
-    seen = seen_by(offsets, inputs, tuple(shape[1:-1]), geometry)
+    """Return what kernel offsets see, [batch, *sizes, offsets * channels]."""
+    seen = seen_by(offsets, inputs, sizes, geometry)
     return seen[0] if len(seen) == 1 else jnp.concatenate(seen, axis=-1)
 
 
-def _convolution_forward(
-    x: jax.Array, kernel: jax.Array, geometry: Geometry
-) -> tuple[jax.Array, Any]:
-    return _convolution(x, kernel, geometry), (x, kernel)
+def _keeping_operands(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Return the forward half of a derivative that needs both arrays and nothing else."""
+
+    def forward(first: jax.Array, second: jax.Array, geometry: Geometry) -> tuple[jax.Array, Any]:
+        return function(first, second, geometry), (first, second)
+
+    return forward
 
 
 def _convolution_backward(
@@ -231,7 +231,7 @@ def _convolution_backward(
     return dx, dkernel
 
 
-_convolution.defvjp(_convolution_forward, _convolution_backward)
+_convolution.defvjp(_keeping_operands(_convolution), _convolution_backward)
 # As a compiled function it is traced once, with its gradient, for all layers of a shape.
 _shared_convolution = jax.jit(_convolution, static_argnums=2)
 
@@ -273,12 +273,6 @@ def _input_gradient_by_winograd(kernel: jax.Array, dy: jax.Array, geometry: Geom
     return winograd.input_gradient(kernel, dy, padding=geometry.padding)
 
 
-def _input_gradient_forward(
-    kernel: jax.Array, dy: jax.Array, geometry: Geometry
-) -> tuple[jax.Array, Any]:
-    return _input_gradient_by_winograd(kernel, dy, geometry), (kernel, dy)
-
-
 def _input_gradient_backward(
     geometry: Geometry, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -288,7 +282,9 @@ def _input_gradient_backward(
     return pull(dy)[0], convolved
 
 
-_input_gradient_by_winograd.defvjp(_input_gradient_forward, _input_gradient_backward)
+_input_gradient_by_winograd.defvjp(
+    _keeping_operands(_input_gradient_by_winograd), _input_gradient_backward
+)
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geometry) -> jax.Array:
@@ -315,7 +311,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geome
     if groups > 1:  # depthwise: each feature sees one channel
         outputs = _split_last(dy, channels)  # [batch, *outputs, channels, features / channels]
         summed = tuple(range(dy.ndim - 1))
-        seen = [_patches(inputs, [offset], dy.shape, geometry) for offset in offsets]
+        seen = [_patches(inputs, [offset], dy.shape[1:-1], geometry) for offset in offsets]
         dkernel = jnp.stack([jnp.sum(p[..., None] * outputs, summed, wide) for p in seen])
         return dkernel.reshape(*size, channels // groups, features).astype(x.dtype)
     together = len(offsets) if channels < _JOIN_OFFSETS_BELOW else size[-1]
@@ -325,7 +321,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geome
         inputs = computed_once(inputs)
         gradients, products = dy.reshape(-1, features), []
         for first in range(0, len(offsets), together):
-            seen = _patches(inputs, offsets[first : first + together], dy.shape, geometry)
+            seen = _patches(inputs, offsets[first : first + together], dy.shape[1:-1], geometry)
             products.append(kernel_gradient(seen.reshape(-1, together * channels), gradients))
         return jnp.stack(products).reshape(*size, channels, features)
 

@@ -9,6 +9,8 @@ layouts so that neither moves a number, and carries them through what is element
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,6 +29,21 @@ def are_few(channels: int) -> bool:
 def turned(x: jax.Array) -> jax.Array:
     """Swap batch and channels: [batch, ..., channels] to [channels, ..., batch], and back."""
     return jnp.swapaxes(x, 0, -1)
+
+
+def turned_where_few(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Apply a function for which the first and the last axis are alike.
+
+    Args:
+        function: of arrays [first, ..., last].
+        arrays: [batch, ..., channels], all of the same channels.
+
+    Returns:
+        What `function` returns, computed with the batch innermost where the channels are few.
+    """
+    if not are_few(arrays[0].shape[-1]):
+        return function(*arrays)
+    return turned(function(*map(turned, arrays)))
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, sizes: Axes, geometry: Geometry) -> jax.Array:

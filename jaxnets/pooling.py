@@ -64,7 +64,8 @@ def average_pool(
         _reduce_window, initial=0.0, function=lax.add, sizes=sizes, steps=steps, pairs=pairs
     )
     if _are_small_tiles(sizes, steps, pairs):
-        own = functools.partial(_join_tiles, window=sizes, join=lax.add)
+        tiles = functools.partial(_join_tiles, window=sizes, join=lax.add)
+        own = functools.partial(few_channels.turned_where_few, tiles)
         total = lax.platform_dependent(wide, cpu=own, default=sums)
         return (total / math.prod(sizes)).astype(x.dtype)
     count = sums(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype))
@@ -109,14 +110,7 @@ def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
 
 
 def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
-    """Join the elements of each tile; for programs on CPU."""
-    if few_channels.are_few(x.shape[-1]):
-        return few_channels.turned(_join_places(few_channels.turned(x), window, join))
-    return _join_places(x, window, join)
-
-
-def _join_places(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
-    """Join the elements of each tile of the axes between the first and the last."""
+    """Join the elements of each tile, place by place."""
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     places = list(itertools.product(*map(range, window)))
     shape = (x.shape[0], *counts, x.shape[-1])
@@ -129,7 +123,8 @@ def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _tile_max(x: jax.Array, window: Axes) -> jax.Array:
-    own = functools.partial(_join_tiles, window=window, join=lax.max)
+    tiles = functools.partial(_join_tiles, window=window, join=lax.max)
+    own = functools.partial(few_channels.turned_where_few, tiles)
     plain = functools.partial(_plain_tile_max, window=window)
     return lax.platform_dependent(x, cpu=own, default=plain)
 
@@ -143,12 +138,8 @@ def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax
     def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda v: _plain_tile_max(v, window), x)[1](dy)[0]
 
-    def own(*arrays: jax.Array) -> jax.Array:
-        if few_channels.are_few(dy.shape[-1]):
-            turned = map(few_channels.turned, arrays)
-            return few_channels.turned(_tile_max_gradient(*turned, window=window))
-        return _tile_max_gradient(*arrays, window=window)
-
+    tiles = functools.partial(_tile_max_gradient, window=window)
+    own = functools.partial(few_channels.turned_where_few, tiles)
     return (lax.platform_dependent(*residuals, dy, cpu=own, default=plain),)
 
 

@@ -1,4 +1,4 @@
-"""Checks that every network has to pass, whatever its family."""
+"""Checks that every network has to pass, whatever its family, and what they are made with."""
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,22 @@ def mostly_slow(cases, kept):
         )
         for case in cases
     ]
+
+
+def normal(shape, seed, dtype=np.float64):
+    """Draw an array from the normal distribution."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def loss_and_gradients(function, *operands):
+    """Return the value of `function` and the gradients of a sum that is not linear in it."""
+
+    @jax.jit
+    def both(*operands):
+        value, pull = jax.vjp(function, *operands)
+        return value, pull(jnp.cos(value) + 0.5)
+
+    return both(*operands)
 
 
 def shapes_of(module, *inputs):

@@ -5,16 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import normal
 from hypothesis import strategies as st
 
 from jaxnets.channels import along_channels, channel_sum
 
 # Every example compiles for its own shapes; a fixed seed keeps the run repeatable and cached.
 some = hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None)
-
-
-def normal(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 @pytest.fixture(autouse=True)

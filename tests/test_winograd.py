@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import mostly_slow
+from checks import mostly_slow, normal
 from hypothesis import strategies as st
 from jax import lax
 
@@ -33,10 +33,6 @@ def everywhere(monkeypatch, forget_traces):
     monkeypatch.setattr(convolution, "_SAVED_KERNEL_GRADIENT", 0.01)
     monkeypatch.setattr(few_channels, "_FEW", 0)
     forget_traces()
-
-
-def normal(shape, seed, dtype=np.float64):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def plain(x, kernel, padding="SAME"):
