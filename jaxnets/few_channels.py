@@ -3,7 +3,7 @@
 XLA's CPU kernels take neighbouring numbers into one vector. Of 8 channels, the innermost axis of
 [batch, height, width, channels], they fill half of one, and a quarter of what a matrix product
 takes at once. With the batch innermost all are full: a step of a small convolutional network takes
-0.3 to 0.8 of the time. Functions here transpose what they get and give; XLA's compiler assigns
+0.6 of the time. Functions here transpose what they get and give; XLA's compiler assigns
 layouts so that neither moves a number, and carries them through what is elementwise in between.
 """
 
