@@ -81,6 +81,32 @@ def test_the_networks_of_full_size_have_the_same_parameters_in_torch(name):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "gpt-bf16"] + ["gpt2-bf16"])
+def test_torch_creates_nothing_off_the_device_of_the_inputs(name):
+    """As on a GPU, where an array from elsewhere stops the network: "meta" stands for one."""
+    torch = pytest.importorskip("torch")
+    from torch.utils import _python_dispatch, _pytree
+
+    from experiments.benchmark.torch_networks import build
+    from experiments.benchmark.torch_side import _inputs
+
+    class OnlyMeta(_python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            for leaf in _pytree.tree_leaves((args, result)):
+                if isinstance(leaf, torch.Tensor):
+                    assert leaf.device.type == "meta", operation
+            return result
+
+    workload = WORKLOADS[name]
+    with torch.device("meta"):
+        model = build(workload.network)
+    inputs = _inputs(workload, torch.device("meta"))
+    with OnlyMeta():
+        assert model(inputs).shape[-1] == workload.network.num_outputs
+
+
+@pytest.mark.parity
 def test_transformers_writes_as_many_tokens():
     pytest.importorskip("transformers")
     prepared = prepare("transformers", "generate")
