@@ -18,19 +18,19 @@ RESIDUAL = Config(
     optimizer="sgd",
     learning_rate=0.1,
     weight_decay=5e-4,
-    flip=True,
+    flip="random",
     crop=4,
 )
 RECIPES = {
     "cnn": Config(
-        model="cnn", epochs=10, learning_rate=5e-3, flip=True, crop=2, average_decay=0.999
+        model="cnn", epochs=10, learning_rate=5e-3, flip="random", crop=2, average_decay=0.999
     ),
-    "mlp": Config(model="mlp", epochs=15, learning_rate=2e-3, flip=True),
+    "mlp": Config(model="mlp", epochs=15, learning_rate=2e-3, flip="random"),
     "resnet9": Config(
         model="resnet9",
         epochs=15,
         learning_rate=5e-3,
-        flip=True,
+        flip="random",
         crop=2,
         cutout=8,
         label_smoothing=0.1,
@@ -49,7 +49,7 @@ RECIPES = {
         schedule="linear",
         warmup=0.0,
         weight_decay=0.0,
-        flip=True,
+        flip="alternating",
         crop=2,
         crop_border="reflect",
         label_smoothing=0.2,

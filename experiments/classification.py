@@ -30,8 +30,8 @@ class Config(Options):
     """Random crop after padding by this many pixels."""
     crop_border: Literal["zero", "reflect"] = "zero"
     """What the padding shows: black, or the image reflected at its edge."""
-    flip: bool = False
-    """Random horizontal flip."""
+    flip: Literal["none", "random", "alternating"] = "none"
+    """Horizontal flips: drawn for each image, or each image mirrored in every other epoch."""
     cutout: int = 0
     """Side of a random square set to the mean colour."""
     mixup: float = 0.0
@@ -105,7 +105,9 @@ class ImageClassification(Problem):
         viewed = Viewed(self.module, mirrored=config.flip_test, shifted=config.shift_test)
         self.judged = viewed if several else self.module
         self.loop = "map" if prefers_map(config.model) else "vmap"
-        self.resident = dataset.train
+        self.resident = dict(dataset.train)
+        if config.flip == "alternating":
+            self.resident["numbers"] = np.arange(len(dataset.train["labels"]), dtype=np.int32)
         self.steps_per_epoch = max(len(dataset.train["labels"]) // config.batch_size, 1)
         batches = jn.data.sequential_batches(dataset.test, min(1000, len(dataset.test["labels"])))
         self.eval_batches = [jax.device_put(batch) for batch in batches(0)]
@@ -132,10 +134,12 @@ class ImageClassification(Problem):
             return jn.convolutional.with_whitening(variables, images)
 
     def member_source(self, seed: int) -> jn.BatchSource:
-        config, train = self.config, self.dataset.train
+        config, train = self.config, self.resident
         if config.executor == "scan":  # the images are on the device: only indices travel
-            return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
-        return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
+            source = jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
+        else:
+            source = jn.data.shuffled_batches(train, config.batch_size, seed=seed)
+        return jn.data.with_epochs(source) if config.flip == "alternating" else source
 
     @property
     def small_steps(self) -> int:
@@ -229,8 +233,10 @@ class ImageClassification(Problem):
         keys = jax.random.split(rng, 4)
         if train and config.crop:  # on the raw pixels: zeros are black
             images = data.random_crop(keys[0], images, config.crop, mode=config.crop_border)
-        if train and config.flip:
+        if train and config.flip == "random":
             images = data.random_flip(keys[1], images)
+        if train and config.flip == "alternating":
+            images = data.alternating_flip(images, batch["numbers"], batch["epochs"])
         images = data.normalize(images, self.dataset.mean, self.dataset.std)
         if train and config.cutout:  # after normalisation: zero is the mean colour
             images = data.cutout(keys[2], images, config.cutout)

@@ -15,7 +15,7 @@ RECIPES = {
         epochs=18,
         learning_rate=5e-3,
         label_smoothing=0.05,
-        flip=True,
+        flip="random",
         average_decay=0.999,
     ),
     "mlp": Config(model="mlp", epochs=15, learning_rate=3e-3, label_smoothing=0.05),
@@ -24,7 +24,7 @@ RECIPES = {
         epochs=8,
         learning_rate=4e-3,
         label_smoothing=0.05,
-        flip=True,
+        flip="random",
         average_decay=0.999,
     ),
 }

@@ -54,7 +54,9 @@ def make_model(name: ModelName, dataset: jn.data.ImageDataset, precision: str) -
                 features, hidden_features=(), norm="batch", dropout_rate=0.3, **shared
             )
         case "whitened":
-            return jn.WhitenedConvNet((48, 192) if small else (64, 256, 256), **shared)
+            if small:
+                return jn.WhitenedConvNet((48, 192), **shared)
+            return jn.WhitenedConvNet((64, 256, 256), depth=3, patch=3, **shared)
         case "resnet9":
             return jn.ResNet9(width=16, **shared)
         case "resnet18":

@@ -67,7 +67,8 @@ def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = Fals
 
     Returns:
         An executor of `{"indices": int32 [K, batch]}`, as made by
-        `data.chunked(data.index_batches(...), K)`.
+        `data.chunked(data.index_batches(...), K)`; what else a batch holds goes to the step as it
+        is, such as the "epochs" of `data.with_epochs`.
     """
     resident = jax.device_put(dict(data))
 
@@ -76,8 +77,9 @@ def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = Fals
         def gathered(
             state: TrainState, selection: Batch, *, axis_name: str | None = None
         ) -> tuple[TrainState, Metrics]:
+            others = {name: array for name, array in selection.items() if name != "indices"}
             batch = {name: array[selection["indices"]] for name, array in data.items()}
-            return _call(step, state, batch, axis_name)
+            return _call(step, state, {**batch, **others}, axis_name)
 
         return scan_steps(gathered)(state, selection)
 

@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.data import cutout, mixup, normalize, random_crop, random_flip, random_shift
+from jaxnets.data import (
+    alternating_flip,
+    cutout,
+    mixup,
+    normalize,
+    random_crop,
+    random_flip,
+    random_shift,
+)
 
 IMAGES = np.arange(1, 1 + 64 * 6 * 5 * 2).reshape(64, 6, 5, 2).astype(np.float32)
 ONE_HOT = np.eye(4, dtype=np.float32)[np.arange(64) % 4]
@@ -57,6 +65,28 @@ def test_mapping_over_keys_equals_calling_one_by_one(augment):
     mapped = jax.jit(jax.vmap(augment))(keys, images)
     singles = jnp.stack([augment(key, image) for key, image in zip(keys, images, strict=True)])
     np.testing.assert_allclose(mapped, singles, rtol=1e-6)
+
+
+def test_two_epochs_show_every_image_and_its_mirror_image_once():
+    numbers, images = jnp.arange(64), jnp.array(IMAGES.astype("u1"))
+    epochs = [
+        np.asarray(alternating_flip(images, numbers, jnp.full(64, e, jnp.int32))) for e in range(4)
+    ]
+    assert epochs[0].dtype == np.uint8
+    mirrored = [(epoch == np.asarray(images)[:, :, ::-1]).all((1, 2, 3)) for epoch in epochs]
+    plain = [(epoch == np.asarray(images)).all((1, 2, 3)) for epoch in epochs]
+    for even, odd in ((0, 1), (1, 2), (2, 3)):
+        np.testing.assert_array_equal(mirrored[even], plain[odd])
+        assert (mirrored[even] ^ plain[even]).all()
+    assert 20 <= mirrored[0].sum() <= 44  # of 64 draws of 1/2, 3 standard deviations
+
+
+def test_an_image_is_mirrored_by_its_own_number_and_epoch_wherever_it_stands():
+    images, order = jnp.array(IMAGES), np.random.default_rng(0).permutation(64)
+    epochs = jnp.arange(64) % 3
+    whole = np.asarray(alternating_flip(images, jnp.arange(64), epochs))
+    moved = jax.jit(alternating_flip)(images[order], jnp.arange(64)[order], epochs[order])
+    np.testing.assert_array_equal(moved, whole[order])
 
 
 @pytest.mark.parametrize("name", ["crop", "reflect", "shift", "flip", "cutout"])

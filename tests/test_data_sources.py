@@ -9,6 +9,7 @@ from jaxnets.data import (
     member_batches,
     sequential_batches,
     shuffled_batches,
+    with_epochs,
 )
 
 DATA = {
@@ -36,8 +37,9 @@ def assert_equal_batches(first, second):
         shuffled_batches(DATA, 5, seed=1),
         index_batches(23, 5, seed=1),
         index_batches(23, 23, seed=1),
+        with_epochs(index_batches(23, 5, seed=1)),
     ],
-    ids=["shuffled", "index", "whole epochs"],
+    ids=["shuffled", "index", "whole epochs", "with epochs"],
 )
 def test_a_run_resumed_at_any_step_sees_the_batches_of_the_uninterrupted_run(source, first_step):
     whole = take(source, 0, first_step + 6)
@@ -69,6 +71,18 @@ def test_index_batches_follow_the_order_of_shuffled_batches():
     assert all(batch["indices"].dtype == np.int32 for batch in indices)
     gathered = [{name: array[b["indices"]] for name, array in DATA.items()} for b in indices]
     assert_equal_batches(gathered, take(shuffled_batches(DATA, 4, seed=9), 3, 8))
+
+
+@pytest.mark.parametrize(
+    "source", [shuffled_batches(DATA, 5, seed=1), index_batches(23, 5, seed=1)]
+)
+def test_batches_tell_their_epoch(source):
+    told = with_epochs(source)
+    assert told.steps_per_epoch == source.steps_per_epoch == 4
+    batches = take(told, 2, 7)
+    expected = np.repeat([[0], [1], [2]], [2, 4, 1], axis=0) * np.ones(5, np.int32)
+    np.testing.assert_array_equal([batch.pop("epochs") for batch in batches], expected)
+    assert_equal_batches(batches, take(source, 2, 7))
 
 
 def test_seeds_give_different_orders_at_every_epoch():

@@ -102,6 +102,32 @@ def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
     )
 
 
+def test_images_are_mirrored_in_every_other_epoch_under_every_executor():
+    config = dataclasses.replace(
+        TINY, model="mlp", flip="alternating", batch_size=600, steps_per_dispatch=4, optimizer="sgd"
+    )
+    trained = []
+    for executor in ("scan", "jit"):
+        problem = ImageClassification(dataclasses.replace(config, executor=executor), digits())
+        assert problem.steps_per_epoch == 2
+        states, _ = jn.fit(
+            problem.executor(), problem.create_states(), problem.batches(), num_steps=4
+        )
+        trained.append(states.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *trained)
+
+    def transformed(epoch):
+        batch = {
+            "inputs": digits().train["inputs"][:8],
+            "labels": None,
+            "numbers": jnp.arange(8),
+            "epochs": jnp.full(8, epoch),
+        }
+        return problem._transform(batch, jax.random.key(epoch), True)["inputs"]
+
+    np.testing.assert_array_equal(transformed(0), transformed(1)[:, :, ::-1])
+
+
 @pytest.mark.parametrize(
     ("share", "stages"), [(0.0, [7]), (0.2, [1, 7]), (0.9, [6, 7]), (1.0, [7])]
 )

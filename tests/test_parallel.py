@@ -250,6 +250,21 @@ def test_data_on_the_device_gives_the_batches_of_the_host_in_the_same_order():
     assert distance(resident, on_host) < 1e-6
 
 
+def test_data_on_the_device_come_with_what_else_a_batch_holds():
+    data = {"inputs": np.arange(12.0, dtype=np.float32)}
+    _, state, _ = problem("mlp", optax.sgd(0.1))
+
+    def step(state, batch, *, axis_name=None):
+        return state, {"weighted": jnp.sum(batch["inputs"] * batch["epochs"])}
+
+    selection = {
+        "indices": np.array([[1, 2], [3, 4]], np.int32),
+        "epochs": np.array([[1, 1], [2, 2]], np.int32),
+    }
+    _, metrics = resident_steps(step, data)(state, selection)
+    assert float(metrics["weighted"]) == 1 + 2 + 2 * (3 + 4)
+
+
 def test_donation_leaves_the_result_as_it_is():
     step, state, batch = problem("mlp_batch_norm", optax.adam(0.1))
     expected, _ = jit_step(step)(state, batch)

@@ -10,6 +10,7 @@ from jaxnets.data.audio_augment import (
     time_shift,
 )
 from jaxnets.data.augment import (
+    alternating_flip,
     cutout,
     mixup,
     normalize,
@@ -42,6 +43,7 @@ from jaxnets.data.sources import (
     member_batches,
     sequential_batches,
     shuffled_batches,
+    with_epochs,
 )
 from jaxnets.data.spectrogram import LogMel, mel_filterbank, mfcc, standardize, stft
 from jaxnets.data.speech import SpeechDataset, spoken_digits, tone_words
@@ -74,6 +76,7 @@ __all__ = [
     "TranslationDataset",
     "WordTokenizer",
     "add_noise",
+    "alternating_flip",
     "bucketed_batches",
     "bucketed_pass",
     "change_speed",
@@ -123,5 +126,6 @@ __all__ = [
     "token_streams",
     "token_windows",
     "tone_words",
+    "with_epochs",
     "write_wav",
 ]

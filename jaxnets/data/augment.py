@@ -1,4 +1,4 @@
-"""Random image changes as pure functions of a key, to be called inside the compiled step.
+"""Image changes as pure functions of a key or of an epoch, to be called inside the compiled step.
 
 Every example of a batch is changed in its own way; shapes are static, and all functions can be
 mapped over keys and batches with `jax.vmap`. A step draws its key from the stream "augmentation".
@@ -145,6 +145,39 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     chex.assert_rank(images, 4)
     flip = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
     return jnp.where(flip, images[:, :, ::-1], images)
+
+
+def alternating_flip(images: jax.Array, numbers: jax.Array, epochs: jax.Array) -> jax.Array:
+    """Mirror each image left to right in every other epoch.
+
+    Two epochs show each image and its mirror image once, where `random_flip` shows half of them
+    twice the same. Which images begin mirrored is drawn by their numbers.
+
+    Args:
+        images: [batch, height, width, channels], any dtype.
+        numbers: integers [batch], each image's place in the data set.
+        epochs: integers [batch], see `with_epochs`.
+
+    Returns:
+        Shape and dtype of `images`.
+
+    References:
+        Jordan 2024, arXiv:2404.00498, section 3.6.
+
+    Example:
+        >>> image, number = jnp.arange(2.0).reshape(1, 1, 2, 1), jnp.zeros(1, int)
+        >>> first = alternating_flip(image, number, jnp.zeros(1, int)).ravel()
+        >>> second = alternating_flip(image, number, jnp.ones(1, int)).ravel()
+        >>> (first + second).tolist()
+        [1.0, 1.0]
+    """
+    chex.assert_rank([images, numbers, epochs], [4, 1, 1])
+
+    def begins_mirrored(number: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), number))
+
+    flip = jax.vmap(begins_mirrored)(numbers) ^ (epochs % 2 == 1)
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:

@@ -70,6 +70,24 @@ class ShuffledBatches:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class EpochBatches:
+    """Batches that tell their epoch; see `with_epochs`."""
+
+    source: IndexBatches | ShuffledBatches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch."""
+        return self.source.steps_per_epoch
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from `first_step` on, without end: what the source gives and "epochs"."""
+        for step, batch in enumerate(self.source(first_step), first_step):
+            size = len(next(iter(batch.values())))
+            yield {**batch, "epochs": np.full(size, step // self.steps_per_epoch, np.int32)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class SequentialBatches:
     """One pass in order with the last batch padded; see `sequential_batches`."""
 
@@ -181,6 +199,23 @@ def shuffled_batches(
     arrays = check_arrays(data)
     num_examples = len(next(iter(arrays.values())))
     return ShuffledBatches(arrays, IndexBatches(num_examples, batch_size, seed))
+
+
+def with_epochs(source: IndexBatches | ShuffledBatches) -> EpochBatches:
+    """Let each batch tell its epoch, for changes that depend on it such as `alternating_flip`.
+
+    Args:
+        source: made by `index_batches` or `shuffled_batches`.
+
+    Returns:
+        A source of its batches with "epochs": int32 [batch], all of one value, counted from 0.
+
+    Example:
+        >>> source = with_epochs(index_batches(4, 2, seed=0))
+        >>> [batch["epochs"].tolist() for batch, _ in zip(source(1), range(2))]
+        [[0, 0], [1, 1]]
+    """
+    return EpochBatches(source)
 
 
 def sequential_batches(data: Mapping[str, np.ndarray], batch_size: int) -> SequentialBatches:
