@@ -48,6 +48,26 @@ def test_few_features_turn_the_gradient_round(shape, on_cpu):
     assert calls(kernel_gradient, *narrow) == 0
 
 
+def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in arrays(64, 32, 48)]
+
+    def gradients(x, kernel, dy):
+        y, pull = jax.vjp(linear, x, kernel)
+        return y, *pull(dy)
+
+    found = jax.jit(gradients)(*narrow)
+    x, kernel, dy = (np.asarray(each, np.float64) for each in narrow)
+    for result, expected in zip(found, (x @ kernel, dy @ kernel.T, x.T @ dy), strict=True):
+        assert result.dtype == jnp.bfloat16
+        # Each number is rounded once: 8 bits.
+        np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8, atol=1e-4)
+    program = jax.jit(gradients).lower(*narrow).as_text().splitlines()
+    products = [line.split(" : ")[-1] for line in program if "stablehlo.dot_general" in line]
+    assert len(products) == 3
+    for types in products:
+        assert types.count("xbf16>") == 2 and types.endswith("xf32>")
+
+
 def smooth(product):
     return lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel)))
 
