@@ -86,6 +86,7 @@ def _attention(
     fused = functools.partial(
         fused_attention.fused_attention, scale=scale, causal=causal, formula=by_weights
     )
+    # Not `by_platform`, whose derivatives compute again what these two save for their gradients.
     return lax.platform_dependent(query, key, value, mask, cuda=fused, default=by_weights)
 
 

@@ -15,9 +15,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxnets import few_channels
+from jaxnets.platforms import by_platform
 
 # About so many numbers are summed side by side.
 _COLUMNS = 4096
@@ -61,7 +61,7 @@ def _sum_positions(x: jax.Array) -> jax.Array:
         rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
         return jnp.sum(rows.reshape(together, channels), axis=0)
 
-    return lax.platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
+    return by_platform(x, cpu=in_two_steps, default=_plain_sum)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -81,7 +81,7 @@ def _repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         row = jnp.broadcast_to(vector[None], (together, vector.size)).reshape(1, -1)
         return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
 
-    return lax.platform_dependent(vector, cpu=in_two_steps, default=plain)
+    return by_platform(vector, cpu=in_two_steps, default=plain)
 
 
 def _has_batch_innermost(shape: tuple[int, ...]) -> bool:

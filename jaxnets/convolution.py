@@ -21,6 +21,7 @@ from jaxnets import few_channels, winograd
 from jaxnets.chunks import sum_over_chunks
 from jaxnets.fusion import computed_once
 from jaxnets.linear import kernel_gradient, linear
+from jaxnets.platforms import by_platform
 from jaxnets.spatial import (
     Axes,
     Extent,
@@ -134,7 +135,7 @@ def _thinned_convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) ->
 
     # Not on GPUs: XLA's compiler for them (JAX 0.11) aborts where a product reads such a slice.
     plain = functools.partial(_plain_convolution, geometry=geometry)
-    return lax.platform_dependent(x, kernel, cpu=product, default=plain)
+    return by_platform(x, kernel, cpu=product, default=plain)
 
 
 _shared_thinned_convolution = jax.jit(_thinned_convolution, static_argnums=2)
@@ -146,14 +147,14 @@ def _convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arr
     shape = jax.eval_shape(plain, x, kernel).shape
     if _winograd_saves(kernel, shape, geometry) >= _SAVED_FORWARD:
         fewer = functools.partial(winograd.convolve, padding=geometry.padding)
-        return lax.platform_dependent(x, kernel, cpu=fewer, default=plain)
+        return by_platform(x, kernel, cpu=fewer, default=plain)
     few = _has_few_channels(kernel, shape, geometry)
     small = math.prod(shape[1:-1]) <= _POSITIONS_PER_CHANNEL * x.shape[-1]
     if not (few or small) or not _patches_fit(kernel, shape, geometry):
         return plain(x, kernel)
     joined = few_channels.convolve if few else _matrix_convolution
     own = functools.partial(joined, sizes=tuple(shape[1:-1]), geometry=geometry)
-    return lax.platform_dependent(x, kernel, cpu=own, default=plain)
+    return by_platform(x, kernel, cpu=own, default=plain)
 
 
 def _patches_fit(kernel: jax.Array, shape: Sequence[int], geometry: Geometry) -> bool:
@@ -226,8 +227,8 @@ def _convolution_backward(
     if saved >= _SAVED_KERNEL_GRADIENT:
         own_dkernel = functools.partial(winograd.kernel_gradient, padding=geometry.padding)
     # Two choices, so that the compiler can drop the input gradient that nobody asks for.
-    dx = lax.platform_dependent(kernel, dy, cpu=own_dx, default=plain_dx)
-    dkernel = lax.platform_dependent(x, dy, cpu=own_dkernel, default=plain_dkernel)
+    dx = by_platform(kernel, dy, cpu=own_dx, default=plain_dx)
+    dkernel = by_platform(x, dy, cpu=own_dkernel, default=plain_dkernel)
     return dx, dkernel
 
 

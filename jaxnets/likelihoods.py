@@ -13,12 +13,12 @@ from typing import ClassVar, Protocol
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxnets.core import at_least_float32
 from jaxnets.fusion import computed_once
 from jaxnets.image_range import ImageRange
 from jaxnets.logistic_loss import binary_cross_entropy
+from jaxnets.platforms import by_platform
 
 # Below it a scale would let single pixels outweigh all else (as in PixelCNN++).
 _LEAST_LOG_SCALE = -7.0
@@ -193,5 +193,5 @@ def _mean_and_log_scale(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sum_per_image(errors: jax.Array) -> jax.Array:
     """Sum the errors of each image, [batch, ...] to [batch]."""
     # On CPU JAX 0.12 adds one after the other if exponentials and logarithms are merged into it.
-    errors = lax.platform_dependent(errors, cpu=computed_once, default=lambda errors: errors)
+    errors = by_platform(errors, cpu=computed_once, default=lambda errors: errors)
     return jnp.sum(errors, axis=tuple(range(1, errors.ndim)))

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxnets.fusion import computed_once
+from jaxnets.platforms import by_platform
 
 # Turned round, a kernel's gradient pays for the copies of cotangents and result where features are
 # few, and rows and channels so many times as many: it takes 0.02 to 0.9 of the time (JAX 0.10 and
@@ -69,7 +70,7 @@ def laid_out_transpose(matrix: jax.Array) -> jax.Array:
     Returns:
         [columns, rows].
     """
-    return lax.platform_dependent(
+    return by_platform(
         matrix,
         cpu=lambda matrix: with_layout_constraint(matrix.T, Layout(major_to_minor=(0, 1))),
         default=jnp.transpose,
@@ -108,7 +109,7 @@ def _product_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     # A rule for tangents, so that forward mode is there too. Reverse mode transposes it.
     (x, kernel), (to_x, to_kernel) = primals, tangents
-    by_kernel = lax.platform_dependent(x, to_kernel, cpu=_turned_product, default=jnp.matmul)
+    by_kernel = by_platform(x, to_kernel, cpu=_turned_product, default=jnp.matmul)
     return _product(x, kernel), to_x @ kernel + by_kernel
 
 
@@ -145,7 +146,7 @@ def _narrow_matmul(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.A
         return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(x.dtype)
 
     plain = functools.partial(lax.dot_general, dimension_numbers=axes)
-    return lax.platform_dependent(x, y, cpu=by_wide_result, default=plain)
+    return by_platform(x, y, cpu=by_wide_result, default=plain)
 
 
 _narrow_product.defvjp(_forward, _backward)
@@ -170,7 +171,7 @@ def _split_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         Henry, Tang and Heinecke 2019, arXiv:1904.06376 (three products of two parts).
     """
     plain = functools.partial(jnp.matmul, precision=_THREE_PRODUCTS)
-    return lax.platform_dependent(x, kernel, cpu=_three_products, default=plain)
+    return by_platform(x, kernel, cpu=_three_products, default=plain)
 
 
 def _three_products(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxnets.core import at_least_float32
 from jaxnets.linear import laid_out_transpose
+from jaxnets.platforms import by_platform
 
 # A kernel of fewer numbers goes on the right: packed, it stays in the nearest caches. From here on
 # the left side takes 0.3 to 1 of the time for up to 128 rows (JAX 0.10 and 0.12, 2 cores).
@@ -110,7 +111,7 @@ def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
 def _multiply(kernel: jax.Array, transposed: jax.Array, rows: jax.Array) -> jax.Array:
     if kernel.size < _LARGE_KERNEL or kernel.dtype != jnp.float32:
         return multiply(kernel, rows)
-    return lax.platform_dependent(
+    return by_platform(
         kernel,
         transposed,
         rows,

@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxnets import few_channels
 from jaxnets.fusion import computed_once
+from jaxnets.platforms import by_platform
 from jaxnets.spatial import Axes, Extent, Padding, Pairs, padding_pairs, per_axis, strided
 
 # Above this many elements a window is unrolled too often to be worth compiling.
@@ -66,7 +67,7 @@ def average_pool(
     if _are_small_tiles(sizes, steps, pairs):
         tiles = functools.partial(_join_tiles, window=sizes, join=lax.add)
         own = functools.partial(few_channels.turned_where_few, tiles)
-        total = lax.platform_dependent(wide, cpu=own, default=sums)
+        total = by_platform(wide, cpu=own, default=sums)
         return (total / math.prod(sizes)).astype(x.dtype)
     count = sums(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype))
     return (sums(wide) / count).astype(x.dtype)
@@ -126,7 +127,7 @@ def _tile_max(x: jax.Array, window: Axes) -> jax.Array:
     tiles = functools.partial(_join_tiles, window=window, join=lax.max)
     own = functools.partial(few_channels.turned_where_few, tiles)
     plain = functools.partial(_plain_tile_max, window=window)
-    return lax.platform_dependent(x, cpu=own, default=plain)
+    return by_platform(x, cpu=own, default=plain)
 
 
 def _tile_max_forward(x: jax.Array, window: Axes) -> tuple[jax.Array, Any]:
@@ -140,7 +141,7 @@ def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax
 
     tiles = functools.partial(_tile_max_gradient, window=window)
     own = functools.partial(few_channels.turned_where_few, tiles)
-    return (lax.platform_dependent(*residuals, dy, cpu=own, default=plain),)
+    return (by_platform(*residuals, dy, cpu=own, default=plain),)
 
 
 _tile_max.defvjp(_tile_max_forward, _tile_max_backward)

@@ -12,7 +12,7 @@ from checks import loss_and_gradients, normal
 from hypothesis import strategies as st
 from jax import lax
 
-from jaxnets import convolution, functional
+from jaxnets import convolution, functional, pooling
 
 # Every example compiles for its own shapes; a fixed seed keeps the run repeatable and cached.
 some = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -212,7 +212,8 @@ def test_other_platforms_get_the_gradients_of_xla(operands, monkeypatch, forget_
     assert program.count("stablehlo.convolution") == 2 + 4  # forward, and two gradients each
     assert program.count("stablehlo.select_and_scatter") == 1
     assert "stablehlo.dot" not in program
-    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    for module in (convolution, pooling):
+        monkeypatch.setattr(module, "by_platform", lambda *args, cpu, default: default(*args))
     forget_traces()
     expected = jax.jit(jax.grad(plain_network, argnums=(0, 1)))(x, kernel)
     for other, plain in zip(jax.jit(gradient)(x, kernel), expected, strict=True):

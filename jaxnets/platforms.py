@@ -1,0 +1,147 @@
+"""One array function, computed in another way on another platform.
+
+`lax.platform_dependent` leaves a conditional in the program, which XLA resolves behind the
+partitioning for a mesh; what then holds a collective stays a conditional. On fake CPU devices
+such collectives have no order, and devices that run them in different ones wait for each other for
+ever; an accelerator asks the host which branch it shall take. Here the choice is made when the
+program is lowered, and nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+_ArrayFunction = Callable[..., jax.Array]
+
+_CPU = "cpu"
+
+
+def by_platform(*arrays: jax.Array, cpu: _ArrayFunction, default: _ArrayFunction) -> jax.Array:
+    """Apply one function on CPU and another one elsewhere.
+
+    It can be differentiated, transposed and mapped as often as both functions can. A derivative
+    computes what it needs of the function's intermediate results again, so a function that is
+    not linear in its arrays belongs into a custom derivative.
+
+    Args:
+        arrays: the arguments of the functions.
+        cpu: on CPU, returns one array.
+        default: on other platforms, returns an array of the same shape and dtype.
+
+    Returns:
+        The array.
+
+    Raises:
+        TypeError: results that differ in shape or dtype.
+    """
+    return _choose(cpu, default, arrays)
+
+
+def _choose(cpu: _ArrayFunction, default: _ArrayFunction, arrays: Sequence[Any]) -> jax.Array:
+    branches = tuple(jax.make_jaxpr(function)(*arrays) for function in (cpu, default))
+    (own,), (plain,) = (branch.out_avals for branch in branches)
+    if (own.shape, own.dtype) != (plain.shape, plain.dtype):
+        raise TypeError(f"the function for CPU returns {own}, the default {plain}; make them alike")
+    return _choice.bind(*arrays, cpu=branches[0], default=branches[1])
+
+
+def _call(branch: ClosedJaxpr) -> _ArrayFunction:
+    return lambda *arrays: jaxpr_as_fun(branch)(*arrays)[0]
+
+
+_choice = Primitive("by_platform")
+
+
+@_choice.def_impl
+def _run(*arrays: jax.Array, cpu: ClosedJaxpr, default: ClosedJaxpr) -> jax.Array:
+    platforms = {device.platform for device in jax.numpy.asarray(arrays[0]).devices()}
+    return _call(cpu if platforms == {_CPU} else default)(*arrays)
+
+
+@_choice.def_abstract_eval
+def _result(*avals: Any, cpu: ClosedJaxpr, default: ClosedJaxpr) -> Any:
+    return default.out_avals[0]
+
+
+def _lower(
+    ctx: mlir.LoweringRuleContext, *operands: Any, platform: str, **branches: ClosedJaxpr
+) -> Any:
+    return mlir.lower_fun(jaxpr_as_fun(branches[platform]), multiple_results=True)(ctx, *operands)
+
+
+mlir.register_lowering(_choice, functools.partial(_lower, platform="default"))
+mlir.register_lowering(_choice, functools.partial(_lower, platform=_CPU), platform=_CPU)
+
+
+def _push_forward(
+    primals: Sequence[Any], tangents: Sequence[Any], **branches: ClosedJaxpr
+) -> tuple[jax.Array, jax.Array]:
+    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+    def tangent_of(function: _ArrayFunction) -> _ArrayFunction:
+        def tangent(*arrays: jax.Array) -> jax.Array:
+            values, directions = arrays[: len(primals)], arrays[len(primals) :]
+            partial = _with_others_fixed(function, values, moving)
+            return jax.jvp(partial, tuple(values[i] for i in moving), directions)[1]
+
+        return tangent
+
+    own, plain = (tangent_of(_call(branches[name])) for name in (_CPU, "default"))
+    pushed = _choose(own, plain, [*primals, *(tangents[i] for i in moving)])
+    return _choice.bind(*primals, **branches), pushed
+
+
+def _pull_back(cotangent: Any, *operands: Any, **branches: ClosedJaxpr) -> list[Any]:
+    linear = [i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
+    if isinstance(cotangent, ad.Zero):
+        return [None if i not in linear else ad.Zero(x.aval) for i, x in enumerate(operands)]
+    known = [operand for i, operand in enumerate(operands) if i not in linear]
+
+    def transpose_of(function: _ArrayFunction, which: int) -> _ArrayFunction:
+        def transpose(cotangent: jax.Array, *known: jax.Array) -> jax.Array:
+            rest = iter(known)
+            values = [None if i in linear else next(rest) for i in range(len(operands))]
+            partial = _with_others_fixed(function, values, linear)
+            avals = [operands[i].aval for i in linear]
+            return jax.linear_transpose(partial, *avals)(cotangent)[linear.index(which)]
+
+        return transpose
+
+    def pulled(which: int) -> jax.Array:
+        own, plain = (transpose_of(_call(branches[name]), which) for name in (_CPU, "default"))
+        return _choose(own, plain, [cotangent, *known])
+
+    # One choice for each, so that the compiler can drop the gradient that nobody asks for.
+    return [pulled(i) if i in linear else None for i in range(len(operands))]
+
+
+def _map(
+    arrays: Sequence[Any], axes: Sequence[int | None], **branches: ClosedJaxpr
+) -> tuple[jax.Array, int]:
+    own, plain = (jax.vmap(_call(branches[name]), tuple(axes)) for name in (_CPU, "default"))
+    return _choose(own, plain, arrays), 0
+
+
+ad.primitive_jvps[_choice] = _push_forward
+ad.primitive_transposes[_choice] = _pull_back
+batching.primitive_batchers[_choice] = _map
+
+
+def _with_others_fixed(
+    function: _ArrayFunction, values: Sequence[Any], moving: Sequence[int]
+) -> _ArrayFunction:
+    """Return the function of the arguments `moving` alone."""
+
+    def partial(*moved: jax.Array) -> jax.Array:
+        arguments = list(values)
+        for i, value in zip(moving, moved, strict=True):
+            arguments[i] = value
+        return function(*arguments)
+
+    return partial
