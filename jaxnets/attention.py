@@ -16,6 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets import fused_attention
+from jaxnets.layouts import laid_out
+
+# With fewer queries, copies of keys and values cost more than they save.
+_FEW_QUERIES = 4
 
 
 def attention(
@@ -127,18 +131,17 @@ def _attention_backward(
     query, key, value, bias, weights, output = residuals
     batch, queries, heads, size = query.shape
     wide, groups = weights.dtype, key.shape[2]
-    grouped = functools.partial(_grouped_rows, groups=groups)
-    rows, keys, values = grouped(query), jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    upstream = grouped(cotangent)  # [batch, groups, heads of a group * queries, value_size]
+    rows, upstream = (laid_out(_grouped_rows(x, groups)) for x in (query, cotangent))
+    keys, values = _heads_in_front(key, queries), _heads_in_front(value, queries)
     shared = weights.reshape(*upstream.shape[:-1], key.shape[1])
     # The sum over the keys that the gradient of a softmax subtracts, without the weights.
-    subtracted = jnp.sum(upstream.astype(wide) * grouped(output), axis=-1, keepdims=True)
-    product = functools.partial(jnp.matmul, preferred_element_type=wide)
-    scores = shared * (product(upstream, jnp.swapaxes(values, 2, 3)) - subtracted)
-    dvalue = product(jnp.swapaxes(shared.astype(value.dtype), 2, 3), upstream)
+    summed = upstream.astype(wide) * _grouped_rows(output, groups)
+    subtracted = jnp.sum(summed, axis=-1, keepdims=True)
+    scores = shared * (_product(upstream, values, turned=True) - subtracted)
+    dvalue = _product(laid_out(jnp.swapaxes(shared.astype(value.dtype), 2, 3)), upstream)
     narrow = scores.astype(query.dtype)
-    dquery = (scale * product(narrow, keys)).astype(query.dtype)
-    dkey = scale * product(jnp.swapaxes(narrow, 2, 3), rows)
+    dquery = (scale * _product(narrow, keys)).astype(query.dtype)
+    dkey = scale * _product(laid_out(jnp.swapaxes(narrow, 2, 3)), rows)
     return (
         jnp.swapaxes(dquery.reshape(batch, heads, queries, size), 1, 2),
         jnp.swapaxes(dkey, 1, 2).astype(key.dtype),
@@ -155,6 +158,23 @@ def _grouped_rows(x: jax.Array, groups: int) -> jax.Array:
     """Bring [batch, queries, heads, size] to [batch, groups, heads of a group * queries, size]."""
     batch, queries, heads, size = x.shape
     return jnp.swapaxes(x, 1, 2).reshape(batch, groups, heads // groups * queries, size)
+
+
+def _heads_in_front(x: jax.Array, queries: int) -> jax.Array:
+    """Bring keys or values [batch, keys, groups, size] to [batch, groups, keys, size]."""
+    turned = jnp.swapaxes(x, 1, 2)
+    return turned if queries < _FEW_QUERIES else laid_out(turned)
+
+
+def _product(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
+    """Multiply matrices [batch, groups, ...], the second transposed if `turned`.
+
+    The result is float32 or wider, of which the CPU's kernels for bfloat16 are fast.
+    """
+    axes = (((3,), (3 if turned else 2,)), ((0, 1), (0, 1)))
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return lax.dot_general(x.astype(dtype), y.astype(dtype), axes, preferred_element_type=wide)
 
 
 def _sum_to(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -201,11 +221,9 @@ def attention_weights(
     query = query * (1 / math.sqrt(size) if scale is None else scale)
     # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
     # that share a key follow each other as further rows.
-    rows = _grouped_rows(query, groups)
-    columns = jnp.transpose(key, (0, 2, 3, 1))
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.matmul(rows, columns, preferred_element_type=wide)
-    scores = scores.reshape(batch, heads, queries, keys)
+    rows = laid_out(_grouped_rows(query, groups))
+    scores = _product(rows, _heads_in_front(key, queries), turned=True)
+    scores, wide = scores.reshape(batch, heads, queries, keys), scores.dtype
     if bias is not None:
         scores = scores + bias.astype(wide)
     if mask is None:
@@ -227,7 +245,7 @@ def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     batch, heads, queries, keys = weights.shape
     groups, size = value.shape[2:]
     rows = weights.astype(value.dtype).reshape(batch, groups, heads // groups * queries, keys)
-    summed = rows @ jnp.swapaxes(value, 1, 2)
+    summed = _product(rows, _heads_in_front(value, queries)).astype(value.dtype)
     return jnp.swapaxes(summed.reshape(batch, heads, queries, size), 1, 2)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import few_channels
+from jaxnets.core import at_least_float32
 from jaxnets.platforms import by_platform
 
 # About so many numbers are summed side by side.
@@ -27,10 +28,10 @@ def channel_sum(x: jax.Array) -> jax.Array:
     """Sum over every axis but the last.
 
     Args:
-        x: [..., channels].
+        x: [..., channels], floating.
 
     Returns:
-        [channels].
+        [channels], of the dtype of `x`; summed in float32 or wider.
     """
     return _sum_positions(x)
 
@@ -50,6 +51,10 @@ def along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 @jax.jit
 def _sum_positions(x: jax.Array) -> jax.Array:
+    return _wide_sum(at_least_float32(x)).astype(x.dtype)
+
+
+def _wide_sum(x: jax.Array) -> jax.Array:
     together = _neighbours(x.shape)
     if together == 1:
         return _plain_sum(x)
@@ -66,6 +71,12 @@ def _sum_positions(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # Wide, so that its gradient is summed so: XLA's CPU loop that adds bfloat16 numbers takes 15 to
+    # 30 times as long, and rounds each sum.
+    return _wide_repeat(at_least_float32(vector), shape).astype(vector.dtype)
+
+
+def _wide_repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     together = _neighbours(shape)
 
     def plain(vector: jax.Array) -> jax.Array:

@@ -14,33 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import functional
+from jaxnets.activations import ACTIVATIONS
 from jaxnets.channels import along_channels
 from jaxnets.core import Precision, at_least_float32, bound_data_axis
 from jaxnets.normalization import batch_norm, layer_norm, rms_norm
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 Activation: TypeAlias = str | Callable[[jax.Array], jax.Array]
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "celu": nn.celu,
-    "elu": nn.elu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "hard_sigmoid": nn.hard_sigmoid,
-    "hard_swish": nn.hard_swish,
-    "identity": lambda x: x,
-    "leaky_relu": nn.leaky_relu,
-    "mish": jax.nn.mish,
-    "relu": nn.relu,
-    "relu6": nn.relu6,
-    "selu": nn.selu,
-    "sigmoid": nn.sigmoid,
-    "silu": nn.silu,
-    "softplus": nn.softplus,
-    "softsign": nn.soft_sign,
-    "squared_relu": lambda x: jnp.square(nn.relu(x)),
-    "tanh": jnp.tanh,
-}
 
 
 def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
@@ -50,7 +30,8 @@ def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
         name: "relu", "gelu" (exact), "gelu_tanh", "silu", "tanh", ..., or any callable.
 
     Returns:
-        An element-wise function; a callable comes back as it is.
+        An element-wise function; a callable comes back as it is. The others compute in float32 or
+        wider, and return the dtype that they got.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
@@ -61,9 +42,9 @@ def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
     """
     if callable(name):
         return name
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def check_rank(inputs: jax.Array, model: nn.Module, *, layouts: Sequence[str]) -> None:

@@ -18,9 +18,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxnets.fusion import computed_once
+from jaxnets.layouts import laid_out
 from jaxnets.platforms import by_platform
 
 # Turned round, a kernel's gradient pays for the copies of cotangents and result where features are
@@ -59,22 +59,6 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     else:
         product = rows @ kernel
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def laid_out_transpose(matrix: jax.Array) -> jax.Array:
-    """Transpose; on CPU the result is laid out in memory, not read through strides.
-
-    Args:
-        matrix: [rows, columns].
-
-    Returns:
-        [columns, rows].
-    """
-    return by_platform(
-        matrix,
-        cpu=lambda matrix: with_layout_constraint(matrix.T, Layout(major_to_minor=(0, 1))),
-        default=jnp.transpose,
-    )
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -135,7 +119,7 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     # The CPU's bfloat16 kernels want the contracted axis innermost on the left.
-    return _narrow_matmul(dy, kernel, turned=True), _narrow_matmul(laid_out_transpose(x), dy)
+    return _narrow_matmul(dy, kernel, turned=True), _narrow_matmul(laid_out(x.T), dy)
 
 
 def _narrow_matmul(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
@@ -199,7 +183,7 @@ def _split_backward(
     saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    return _split_product(dy, kernel.T), _split_product(laid_out_transpose(x), dy)
+    return _split_product(dy, kernel.T), _split_product(laid_out(x.T), dy)
 
 
 _split_product.defvjp(_split_forward, _split_backward)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.core import at_least_float32
-from jaxnets.linear import laid_out_transpose
+from jaxnets.layouts import laid_out
 from jaxnets.platforms import by_platform
 
 # A kernel of fewer numbers goes on the right: packed, it stays in the nearest caches. From here on
@@ -35,7 +35,7 @@ class LoopKernel(NamedTuple):
 
     @classmethod
     def of(cls, kernel: jax.Array) -> LoopKernel:
-        return cls(kernel, laid_out_transpose(kernel))
+        return cls(kernel, laid_out(kernel.T))
 
 
 def loop_products(
@@ -104,7 +104,7 @@ def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
     """
     rows, cotangents = (array.reshape(-1, array.shape[-1]) for array in (rows, cotangents))
     if cotangents.shape[-1] % _ALIASED_FEATURES == 0:
-        return laid_out_transpose(rows) @ cotangents
+        return laid_out(rows.T) @ cotangents
     return rows.T @ cotangents
 
 

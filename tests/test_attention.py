@@ -120,6 +120,33 @@ def test_weights_sum_to_one_in_float32_where_the_arithmetic_is_bfloat16():
     assert attention(q, k, k).dtype == jnp.bfloat16
 
 
+def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
+    shapes = [(2, 5, HEADS, SIZE), (2, 5, 2, SIZE), (2, 5, 2, SIZE)]
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in arrays(*shapes)]
+
+    def gradients(query, key, value):
+        output, pull = jax.vjp(lambda *arrays: attention(*arrays, causal=True), query, key, value)
+        return output, *pull(jnp.ones_like(output))
+
+    wide = jax.jit(gradients)(*(each.astype(jnp.float32) for each in narrow))
+    for result, expected in zip(jax.jit(gradients)(*narrow), wide, strict=True):
+        assert result.dtype == jnp.bfloat16
+        close = 2**-6 * np.abs(expected).max()  # a few roundings of 8 bits
+        np.testing.assert_allclose(result.astype(jnp.float32), expected, atol=close)
+    program = jax.jit(gradients).lower(*narrow).as_text().splitlines()
+    products = [line.split(" : ")[-1] for line in program if "stablehlo.dot_general" in line]
+    assert len(products) == 2 + 4
+    for types in products:
+        assert types.count("xbf16>") == 2 and types.endswith("xf32>")
+
+
+def test_the_keys_and_values_of_one_query_are_read_where_they_lie(on_cpu):
+    query, *keys = arrays((2, 1, HEADS, SIZE), (2, 64, HEADS, SIZE), (2, 64, HEADS, SIZE))
+    program = jax.jit(attention).lower(query, *keys).as_text()
+    laid_out = [line for line in program.splitlines() if "LayoutConstraint" in line]
+    assert len(laid_out) == 1 and "tensor<2x4x1x6xf32>" in laid_out[0]
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = (100 * x for x in arrays((1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4)))
     mask = causal_mask(jnp.array([[1, 2]]), jnp.arange(3)[None])

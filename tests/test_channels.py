@@ -56,6 +56,15 @@ def test_it_can_be_differentiated_forwards_and_twice_and_mapped():
         np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("shape", [(600, 3), (2, 10, 30, 3)])
+def test_narrow_numbers_are_summed_wide(shape):
+    ones = jnp.ones(shape, jnp.bfloat16)  # 256 + 1 is 256 in bfloat16
+    (gradient,) = jax.vjp(lambda bias: along_channels(bias, ones), ones.reshape(-1, 3)[0])[1](ones)
+    for total in (gradient, channel_sum(ones)):
+        assert total.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(total.astype(jnp.float32), 600)
+
+
 @pytest.mark.parametrize("leading", [(0, 4, 4), (3, 0), (2, 1, 1), (7,)])
 def test_nothing_and_single_positions_are_summed_too(leading):
     x = jnp.ones((*leading, 2))

@@ -9,6 +9,7 @@ import pytest
 import scipy.special
 
 from jaxnets import layers
+from jaxnets.activations import ACTIVATIONS
 from jaxnets.core import DATA_AXIS, Precision
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
@@ -45,6 +46,24 @@ def softplus(x):
 def test_an_activation_equals_its_formula(name, formula):
     x = np.linspace(-4, 8, 50, dtype=np.float32)
     np.testing.assert_allclose(layers.activation(name)(jnp.asarray(x)), formula(x), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_narrow_activation_and_its_gradient_are_rounded_once(name):
+    x = jnp.linspace(-4, 8, 50, dtype=jnp.bfloat16)
+    function = layers.activation(name)
+    wide = x.astype(jnp.float32)
+    both = jax.jit(lambda x: (function(x), jax.grad(lambda x: function(x).sum())(x)))
+    for found, expected in zip(both(x), both(wide), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_gradient_of_an_activation_keeps_its_input_alone(name):
+    x = jnp.linspace(-4, 8, 50)
+    kept = jax.tree.leaves(jax.vjp(layers.activation(name), x)[1])
+    assert sum(each.size for each in kept if each.dtype != bool) <= x.size
 
 
 def test_an_unknown_activation_is_refused_with_the_known_names():
