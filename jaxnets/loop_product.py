@@ -61,7 +61,7 @@ def multiply(kernel: jax.Array, rows: jax.Array) -> jax.Array:
     Returns:
         [rows, columns], float32 or wider.
     """
-    return at_least_float32(rows.astype(kernel.dtype) @ kernel)
+    return _wide_product(rows.astype(kernel.dtype), kernel)
 
 
 @jax.custom_vjp
@@ -103,9 +103,16 @@ def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
         [hidden, columns].
     """
     rows, cotangents = (array.reshape(-1, array.shape[-1]) for array in (rows, cotangents))
-    if cotangents.shape[-1] % _ALIASED_FEATURES == 0:
-        return laid_out(rows.T) @ cotangents
-    return rows.T @ cotangents
+    columns = rows.T
+    if cotangents.shape[-1] % _ALIASED_FEATURES == 0 or rows.dtype == jnp.bfloat16:
+        columns = laid_out(columns)
+    return _wide_product(columns, cotangents).astype(rows.dtype)
+
+
+def _wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    # Of bfloat16 too: the CPU's kernels are fast for a float32 result only (JAX 0.10).
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, y, preferred_element_type=wide)
 
 
 def _multiply(kernel: jax.Array, transposed: jax.Array, rows: jax.Array) -> jax.Array:
