@@ -99,3 +99,17 @@ def test_a_recurrent_layer_with_a_large_kernel_equals_its_single_steps(cell, mon
                 found,
                 expected,
             )
+
+
+@pytest.mark.parametrize("shape", KERNELS, ids=str)
+def test_narrow_products_are_not_rounded_and_their_gradients_once(shape):
+    kernel, rows = normal(*shape), normal(3, 5, shape[0], seed=1)
+    cotangents = normal(3, 5, shape[1], seed=2)
+    kernel, rows, cotangents = (x.astype(jnp.bfloat16) for x in (kernel, rows, cotangents))
+    wide = [x.astype(jnp.float32) for x in (kernel, rows, cotangents)]
+    (product,) = loop_products([kernel], steps=3)
+    close(jax.jit(product)(rows[0]), wide[1][0] @ wide[0])
+    expected = jnp.einsum("tbh,tbc->hc", *wide[1:])
+    gradient = jax.jit(kernel_gradient)(rows, cotangents)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=2**-8, atol=1e-4)
