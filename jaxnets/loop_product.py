@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.core import at_least_float32
 from jaxnets.layouts import laid_out
 from jaxnets.platforms import by_platform
 
@@ -130,4 +129,4 @@ def _multiply(kernel: jax.Array, transposed: jax.Array, rows: jax.Array) -> jax.
 def _on_the_left(transposed: jax.Array, rows: jax.Array) -> jax.Array:
     # Behind a barrier, as XLA would turn the product of transposes round again.
     product = lax.optimization_barrier(transposed @ rows.astype(transposed.dtype).T)
-    return at_least_float32(product).T
+    return product.T

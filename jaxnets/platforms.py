@@ -3,8 +3,7 @@
 `lax.platform_dependent` leaves a conditional in the program, which XLA resolves behind the
 partitioning for a mesh; what then holds a collective stays a conditional. On fake CPU devices
 such collectives have no order, and devices that run them in different ones wait for each other for
-ever; an accelerator asks the host which branch it shall take. Here the choice is made when the
-program is lowered, and nothing of it is left.
+ever. Here the choice is made when the program is lowered, and nothing of it is left.
 """
 
 from __future__ import annotations
@@ -40,10 +39,6 @@ def by_platform(*arrays: jax.Array, cpu: _ArrayFunction, default: _ArrayFunction
     Raises:
         TypeError: results that differ in shape or dtype.
     """
-    return _choose(cpu, default, arrays)
-
-
-def _choose(cpu: _ArrayFunction, default: _ArrayFunction, arrays: Sequence[Any]) -> jax.Array:
     branches = tuple(jax.make_jaxpr(function)(*arrays) for function in (cpu, default))
     (own,), (plain,) = (branch.out_avals for branch in branches)
     if (own.shape, own.dtype) != (plain.shape, plain.dtype):
@@ -92,8 +87,7 @@ def _push_forward(
 
         return tangent
 
-    own, plain = (tangent_of(_call(branches[name])) for name in (_CPU, "default"))
-    pushed = _choose(own, plain, [*primals, *(tangents[i] for i in moving)])
+    pushed = _changed(tangent_of, [*primals, *(tangents[i] for i in moving)], branches)
     return _choice.bind(*primals, **branches), pushed
 
 
@@ -113,24 +107,33 @@ def _pull_back(cotangent: Any, *operands: Any, **branches: ClosedJaxpr) -> list[
 
         return transpose
 
-    def pulled(which: int) -> jax.Array:
-        own, plain = (transpose_of(_call(branches[name]), which) for name in (_CPU, "default"))
-        return _choose(own, plain, [cotangent, *known])
-
     # One choice for each, so that the compiler can drop the gradient that nobody asks for.
-    return [pulled(i) if i in linear else None for i in range(len(operands))]
+    return [
+        _changed(functools.partial(transpose_of, which=i), [cotangent, *known], branches)
+        if i in linear
+        else None
+        for i in range(len(operands))
+    ]
 
 
 def _map(
     arrays: Sequence[Any], axes: Sequence[int | None], **branches: ClosedJaxpr
 ) -> tuple[jax.Array, int]:
-    own, plain = (jax.vmap(_call(branches[name]), tuple(axes)) for name in (_CPU, "default"))
-    return _choose(own, plain, arrays), 0
+    return _changed(functools.partial(jax.vmap, in_axes=tuple(axes)), arrays, branches), 0
 
 
 ad.primitive_jvps[_choice] = _push_forward
 ad.primitive_transposes[_choice] = _pull_back
 batching.primitive_batchers[_choice] = _map
+
+
+def _changed(
+    transform: Callable[[_ArrayFunction], _ArrayFunction],
+    arrays: Sequence[Any],
+    branches: dict[str, ClosedJaxpr],
+) -> jax.Array:
+    """Choose between the transforms of the functions of a choice."""
+    return by_platform(*arrays, **{name: transform(_call(each)) for name, each in branches.items()})
 
 
 def _with_others_fixed(

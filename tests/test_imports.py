@@ -39,7 +39,7 @@ ALLOWED = {
     "fused_attention": set(),
     "attention": {"fused_attention", "layouts"},
     "positions": {"attention", "core"},
-    "loop_product": {"core", "layouts", "platforms"},
+    "loop_product": {"layouts", "platforms"},
     "sequence": {"channels", "core", "functional", "loop_product", "normalization", "padding"},
     "parallel_recurrence": {"core", "functional", "sequence"},
     "activations": {"core"},
