@@ -14,6 +14,7 @@ In float32 it can be made of three products of bfloat16, which matrix units comp
 from __future__ import annotations
 
 import functools
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ from jaxnets.platforms import by_platform
 # vector is multiplied as fast as it can be.
 _FEW_FEATURES, _ROWS_AND_CHANNELS_FOR_A_FEATURE = 128, 2
 _THREE_PRODUCTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+
+#: The axis of each of two matrices over which their product adds up.
+_Axes: TypeAlias = tuple[int, int]
+_Pair: TypeAlias = tuple[jax.Array, jax.Array]
+_ROWS_BY_COLUMNS: _Axes = (1, 0)
 
 
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -107,44 +113,13 @@ def _turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 _shared_product = jax.jit(_product)
 
 
-@jax.custom_vjp
-def _narrow_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _narrow_matmul(x, kernel)
-
-
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _narrow_matmul(x, kernel), (x, kernel)
-
-
-def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    # The CPU's bfloat16 kernels want the contracted axis innermost on the left.
-    return _narrow_matmul(dy, kernel, turned=True), _narrow_matmul(laid_out(x.T), dy)
-
-
-def _narrow_matmul(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
-    """Multiply bfloat16 matrices, the second transposed if `turned`; on CPU see the module."""
-    axes = (((1,), (1 if turned else 0,)), ((), ()))
-
-    def by_wide_result(x: jax.Array, y: jax.Array) -> jax.Array:
-        return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32).astype(x.dtype)
-
-    plain = functools.partial(lax.dot_general, dimension_numbers=axes)
-    return by_platform(x, y, cpu=by_wide_result, default=plain)
-
-
-_narrow_product.defvjp(_forward, _backward)
-# As a compiled function it is traced once, with its gradient, for all layers of a shape.
-_shared_narrow_product = jax.jit(_narrow_product)
-
-
 def _three_products_wanted() -> bool:
     wish = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return bool(wish == _THREE_PRODUCTS.name)
 
 
-@jax.custom_vjp
-def _split_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _split_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> jax.Array:
     """Multiply float32 matrices as sums of two bfloat16 numbers, without the smallest product.
 
     Of 24 bits of a factor the two have 16. The error is about 5e-6 of the largest output (1e-5
@@ -154,37 +129,66 @@ def _split_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     References:
         Henry, Tang and Heinecke 2019, arXiv:1904.06376 (three products of two parts).
     """
-    plain = functools.partial(jnp.matmul, precision=_THREE_PRODUCTS)
-    return by_platform(x, kernel, cpu=_three_products, default=plain)
+    cpu = functools.partial(_three_products, axes=axes)
+    plain = functools.partial(_product_over, axes=axes, precision=_THREE_PRODUCTS)
+    return by_platform(x, y, cpu=cpu, default=plain)
 
 
-def _three_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    (x_high, x_low), (kernel_high, kernel_low) = map(_halves, (x, kernel))
-    product = functools.partial(
-        jnp.matmul, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
-    )
-    small = product(x_high, kernel_low) + product(x_low, kernel_high)
-    return product(x_high, kernel_high) + small
+def _three_products(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
+    (x_high, x_low), (y_high, y_low) = map(_halves, (x, y))
+    product = functools.partial(_wide_product, axes=axes)
+    return product(x_high, y_high) + (product(x_high, y_low) + product(x_low, y_high))
 
 
 def _halves(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Rounded by `reduce_precision`: XLA removes a cast to bfloat16 and back.
+    # Rounded by `reduce_precision`: XLA removes a cast to bfloat16 and back. Written down, where
+    # XLA would take a part through a transpose, or multiply it as float32.
     high = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
-    return high.astype(jnp.bfloat16), (array - high).astype(jnp.bfloat16)
+    high, low = high.astype(jnp.bfloat16), (array - high).astype(jnp.bfloat16)
+    return computed_once(high), computed_once(low)
 
 
-def _split_forward(
-    x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _split_product(x, kernel), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> jax.Array:
+    """Multiply bfloat16 matrices."""
+
+    def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _wide_product(x, y, axes).astype(x.dtype)
+
+    plain = functools.partial(_product_over, axes=axes)
+    return by_platform(x, y, cpu=rounded, default=plain)
 
 
-def _split_backward(
-    saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    return _split_product(dy, kernel.T), _split_product(laid_out(x.T), dy)
+def _wide_product(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
+    """Multiply bfloat16 matrices to a float32 one, by the fast kernels of the CPU."""
+    if axes[0] == 0:  # They want the contracted axis innermost on the left.
+        x, axes = laid_out(x.T), (1, axes[1])
+    # Nothing but bfloat16 products, whatever precision is asked for.
+    kind = {"precision": lax.Precision.DEFAULT, "preferred_element_type": jnp.float32}
+    return _product_over(x, y, axes, **kind)
 
 
-_split_product.defvjp(_split_forward, _split_backward)
-_shared_split_product = jax.jit(_split_product)
+def _product_over(x: jax.Array, y: jax.Array, axes: _Axes, **kind: Any) -> jax.Array:
+    return lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), **kind)
+
+
+def _with_gradient(product: Any) -> Any:
+    """Give a product of two matrices gradients that are products of the same kind."""
+
+    def forward(x: jax.Array, y: jax.Array, axes: _Axes) -> tuple[jax.Array, _Pair]:
+        return product(x, y, axes), (x, y)
+
+    def backward(axes: _Axes, saved: _Pair, cotangent: jax.Array) -> _Pair:
+        (x, y), (x_axis, y_axis) = saved, axes
+        of_x = (cotangent, y, (1, 1 - y_axis)) if x_axis else (y, cotangent, (1 - y_axis, 1))
+        of_y = (cotangent, x, (0, 1 - x_axis)) if y_axis else (x, cotangent, (1 - x_axis, 0))
+        return product(*of_x), product(*of_y)
+
+    product.defvjp(forward, backward)
+    # As a compiled function it is traced once, with its gradient, for all layers of a shape.
+    return jax.jit(product, static_argnums=2)
+
+
+_shared_split_product, _shared_narrow_product = map(
+    _with_gradient, (_split_product, _narrow_product)
+)
