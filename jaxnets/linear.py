@@ -79,8 +79,28 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """
     if _better_turned(x, dy.shape[-1]):
         return computed_once(computed_once(dy.T) @ x).T
+    if x.dtype == jnp.bfloat16:
+        return wide_product(x, dy, (0, 0))
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+    return _product_over(x, dy, (0, 0), preferred_element_type=wide)
+
+
+def wide_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> jax.Array:
+    """Multiply bfloat16 matrices by the CPU's fast kernels.
+
+    Args:
+        x: [rows, columns].
+        y: [rows, columns].
+        axes: of each of them, the one over which the products are summed.
+
+    Returns:
+        [rows or columns of `x`, rows or columns of `y`], float32.
+    """
+    if axes[0] == 0:  # The kernels want the summed axis innermost on the left.
+        x, axes = laid_out(x.T), (1, axes[1])
+    # Nothing but bfloat16 products, whatever precision is asked for.
+    kind = {"precision": lax.Precision.DEFAULT, "preferred_element_type": jnp.float32}
+    return _product_over(x, y, axes, **kind)
 
 
 def _better_turned(x: jax.Array, features: int) -> bool:
@@ -136,7 +156,7 @@ def _split_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -
 
 def _three_products(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
     (x_high, x_low), (y_high, y_low) = map(_halves, (x, y))
-    product = functools.partial(_wide_product, axes=axes)
+    product = functools.partial(wide_product, axes=axes)
     return product(x_high, y_high) + (product(x_high, y_low) + product(x_low, y_high))
 
 
@@ -153,19 +173,10 @@ def _narrow_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) 
     """Multiply bfloat16 matrices."""
 
     def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
-        return _wide_product(x, y, axes).astype(x.dtype)
+        return wide_product(x, y, axes).astype(x.dtype)
 
     plain = functools.partial(_product_over, axes=axes)
     return by_platform(x, y, cpu=rounded, default=plain)
-
-
-def _wide_product(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
-    """Multiply bfloat16 matrices to a float32 one, by the fast kernels of the CPU."""
-    if axes[0] == 0:  # They want the contracted axis innermost on the left.
-        x, axes = laid_out(x.T), (1, axes[1])
-    # Nothing but bfloat16 products, whatever precision is asked for.
-    kind = {"precision": lax.Precision.DEFAULT, "preferred_element_type": jnp.float32}
-    return _product_over(x, y, axes, **kind)
 
 
 def _product_over(x: jax.Array, y: jax.Array, axes: _Axes, **kind: Any) -> jax.Array:

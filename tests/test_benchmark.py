@@ -11,7 +11,7 @@ import pytest
 
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import chart, driver, report
-from experiments.benchmark.competitors import COMPETITORS, REFERENCE, Competitor
+from experiments.benchmark.competitors import COMPETITORS, ON_REQUEST, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import NUM_BATCHES, WORKLOADS, shrink
 from experiments.run_folder import RunError
@@ -275,6 +275,13 @@ def test_labels_differ_from_batch_to_batch_and_inputs_do_not():
     labels = WORKLOADS["mlp"].labels()
     assert labels.shape == (NUM_BATCHES, 128) and len(np.unique(labels, axis=0)) == NUM_BATCHES
     np.testing.assert_array_equal(WORKLOADS["gpt"].inputs(), WORKLOADS["gpt"].inputs())
+
+
+def test_products_are_split_in_float32_training_alone_and_on_request():
+    taking = [name for name, each in WORKLOADS.items() if COMPETITORS[ON_REQUEST].takes_part(each)]
+    assert {"mlp", "gpt", "lstm"} <= set(taking)
+    assert not {"gpt-bf16", "cnn-infer-1", "vae", "generate"} & set(taking)
+    assert ON_REQUEST not in command.Config().against
 
 
 def test_every_workload_has_competitors_that_take_part():

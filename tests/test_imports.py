@@ -29,9 +29,11 @@ ALLOWED = {
     "cores": set(),
     "fusion": set(),
     "chunks": set(),
+    "tap_products": {"chunks", "fusion", "layouts", "linear", "spatial"},
     "winograd": {"chunks", "fusion", "linear", "spatial"},
     "convolution": {
-        *("chunks", "few_channels", "fusion", "linear", "platforms", "spatial", "winograd"),
+        *("chunks", "few_channels", "fusion", "linear", "platforms", "spatial", "tap_products"),
+        "winograd",
     },
     "pooling": {"few_channels", "fusion", "platforms", "spatial"},
     "functional": {"convolution", "linear", "pooling", "spatial"},

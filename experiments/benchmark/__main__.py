@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.benchmark import chart, driver, report
-from experiments.benchmark.competitors import COMPETITORS, REFERENCE, Competitor
+from experiments.benchmark.competitors import COMPETITORS, ON_REQUEST, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import WORKLOADS, shrink
 from experiments.command_line import print_result
@@ -28,7 +28,9 @@ class Config:
 
     workloads: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of workloads; by default all of the platform."""
-    against: tuple[str, ...] = tuple(name for name in COMPETITORS if name != REFERENCE)
+    against: tuple[str, ...] = tuple(
+        name for name in COMPETITORS if name not in (REFERENCE, ON_REQUEST)
+    )
     """Competitors beside jaxnets."""
     rounds: int = 5
     """Turns of each competitor."""

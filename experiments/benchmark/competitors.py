@@ -32,6 +32,8 @@ class Competitor:
         """Whether it has a way to compute a workload."""
         if self.variant == "scan" and workload.steps_per_dispatch == 1:
             return False  # nothing to bundle
+        if self.variant == "split" and workload.precision != "float32":
+            return False  # nothing to split
         if self.name == "equinox" and workload.precision != "float32":
             return False  # its documentation has no policy for mixed precision
         return workload.task in self.tasks
@@ -54,6 +56,8 @@ _ALL = _CLASSIC | {"generate", "positions"}
 
 #: The one that the others are compared with.
 REFERENCE = "jaxnets"
+#: Takes part where it is asked for: it gains on processors with matrix units only.
+ON_REQUEST = "jaxnets-split"
 #: Name -> competitor, in the order of the report.
 COMPETITORS: dict[str, Competitor] = {
     competitor.name: competitor
@@ -61,6 +65,8 @@ COMPETITORS: dict[str, Competitor] = {
         _side(REFERENCE, "jaxnets_side", _ALL, "", "jaxnets"),
         # With jaxnets.keep_memory, which is the user's choice.
         _side("jaxnets-kept", "jaxnets_side", _ALL - {"positions"}, "kept", "jaxnets"),
+        # The same with the float32 products of dense layers as three of bfloat16.
+        _side(ON_REQUEST, "jaxnets_side", frozenset({"train"}), "split", "jaxnets"),
         _side("flax", "flax_side", _CLASSIC, "", "flax"),
         _side("flax-scan", "flax_side", _STEPS | {"population"}, "scan", "flax"),
         _side("keras", "keras_side", _STEPS | {"epoch"}, "", "keras", "jax"),

@@ -37,9 +37,11 @@ LIBRARIES = ("jaxnets", "jax", "flax", "optax")
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Build a workload; the variant "kept" keeps freed memory."""
-    if settings.variant == "kept":
+    """Build a workload; the variant "kept" keeps freed memory, "split" splits products, too."""
+    if settings.variant in ("kept", "split"):
         jn.keep_memory()
+    if settings.variant == "split":
+        jax.config.update("jax_default_matmul_precision", "BF16_BF16_F32_X3")
     workload = settings.workload
     make = {
         "train": train,
