@@ -18,10 +18,15 @@ from jax.interpreters import ad, batching, mlir
 
 _ArrayFunction = Callable[..., jax.Array]
 
-_CPU = "cpu"
+_CPU, _PARTITIONED = "cpu", "partitioned"
 
 
-def by_platform(*arrays: jax.Array, cpu: _ArrayFunction, default: _ArrayFunction) -> jax.Array:
+def by_platform(
+    *arrays: jax.Array,
+    cpu: _ArrayFunction,
+    default: _ArrayFunction,
+    partitioned: _ArrayFunction | None = None,
+) -> jax.Array:
     """Apply one function on CPU and another one elsewhere.
 
     It can be differentiated, transposed and mapped as often as both functions can. A derivative
@@ -32,6 +37,8 @@ def by_platform(*arrays: jax.Array, cpu: _ArrayFunction, default: _ArrayFunction
         arrays: the arguments of the functions.
         cpu: on CPU, returns one array.
         default: on other platforms, returns an array of the same shape and dtype.
+        partitioned: on CPU in a program for a mesh, which XLA divides among the devices; if None,
+            `cpu` is.
 
     Returns:
         The array.
@@ -39,11 +46,16 @@ def by_platform(*arrays: jax.Array, cpu: _ArrayFunction, default: _ArrayFunction
     Raises:
         TypeError: results that differ in shape or dtype.
     """
-    branches = tuple(jax.make_jaxpr(function)(*arrays) for function in (cpu, default))
-    (own,), (plain,) = (branch.out_avals for branch in branches)
-    if (own.shape, own.dtype) != (plain.shape, plain.dtype):
-        raise TypeError(f"the function for CPU returns {own}, the default {plain}; make them alike")
-    return _choice.bind(*arrays, cpu=branches[0], default=branches[1])
+    functions = {_CPU: cpu, "default": default, _PARTITIONED: partitioned}
+    branches = {name: jax.make_jaxpr(each)(*arrays) for name, each in functions.items() if each}
+    (plain,) = branches["default"].out_avals
+    for name in branches:
+        (own,) = branches[name].out_avals
+        if (own.shape, own.dtype) != (plain.shape, plain.dtype):
+            raise TypeError(
+                f"the function {name!r} returns {own}, the default {plain}; make them alike"
+            )
+    return _choice.bind(*arrays, **branches)
 
 
 def _call(branch: ClosedJaxpr) -> _ArrayFunction:
@@ -54,19 +66,23 @@ _choice = Primitive("by_platform")
 
 
 @_choice.def_impl
-def _run(*arrays: jax.Array, cpu: ClosedJaxpr, default: ClosedJaxpr) -> jax.Array:
+def _run(*arrays: jax.Array, **branches: ClosedJaxpr) -> jax.Array:
     platforms = {device.platform for device in jax.numpy.asarray(arrays[0]).devices()}
-    return _call(cpu if platforms == {_CPU} else default)(*arrays)
+    return _call(branches[_CPU if platforms == {_CPU} else "default"])(*arrays)
 
 
 @_choice.def_abstract_eval
-def _result(*avals: Any, cpu: ClosedJaxpr, default: ClosedJaxpr) -> Any:
-    return default.out_avals[0]
+def _result(*avals: Any, **branches: ClosedJaxpr) -> Any:
+    return branches["default"].out_avals[0]
 
 
 def _lower(
     ctx: mlir.LoweringRuleContext, *operands: Any, platform: str, **branches: ClosedJaxpr
 ) -> Any:
+    # Inside of `shard_map` and `pmap` nothing is divided any more, and no such number is there.
+    num_devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    if platform == _CPU and num_devices > 1 and _PARTITIONED in branches:
+        platform = _PARTITIONED
     return mlir.lower_fun(jaxpr_as_fun(branches[platform]), multiple_results=True)(ctx, *operands)
 
 

@@ -60,8 +60,9 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, geometry: Geomet
 
     def chunk(inputs: jax.Array, dy: jax.Array) -> jax.Array:
         # Transposed once for all taps: products want the contracted axis innermost on the left.
-        first = laid_out(jnp.moveaxis(inputs, -1, 0)).reshape(-1, *inputs.shape[1:-1], 1)
-        seen = seen_by(offsets, first, dy.shape[1:-1], geometry)
+        first = laid_out(jnp.moveaxis(inputs, -1, 0))[..., None]
+        sizes = dy.shape[1:-1]
+        seen = jax.vmap(lambda channel: seen_by(offsets, channel, sizes, geometry))(first)
         columns = (computed_once(each).reshape(channels, -1) for each in seen)
         return jnp.stack([wide_product(each, dy.reshape(-1, features)) for each in columns])
 

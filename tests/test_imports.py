@@ -21,7 +21,7 @@ ALLOWED = {
     "padding": {"core"},
     "spatial": set(),
     "platforms": set(),
-    "layouts": {"platforms"},
+    "layouts": {"fusion", "platforms"},
     "linear": {"fusion", "layouts", "platforms"},
     "host_memory": set(),
     "few_channels": {"spatial"},
