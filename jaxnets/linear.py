@@ -14,7 +14,9 @@ In float32 it can be made of three products of bfloat16, which matrix units comp
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +33,16 @@ from jaxnets.platforms import by_platform
 _FEW_FEATURES, _ROWS_AND_CHANNELS_FOR_A_FEATURE = 128, 2
 _THREE_PRODUCTS = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 
+#: The product of a layer, [..., channels] by [channels, features], and those of its gradients,
+#: [..., features] by [channels, features] and [..., channels] by [..., features].
+_Role: TypeAlias = Literal["forward", "to_input", "to_kernel"]
 #: The axis of each of two matrices over which their product adds up.
 _Axes: TypeAlias = tuple[int, int]
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
-_ROWS_BY_COLUMNS: _Axes = (1, 0)
 
 
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply the last axis by a matrix, as one product of two matrices.
+    """Multiply the last axis by a matrix; on CPU as one product of two matrices.
 
     Args:
         x: [..., channels].
@@ -53,18 +57,15 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
         ...     round(float(linear(x, kernel)[0, 0]), 4)
         3.003
     """
-    # On CPU the gradient of a product with more leading axes copies both operands transposed.
-    rows = x.reshape(-1, x.shape[-1])
     dtypes = {x.dtype, kernel.dtype}
     if dtypes == {jnp.dtype(jnp.bfloat16)}:
-        product = _shared_narrow_product(rows, kernel)
-    elif dtypes == {jnp.dtype(jnp.float32)} and _three_products_wanted():
-        product = _shared_split_product(rows, kernel)
-    elif _better_turned(rows, kernel.shape[-1]):
-        product = _shared_product(rows, kernel)
-    else:
-        product = rows @ kernel
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+        return _shared_narrow_product(x, kernel)
+    if dtypes == {jnp.dtype(jnp.float32)} and _three_products_wanted():
+        return _shared_split_product(x, kernel)
+    rows = (math.prod(x.shape[:-1]), x.shape[-1])
+    if x.dtype == jnp.float32 and _better_turned(rows, kernel.shape[-1]):
+        return _shared_turned_product(x, kernel)
+    return _shared_plain_product(x, kernel)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -77,7 +78,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     Returns:
         [channels, features], float32 or wider.
     """
-    if _better_turned(x, dy.shape[-1]):
+    if x.dtype == jnp.float32 and _better_turned(x.shape, dy.shape[-1]):
         return computed_once(computed_once(dy.T) @ x).T
     if x.dtype == jnp.bfloat16:
         return wide_product(x, dy, (0, 0))
@@ -85,7 +86,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     return _product_over(x, dy, (0, 0), preferred_element_type=wide)
 
 
-def wide_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> jax.Array:
+def wide_product(x: jax.Array, y: jax.Array, axes: _Axes = (1, 0)) -> jax.Array:
     """Multiply bfloat16 matrices by the CPU's fast kernels.
 
     Args:
@@ -103,34 +104,56 @@ def wide_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> 
     return _product_over(x, y, axes, **kind)
 
 
-def _better_turned(x: jax.Array, features: int) -> bool:
-    few = 1 < features <= min(_FEW_FEATURES, min(x.shape) / _ROWS_AND_CHANNELS_FOR_A_FEATURE)
-    return few and x.dtype == jnp.float32
+def _better_turned(rows: tuple[int, ...], features: int) -> bool:
+    most = min(_FEW_FEATURES, min(rows) / _ROWS_AND_CHANNELS_FOR_A_FEATURE)
+    return 1 < features <= most
+
+
+def _plain_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if x.ndim == 2:
+        return x @ kernel
+    return by_platform(x, kernel, cpu=_with_rows(jnp.matmul), default=jnp.matmul)
+
+
+def _with_rows(product: Callable[..., jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Make a product of two matrices one that takes more leading axes.
+
+    On CPU the gradient of a product with such axes copies both operands transposed. On a mesh
+    the rows of an array that is split over devices along an inner axis, as the batch is behind the
+    steps of a recurrent network, are gathered, so this is for programs on CPU.
+    """
+
+    def apply(x: jax.Array, y: jax.Array) -> jax.Array:
+        result = product(x.reshape(-1, x.shape[-1]), y)
+        return result.reshape(*x.shape[:-1], result.shape[-1])
+
+    return apply
 
 
 @jax.custom_jvp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ kernel
+def _turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _plain_product(x, kernel)
 
 
-@_product.defjvp
-def _product_jvp(
+@_turned_product.defjvp
+def _turned_product_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     # A rule for tangents, so that forward mode is there too. Reverse mode transposes it.
     (x, kernel), (to_x, to_kernel) = primals, tangents
-    by_kernel = by_platform(x, to_kernel, cpu=_turned_product, default=jnp.matmul)
-    return _product(x, kernel), to_x @ kernel + by_kernel
+    by_kernel = by_platform(x, to_kernel, cpu=_with_rows(_turned_matmul), default=jnp.matmul)
+    return _turned_product(x, kernel), _plain_product(to_x, kernel) + by_kernel
 
 
-def _turned_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _turned_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply so that the transposed program is `kernel_gradient`'s."""
     turned = computed_once(kernel.T)
     return computed_once(lax.dot_general(x, turned, (((1,), (1,)), ((), ()))).T).T
 
 
 # As a compiled function it is traced once, with its gradient, for all layers of a shape.
-_shared_product = jax.jit(_product)
+_shared_plain_product = jax.jit(_plain_product)
+_shared_turned_product = jax.jit(_turned_product)
 
 
 def _three_products_wanted() -> bool:
@@ -139,7 +162,7 @@ def _three_products_wanted() -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _split_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> jax.Array:
+def _split_product(x: jax.Array, y: jax.Array, role: _Role = "forward") -> jax.Array:
     """Multiply float32 matrices as sums of two bfloat16 numbers, without the smallest product.
 
     Of 24 bits of a factor the two have 16. The error is about 5e-6 of the largest output (1e-5
@@ -149,9 +172,8 @@ def _split_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -
     References:
         Henry, Tang and Heinecke 2019, arXiv:1904.06376 (three products of two parts).
     """
-    cpu = functools.partial(_three_products, axes=axes)
-    plain = functools.partial(_product_over, axes=axes, precision=_THREE_PRODUCTS)
-    return by_platform(x, y, cpu=cpu, default=plain)
+    plain = functools.partial(_contract, role=role, precision=_THREE_PRODUCTS)
+    return by_platform(x, y, cpu=_of_matrices(_three_products, role), default=plain)
 
 
 def _three_products(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
@@ -169,14 +191,30 @@ def _halves(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow_product(x: jax.Array, y: jax.Array, axes: _Axes = _ROWS_BY_COLUMNS) -> jax.Array:
-    """Multiply bfloat16 matrices."""
+def _narrow_product(x: jax.Array, y: jax.Array, role: _Role = "forward") -> jax.Array:
+    """Multiply bfloat16 numbers."""
 
-    def rounded(x: jax.Array, y: jax.Array) -> jax.Array:
+    def rounded(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
         return wide_product(x, y, axes).astype(x.dtype)
 
-    plain = functools.partial(_product_over, axes=axes)
-    return by_platform(x, y, cpu=rounded, default=plain)
+    plain = functools.partial(_contract, role=role)
+    return by_platform(x, y, cpu=_of_matrices(rounded, role), default=plain)
+
+
+def _contract(x: jax.Array, y: jax.Array, role: _Role, **kind: Any) -> jax.Array:
+    """Multiply with all leading axes; see `_Role`."""
+    last, leading = (x.ndim - 1,), tuple(range(x.ndim - 1))
+    axes = {"forward": (last, (0,)), "to_input": (last, (1,)), "to_kernel": (leading, leading)}
+    return lax.dot_general(x, y, (axes[role], ((), ())), **kind)
+
+
+def _of_matrices(
+    product: Callable[..., jax.Array], role: _Role
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Make a product of two matrices do what `_contract` does."""
+    if role == "to_kernel":
+        return lambda x, y: product(*(a.reshape(-1, a.shape[-1]) for a in (x, y)), (0, 0))
+    return _with_rows(functools.partial(product, axes=(1, int(role == "to_input"))))
 
 
 def _product_over(x: jax.Array, y: jax.Array, axes: _Axes, **kind: Any) -> jax.Array:
@@ -184,16 +222,20 @@ def _product_over(x: jax.Array, y: jax.Array, axes: _Axes, **kind: Any) -> jax.A
 
 
 def _with_gradient(product: Any) -> Any:
-    """Give a product of two matrices gradients that are products of the same kind."""
+    """Give a product gradients that are products of the same kind."""
 
-    def forward(x: jax.Array, y: jax.Array, axes: _Axes) -> tuple[jax.Array, _Pair]:
-        return product(x, y, axes), (x, y)
+    def forward(x: jax.Array, y: jax.Array, role: _Role) -> tuple[jax.Array, _Pair]:
+        return product(x, y, role), (x, y)
 
-    def backward(axes: _Axes, saved: _Pair, cotangent: jax.Array) -> _Pair:
-        (x, y), (x_axis, y_axis) = saved, axes
-        of_x = (cotangent, y, (1, 1 - y_axis)) if x_axis else (y, cotangent, (1 - y_axis, 1))
-        of_y = (cotangent, x, (0, 1 - x_axis)) if y_axis else (x, cotangent, (1 - x_axis, 0))
-        return product(*of_x), product(*of_y)
+    def backward(role: _Role, saved: _Pair, cotangent: jax.Array) -> _Pair:
+        x, y = saved
+        match role:
+            case "forward":
+                return product(cotangent, y, "to_input"), product(x, cotangent, "to_kernel")
+            case "to_input":
+                return product(cotangent, y, "forward"), product(cotangent, x, "to_kernel")
+            case "to_kernel":
+                return product(y, cotangent, "to_input"), product(x, cotangent, "forward")
 
     product.defvjp(forward, backward)
     # As a compiled function it is traced once, with its gradient, for all layers of a shape.

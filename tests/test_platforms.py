@@ -109,6 +109,25 @@ def test_what_a_mesh_adds_up_is_added_up_outside_of_conditionals(on_cpu):
 
 
 @pytest.mark.four_devices
+def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
+    def several(x):
+        return by_platform(x, cpu=jnp.sin, default=jnp.cos, partitioned=lambda x: 2 * jnp.tan(x))
+
+    x, mesh = normal((4, 3), 0), data_mesh(jax.devices("cpu")[:4])
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    jitted = jax.jit(jax.grad(lambda x: several(x).sum()))
+    np.testing.assert_allclose(jitted(x), jnp.cos(x), rtol=1e-13)
+    expected = 2 / jnp.cos(x) ** 2
+    np.testing.assert_allclose(jitted(jax.device_put(x, split)), expected, rtol=1e-13)
+    # Each device has a program of its own here.
+    np.testing.assert_allclose(jax.pmap(several)(x), jnp.sin(x), rtol=1e-13)
+    mapped = jax.shard_map(several, mesh=mesh, in_specs=split.spec, out_specs=split.spec)
+    np.testing.assert_allclose(jax.jit(mapped)(x), jnp.sin(x), rtol=1e-13)
+    with pytest.raises(TypeError, match="'partitioned' returns"):
+        by_platform(x, cpu=jnp.sin, default=jnp.cos, partitioned=jnp.sum)
+
+
+@pytest.mark.four_devices
 def test_it_is_mapped_over_devices_with_checked_axes(on_cpu):
     mesh = data_mesh(jax.devices("cpu")[:4])
     x, y = normal((4, 3), 0), normal((1, 3), 1)
@@ -123,5 +142,5 @@ def test_it_is_mapped_over_devices_with_checked_axes(on_cpu):
 
 
 def test_functions_that_return_other_arrays_are_an_error():
-    with pytest.raises(TypeError, match=r"for CPU returns .*4,3.* the default .*\[3\]"):
+    with pytest.raises(TypeError, match=r"'cpu' returns .*4,3.* the default .*\[3\]"):
         by_platform(normal((4, 3), 0), cpu=lambda x: x, default=lambda x: x[0])
