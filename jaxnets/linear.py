@@ -4,8 +4,8 @@ The gradient of the matrix is a product whose left operand is read down its colu
 XLA's CPU backend has slow kernels: 190 us for the 128 x 512 inputs of ten classes. Turned round,
 with the transposed cotangents on the left, it takes 14.
 
-In bfloat16 its kernels are fast for a float32 result only (JAX 0.10), and for operands that are not
-transposed apart.
+In bfloat16 its kernels are fast for a float32 result only (JAX 0.10), and for a left operand whose
+summed axis is innermost.
 
 In float32 it can be made of three products of bfloat16, which matrix units compute faster: inside
 `jax.default_matmul_precision("BF16_BF16_F32_X3")`. XLA's CPU backend ignores that wish by itself.

@@ -37,7 +37,8 @@ MATRIX = jnp.ones((4, 4))
 SCALE = jnp.arange(1.0, 5.0)
 LAYERS = {
     "_convolution": lambda x: convolution(x, KERNEL),
-    "_product": lambda x: jnp.tile(linear(x, MATRIX[:, :2]), 2),
+    "_plain_product": lambda x: linear(x, MATRIX),
+    "_turned_product": lambda x: jnp.tile(linear(x, MATRIX[:, :2]), 2),
     "_narrow_product": lambda x: linear(x, MATRIX.astype(x.dtype)),
     "_normalized": lambda x: layer_norm(x, SCALE),
     "_repeat": lambda x: x + along_channels(x[0, 0, 0], x),
