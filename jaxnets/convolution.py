@@ -51,8 +51,8 @@ _MOST_PATCHES = 2**24
 # Winograd's way pays where it saves so many products for each number that it sums (1.1 to 1.9 times
 # as fast forward, 1.2 to 2 times for the kernel's gradient; below, XLA's convolution is faster).
 _SAVED_FORWARD, _SAVED_KERNEL_GRADIENT = 130, 60
-# In bfloat16 a product for each tap pays from so many channels and features on (0.4 to 0.7 of the
-# time; the kernel's gradient 0.5 to 1, which are XLA's for float32 below).
+# In bfloat16 a product for each tap pays from so many channels and features on: 0.5 to 0.7 of the
+# time (JAX 0.12: 0.6 to 1.1), the kernel's gradient 0.6 to 1.
 _NARROW_FORWARD, _NARROW_KERNEL_GRADIENT = 128, 32
 # The sums of the taps cost as much as so many numbers for each element of the kernel: few examples
 # do not pay for them.
@@ -151,15 +151,15 @@ def _convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arr
     if _winograd_saves(kernel, shape, geometry) >= _SAVED_FORWARD:
         fewer = functools.partial(winograd.convolve, padding=geometry.padding)
         return by_platform(x, kernel, cpu=fewer, default=plain)
-    if _narrow_channels(kernel, geometry) >= _NARROW_FORWARD:
-        own = functools.partial(tap_products.convolve, sizes=tuple(shape[1:-1]), geometry=geometry)
-        return by_platform(x, kernel, cpu=own, default=plain)
     few = _has_few_channels(kernel, shape, geometry)
     small = math.prod(shape[1:-1]) <= _POSITIONS_PER_CHANNEL * x.shape[-1]
-    if not (few or small) or not _patches_fit(kernel, shape, geometry):
+    if _narrow_channels(kernel, geometry) >= _NARROW_FORWARD:
+        convolve = tap_products.convolve
+    elif (few or small) and _patches_fit(kernel, shape, geometry):
+        convolve = few_channels.convolve if few else _matrix_convolution
+    else:
         return plain(x, kernel)
-    joined = few_channels.convolve if few else _matrix_convolution
-    own = functools.partial(joined, sizes=tuple(shape[1:-1]), geometry=geometry)
+    own = functools.partial(convolve, sizes=tuple(shape[1:-1]), geometry=geometry)
     return by_platform(x, kernel, cpu=own, default=plain)
 
 
@@ -233,12 +233,10 @@ def _convolution_backward(
     few = _has_few_channels(kernel, dy.shape, geometry)
     to_input = few_channels.input_gradient if few else _input_gradient
     to_kernel = few_channels.kernel_gradient if few else _kernel_gradient
+    if _narrow_channels(kernel, geometry) >= _NARROW_KERNEL_GRADIENT:
+        to_kernel = tap_products.kernel_gradient
     own_dx = functools.partial(to_input, size=x.shape[1:-1], geometry=geometry)
     own_dkernel = functools.partial(to_kernel, size=kernel.shape[:-2], geometry=geometry)
-    if _narrow_channels(kernel, geometry) >= _NARROW_KERNEL_GRADIENT:
-        own_dkernel = functools.partial(
-            tap_products.kernel_gradient, size=kernel.shape[:-2], geometry=geometry
-        )
     saved = _winograd_saves(kernel, dy.shape, geometry)
     if saved >= _SAVED_KERNEL_GRADIENT:
         own_dkernel = functools.partial(winograd.kernel_gradient, padding=geometry.padding)

@@ -1,8 +1,9 @@
 """Convolutions in bfloat16 as a product for each tap, summed in float32.
 
 XLA's CPU backend convolves bfloat16 numbers as float32 ones. Its products of bfloat16 matrices take
-a third to a half of that time, and read what a tap sees in place of a copy of all patches. The
-batch is taken in chunks, so that the products of a chunk stay in the cache until they are summed.
+0.3 to 0.7 of that time for 128 to 512 channels, and read what a tap sees in place of a copy of all
+patches. The batch is taken in chunks, so that the products of a chunk stay in the cache until they
+are summed.
 """
 
 from __future__ import annotations
