@@ -2,6 +2,7 @@
 
 from . import (
     attention,
+    attention_masks,
     autoencoder,
     checkpoint,
     convolutional,
@@ -221,6 +222,7 @@ __all__ = [
     "adversarial",
     "apply_module",
     "attention",
+    "attention_masks",
     "autoencoder",
     "averaged_parameters",
     "beam_search",

@@ -1,4 +1,4 @@
-"""One array function, computed in another way on another platform.
+"""One function of arrays, computed in another way on another platform.
 
 `lax.platform_dependent` leaves a conditional in the program, which XLA resolves behind the
 partitioning for a mesh; what then holds a collective stays a conditional. On fake CPU devices
@@ -16,17 +16,16 @@ import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-_ArrayFunction = Callable[..., jax.Array]
+_Function = Callable[..., Any]
+#: The same, with as many positional arrays, that returns a list of arrays.
+_ArrayFunction = Callable[..., list[jax.Array]]
 
 _CPU, _PARTITIONED = "cpu", "partitioned"
 
 
 def by_platform(
-    *arrays: jax.Array,
-    cpu: _ArrayFunction,
-    default: _ArrayFunction,
-    partitioned: _ArrayFunction | None = None,
-) -> jax.Array:
+    *operands: Any, cpu: _Function, default: _Function, partitioned: _Function | None = None
+) -> Any:
     """Apply one function on CPU and another one elsewhere.
 
     It can be differentiated, transposed and mapped as often as both functions can. A derivative
@@ -34,46 +33,47 @@ def by_platform(
     not linear in its arrays belongs into a custom derivative.
 
     Args:
-        arrays: the arguments of the functions.
-        cpu: on CPU, returns one array.
-        default: on other platforms, returns an array of the same shape and dtype.
+        operands: the arguments of the functions, arrays or trees of them.
+        cpu: on CPU, returns an array or a tree of arrays.
+        default: on other platforms, returns arrays of the same shapes and dtypes.
         partitioned: on CPU in a program for a mesh, which XLA divides among the devices; if None,
             `cpu` is.
 
     Returns:
-        The array.
+        What the function returns.
 
     Raises:
-        TypeError: results that differ in shape or dtype.
+        TypeError: results that differ in structure, shape or dtype.
     """
     functions = {_CPU: cpu, "default": default, _PARTITIONED: partitioned}
-    branches = {name: jax.make_jaxpr(each)(*arrays) for name, each in functions.items() if each}
-    (plain,) = branches["default"].out_avals
-    for name in branches:
-        (own,) = branches[name].out_avals
-        if (own.shape, own.dtype) != (plain.shape, plain.dtype):
+    branches, returned = {}, {}
+    for name, each in functions.items():
+        if each:
+            branches[name], shapes = jax.make_jaxpr(each, return_shape=True)(*operands)
+            returned[name] = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), shapes)
+    for name, own in returned.items():
+        if own != returned["default"]:
             raise TypeError(
-                f"the function {name!r} returns {own}, the default {plain}; make them alike"
+                f"the function {name!r} returns {own}, the default {returned['default']}; make "
+                "them alike"
             )
-    return _choice.bind(*arrays, **branches)
-
-
-def _call(branch: ClosedJaxpr) -> _ArrayFunction:
-    return lambda *arrays: jaxpr_as_fun(branch)(*arrays)[0]
+    results = _choice.bind(*jax.tree.leaves(operands), **branches)
+    return jax.tree.unflatten(jax.tree.structure(returned["default"]), results)
 
 
 _choice = Primitive("by_platform")
+_choice.multiple_results = True
 
 
 @_choice.def_impl
-def _run(*arrays: jax.Array, **branches: ClosedJaxpr) -> jax.Array:
+def _run(*arrays: jax.Array, **branches: ClosedJaxpr) -> list[jax.Array]:
     platforms = {device.platform for device in jax.numpy.asarray(arrays[0]).devices()}
-    return _call(branches[_CPU if platforms == {_CPU} else "default"])(*arrays)
+    return jaxpr_as_fun(branches[_CPU if platforms == {_CPU} else "default"])(*arrays)
 
 
 @_choice.def_abstract_eval
 def _result(*avals: Any, **branches: ClosedJaxpr) -> Any:
-    return branches["default"].out_avals[0]
+    return branches["default"].out_avals
 
 
 def _lower(
@@ -92,11 +92,11 @@ mlir.register_lowering(_choice, functools.partial(_lower, platform=_CPU), platfo
 
 def _push_forward(
     primals: Sequence[Any], tangents: Sequence[Any], **branches: ClosedJaxpr
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[list[jax.Array], list[jax.Array]]:
     moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
 
     def tangent_of(function: _ArrayFunction) -> _ArrayFunction:
-        def tangent(*arrays: jax.Array) -> jax.Array:
+        def tangent(*arrays: jax.Array) -> list[jax.Array]:
             values, directions = arrays[: len(primals)], arrays[len(primals) :]
             partial = _with_others_fixed(function, values, moving)
             return jax.jvp(partial, tuple(values[i] for i in moving), directions)[1]
@@ -107,25 +107,26 @@ def _push_forward(
     return _choice.bind(*primals, **branches), pushed
 
 
-def _pull_back(cotangent: Any, *operands: Any, **branches: ClosedJaxpr) -> list[Any]:
+def _pull_back(cotangents: list[Any], *operands: Any, **branches: ClosedJaxpr) -> list[Any]:
     linear = [i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
-    if isinstance(cotangent, ad.Zero):
+    if all(isinstance(cotangent, ad.Zero) for cotangent in cotangents):
         return [None if i not in linear else ad.Zero(x.aval) for i, x in enumerate(operands)]
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     known = [operand for i, operand in enumerate(operands) if i not in linear]
 
     def transpose_of(function: _ArrayFunction, which: int) -> _ArrayFunction:
-        def transpose(cotangent: jax.Array, *known: jax.Array) -> jax.Array:
-            rest = iter(known)
+        def transpose(*arrays: jax.Array) -> list[jax.Array]:
+            pulled, rest = list(arrays[: len(cotangents)]), iter(arrays[len(cotangents) :])
             values = [None if i in linear else next(rest) for i in range(len(operands))]
             partial = _with_others_fixed(function, values, linear)
             avals = [operands[i].aval for i in linear]
-            return jax.linear_transpose(partial, *avals)(cotangent)[linear.index(which)]
+            return [jax.linear_transpose(partial, *avals)(pulled)[linear.index(which)]]
 
         return transpose
 
     # One choice for each, so that the compiler can drop the gradient that nobody asks for.
     return [
-        _changed(functools.partial(transpose_of, which=i), [cotangent, *known], branches)
+        _changed(functools.partial(transpose_of, which=i), [*cotangents, *known], branches)[0]
         if i in linear
         else None
         for i in range(len(operands))
@@ -134,8 +135,9 @@ def _pull_back(cotangent: Any, *operands: Any, **branches: ClosedJaxpr) -> list[
 
 def _map(
     arrays: Sequence[Any], axes: Sequence[int | None], **branches: ClosedJaxpr
-) -> tuple[jax.Array, int]:
-    return _changed(functools.partial(jax.vmap, in_axes=tuple(axes)), arrays, branches), 0
+) -> tuple[list[jax.Array], list[int]]:
+    mapped = _changed(functools.partial(jax.vmap, in_axes=tuple(axes)), arrays, branches)
+    return mapped, [0] * len(mapped)
 
 
 ad.primitive_jvps[_choice] = _push_forward
@@ -147,9 +149,10 @@ def _changed(
     transform: Callable[[_ArrayFunction], _ArrayFunction],
     arrays: Sequence[Any],
     branches: dict[str, ClosedJaxpr],
-) -> jax.Array:
+) -> list[jax.Array]:
     """Choose between the transforms of the functions of a choice."""
-    return by_platform(*arrays, **{name: transform(_call(each)) for name, each in branches.items()})
+    functions = {name: transform(jaxpr_as_fun(each)) for name, each in branches.items()}
+    return by_platform(*arrays, **functions)
 
 
 def _with_others_fixed(
@@ -157,7 +160,7 @@ def _with_others_fixed(
 ) -> _ArrayFunction:
     """Return the function of the arguments `moving` alone."""
 
-    def partial(*moved: jax.Array) -> jax.Array:
+    def partial(*moved: jax.Array) -> list[jax.Array]:
         arguments = list(values)
         for i, value in zip(moving, moved, strict=True):
             arguments[i] = value

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.attention import distances
+from jaxnets.attention_masks import distances
 from jaxnets.core import at_least_float32
 
 

@@ -5,13 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.attention import (
-    attention,
-    attention_weights,
-    causal_mask,
-    weighted_values,
-    window_mask,
-)
+from jaxnets.attention import attention
+from jaxnets.attention_masks import causal_mask, window_mask
 from jaxnets.padding import padding_mask
 from jaxnets.positions import (
     alibi_bias,
@@ -20,6 +15,7 @@ from jaxnets.positions import (
     rotary,
     sinusoidal_positions,
 )
+from jaxnets.weighted_attention import attention_weights, weighted_values
 
 HEADS, SIZE = 4, 6
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxnets import fused_attention
-from jaxnets.attention import attention, attention_weights, weighted_values
+from jaxnets.attention import attention
+from jaxnets.weighted_attention import attention_weights, weighted_values
 
 BATCH, HEADS, SIZE = 2, 4, 8
 

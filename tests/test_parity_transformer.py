@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.attention import attention, causal_mask
+from jaxnets.attention import attention
+from jaxnets.attention_masks import causal_mask
 from jaxnets.padding import padding_mask
 from jaxnets.transformer_layers import Attention, BlockConfig, Stack
 

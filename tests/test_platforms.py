@@ -141,6 +141,31 @@ def test_it_is_mapped_over_devices_with_checked_axes(on_cpu):
     np.testing.assert_allclose(jax.jit(per_device)(x, y), expected, rtol=1e-13)
 
 
+def test_trees_of_arrays(on_cpu):
+    x = normal((4, 3), 0)
+
+    def sums(tree, absent):
+        assert absent is None
+        return {"sum": tree["x"].sum(), "rest": [2 * tree["x"]]}
+
+    def differences(tree, absent):
+        return {"sum": -tree["x"].sum(), "rest": [tree["x"]]}
+
+    def both(x):
+        return by_platform({"x": x**2}, None, cpu=sums, default=differences)
+
+    expected = {"sum": (x**2).sum(), "rest": [2 * x**2]}
+    found = both(x)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), found, expected)
+    gradient = jax.jit(jax.grad(lambda x: both(x)["sum"] + jnp.sum(both(x)["rest"][0] ** 2)))(x)
+    np.testing.assert_allclose(gradient, 2 * x + 16 * x**3, rtol=1e-12)
+    mapped = jax.vmap(both)(x)
+    np.testing.assert_allclose(mapped["sum"], (x**2).sum(1), rtol=1e-13)
+    with pytest.raises(TypeError, match="make them alike"):
+        by_platform(x, cpu=lambda x: [x], default=lambda x: (x,))
+
+
 def test_functions_that_return_other_arrays_are_an_error():
     with pytest.raises(TypeError, match=r"'cpu' returns .*4,3.* the default .*\[3\]"):
         by_platform(normal((4, 3), 0), cpu=lambda x: x, default=lambda x: x[0])

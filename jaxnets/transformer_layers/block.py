@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention import attention, attention_weights, weighted_values
+from jaxnets.attention import attention
 from jaxnets.core import Precision
 from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm, activation, record
 from jaxnets.positions import rotary
 from jaxnets.transformer_layers.config import BlockConfig
+from jaxnets.weighted_attention import attention_weights, weighted_values
 
 #: Keys and values of one layer, {"key": [batch, time, heads, size], ...}; {} where none are kept.
 LayerCache: TypeAlias = Mapping[str, jax.Array]

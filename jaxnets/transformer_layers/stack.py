@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention import causal_mask, window_mask
+from jaxnets.attention_masks import causal_mask, window_mask
 from jaxnets.core import Precision
 from jaxnets.layers import check_sizes
 from jaxnets.padding import clear_padding, padding_mask
