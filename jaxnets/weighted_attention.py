@@ -120,7 +120,9 @@ def _forward(
         # Platforms return the same arrays. Nothing reads those of the other ones, so that none of
         # them is in a compiled program.
         unread = {each: [block.filled(like=kept[0]) for block in each] for each in divisions}
-        return jnp.concatenate(outputs, axis=1), {**unread, taken: kept}
+        # Laid out, for two loops that read the output would both join it.
+        joined = outputs[0] if len(taken) == 1 else laid_out(jnp.concatenate(outputs, axis=1))
+        return joined, {**unread, taken: kept}
 
     output, kept = by_platform(
         *(query, key, value, mask, bias),
@@ -157,24 +159,21 @@ def _gradients(
     output: jax.Array,
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    batch, queries, heads, size = query.shape
+    batch, _, heads, size = query.shape
     groups, num_keys = key.shape[2], key.shape[1]
-    all_keys, all_values = _heads_in_front(key, queries), _heads_in_front(value, queries)
     # The sum over the keys that the gradient of a softmax subtracts, without the weights.
     wide = kept[taken][0].inverse.dtype
     subtracted = jnp.sum(cotangent.astype(wide) * output.astype(wide), axis=-1)
     subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]
     dquery, dkey, dvalue, dbias = [], [], [], []
     for block, softmax in zip(taken, kept[taken], strict=True):
-        keys, values = all_keys[:, :, : block.keys], all_values[:, :, : block.keys]
         of_inverse = jnp.swapaxes(softmax.inverse, 1, 2)
         upstream = (block.of_queries(cotangent) * of_inverse).astype(cotangent.dtype)
-        rows, upstream = (
-            laid_out(_grouped_rows(x, groups)) for x in (block.of_queries(query), upstream)
-        )
-        products = _product(upstream, values, turned=True).reshape(softmax.exponentials.shape)
+        rows, upstream = (_grouped_rows(x, groups) for x in (block.of_queries(query), upstream))
+        keys, values = (_heads_in_front(block.of_keys(x), rows.shape[2]) for x in (key, value))
+        products = _product(laid_out(upstream), values, turned=True)
         own = softmax.inverse * subtracted[:, :, block.begin : block.end]
-        scores = softmax.exponentials * (products - own)
+        scores = softmax.exponentials * (products.reshape(softmax.exponentials.shape) - own)
         if bias is not None:
             dbias.append(block.among_scores(_sum_to(scores, block.of_scores(bias)), bias))
         grouped = (batch, groups, -1, block.keys)
@@ -183,8 +182,8 @@ def _gradients(
         own_dquery = _product(narrow, keys).astype(query.dtype).reshape(batch, heads, -1, size)
         dquery.append(jnp.swapaxes(own_dquery, 1, 2))
         hidden = [(0, 0), (0, 0), (0, num_keys - block.keys), (0, 0)]
-        dkey.append(jnp.pad(_product(laid_out(jnp.swapaxes(narrow, 2, 3)), rows), hidden))
-        dvalue.append(jnp.pad(_product(laid_out(jnp.swapaxes(weights, 2, 3)), upstream), hidden))
+        dkey.append(jnp.pad(_product_over_queries(narrow, rows), hidden))
+        dvalue.append(jnp.pad(_product_over_queries(weights, upstream), hidden))
     return (
         jnp.concatenate(dquery, axis=1),
         jnp.swapaxes(_total(dkey), 1, 2).astype(key.dtype),
@@ -318,6 +317,14 @@ def _product(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
     dtype = jnp.promote_types(x.dtype, y.dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     return lax.dot_general(x.astype(dtype), y.astype(dtype), axes, preferred_element_type=wide)
+
+
+def _product_over_queries(scores: jax.Array, rows: jax.Array) -> jax.Array:
+    """Multiply [batch, groups, queries, keys], transposed, with [batch, groups, queries, size]."""
+    turned = jnp.swapaxes(scores, 2, 3)
+    # Read through strides as fast in float32; and nothing keeps a copy of the weights from being
+    # made in the forward pass already, and held until it is read.
+    return _product(laid_out(turned) if turned.dtype.itemsize < 4 else turned, laid_out(rows))
 
 
 def _total(parts: list[jax.Array]) -> jax.Array:
