@@ -136,6 +136,7 @@ _MLP = Perceptron(num_inputs=784, features=(512, 512))
 _SMALL_MLP = Perceptron(num_inputs=64, features=(64, 64))
 _CNN = Convolutional()
 _GPT = LanguageTransformer(num_outputs=65, num_layers=6, num_heads=6, width=384, context=128)
+_LONG_GPT = LanguageTransformer(num_outputs=65, num_layers=6, num_heads=6, width=384, context=1024)
 _GPT2 = LanguageTransformer(
     num_outputs=50_257, num_layers=12, num_heads=12, width=768, context=1024, tied=True
 )
@@ -154,6 +155,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload(
             name="gpt-bf16", network=_GPT, batch_size=8, precision="bfloat16", steps_per_fit=8
         ),
+        Workload(name="gpt-1024", network=_LONG_GPT, batch_size=1, steps_per_fit=4),
         Workload(name="lstm", network=_LSTM, batch_size=32, steps_per_fit=6),
         Workload(name="resnet18", network=Residual(), batch_size=32, steps_per_fit=3),
         Workload(
