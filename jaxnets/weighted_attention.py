@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +100,7 @@ def _forward(
     causal: bool,
 ) -> tuple[jax.Array, Any]:
     _check_shapes(query, key, causal)
-    divisions = whole, blocks = _divisions(query.shape[1], key.shape[1], causal)
+    divisions = _divisions(query.shape[1], key.shape[1], causal)
 
     def attend(taken: _Division, *operands: Any) -> tuple[jax.Array, Any]:
         query, key, value, mask, bias = operands
@@ -124,11 +124,7 @@ def _forward(
         joined = outputs[0] if len(taken) == 1 else laid_out(jnp.concatenate(outputs, axis=1))
         return joined, {**unread, taken: kept}
 
-    output, kept = by_platform(
-        *(query, key, value, mask, bias),
-        cpu=functools.partial(attend, blocks),
-        default=functools.partial(attend, whole),
-    )
+    output, kept = _divided(attend, divisions, query, key, value, mask, bias)
     return output, (query, key, value, bias, kept, output)
 
 
@@ -136,12 +132,9 @@ def _backward(
     scale: float, causal: bool, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
     query, key, *_ = residuals
-    whole, blocks = _divisions(query.shape[1], key.shape[1], causal)
-    dquery, dkey, dvalue, dbias = by_platform(
-        *(*residuals, cotangent),
-        cpu=functools.partial(_gradients, blocks, scale),
-        default=functools.partial(_gradients, whole, scale),
-    )
+    divisions = _divisions(query.shape[1], key.shape[1], causal)
+    gradients = functools.partial(_gradients, scale)
+    dquery, dkey, dvalue, dbias = _divided(gradients, divisions, *residuals, cotangent)
     return dquery, dkey, dvalue, None, dbias
 
 
@@ -149,8 +142,8 @@ weighted_attention.defvjp(_forward, _backward)
 
 
 def _gradients(
-    taken: _Division,
     scale: float,
+    taken: _Division,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -167,6 +160,7 @@ def _gradients(
     subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]
     dquery, dkey, dvalue, dbias = [], [], [], []
     for block, softmax in zip(taken, kept[taken], strict=True):
+        # What the sums divide is the cotangent, instead of the weights.
         of_inverse = jnp.swapaxes(softmax.inverse, 1, 2)
         upstream = (block.of_queries(cotangent) * of_inverse).astype(cotangent.dtype)
         rows, upstream = (_grouped_rows(x, groups) for x in (block.of_queries(query), upstream))
@@ -200,6 +194,17 @@ def _divisions(queries: int, keys: int, causal: bool) -> tuple[_Division, _Divis
     bounds = itertools.pairwise(queries * number // count for number in range(count + 1))
     blocks = tuple(_Block(begin, end, end if causal else keys) for begin, end in bounds)
     return (_Block(0, queries, keys),), blocks
+
+
+def _divided(
+    function: Callable[..., Any], divisions: tuple[_Division, _Division], *operands: Any
+) -> Any:
+    """Apply a function of a division and of the operands, on CPU to the blocks."""
+    whole, blocks = divisions
+    if whole == blocks:
+        return function(whole, *operands)
+    on_cpu, elsewhere = (functools.partial(function, each) for each in (blocks, whole))
+    return by_platform(*operands, cpu=on_cpu, default=elsewhere)
 
 
 def attention_weights(
