@@ -164,7 +164,8 @@ def _gradients(
         of_inverse = jnp.swapaxes(softmax.inverse, 1, 2)
         upstream = (block.of_queries(cotangent) * of_inverse).astype(cotangent.dtype)
         rows, upstream = (_grouped_rows(x, groups) for x in (block.of_queries(query), upstream))
-        keys, values = (_heads_in_front(block.of_keys(x), rows.shape[2]) for x in (key, value))
+        queries = block.end - block.begin  # as the forward pass counts, whose copies serve here
+        keys, values = (_heads_in_front(block.of_keys(x), queries) for x in (key, value))
         products = _product(laid_out(upstream), values, turned=True)
         own = softmax.inverse * subtracted[:, :, block.begin : block.end]
         scores = softmax.exponentials * (products.reshape(softmax.exponentials.shape) - own)
