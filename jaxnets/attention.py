@@ -9,10 +9,11 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxnets import fused_attention
+from jaxnets.attention_masks import Reach
+from jaxnets.attention_weights import check_shapes, with_four_axes
 from jaxnets.weighted_attention import weighted_attention
 
 
@@ -25,13 +26,15 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
     causal: bool = False,
+    window: int | None = None,
 ) -> jax.Array:
     """Average the values, each weighted by how well its key fits the query.
 
     softmax(scale query key^T + bias) value, head by head. With fewer key-value heads than heads,
     consecutive heads share one (grouped-query attention), without copies of it. For its gradient
-    nothing of the size of the weights is kept but the weights, and not even they on NVIDIA's GPUs,
-    where cuDNN's kernel computes with numbers of 16 bits and no bias. Reverse-mode differentiable
+    nothing of the size of the weights is kept but the weights. Not even they are kept without a
+    bias on CPU, of long contexts (queries times keys from 2^20, on one device), nor on NVIDIA's
+    GPUs, where cuDNN's kernel computes with numbers of 16 bits. Reverse-mode differentiable
     any number of times; forward mode is not supported.
 
     Args:
@@ -44,13 +47,15 @@ def attention(
         scale: factor of the products, by default 1 / sqrt(size).
         causal: each query sees the keys up to its own place only; the same as `causal_mask` of
             the time, which a kernel then need not read, nor compute what it hides.
+        window: each query sees the keys less than so many places away only, the same as
+            `window_mask` of the time; with `causal` the last `window` ones, its own included.
 
     Returns:
         [batch, queries, heads, value_size], of the dtype of `value`; the softmax is float32 or
         wider.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a window below 1.
 
     Example:
         >>> x = jnp.ones((2, 5, 4, 8))
@@ -62,12 +67,9 @@ def attention(
         (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    mask, bias = _with_four_axes(mask), _with_four_axes(bias)
-    return _shared_attention(query, key, value, mask, bias, scale, causal)
-
-
-def _with_four_axes(x: jax.Array | None) -> jax.Array | None:
-    return x if x is None else jnp.reshape(x, (1,) * (4 - jnp.ndim(x)) + jnp.shape(x))
+    reach, mask, bias = Reach(causal, window), with_four_axes(mask), with_four_axes(bias)
+    check_shapes(query, key, value, mask, bias, reach)
+    return _shared_attention(query, key, value, mask, bias, scale, reach)
 
 
 def _attention(
@@ -77,17 +79,17 @@ def _attention(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
-    causal: bool,
+    reach: Reach,
 ) -> jax.Array:
     def by_weights(
         query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
-        return weighted_attention(query, key, value, mask, bias, scale, causal)
+        return weighted_attention(query, key, value, mask, bias, scale, reach)
 
     if bias is not None or not fused_attention.fits(query, key, value):
         return by_weights(query, key, value, mask)
     fused = functools.partial(
-        fused_attention.fused_attention, scale=scale, causal=causal, formula=by_weights
+        fused_attention.fused_attention, scale=scale, reach=reach, formula=by_weights
     )
     # Not `by_platform`, whose derivatives compute again what these two save for their gradients.
     return lax.platform_dependent(query, key, value, mask, cuda=fused, default=by_weights)

@@ -7,8 +7,35 @@ history to which each row of a batch appends at its own place. Masks broadcast a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Reach(NamedTuple):
+    """Which keys a query may see by its place, where queries and keys are of the same sequence.
+
+    Attributes:
+        causal: those up to its own place only.
+        window: those less than so far away only.
+    """
+
+    causal: bool = False
+    window: int | None = None
+
+    def mask(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
+        """Return bool [batch or 1, 1, queries, keys] of positions, None where all are seen."""
+        if self.causal:
+            return causal_mask(queries, keys, window=self.window)
+        return None if self.window is None else window_mask(queries, keys, window=self.window)
+
+    def keys_of(self, begin: int, end: int, keys: int) -> tuple[int, int]:
+        """Return from and up to which key the queries from `begin` up to `end` see any."""
+        first, last = 0, end if self.causal else keys
+        if self.window is not None:
+            first, last = max(0, begin - self.window + 1), min(last, end + self.window - 1)
+        return first, last
 
 
 def causal_mask(

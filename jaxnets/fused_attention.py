@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from jaxnets.attention_masks import Reach, causal_mask, window_mask
+
 #: Attention as a function of query, key, value and mask.
 Formula = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -67,7 +69,7 @@ def fused_attention(
     mask: jax.Array | None,
     *,
     scale: float,
-    causal: bool,
+    reach: Reach,
     formula: Formula,
 ) -> jax.Array:
     """Compute `attention.attention`, without a bias, by the kernel.
@@ -78,17 +80,21 @@ def fused_attention(
         value: [batch, keys, key_value_heads, size].
         mask: bool, broadcasts to [batch, heads, queries, keys].
         scale: factor of the products.
-        causal: each query sees the keys up to its own place.
-        formula: computes the same, scale and causality included. Derivatives of the gradient are
+        reach: which keys a query may see by its place; a window is given to the kernel as a mask.
+        formula: computes the same, scale and reach included. Derivatives of the gradient are
             derivatives of this.
 
     Returns:
         [batch, queries, heads, size].
     """
-    compute = functools.partial(_even, scale=scale, causal=causal)
+    compute = functools.partial(_even, scale=scale, causal=reach.causal)
+    if reach.window is not None:
+        own = window_mask(query.shape[1], window=reach.window)
+        mask = own if mask is None else own & mask
     if mask is None:
         return _attention(query, key, value, None, compute, formula)
-    sees_any = jnp.swapaxes(jnp.any(mask, axis=-1), 1, 2)[..., None]
+    visible = mask & causal_mask(query.shape[1]) if reach.causal else mask
+    sees_any = jnp.swapaxes(jnp.any(visible, axis=-1), 1, 2)[..., None]
     # The kernel reads one number for each query and key, of one head or all, one example or all.
     shape = (*mask.shape[:2], query.shape[1], key.shape[1])
     output = _attention(query, key, value, jnp.broadcast_to(mask, shape), compute, formula)

@@ -1,79 +1,82 @@
-"""Attention by its weights, on CPU in blocks of queries.
+"""Attention by its weights, divided as `attention_blocks` says.
 
-Of causal attention a block of queries is multiplied with the keys up to its last query only, which
-spares nearly half of the products and of the weights; and the scores of a block are still in the
-cache when they become weights. The sums by which weights are divided divide the output instead,
-which is smaller.
+The sums by which weights are divided divide the output instead, which is smaller.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxnets.attention_masks import causal_mask
+from jaxnets.attention_blocks import Block, Head, Plan, Plans, joined, of_each_head, plans
+from jaxnets.attention_masks import Reach
+from jaxnets.attention_weights import (
+    Normalizers,
+    Softmax,
+    both,
+    exponentials,
+    grouped_rows,
+    heads_in_front,
+    product,
+    product_over_queries,
+    scores,
+    softmax,
+    sum_values,
+)
 from jaxnets.layouts import laid_out
-from jaxnets.platforms import by_platform
 
-# With fewer queries, copies of keys and values cost more than they save.
-_FEW_QUERIES = 4
-
-# Fewer queries a block make slower products; more blocks, longer programs. Without causality
-# nothing is spared, and blocks pay only where the scores of all queries leave the cache.
-_BLOCK, _LARGE_BLOCK, _LONG, _MOST_BLOCKS = 64, 128, 512, 8
-_MANY_KEYS = 1024
+#: Of each block the weights, for their gradient, or what makes them again.
+_Kept: TypeAlias = list[Softmax | Normalizers]
 
 
-class _Softmax(NamedTuple):
-    """Weights: `exponentials` [batch, heads, queries, keys], times `inverse` of their sums."""
+class _Operands(NamedTuple):
+    """What is differentiated, and the mask."""
 
-    exponentials: jax.Array
-    inverse: jax.Array
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array | None
+    bias: jax.Array | None
 
-
-class _Block(NamedTuple):
-    """Queries from `begin` up to `end`, and how many keys in front they may see."""
-
-    begin: int
-    end: int
-    keys: int
-
-    def of_queries(self, x: jax.Array) -> jax.Array:
-        return x[:, self.begin : self.end]
-
-    def of_keys(self, x: jax.Array) -> jax.Array:
-        return x[:, : self.keys]
-
-    def of_scores(self, x: jax.Array) -> jax.Array:
-        """Take the part of what broadcasts against the scores."""
-        x = x if x.shape[2] == 1 else x[:, :, self.begin : self.end]
-        return x if x.shape[3] == 1 else x[..., : self.keys]
-
-    def among_scores(self, x: jax.Array, like: jax.Array) -> jax.Array:
-        """Put a part into zeros; transposes `of_scores`."""
-        rows = (self.begin, like.shape[2] - self.end) if like.shape[2] > 1 else (0, 0)
-        columns = (0, like.shape[3] - self.keys) if like.shape[3] > 1 else (0, 0)
-        return jnp.pad(x, [(0, 0), (0, 0), rows, columns])
-
-    def filled(self, like: _Softmax) -> _Softmax:
-        """Make arrays of the shapes of this block, on the devices of those of another one."""
-
-        def resized(x: jax.Array, size: int) -> jax.Array:
-            shape = (*x.shape[:2], self.end - self.begin, size)
-            return jnp.broadcast_to(x[:, :, :1, :1], shape)  # zeros would lie on one device
-
-        return _Softmax(resized(like.exponentials, self.keys), resized(like.inverse, 1))
+    def of(self, head: Head) -> _Operands:
+        """Take the part of one head."""
+        query, key, value = (head.of(x, axis=2) for x in self[:3])
+        mask, bias = jax.tree.map(functools.partial(head.of, axis=1), self[3:])  # None stays
+        return _Operands(query, key, value, mask, bias)
 
 
-#: All queries, in parts.
-_Division = tuple[_Block, ...]
+class _Formula(NamedTuple):
+    """What a program is made for.
+
+    Attributes:
+        scale: factor of the products.
+        reach: which keys a query may see by its place.
+    """
+
+    scale: float
+    reach: Reach
+
+    def scores(self, block: Block, operands: _Operands) -> tuple[jax.Array, jax.Array | None]:
+        """Return those of a block, and what it sees if there may be queries that see nothing."""
+        mask, bias = jax.tree.map(block.of_scores, operands[3:])  # None stays
+        places = (jnp.arange(*ends)[None] for ends in (block[:2], block[2:]))
+        visible = both(mask, self.reach.mask(*places))
+        query, key = block.of_queries(operands.query), block.of_keys(operands.key)
+        found = scores(query, key, visible, bias, self.scale)
+        # Each query sees itself by its reach: only a mask can hide everything.
+        return found, None if mask is None else visible
+
+    def plans(self, operands: _Operands) -> Plans:
+        """Divide attention for all platforms."""
+        query, key = operands.query, operands.key
+        # A bias has the size of the weights already, and so does its gradient; and what is split
+        # over devices by its type cannot be taken apart.
+        split = any(axis is not None for x in (query, key) for axis in jax.typeof(x).sharding.spec)
+        divisible = operands.bias is None and not split
+        return plans(query.shape[1], key.shape[1], self.reach, divisible=divisible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -84,10 +87,10 @@ def weighted_attention(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
-    causal: bool,
+    reach: Reach,
 ) -> jax.Array:
     """Compute `attention.attention`, where the arguments are described."""
-    return _forward(query, key, value, mask, bias, scale, causal)[0]
+    return _forward(query, key, value, mask, bias, scale, reach)[0]
 
 
 def _forward(
@@ -97,88 +100,117 @@ def _forward(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
-    causal: bool,
+    reach: Reach,
 ) -> tuple[jax.Array, Any]:
-    _check_shapes(query, key, causal)
-    divisions = _divisions(query.shape[1], key.shape[1], causal)
+    formula, operands = _Formula(scale, reach), _Operands(query, key, value, mask, bias)
+    divisions = formula.plans(operands)
 
-    def attend(taken: _Division, *operands: Any) -> tuple[jax.Array, Any]:
-        query, key, value, mask, bias = operands
-        outputs, kept = [], []
-        for block in taken:
-            visible, biases = jax.tree.map(block.of_scores, (mask, bias))  # None stays
-            if causal:
-                rows, columns = jnp.arange(block.begin, block.end), jnp.arange(block.keys)
-                own = causal_mask(rows[None], columns[None])
-                visible = own if visible is None else own & visible
-            ours = block.of_queries(query), block.of_keys(key)
-            scores = _scores(*ours, visible, biases, scale)
-            # Causal queries see themselves: only a mask can hide everything.
-            kept.append(_softmax(scores, None if mask is None else visible))
-            summed = kept[-1].inverse * _sum_values(kept[-1].exponentials, block.of_keys(value))
-            outputs.append(jnp.swapaxes(summed.astype(value.dtype), 1, 2))
+    def attend(plan: Plan, operands: _Operands) -> tuple[jax.Array, dict[Plan, _Kept]]:
+        output, kept = (_attend_alone if plan.alone else _attend)(formula, plan, operands)
         # Platforms return the same arrays. Nothing reads those of the other ones, so that none of
         # them is in a compiled program.
-        unread = {each: [block.filled(like=kept[0]) for block in each] for each in divisions}
-        # Laid out, for two loops that read the output would both join it.
-        joined = outputs[0] if len(taken) == 1 else laid_out(jnp.concatenate(outputs, axis=1))
-        return joined, {**unread, taken: kept}
+        unread = {each: _filled(each, kept[0].inverse) for each in divisions.distinct()}
+        return output, unread | {plan: kept}
 
-    output, kept = _divided(attend, divisions, query, key, value, mask, bias)
-    return output, (query, key, value, bias, kept, output)
+    output, kept = divisions.choose(attend, operands)
+    return output, (operands, kept, output)
 
 
 def _backward(
-    scale: float, causal: bool, residuals: Any, cotangent: jax.Array
+    scale: float, reach: Reach, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
-    query, key, *_ = residuals
-    divisions = _divisions(query.shape[1], key.shape[1], causal)
-    gradients = functools.partial(_gradients, scale)
-    dquery, dkey, dvalue, dbias = _divided(gradients, divisions, *residuals, cotangent)
+    formula, operands = _Formula(scale, reach), residuals[0]
+
+    def gradients(plan: Plan, operands: _Operands, kept: dict[Plan, _Kept], *ends: Any) -> Any:
+        pull_back = _gradients_alone if plan.alone else _gradients
+        return pull_back(formula, plan, operands, kept[plan], *ends)
+
+    found = formula.plans(operands).choose(gradients, *residuals, cotangent)
+    dquery, dkey, dvalue, dbias = found
     return dquery, dkey, dvalue, None, dbias
 
 
 weighted_attention.defvjp(_forward, _backward)
 
 
+def _filled(plan: Plan, like: jax.Array) -> _Kept:
+    """Make what a plan keeps, on the devices of [batch, heads, ...] of another one."""
+
+    def filled(queries: int, size: int) -> jax.Array:
+        shape = (*like.shape[:2], queries, size)
+        return jnp.broadcast_to(like[:, :, :1, :1], shape)  # zeros would lie on one device
+
+    kept: _Kept = []
+    for block in plan.blocks:
+        queries = block.end - block.begin
+        inverse = filled(queries, 1)
+        made = Softmax(filled(queries, block.last - block.first), inverse)
+        kept.append(Normalizers(inverse, inverse) if plan.alone else made)
+    return kept
+
+
+def _attend(formula: _Formula, plan: Plan, operands: _Operands) -> tuple[jax.Array, _Kept]:
+    outputs: list[jax.Array] = []
+    kept: _Kept = []
+    value = operands.value
+    for block in plan.blocks:
+        weights, normalizers = softmax(*formula.scores(block, operands))
+        summed = weights.inverse * sum_values(weights.exponentials, block.of_keys(value))
+        outputs.append(jnp.swapaxes(summed.astype(value.dtype), 1, 2))
+        kept.append(normalizers if plan.alone else weights)
+    # Laid out, for two loops that read the output would both join it.
+    output = outputs[0] if len(outputs) == 1 else laid_out(jnp.concatenate(outputs, axis=1))
+    return output, kept
+
+
+def _attend_alone(formula: _Formula, plan: Plan, operands: _Operands) -> tuple[jax.Array, _Kept]:
+    def attend(head: Head) -> tuple[jax.Array, _Kept]:
+        return _attend(formula, plan, operands.of(head))
+
+    batch, _, groups, _ = operands.key.shape
+    output, kept = of_each_head(attend, batch, groups)
+    return joined(output, axis=2), jax.tree.map(functools.partial(joined, axis=1), kept)
+
+
 def _gradients(
-    scale: float,
-    taken: _Division,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    kept: Mapping[_Division, list[_Softmax]],
+    formula: _Formula,
+    plan: Plan,
+    operands: _Operands,
+    kept: _Kept,
     output: jax.Array,
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    query, key, value, _, bias = operands
     batch, _, heads, size = query.shape
-    groups, num_keys = key.shape[2], key.shape[1]
+    num_keys, groups = key.shape[1:3]
     # The sum over the keys that the gradient of a softmax subtracts, without the weights.
-    wide = kept[taken][0].inverse.dtype
+    wide = kept[0].inverse.dtype
     subtracted = jnp.sum(cotangent.astype(wide) * output.astype(wide), axis=-1)
     subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]
     dquery, dkey, dvalue, dbias = [], [], [], []
-    for block, softmax in zip(taken, kept[taken], strict=True):
+    for block, own in zip(plan.blocks, kept, strict=True):
+        if isinstance(own, Softmax):
+            weights = own.exponentials
+        else:
+            found, visible = formula.scores(block, operands)
+            weights = exponentials(found, own.greatest, visible)
         # What the sums divide is the cotangent, instead of the weights.
-        of_inverse = jnp.swapaxes(softmax.inverse, 1, 2)
+        of_inverse = jnp.swapaxes(own.inverse, 1, 2)
         upstream = (block.of_queries(cotangent) * of_inverse).astype(cotangent.dtype)
-        rows, upstream = (_grouped_rows(x, groups) for x in (block.of_queries(query), upstream))
+        rows, upstream = (grouped_rows(x, groups) for x in (block.of_queries(query), upstream))
         queries = block.end - block.begin  # as the forward pass counts, whose copies serve here
-        keys, values = (_heads_in_front(block.of_keys(x), queries) for x in (key, value))
-        products = _product(laid_out(upstream), values, turned=True)
-        own = softmax.inverse * subtracted[:, :, block.begin : block.end]
-        scores = softmax.exponentials * (products.reshape(softmax.exponentials.shape) - own)
+        keys, values = (heads_in_front(block.of_keys(x), queries) for x in (key, value))
+        products = product(laid_out(upstream), values, turned=True).reshape(weights.shape)
+        dscores = weights * (products - own.inverse * subtracted[:, :, block.begin : block.end])
         if bias is not None:
-            dbias.append(block.among_scores(_sum_to(scores, block.of_scores(bias)), bias))
-        grouped = (batch, groups, -1, block.keys)
-        weights = softmax.exponentials.astype(value.dtype).reshape(grouped)
-        narrow = (scale * scores).astype(query.dtype).reshape(grouped)
-        own_dquery = _product(narrow, keys).astype(query.dtype).reshape(batch, heads, -1, size)
+            dbias.append(block.among_scores(_sum_to(dscores, block.of_scores(bias)), bias))
+        grouped = (batch, groups, -1, weights.shape[3])
+        weights = weights.astype(value.dtype).reshape(grouped)
+        narrow = (formula.scale * dscores).astype(query.dtype).reshape(grouped)
+        own_dquery = product(narrow, keys).astype(query.dtype).reshape(batch, heads, -1, size)
         dquery.append(jnp.swapaxes(own_dquery, 1, 2))
-        hidden = [(0, 0), (0, 0), (0, num_keys - block.keys), (0, 0)]
-        dkey.append(jnp.pad(_product_over_queries(narrow, rows), hidden))
-        dvalue.append(jnp.pad(_product_over_queries(weights, upstream), hidden))
+        dkey.append(block.among_keys(product_over_queries(narrow, rows), num_keys))
+        dvalue.append(block.among_keys(product_over_queries(weights, upstream), num_keys))
     return (
         jnp.concatenate(dquery, axis=1),
         jnp.swapaxes(_total(dkey), 1, 2).astype(key.dtype),
@@ -187,150 +219,22 @@ def _gradients(
     )
 
 
-def _divisions(queries: int, keys: int, causal: bool) -> tuple[_Division, _Division]:
-    """Return all queries as one block, and in the blocks that the CPU takes."""
-    rows = _BLOCK if causal and queries < _LONG else _LARGE_BLOCK
-    several = causal or keys >= _MANY_KEYS
-    count = max(1, min(_MOST_BLOCKS, queries // rows)) if several else 1
-    bounds = itertools.pairwise(queries * number // count for number in range(count + 1))
-    blocks = tuple(_Block(begin, end, end if causal else keys) for begin, end in bounds)
-    return (_Block(0, queries, keys),), blocks
+def _gradients_alone(
+    formula: _Formula,
+    plan: Plan,
+    operands: _Operands,
+    kept: _Kept,
+    output: jax.Array,
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    def gradients(head: Head) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        own_kept = jax.tree.map(functools.partial(head.of, axis=1), kept)
+        own_output, own_cotangent = (head.of(x, axis=2) for x in (output, cotangent))
+        return _gradients(formula, plan, operands.of(head), own_kept, own_output, own_cotangent)
 
-
-def _divided(
-    function: Callable[..., Any], divisions: tuple[_Division, _Division], *operands: Any
-) -> Any:
-    """Apply a function of a division and of the operands, on CPU to the blocks."""
-    whole, blocks = divisions
-    if whole == blocks:
-        return function(whole, *operands)
-    on_cpu, elsewhere = (functools.partial(function, each) for each in (blocks, whole))
-    return by_platform(*operands, cpu=on_cpu, default=elsewhere)
-
-
-def attention_weights(
-    query: jax.Array,
-    key: jax.Array,
-    *,
-    mask: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-) -> jax.Array:
-    """Return how much each query takes from each key; the arguments are those of `attention`.
-
-    Returns:
-        [batch, heads, queries, keys], float32 or wider; each row sums to 1, or is 0 where the
-        query sees no key.
-
-    Raises:
-        ValueError: shapes that do not fit together.
-    """
-    _check_shapes(query, key, causal)
-    queries, size = query.shape[1], query.shape[3]
-    if causal:
-        mask = causal_mask(queries) if mask is None else mask & causal_mask(queries)
-    scores = _scores(query, key, mask, bias, 1 / math.sqrt(size) if scale is None else scale)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return weights if mask is None else _of_queries_that_see(mask, weights)
-
-
-def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Sum the values with the weights of `attention_weights`.
-
-    Args:
-        weights: [batch, heads, queries, keys].
-        value: [batch, keys, key_value_heads, value_size].
-
-    Returns:
-        [batch, queries, heads, value_size], of the dtype of `value`.
-    """
-    return jnp.swapaxes(_sum_values(weights, value).astype(value.dtype), 1, 2)
-
-
-def _check_shapes(query: jax.Array, key: jax.Array, causal: bool) -> None:
-    (batch, queries, heads, size), (key_batch, keys, groups, key_size) = query.shape, key.shape
-    if key_batch != batch or key_size != size or heads % groups:
-        raise ValueError(
-            f"queries of shape {query.shape} do not fit keys of shape {key.shape}; both are "
-            "[batch, time, heads, size], where the number of key heads divides that of queries"
-        )
-    if causal and keys != queries:
-        raise ValueError(
-            f"causal attention has as many queries as keys, not {queries} and {keys}; give "
-            "mask=causal_mask(positions of the queries, positions of the keys) instead"
-        )
-
-
-def _scores(
-    query: jax.Array,
-    key: jax.Array,
-    mask: jax.Array | None,
-    bias: jax.Array | None,
-    scale: float,
-) -> jax.Array:
-    """Return [batch, heads, queries, keys], the smallest number where a key is hidden."""
-    (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
-    # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
-    # that share a key follow each other as further rows.
-    rows = laid_out(_grouped_rows(query, groups))
-    product = _product(rows, _heads_in_front(key, queries), turned=True)
-    scores = scale * product.reshape(batch, heads, queries, keys)
-    scores = scores if bias is None else scores + bias.astype(scores.dtype)
-    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-
-
-def _softmax(scores: jax.Array, mask: jax.Array | None) -> _Softmax:
-    greatest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    exponentials = jnp.exp(scores - greatest)
-    if mask is not None:
-        exponentials = _of_queries_that_see(mask, exponentials)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return _Softmax(exponentials, 1 / (total if mask is None else jnp.where(total == 0, 1, total)))
-
-
-def _of_queries_that_see(mask: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, jnp.zeros((), weights.dtype))
-
-
-def _sum_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Return [batch, heads, queries, value_size], float32 or wider."""
-    batch, heads, queries, keys = weights.shape
-    groups, size = value.shape[2:]
-    rows = weights.astype(value.dtype).reshape(batch, groups, heads // groups * queries, keys)
-    summed = _product(rows, _heads_in_front(value, queries))
-    return summed.reshape(batch, heads, queries, size)
-
-
-def _grouped_rows(x: jax.Array, groups: int) -> jax.Array:
-    """Bring [batch, queries, heads, size] to [batch, groups, heads of a group * queries, size]."""
-    batch, queries, heads, size = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(batch, groups, heads // groups * queries, size)
-
-
-def _heads_in_front(x: jax.Array, queries: int) -> jax.Array:
-    """Bring keys or values [batch, keys, groups, size] to [batch, groups, keys, size]."""
-    turned = jnp.swapaxes(x, 1, 2)
-    return turned if queries < _FEW_QUERIES else laid_out(turned)
-
-
-def _product(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
-    """Multiply matrices [batch, groups, ...], the second transposed if `turned`.
-
-    The result is float32 or wider, of which the CPU's kernels for bfloat16 are fast.
-    """
-    axes = (((3,), (3 if turned else 2,)), ((0, 1), (0, 1)))
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return lax.dot_general(x.astype(dtype), y.astype(dtype), axes, preferred_element_type=wide)
-
-
-def _product_over_queries(scores: jax.Array, rows: jax.Array) -> jax.Array:
-    """Multiply [batch, groups, queries, keys], transposed, with [batch, groups, queries, size]."""
-    turned = jnp.swapaxes(scores, 2, 3)
-    # Read through strides as fast in float32; and nothing keeps a copy of the weights from being
-    # made in the forward pass already, and held until it is read.
-    return _product(laid_out(turned) if turned.dtype.itemsize < 4 else turned, laid_out(rows))
+    batch, _, groups, _ = operands.key.shape
+    found = of_each_head(gradients, batch, groups)
+    return jax.tree.map(functools.partial(joined, axis=2), found)  # there is no bias
 
 
 def _total(parts: list[jax.Array]) -> jax.Array:

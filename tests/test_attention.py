@@ -7,6 +7,7 @@ import pytest
 
 from jaxnets.attention import attention
 from jaxnets.attention_masks import causal_mask, window_mask
+from jaxnets.attention_weights import attention_weights, weighted_values
 from jaxnets.padding import padding_mask
 from jaxnets.positions import (
     alibi_bias,
@@ -15,7 +16,6 @@ from jaxnets.positions import (
     rotary,
     sinusoidal_positions,
 )
-from jaxnets.weighted_attention import attention_weights, weighted_values
 
 HEADS, SIZE = 4, 6
 
@@ -236,6 +236,11 @@ def test_relative_buckets_by_hand():
     [
         (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 3, 6), (1, 3, 3, 6))), r"\(1, 3, 3, 6\)"),
         (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 4, 5), (1, 3, 4, 5))), r"\(1, 3, 4, 5\)"),
+        (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 4, 6), (1, 2, 4, 6))), r"\(1, 2, 4, 6\)"),
+        (lambda: attention(*arrays((1, 2, 1, 6), *2 * [(1, 3, 1, 6)]), window=2), "not 2 and 3"),
+        (lambda: attention(*arrays(*3 * [(1, 3, 1, 6)]), window=0), "window is 0"),
+        (lambda: attention(*arrays(*3 * [(1, 3, 1, 6)]), mask=jnp.ones((3, 4), bool)), "mask of"),
+        (lambda: attention_weights(*arrays(*2 * [(1, 3, 1, 6)]), bias=jnp.ones((2, 3))), "bias of"),
         (lambda: causal_mask(4, window=0), "window is 0"),
         (lambda: sinusoidal_positions(np.arange(3), 5), "5 features"),
         (lambda: rotary(jnp.ones((1, 2, 1, 3)), np.arange(2)[None]), "3 features"),

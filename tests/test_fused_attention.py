@@ -9,7 +9,8 @@ import pytest
 
 from jaxnets import fused_attention
 from jaxnets.attention import attention
-from jaxnets.weighted_attention import attention_weights, weighted_values
+from jaxnets.attention_masks import Reach
+from jaxnets.attention_weights import attention_weights, weighted_values
 
 BATCH, HEADS, SIZE = 2, 4, 8
 
@@ -34,15 +35,16 @@ def hidden(shape):
     return jnp.asarray(mask)
 
 
-def by_weights(query, key, value, mask=None, *, causal=False, scale=0.3):
-    weights = attention_weights(query, key, mask=mask, scale=scale, causal=causal)
+def by_weights(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):
+    weights = attention_weights(query, key, mask=mask, scale=scale, causal=causal, window=window)
     return weighted_values(weights, value)
 
 
-def fused(query, key, value, mask=None, *, causal=False, scale=0.3):
-    formula = functools.partial(by_weights, causal=causal, scale=scale)
+def fused(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):
+    formula = functools.partial(by_weights, causal=causal, window=window, scale=scale)
+    reach = Reach(causal, window)
     return fused_attention.fused_attention(
-        query, key, value, mask, scale=scale, causal=causal, formula=formula
+        query, key, value, mask, scale=scale, reach=reach, formula=formula
     )
 
 
@@ -91,19 +93,25 @@ MASKS = {
     "padding": lambda queries, keys: hidden((BATCH, 1, 1, keys)),
     "for all": lambda queries, keys: hidden((1, 1, queries, keys)),
     "each head": lambda queries, keys: hidden((1, HEADS, queries, keys)),
+    "later keys": lambda queries, keys: jnp.triu(jnp.ones((1, 1, queries, keys), bool), 1),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    ("queries", "keys", "causal"),
-    [(6, 6, False), (6, 6, True), (5, 5, True), (5, 8, False), (4, 7, False)],
+    ("queries", "keys", "reach"),
+    [
+        *((6, 6, Reach()), (6, 6, Reach(causal=True)), (5, 5, Reach(causal=True))),
+        *((5, 8, Reach()), (4, 7, Reach())),
+        *((6, 6, Reach(causal=True, window=2)), (5, 5, Reach(window=3))),
+    ],
 )
-def test_it_equals_attention_by_weights(stand_in, queries, keys, causal, mask):
+def test_it_equals_attention_by_weights(stand_in, queries, keys, reach, mask):
     drawn = operands(queries, keys, groups=2)
     mask = MASKS[mask](queries, keys)
-    found = results(functools.partial(fused, causal=causal), *drawn, mask)
-    expected = results(functools.partial(by_weights, causal=causal), *drawn, mask)
+    options = reach._asdict()
+    found = results(functools.partial(fused, **options), *drawn, mask)
+    expected = results(functools.partial(by_weights, **options), *drawn, mask)
     assert_close(found, expected, atol=2e-6)
     assert stand_in
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.attention import attention
+from jaxnets.attention_weights import attention_weights, weighted_values
 from jaxnets.core import Precision
 from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm, activation, record
 from jaxnets.positions import rotary
 from jaxnets.transformer_layers.config import BlockConfig
-from jaxnets.weighted_attention import attention_weights, weighted_values
 
 #: Keys and values of one layer, {"key": [batch, time, heads, size], ...}; {} where none are kept.
 LayerCache: TypeAlias = Mapping[str, jax.Array]
@@ -77,6 +77,7 @@ class Attention(nn.Module):
         *,
         positions: jax.Array | None = None,
         causal: bool = False,
+        window: int | None = None,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         train: bool = False,
@@ -88,6 +89,7 @@ class Attention(nn.Module):
             seen: what is asked, as made by `keys_values`.
             positions: of `x`, integer [batch or 1, time]; None leaves rotary positions out.
             causal: as in `attention.attention`.
+            window: as in `attention.attention`.
             mask: as in `attention.attention`.
             bias: as in `attention.attention`.
             train: training mode.
@@ -97,13 +99,14 @@ class Attention(nn.Module):
             query = self.query_norm(query)
         query = self._turn(query, positions)
         key, value = seen["key"], seen["value"]
+        seeing: dict[str, Any] = {"causal": causal, "window": window, "mask": mask, "bias": bias}
         dropping = train and self.config.attention_dropout_rate > 0
         if dropping or self.is_mutable_collection("intermediates"):
-            weights = attention_weights(query, key, mask=mask, bias=bias, causal=causal)
+            weights = attention_weights(query, key, **seeing)
             record(self, "weights", weights)
             y = weighted_values(self.dropout(weights, train=train), value)
         else:
-            y = attention(query, key, value, mask=mask, bias=bias, causal=causal)
+            y = attention(query, key, value, **seeing)
         return self.output(y.reshape(*x.shape[:2], -1))
 
     def _turn(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
@@ -147,6 +150,7 @@ class Scene(NamedTuple):
     Attributes:
         positions: integer [batch or 1, time].
         causal: whether each step sees those up to itself only.
+        window: each step sees those less than so far away only; None means all.
         mask: of the self-attention.
         bias: of the self-attention.
         slots: integer [batch, time], where in the cache the steps go; beyond it, nowhere.
@@ -156,6 +160,7 @@ class Scene(NamedTuple):
 
     positions: jax.Array
     causal: bool = False
+    window: int | None = None
     mask: jax.Array | None = None
     bias: jax.Array | None = None
     slots: jax.Array | None = None
@@ -220,6 +225,7 @@ class Block(nn.Module):
                 *(x, seen),
                 positions=scene.positions,
                 causal=scene.causal,
+                window=scene.window,
                 mask=scene.mask,
                 bias=scene.bias,
                 train=train,

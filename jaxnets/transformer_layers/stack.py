@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.attention_masks import causal_mask, window_mask
+from jaxnets.attention_masks import causal_mask
 from jaxnets.core import Precision
 from jaxnets.layers import check_sizes
 from jaxnets.padding import clear_padding, padding_mask
@@ -90,21 +90,19 @@ class Stack(nn.Module):
         Raises:
             ValueError: lengths that do not fit.
         """
-        positions, window = jnp.arange(x.shape[1])[None], self.config.window
-        # Window and causality together hide what `causal_mask` does. No valid step of causal
-        # attention sees padding, for it comes last.
-        mask = None if window is None else window_mask(positions, window=window)
+        positions, mask = jnp.arange(x.shape[1])[None], None
         if lengths is not None:
             x, _ = clear_padding(x, lengths)
+            # No valid step of causal attention sees padding, for it comes last.
             if not self.causal:
-                valid = padding_mask(lengths, x.shape[:2])[:, None, None]
-                mask = valid if mask is None else mask & valid
+                mask = padding_mask(lengths, x.shape[:2])[:, None, None]
         context_mask = None
         if context is not None and context_lengths is not None:
             context_mask = padding_mask(context_lengths, context.shape[:2])[:, None, None]
         scene = Scene(
             positions=positions,
             causal=self.causal,
+            window=self.config.window,
             mask=mask,
             bias=self._bias(positions, positions),
             context=context,
