@@ -32,10 +32,10 @@ def attention(
 
     softmax(scale query key^T + bias) value, head by head. With fewer key-value heads than heads,
     consecutive heads share one (grouped-query attention), without copies of it. For its gradient
-    nothing of the size of the weights is kept but the weights. Not even they are kept without a
-    bias on CPU, of long contexts (queries times keys from 2^20, on one device), nor on NVIDIA's
-    GPUs, where cuDNN's kernel computes with numbers of 16 bits. Reverse-mode differentiable
-    any number of times; forward mode is not supported.
+    nothing of the size of the weights is kept but the weights; and without a bias not even they on
+    CPU, where one device has long contexts (queries times keys from 2^20, in 16 bits 2^22), nor on
+    NVIDIA's GPUs, where cuDNN's kernel computes with numbers of 16 bits. Reverse-mode
+    differentiable any number of times; forward mode is not supported.
 
     Args:
         query: [batch, queries, heads, size].

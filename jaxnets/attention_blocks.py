@@ -27,8 +27,9 @@ _BLOCK, _LARGE_BLOCK, _LONG, _MOST_BLOCKS = 64, 128, 512, 8
 _MANY_KEYS = 1024
 
 # Weights of one head. To write down so many and read them again takes as long as to compute them
-# again; of fewer, the products of one head at a time are too small.
-_MANY_WEIGHTS = 1 << 20
+# again, of 16 bits, where exponentials count for more, a tenth less; of fewer, the products of one
+# head at a time are too small.
+_MANY_WEIGHTS, _MANY_NARROW_WEIGHTS = 1 << 20, 1 << 22
 
 
 class Block(NamedTuple):
@@ -52,9 +53,10 @@ class Block(NamedTuple):
         x = x if x.shape[2] == 1 else x[:, :, self.begin : self.end]
         return x if x.shape[3] == 1 else x[..., self.first : self.last]
 
-    def among_keys(self, x: jax.Array, keys: int) -> jax.Array:
-        """Put a part of [batch, heads, keys, ...] into zeros."""
-        return jnp.pad(x, [(0, 0), (0, 0), (self.first, keys - self.last), (0, 0)])
+    def among_keys(self, x: jax.Array, keys: int, axis: int) -> jax.Array:
+        """Put a part of an array, whose axis of keys is given, into zeros."""
+        outside = (self.first, keys - self.last)
+        return jnp.pad(x, [outside if each == axis else (0, 0) for each in range(x.ndim)])
 
     def among_scores(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """Put a part into zeros; transposes `of_scores`."""
@@ -98,22 +100,26 @@ class Plans(NamedTuple):
         return by_platform(*operands, **of_plans)
 
 
-def plans(queries: int, keys: int, reach: Reach, *, divisible: bool) -> Plans:
+def plans(query: jax.Array, key: jax.Array, reach: Reach, *, divisible: bool) -> Plans:
     """Divide attention for all platforms.
 
     Args:
-        queries: how many.
-        keys: how many.
+        query: [batch, queries, heads, size].
+        key: [batch, keys, key_value_heads, size].
         reach: which of the keys a query may see.
-        divisible: whether rows and heads may be computed by themselves.
+        divisible: whether rows and heads may be computed by themselves, in a loop.
     """
+    queries, keys = query.shape[1], key.shape[1]
     narrow = reach != Reach()
     rows = _BLOCK if narrow and queries < _LONG else _LARGE_BLOCK
     several = narrow or keys >= _MANY_KEYS
     count = max(1, min(_MOST_BLOCKS, queries // rows)) if several else 1
     bounds = itertools.pairwise(queries * number // count for number in range(count + 1))
     blocks = tuple(Block(*each, *reach.keys_of(*each, keys)) for each in bounds)
-    alone = divisible and queries * keys >= _MANY_WEIGHTS
+    many = _MANY_WEIGHTS if query.dtype.itemsize >= 4 else _MANY_NARROW_WEIGHTS
+    # What is split over devices by its type cannot be taken apart.
+    whole = not any(axis for x in (query, key) for axis in jax.typeof(x).sharding.spec)
+    alone = divisible and whole and queries * keys >= many
     return Plans(
         cpu=Plan(blocks, alone),
         default=Plan((Block(0, queries, 0, keys),)),

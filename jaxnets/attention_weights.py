@@ -195,8 +195,16 @@ def product(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
     return lax.dot_general(x.astype(dtype), y.astype(dtype), axes, preferred_element_type=wide)
 
 
-def product_over_queries(scores: jax.Array, rows: jax.Array) -> jax.Array:
-    """Multiply [batch, groups, queries, keys], transposed, with [batch, groups, queries, size]."""
+def product_over_queries(scores: jax.Array, rows: jax.Array, *, keys_axis: int) -> jax.Array:
+    """Multiply [batch, groups, queries, keys], transposed, with [batch, groups, queries, size].
+
+    Returns:
+        [batch, groups, keys, size] if `keys_axis` is 2, [batch, groups, size, keys] if it is 3.
+        The one transposes the scores, the other the rows, which are fewer numbers; but where they
+        are few the product is slower, by more than that.
+    """
+    if keys_axis == 3:
+        return product(laid_out(jnp.swapaxes(rows, 2, 3)), scores)
     turned = jnp.swapaxes(scores, 2, 3)
     # Read through strides as fast in float32; and nothing keeps a copy of the weights from being
     # made in the forward pass already, and held until it is read.

@@ -71,12 +71,9 @@ class _Formula(NamedTuple):
 
     def plans(self, operands: _Operands) -> Plans:
         """Divide attention for all platforms."""
-        query, key = operands.query, operands.key
-        # A bias has the size of the weights already, and so does its gradient; and what is split
-        # over devices by its type cannot be taken apart.
-        split = any(axis is not None for x in (query, key) for axis in jax.typeof(x).sharding.spec)
-        divisible = operands.bias is None and not split
-        return plans(query.shape[1], key.shape[1], self.reach, divisible=divisible)
+        # A bias has the size of the weights already, and so does its gradient.
+        divisible = operands.bias is None
+        return plans(operands.query, operands.key, self.reach, divisible=divisible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -187,7 +184,11 @@ def _gradients(
     wide = kept[0].inverse.dtype
     subtracted = jnp.sum(cotangent.astype(wide) * output.astype(wide), axis=-1)
     subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]
-    dquery, dkey, dvalue, dbias = [], [], [], []
+    keys_axis = 3 if plan.alone else 2
+    dquery: list[jax.Array] = []
+    dkey: list[jax.Array] = []
+    dvalue: list[jax.Array] = []
+    dbias: list[jax.Array] = []
     for block, own in zip(plan.blocks, kept, strict=True):
         if isinstance(own, Softmax):
             weights = own.exponentials
@@ -209,12 +210,13 @@ def _gradients(
         narrow = (formula.scale * dscores).astype(query.dtype).reshape(grouped)
         own_dquery = product(narrow, keys).astype(query.dtype).reshape(batch, heads, -1, size)
         dquery.append(jnp.swapaxes(own_dquery, 1, 2))
-        dkey.append(block.among_keys(product_over_queries(narrow, rows), num_keys))
-        dvalue.append(block.among_keys(product_over_queries(weights, upstream), num_keys))
+        for parts, pair in ((dkey, (narrow, rows)), (dvalue, (weights, upstream))):
+            part = product_over_queries(*pair, keys_axis=keys_axis)
+            parts.append(block.among_keys(part, num_keys, keys_axis))
     return (
         jnp.concatenate(dquery, axis=1),
-        jnp.swapaxes(_total(dkey), 1, 2).astype(key.dtype),
-        jnp.swapaxes(_total(dvalue), 1, 2).astype(value.dtype),
+        _keys_in_front(_total(dkey), keys_axis).astype(key.dtype),
+        _keys_in_front(_total(dvalue), keys_axis).astype(value.dtype),
         None if bias is None else _total(dbias),
     )
 
@@ -235,6 +237,12 @@ def _gradients_alone(
     batch, _, groups, _ = operands.key.shape
     found = of_each_head(gradients, batch, groups)
     return jax.tree.map(functools.partial(joined, axis=2), found)  # there is no bias
+
+
+def _keys_in_front(x: jax.Array, keys_axis: int) -> jax.Array:
+    """Bring the axis of keys behind the batch."""
+    # Where rows would be read as columns, they are added up first.
+    return jnp.moveaxis(laid_out(x) if keys_axis == 3 else x, keys_axis, 1)
 
 
 def _total(parts: list[jax.Array]) -> jax.Array:

@@ -124,7 +124,7 @@ def test_blocks_give_the_values_and_derivatives_of_the_formula(
     mask = None if mask_axes is None else drawn(mask_axes, 8) > 0.3
     if mask is not None:
         mask = mask.at[0, :, 7 if "q" in mask_axes else 0].set(False)  # a query that sees nothing
-    divided = attention_blocks.plans(query.shape[1], key.shape[1], reach, divisible=bias is None)
+    divided = attention_blocks.plans(query, key, reach, divisible=bias is None)
     assert [tuple(block) for block in divided.cpu.blocks] == BLOCKS[name]
     assert divided.cpu.alone == (small_blocks == "heads alone")
     both = (pair(each, reach, mask) for each in (ours, formula))
@@ -174,6 +174,27 @@ def layers(scanned, time=160):
         return jnp.sum(x**2)
 
     return jax.jit(jax.value_and_grad(loss)), (jnp.ones(4), jnp.ones((2, time, HEADS, SIZE)))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "dtype", "divisible", "alone"),
+    [
+        (1024, 1024, "float32", True, True),
+        (256, 4096, "float32", True, True),
+        (1000, 1000, "float32", True, False),
+        (1, 4096, "float32", True, False),
+        (1024, 1024, "float32", False, False),
+        (1024, 1024, "bfloat16", True, False),
+        (2048, 2048, "bfloat16", True, True),
+    ],
+)
+def test_heads_are_alone_where_the_weights_of_one_are_many(queries, keys, dtype, divisible, alone):
+    query, key = (jnp.zeros((1, time, 1, 1), dtype) for time in (queries, keys))
+    divided = attention_blocks.plans(query, key, Reach(), divisible=divisible)
+    assert divided.cpu.alone == alone
+    assert not divided.default.alone and len(divided.default.blocks) == 1
+    assert (divided.partitioned is None) == (not alone)
+    assert divided.partitioned in (None, divided.cpu._replace(alone=False))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
