@@ -58,7 +58,7 @@ def attention(
         ValueError: shapes that do not fit together, or a window below 1.
 
     Example:
-        >>> x = jnp.ones((2, 5, 4, 8))
+        >>> x = jax.numpy.ones((2, 5, 4, 8))
         >>> attention(x, x[:, :, :2], x[:, :, :2], causal=True).shape
         (2, 5, 4, 8)
 
