@@ -58,7 +58,7 @@ def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def with_four_axes(x: jax.Array | None) -> jax.Array | None:
-    """Put axes of 1 in front of a mask or a bias, as broadcasting does."""
+    """Put axes of 1 in front of a mask or a bias of up to four axes, as broadcasting does."""
     return x if x is None else jnp.reshape(x, (1,) * (4 - jnp.ndim(x)) + jnp.shape(x))
 
 
@@ -104,7 +104,7 @@ def check_shapes(
 
 
 def both(mask: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
-    """Join two masks, each of which may be None, which hides nothing."""
+    """Join two masks that broadcast to each other; None hides nothing."""
     if mask is None or other is None:
         return mask if other is None else other
     return mask & other
@@ -117,7 +117,13 @@ def scores(
     bias: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Return [batch, heads, queries, keys], the smallest number where a key is hidden."""
+    """Return scale query key^T + bias, the smallest number where a key is hidden.
+
+    The arguments are those of `attention.attention`, mask and bias with four axes.
+
+    Returns:
+        [batch, heads, queries, keys], float32 or wider.
+    """
     (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
     # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
     # that share a key follow each other as further rows.
@@ -145,7 +151,9 @@ class Softmax(NamedTuple):
 def softmax(scores: jax.Array, mask: jax.Array | None) -> tuple[Softmax, Normalizers]:
     """Return weights, 0 where a query sees no key by `mask`, and what makes them again.
 
-    The mask is needed only if there may be queries that see no key.
+    Args:
+        scores: [batch, heads, queries, keys].
+        mask: bool, broadcasts to the scores; needed only if there may be queries that see no key.
     """
     greatest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     found = exponentials(scores, greatest, mask)
@@ -155,7 +163,13 @@ def softmax(scores: jax.Array, mask: jax.Array | None) -> tuple[Softmax, Normali
 
 
 def exponentials(scores: jax.Array, greatest: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return exp(scores - greatest), 0 where a query sees no key by `mask`."""
+    """Return exp(scores - greatest), 0 where a query sees no key by `mask`.
+
+    Args:
+        scores: [batch, heads, queries, keys].
+        greatest: [batch, heads, queries, 1].
+        mask: as in `softmax`.
+    """
     found = jnp.exp(scores - greatest)
     return found if mask is None else _of_queries_that_see(mask, found)
 
@@ -165,7 +179,11 @@ def _of_queries_that_see(mask: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def sum_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Return [batch, heads, queries, value_size], float32 or wider."""
+    """Multiply weights [batch, heads, queries, keys] with values [batch, keys, groups, value_size].
+
+    Returns:
+        [batch, heads, queries, value_size], float32 or wider.
+    """
     batch, heads, queries, keys = weights.shape
     groups, size = value.shape[2:]
     rows = weights.astype(value.dtype).reshape(batch, groups, heads // groups * queries, keys)

@@ -42,10 +42,10 @@ class _Operands(NamedTuple):
     bias: jax.Array | None
 
     def of(self, head: Head) -> _Operands:
-        """Take the part of one head."""
+        """Take the part of one head; there is no bias where heads are alone."""
         query, key, value = (head.of(x, axis=2) for x in self[:3])
-        mask, bias = jax.tree.map(functools.partial(head.of, axis=1), self[3:])  # None stays
-        return _Operands(query, key, value, mask, bias)
+        mask = None if self.mask is None else head.of(self.mask, axis=1)
+        return _Operands(query, key, value, mask, None)
 
 
 class _Formula(NamedTuple):
