@@ -83,7 +83,9 @@ def _lower(
     num_devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
     if platform == _CPU and num_devices > 1 and _PARTITIONED in branches:
         platform = _PARTITIONED
-    return mlir.lower_fun(jaxpr_as_fun(branches[platform]), multiple_results=True)(ctx, *operands)
+    # XLA puts the body in the place of the call; unlike `mlir.lower_fun`, nothing is traced again.
+    function = {"name": f"on_{platform}", "call_jaxpr": branches[platform]}
+    return mlir.core_call_lowering(ctx, *operands, **function)
 
 
 mlir.register_lowering(_choice, functools.partial(_lower, platform="default"))
