@@ -32,9 +32,9 @@ class PopulationExecutor:
     """Run one step of every member of a population, in the way that is fastest here.
 
     Which way that is depends on network, batch and device. The first call therefore compiles all
-    of them and times each on a copy of the state, which costs as much memory as one more state;
-    later calls take the fastest one. They compute the same up to rounding. A run that is to resume
-    bit for bit has to go on in the same way: give `remember`, or tell `loop`.
+    of them and times them in turns on copies of the state, which costs as much memory as one more
+    state; later calls take the fastest one. They compute the same up to rounding. A run that is to
+    resume bit for bit has to go on in the same way: give `remember`, or tell `loop`.
 
     On CPU the program of a small network keeps one core busy. "threads" then trains one group of
     members on each core, and pays where a call is long against handing out the members: make it of
@@ -98,27 +98,30 @@ class PopulationExecutor:
     def __call__(self, states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Return the states after the step and its metrics, all with a leading member axis."""
         if self._run is None:
-            self.loop = self.loop or self._measure(states, batch)
-            self._run = self._make(self.loop)
+            self._run = self._make(self.loop) if self.loop else self._fastest(states, batch)
         return self._run(states, batch)
 
-    def _measure(self, states: TrainState, batch: Batch) -> PopulationLoop:
-        for loop in _candidates(states):
-            run = self._make(loop)
-            now, _ = jax.block_until_ready(run(_copied(states), batch))  # compiles
-            seconds = []
-            for _ in range(_TIMED_CALLS):
+    def _fastest(self, states: TrainState, batch: Batch) -> Executor:
+        """Find `loop`, and return what runs it."""
+        ways = {loop: self._make(loop) for loop in _candidates(states)}
+        seconds: dict[PopulationLoop, list[float]] = {loop: [] for loop in ways}
+        # In turns, so that a moment in which the machine is busy slows all of them. The first
+        # round compiles.
+        for turn in range(1 + _TIMED_CALLS):
+            for loop, run in ways.items():
+                own = jax.block_until_ready(_copied(states))
                 began = time.perf_counter()
-                now, _ = jax.block_until_ready(run(now, batch))
-                seconds.append(time.perf_counter() - began)
-            self.milliseconds[loop] = round(1000 * min(seconds), 4)
-        fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
+                jax.block_until_ready(run(own, batch))
+                if turn > 0:
+                    seconds[loop].append(time.perf_counter() - began)
+        self.milliseconds = {loop: round(1000 * min(each), 4) for loop, each in seconds.items()}
+        self.loop = fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
         if self._remember is not None:
             content = {"loop": fastest, "milliseconds": self.milliseconds}
             unfinished = self._remember.with_name(f".{self._remember.name}.{os.getpid()}")
             unfinished.write_text(json.dumps(content))
             unfinished.replace(self._remember)
-        return fastest
+        return ways[fastest]
 
 
 def _candidates(states: TrainState) -> Sequence[PopulationLoop]:

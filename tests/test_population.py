@@ -83,26 +83,48 @@ def test_the_first_call_measures_all_ways_and_writes_what_it_found(
     }
 
 
-def test_the_shortest_time_decides(states, batch, monkeypatch):
-    cost = {"vmap": 3.0, "map": 1.0, "members": 2.0}  # without threads, on a single core
+def measured(monkeypatch, seconds_of):
+    """Return an executor on one core, without threads, whose calls take the seconds given."""
     monkeypatch.setattr(population, "usable_cores", lambda: 1)
-    clock = [0.0]
+    clock, calls, compiled = [0.0], [], []
     real = population._compile
 
     def slow(step, loop, **options):
         run = real(step, loop, **options)
+        compiled.append(loop)
 
         def timed(states, batch):
-            clock[0] += cost[loop]
+            clock[0] += seconds_of(loop, len(calls))
+            calls.append(loop)
             return run(states, batch)
 
         return timed
 
     monkeypatch.setattr(population, "_compile", slow)
     monkeypatch.setattr(population.time, "perf_counter", lambda: clock[0])
-    executor = PopulationExecutor(STEP)
-    executor(states, batch)
+    return PopulationExecutor(STEP), calls, compiled
+
+
+SECONDS = {"vmap": 3.0, "map": 1.0, "members": 2.0}
+
+
+def test_the_shortest_time_decides(states, batch, monkeypatch):
+    executor, calls, compiled = measured(monkeypatch, lambda loop, _: SECONDS[loop])
+    for _ in range(2):
+        executor(states, batch)
     assert executor.loop == "map"
+    assert executor.milliseconds == {"vmap": 3000.0, "map": 1000.0, "members": 2000.0}
+    assert calls[-2:] == ["map", "map"]
+    assert sorted(compiled) == ["map", "members", "vmap"]
+
+
+@pytest.mark.parametrize("busy", [range(9), range(3, 9), range(6, 12)])
+def test_a_moment_in_which_the_machine_is_busy_does_not_decide(busy, states, batch, monkeypatch):
+    def seconds_of(loop, call):
+        return SECONDS[loop] * (10 if call in busy else 1)
+
+    executor, _, _ = measured(monkeypatch, seconds_of)
+    executor(states, batch)
     assert executor.milliseconds == {"vmap": 3000.0, "map": 1000.0, "members": 2000.0}
 
 
