@@ -9,6 +9,7 @@ from jaxnets.channels import along_channels, channel_sum
 from jaxnets.functional import convolution, max_pool
 from jaxnets.linear import linear
 from jaxnets.normalization import layer_norm
+from jaxnets.transformer_layers import block, stack
 
 
 def programs(jaxpr, name):
@@ -65,3 +66,18 @@ def test_three_layers_share_the_programs_of_their_gradient(name):
     found = programs(jax.make_jaxpr(jax.grad(three_times(LAYERS[name])))(x).jaxpr, name)
     assert len(found) == 6  # forward and back
     assert len({id(program) for program in found}) <= 3  # the outermost gradient is another one
+
+
+def test_layers_in_a_loop_are_traced_once(monkeypatch):
+    traced = []
+    real = block.Block.__call__
+    monkeypatch.setattr(
+        block.Block, "__call__", lambda *args, **options: traced.append(1) or real(*args, **options)
+    )
+    config = block.BlockConfig(features=8, num_heads=2, scan_layers=True)
+    layers = stack.Stack(config, num_layers=5)
+    x = jnp.ones((1, 3, 8))
+    variables = jax.eval_shape(layers.init, jax.random.key(0), x)
+    assert len(traced) == 1
+    jax.eval_shape(layers.apply, variables, x)
+    assert len(traced) == 2
