@@ -84,8 +84,8 @@ def _lower(
     if platform == _CPU and num_devices > 1 and _PARTITIONED in branches:
         platform = _PARTITIONED
     # XLA puts the body in the place of the call; unlike `mlir.lower_fun`, nothing is traced again.
-    function = {"name": f"on_{platform}", "call_jaxpr": branches[platform]}
-    return mlir.core_call_lowering(ctx, *operands, **function)
+    body = branches[platform]
+    return mlir.core_call_lowering(ctx, *operands, name=f"on_{platform}", call_jaxpr=body)
 
 
 mlir.register_lowering(_choice, functools.partial(_lower, platform="default"))
