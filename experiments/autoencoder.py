@@ -22,10 +22,12 @@ import numpy as np
 import optax
 
 import jaxnets as jn
-from experiments import code_measures, code_pictures, figures, training
-from experiments.options import Options
-from experiments.problem import Measured, Problem, member, thousands
-from experiments.run_folder import RunError, RunFolder
+from experiments import code_measures
+from experiments.harness import training
+from experiments.harness.options import Options
+from experiments.harness.problem import Measured, Problem, member, thousands
+from experiments.harness.run_folder import RunError, RunFolder
+from experiments.pictures import code_pictures, figures
 
 LIKELIHOODS = {
     "squared": jn.SquaredError,

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnets as jn
-from experiments import figures, training
-from experiments.models import ModelName, make_model, prefers_map
-from experiments.options import Options
-from experiments.problem import Measured, Problem
-from experiments.run_folder import RunFolder
+from experiments.harness import training
+from experiments.harness.models import ModelName, make_model, prefers_map
+from experiments.harness.options import Options
+from experiments.harness.problem import Measured, Problem
+from experiments.harness.run_folder import RunFolder
+from experiments.pictures import figures
 
 
 @dataclasses.dataclass(frozen=True)

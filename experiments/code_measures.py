@@ -8,7 +8,7 @@ import numpy as np
 
 import jaxnets as jn
 from experiments import probes
-from experiments.problem import member
+from experiments.harness.problem import member
 
 
 def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:

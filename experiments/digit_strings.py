@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnets as jn
-from experiments import figures, training
-from experiments.problem import Measured, Problem
-from experiments.run_folder import RunError, RunFolder
+from experiments.harness import training
+from experiments.harness.problem import Measured, Problem
+from experiments.harness.run_folder import RunError, RunFolder
+from experiments.pictures import figures
 from experiments.sound import SoundOptions, SoundTransform, choose_parts
-from jaxnets.ctc_decoding import ctc_beam_search, ctc_greedy
-from jaxnets.sequence_objectives import check_ctc_batch
+from jaxnets.generation.ctc import ctc_beam_search, ctc_greedy
+from jaxnets.objectives.sequence import check_ctc_batch
 
 #: Seed of the test strings, and strings in a batch of the evaluation.
 TEST_SEED, EVAL_BATCH = 2018, 50

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnets as jn
-from experiments import driving_pictures, figures, training
 from experiments.driving_networks import (
     CONTROL_NAMES,
     EncoderName,
@@ -42,9 +41,11 @@ from experiments.driving_networks import (
     measure_latency,
     to_inputs,
 )
-from experiments.options import Options
-from experiments.problem import Measured, Problem, member
-from experiments.run_folder import RunError, RunFolder
+from experiments.harness import training
+from experiments.harness.options import Options
+from experiments.harness.problem import Measured, Problem, member
+from experiments.harness.run_folder import RunError, RunFolder
+from experiments.pictures import driving_pictures, figures
 from jaxnets.data import driving
 from jaxnets.data.files import cache_folder
 

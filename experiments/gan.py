@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnets as jn
-from experiments import figures, pictures, training
-from experiments.optimizers import make_optimizer
-from experiments.options import Options
-from experiments.problem import Measured, Problem, member
+from experiments.harness import training
+from experiments.harness.optimizers import make_optimizer
+from experiments.harness.options import Options
+from experiments.harness.problem import Measured, Problem, member
+from experiments.harness.run_folder import RunError, RunFolder
+from experiments.pictures import figures, grids
 from experiments.real_features import RealFeatures
-from experiments.run_folder import RunError, RunFolder
 
 LossName = Literal[
     "non_saturating", "minimax", "hinge", "least_squares", "wasserstein", "relativistic"
@@ -215,7 +216,7 @@ class Adversaries(Problem):
     ) -> np.ndarray:
         """Return the uint8 images [images, height, width, channels] of latents."""
         images = jn.generate_images(self.module, variables, latents, labels)
-        return pictures.to_pixels(images, -1, 1)
+        return grids.to_pixels(images, -1, 1)
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Compare the images of every seed with test images in a classifier's features."""
@@ -238,12 +239,10 @@ class Adversaries(Problem):
                 "precision": similar.precision,
                 "recall": similar.recall,
                 "class_coverage": jn.class_coverage(predicted, num_classes),
-                "least_class_share": float(
-                    jn.generative_metrics.class_shares(predicted, num_classes).min()
-                ),
+                "least_class_share": float(jn.metrics.class_shares(predicted, num_classes).min()),
             }
             if asked is not None:
-                row["class_agreement"] = jn.generative_metrics.class_agreement(found.logits, asked)
+                row["class_agreement"] = jn.metrics.class_agreement(found.logits, asked)
             rows.append(row)
         details = {
             name: [round(row[name], 6) for row in rows] for name in rows[0] if name != "distance"
@@ -272,7 +271,7 @@ class Adversaries(Problem):
         _sheet(shown, folder.path / "real.png")
         _sheet(self.walk(generators[0]), folder.path / "walk.png")
         frames = sorted((folder.path / "samples").glob("step_*.png"))
-        pictures.film(frames, folder.path / "training.gif")
+        grids.film(frames, folder.path / "training.gif")
 
     def walk(self, variables: Mapping[str, Any], num_walks: int = 5) -> np.ndarray:
         """Return images on the way from one latent to another, a row for each way."""
@@ -285,7 +284,7 @@ class Adversaries(Problem):
 
 
 def _sheet(images: np.ndarray, path: Path) -> None:
-    pictures.grid(pictures.arrange(images, _COLUMNS), path)
+    grids.grid(grids.arrange(images, _COLUMNS), path)
 
 
 def centred(images: jax.Array) -> jax.Array:

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnets as jn
-from experiments import figures, training
-from experiments.options import Options
-from experiments.problem import Measured, Problem, member
-from experiments.run_folder import RunError, RunFolder
+from experiments.harness import training
+from experiments.harness.options import Options
+from experiments.harness.problem import Measured, Problem, member
+from experiments.harness.run_folder import RunError, RunFolder
+from experiments.pictures import figures
 
 RECURRENT = ("rnn", "lstm", "gru", "mgu", "mingru", "minlstm")
 

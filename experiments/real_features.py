@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import jaxnets as jn
-from jaxnets.generative_metrics import ClassifierOutput
+from jaxnets.metrics.generative import ClassifierOutput
 
 _BATCH_SIZE = 128
 _STEPS_PER_DISPATCH = 50
@@ -75,7 +75,7 @@ class RealFeatures:
         """Return the measures of training images against test images, and the accuracy."""
         train, test = self.train.features, self.test.features
         similar = jn.precision_recall(test, train)
-        agreement = jn.generative_metrics.class_agreement(self.test.logits, self.test_labels)
+        agreement = jn.metrics.class_agreement(self.test.logits, self.test_labels)
         numbers = {
             "floor": jn.frechet_distance(test, train),
             "floor_precision": similar.precision,

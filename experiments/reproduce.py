@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import registry
-from experiments.command_line import errors_without_traceback
-from experiments.run_folder import RunError
+from experiments.harness import registry
+from experiments.harness.command_line import errors_without_traceback
+from experiments.harness.run_folder import RunError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import jaxnets as jn
-from experiments.problem import Problem
+from experiments.harness.problem import Problem
 
 
 class SentenceProblem(Problem):

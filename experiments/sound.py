@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import jaxnets as jn
-from experiments.options import Options
+from experiments.harness.options import Options
 
 #: Of the recordings of a word by a speaker, the share that --held-out measures on: with the spoken
 #: digits those numbered 5 to 9 of 5 to 49.

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnets as jn
-from experiments import figures, training
-from experiments.problem import Measured, Problem
-from experiments.run_folder import RunFolder
+from experiments.harness import training
+from experiments.harness.problem import Measured, Problem
+from experiments.harness.run_folder import RunFolder
+from experiments.pictures import figures
 from experiments.sound import SoundOptions, SoundTransform, choose_parts
 
 

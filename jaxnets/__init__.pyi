@@ -1,36 +1,6 @@
 """The names of the package, each loaded when it is first used; see `__init__.py`."""
 
-from . import (
-    attention,
-    attention_masks,
-    autoencoder,
-    checkpoint,
-    convolutional,
-    data,
-    feedforward,
-    functional,
-    gan,
-    generative_metrics,
-    layers,
-    metrics,
-    recurrent,
-    sequence,
-    transformer,
-)
-from .adversarial import adversarial
-from .autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
-from .beam_search import beam_search
-from .checkpoint import CheckpointError, parameters_sha256
-from .convolutional import (
-    ConvNet,
-    ConvNeXt,
-    LeNet5,
-    PilotNet,
-    ResNet,
-    ResNet9,
-    WhitenedConvNet,
-    WideResNet,
-)
+from . import data, functional, layers, metrics, objectives
 from .core import (
     DATA_AXIS,
     Batch,
@@ -47,12 +17,36 @@ from .core import (
     TrainState,
     Update,
     apply_module,
+    capture,
     rng_streams,
 )
-from .diagnostics import find_learning_rate, overfit_one_batch
-from .equivalence import check_equivalence
-from .feedforward import MLP, MLPMixer
-from .gan import (
+from .functional.patches import join_patches, split_patches
+from .generation.beam_search import beam_search
+from .generation.ctc import ctc_beam_search, ctc_greedy
+from .generation.generate import generate
+from .generation.sampling import Sampling
+from .host import keep_memory
+from .layers.spectral_norm import SpectralNorm
+from .metrics.generative import (
+    class_coverage,
+    classifier_features,
+    frechet_distance,
+    precision_recall,
+)
+from .models import autoencoder, convolutional, feedforward, gan, recurrent, transformer
+from .models.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
+from .models.convolutional import (
+    ConvNet,
+    ConvNeXt,
+    LeNet5,
+    PilotNet,
+    ResNet,
+    ResNet9,
+    WhitenedConvNet,
+    WideResNet,
+)
+from .models.feedforward import MLP, MLPMixer
+from .models.gan import (
     GAN,
     DCGANDiscriminator,
     DCGANGenerator,
@@ -62,29 +56,24 @@ from .gan import (
     generate_images,
     resnet_gan,
 )
-from .generation import generate
-from .generative_metrics import (
-    class_coverage,
-    classifier_features,
-    frechet_distance,
-    precision_recall,
+from .models.recurrent import (
+    Recurrent,
+    RecurrentLM,
+    RecurrentTranslator,
+    SequenceClassifier,
+    SpeechRecognizer,
+    TextClassifier,
 )
-from .histograms import gradient_histograms, parameter_histograms
-from .history import History, NonFiniteError
-from .hooks import Checkpointing, EarlyStopping, evaluation, every, resume
-from .host_memory import keep_memory
-from .hyperparameters import scheduled, with_hyperparameters
-from .latent_objectives import (
-    importance_weighted,
-    importance_weighted_bound,
-    vae,
-    vq_vae,
+from .models.transformer import (
+    AudioTransformer,
+    BlockConfig,
+    MaskedAutoencoder,
+    TransformerClassifier,
+    TransformerEncoder,
+    TransformerLM,
+    TransformerTranslator,
+    VisionTransformer,
 )
-from .layers import capture
-from .likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SquaredError
-from .logistic_loss import binary_cross_entropy
-from .loop import Hook, Interrupted, StopTraining, evaluate, fit
-from .media import Histogram, Picture
 from .objectives import (
     absolute_error,
     classification,
@@ -94,13 +83,32 @@ from .objectives import (
     squared_error,
     with_batch_transform,
 )
-from .optimizers import (
-    averaged_parameters,
-    decay_mask,
-    muon_dimensions,
-    with_parameter_average,
+from .objectives.adversarial import adversarial
+from .objectives.heads import DiscretizedHead, GaussianHead, head_regression
+from .objectives.hyperparameters import scheduled, with_hyperparameters
+from .objectives.latent import (
+    importance_weighted,
+    importance_weighted_bound,
+    vae,
+    vq_vae,
 )
-from .parallel import (
+from .objectives.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SquaredError
+from .objectives.losses import binary_cross_entropy
+from .objectives.reconstruction import (
+    contractive,
+    denoising,
+    masked_reconstruction,
+    reconstruction,
+    sparse_reconstruction,
+)
+from .objectives.sequence import ctc, language_modelling, sequence_to_sequence, with_carry
+from .tools.saliency import input_gradient, visual_backprop
+from .tools.summary import Summary, summarize, summarize_model
+from .training import checkpoint
+from .training.checkpoint import CheckpointError, parameters_sha256
+from .training.diagnostics import find_learning_rate, overfit_one_batch
+from .training.equivalence import check_equivalence
+from .training.executors import (
     data_mesh,
     fsdp_sharding,
     jit_step,
@@ -111,41 +119,20 @@ from .parallel import (
     scan_steps,
     sharded_step,
 )
-from .patches import join_patches, split_patches
-from .population import PopulationExecutor
-from .reconstruction_objectives import (
-    contractive,
-    denoising,
-    masked_reconstruction,
-    reconstruction,
-    sparse_reconstruction,
+from .training.histograms import gradient_histograms, parameter_histograms
+from .training.history import History, NonFiniteError
+from .training.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from .training.loop import Hook, Interrupted, StopTraining, evaluate, fit
+from .training.media import Histogram, Picture
+from .training.optimizers import (
+    averaged_parameters,
+    decay_mask,
+    muon_dimensions,
+    with_parameter_average,
 )
-from .recurrent import (
-    Recurrent,
-    RecurrentLM,
-    RecurrentTranslator,
-    SequenceClassifier,
-    SpeechRecognizer,
-    TextClassifier,
-)
-from .regression_heads import DiscretizedHead, GaussianHead, head_regression
-from .saliency import input_gradient, visual_backprop
-from .sampling import Sampling
-from .sequence_objectives import ctc, language_modelling, sequence_to_sequence, with_carry
-from .spectral_norm import SpectralNorm
-from .summary import Summary, summarize, summarize_model
-from .training import TrainStep, create_train_state, make_eval_step, make_train_step
-from .transformer import (
-    AudioTransformer,
-    BlockConfig,
-    MaskedAutoencoder,
-    TransformerClassifier,
-    TransformerEncoder,
-    TransformerLM,
-    TransformerTranslator,
-    VisionTransformer,
-)
-from .writers import jsonl_writer, tensorboard_writer, wandb_writer
+from .training.population import PopulationExecutor
+from .training.step import TrainStep, create_train_state, make_eval_step, make_train_step
+from .training.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
 __version__: str
 
@@ -221,8 +208,6 @@ __all__ = [
     "absolute_error",
     "adversarial",
     "apply_module",
-    "attention",
-    "attention_masks",
     "autoencoder",
     "averaged_parameters",
     "beam_search",
@@ -238,6 +223,8 @@ __all__ = [
     "create_train_state",
     "cross_entropy",
     "ctc",
+    "ctc_beam_search",
+    "ctc_greedy",
     "data",
     "data_mesh",
     "dcgan",
@@ -255,7 +242,6 @@ __all__ = [
     "gan",
     "generate",
     "generate_images",
-    "generative_metrics",
     "gradient_histograms",
     "head_regression",
     "huber_error",
@@ -273,6 +259,7 @@ __all__ = [
     "masked_reconstruction",
     "metrics",
     "muon_dimensions",
+    "objectives",
     "overfit_one_batch",
     "parameter_histograms",
     "parameters_sha256",
@@ -289,7 +276,6 @@ __all__ = [
     "rng_streams",
     "scan_steps",
     "scheduled",
-    "sequence",
     "sequence_to_sequence",
     "sharded_step",
     "sparse_reconstruction",

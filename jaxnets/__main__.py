@@ -7,7 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxnets import comparison, doctor, presets, summary
+from jaxnets.models import registry
+from jaxnets.tools import comparison, doctor, summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "summary",
         help=describe,
         description=describe,
-        epilog=f"models: {', '.join(presets.MODELS)}",
+        epilog=f"models: {', '.join(registry.MODELS)}",
         parents=[as_json],
         allow_abbrev=False,
     )
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summarize.add_argument(
         "--optimizer",
         default="adamw",
-        help=f"{', '.join(presets.OPTIMIZERS)} (default %(default)s)",
+        help=f"{', '.join(summary.OPTIMIZERS)} (default %(default)s)",
     )
     summarize.add_argument(
         "--depth", type=int, default=1, help="levels of modules shown (default %(default)s)"

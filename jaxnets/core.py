@@ -15,6 +15,49 @@ import jax
 import jax.numpy as jnp
 import optax
 
+
+def record(module: Any, name: str, value: jax.Array) -> None:
+    """Make a value inside a network readable with `capture`; free when nobody reads it.
+
+    Args:
+        module: the module that computes the value.
+        name: such as "features".
+        value: the array; a second call with the same name replaces it.
+    """
+    module.sow("intermediates", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def capture(
+    module: Any, variables: Any, *inputs: Any, **keywords: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Run a network in evaluation and return what it recorded, such as its features.
+
+    Args:
+        module: any Linen network.
+        variables: parameters and other collections, as given by `module.init`.
+        inputs: inputs of the network.
+        keywords: further keyword inputs; `capture_intermediates=True` records the output of
+            every layer too, under `[layer]["__call__"][0]`.
+
+    Returns:
+        The output, and {name: array} of the values recorded by the network itself, with one
+        nested dict for each submodule that recorded some.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Doubled(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         record(self, "doubled", 2 * x)
+        ...         return 3 * x
+        >>> output, recorded = capture(Doubled(), {}, 1.0)
+        >>> output, recorded["doubled"]
+        (3.0, 2.0)
+    """
+    output, state = module.apply(variables, *inputs, mutable=["intermediates"], **keywords)
+    return output, dict(state.get("intermediates", {}))
+
+
 #: Name of the mapped axis over which executors split a batch. Batch normalisation and the
 #: train step reduce over this axis where an executor has bound it.
 DATA_AXIS = "data"

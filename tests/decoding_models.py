@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.embedding import Embedding
-from jaxnets.layers import Dense
-from jaxnets.recurrent import Recurrent
+from jaxnets.layers import Dense, Embedding
+from jaxnets.models.recurrent import Recurrent
 
 extended = []  # one entry for each time that `TableModel.extend` was traced
 

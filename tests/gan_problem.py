@@ -6,9 +6,9 @@ import numpy as np
 import optax
 
 from jaxnets.core import Precision, Update
-from jaxnets.gan import GAN
-from jaxnets.gan_dcgan import DCGANDiscriminator, DCGANGenerator
-from jaxnets.training import create_train_state
+from jaxnets.models.gan import GAN
+from jaxnets.models.gan.dcgan import DCGANDiscriminator, DCGANGenerator
+from jaxnets.training.step import create_train_state
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
 RANDOM = np.random.default_rng(0)

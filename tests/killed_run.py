@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnets import checkpoint
 from jaxnets.core import Mean, TrainState
-from jaxnets.hooks import Checkpointing, resume
-from jaxnets.loop import fit
-from jaxnets.writers import jsonl_writer
+from jaxnets.training import checkpoint
+from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.loop import fit
+from jaxnets.training.writers import jsonl_writer
 
 
 def main(folder: Path, num_steps: int) -> None:

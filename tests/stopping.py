@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 import jaxnets as jn
-from experiments.command_line import Stopped
+from experiments.harness.command_line import Stopped
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def stopped_at_three(monkeypatch):
     every = jn.every
     with monkeypatch.context() as patch:
         patch.setattr(
-            "experiments.training.jn.every",
+            "experiments.harness.training.jn.every",
             lambda steps, hook: every(3, stop) if steps == 6 else every(steps, hook),
         )
         with pytest.raises(Stopped, match="go on with --resume"):

@@ -11,219 +11,71 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxnets"
 
-ENGINE = {
-    *("core", "training", "parallel", "population", "media", "history", "writers", "loop", "hooks"),
-    *("histograms", "checkpoint", "equivalence", "progress"),
-}
-
-# module -> modules of jaxnets it may import; a module that is not here may import none.
-ALLOWED = {
-    "padding": {"core"},
-    "spatial": set(),
-    "platforms": set(),
-    "layouts": {"fusion", "platforms"},
-    "linear": {"fusion", "layouts", "platforms"},
-    "host_memory": set(),
-    "few_channels": {"spatial"},
-    "channels": {"core", "few_channels", "platforms"},
-    "cores": set(),
-    "fusion": set(),
-    "chunks": set(),
-    "tap_products": {"chunks", "fusion", "layouts", "linear", "spatial"},
-    "winograd": {"chunks", "fusion", "linear", "spatial"},
-    "convolution": {
-        *("chunks", "few_channels", "fusion", "linear", "platforms", "spatial", "tap_products"),
-        "winograd",
-    },
-    "pooling": {"few_channels", "fusion", "platforms", "spatial"},
-    "functional": {"convolution", "linear", "pooling", "spatial"},
-    "normalization": {"channels", "core"},
-    "attention_masks": set(),
-    "attention_weights": {"attention_masks", "layouts"},
-    "attention_blocks": {"attention_masks", "platforms"},
-    "weighted_attention": {"attention_blocks", "attention_masks", "attention_weights", "layouts"},
-    "fused_attention": {"attention_masks"},
-    "attention": {
-        *("attention_masks", "attention_weights", "fused_attention", "weighted_attention"),
-    },
-    "positions": {"attention_masks", "core"},
-    "loop_product": {"layouts", "platforms"},
-    "sequence": {"channels", "core", "functional", "loop_product", "normalization", "padding"},
-    "parallel_recurrence": {"core", "functional", "sequence"},
-    "activations": {"core"},
-    "layers": {"activations", "channels", "core", "functional", "normalization"},
-    "embedding": {"core", "functional", "layers"},
-    "feedforward": {"core", "functional", "layers"},
-    "convolutional": {
-        *("core", "functional", "layers", "resnet", "convnext", "pilotnet", "whitened_convnet"),
-    },
-    "whitened_convnet": {"channels", "core", "functional", "layers"},
-    "pilotnet": {"core", "layers"},
-    "regression_heads": {"core", "objectives"},
-    "saliency": set(),
-    "resnet": {"core", "functional", "layers"},
-    "convnext": {"channels", "core", "functional", "layers"},
-    "recurrent_cells": {"channels", "core", "functional", "normalization", "sequence"},
-    "attention_decoder": {"core", "functional", "layers", "recurrent_layers", "sequence"},
-    "recurrent_layers": {"recurrent_cells", "core", "layers", "parallel_recurrence", "sequence"},
-    "recurrent_classifier": {
-        *("core", "embedding", "layers", "padding", "recurrent_layers", "sequence"),
-    },
-    "recurrent_language_model": {
-        *("core", "embedding", "layers", "padding", "recurrent_layers", "sequence"),
-    },
-    "shortening": {"core", "layers", "padding"},
-    "recurrent_recognizer": {"core", "layers", "recurrent_layers", "sequence", "shortening"},
-    "recurrent_translator": {
-        "attention_decoder",
-        "core",
-        "embedding",
-        "functional",
-        "layers",
-        "recurrent_layers",
-        "sequence",
-        "padding",
-    },
-    "recurrent": {
-        *("parallel_recurrence", "recurrent_cells", "recurrent_classifier", "recurrent_layers"),
-        *("recurrent_language_model", "recurrent_recognizer", "recurrent_translator"),
-    },
-    "transformer_layers": {
-        *("attention", "attention_masks", "attention_weights"),
-        "positions",
-        "core",
-        "embedding",
-        "functional",
-        "layers",
-        "normalization",
-        "padding",
-    },
-    "transformer_encoder": {
-        *("attention", "core", "embedding", "layers", "padding", "transformer_layers"),
-    },
-    "transformer_translator": {"attention", "core", "embedding", "layers", "transformer_layers"},
-    "patches": set(),
-    "vision_transformer": {"core", "functional", "layers", "patches", "transformer_layers"},
-    "masked_autoencoder": {
-        *("core", "layers", "patches", "transformer_layers", "vision_transformer"),
-    },
-    "audio_transformer": {
-        *("core", "functional", "layers", "padding", "shortening", "transformer_layers"),
-    },
-    "transformer": {
-        *("attention", "core", "embedding", "layers", "transformer_layers"),
-        *("transformer_encoder", "transformer_translator"),
-        *("vision_transformer", "audio_transformer", "masked_autoencoder"),
-    },
-    "image_range": set(),
-    "logistic_loss": {"core"},
-    "likelihoods": {"core", "fusion", "image_range", "logistic_loss", "platforms"},
-    "normal_codes": {"core"},
-    "upsampling": {"channels", "core", "functional", "layers"},
-    "image_coders": {"core", "functional", "layers", "upsampling"},
-    "latent_space": {"image_range"},
-    "variational_autoencoder": {"core", "image_coders", "layers", "likelihoods", "normal_codes"},
-    "vector_quantization": {"core", "image_coders", "layers", "likelihoods"},
-    "autoencoder": {
-        *("core", "image_coders", "latent_space", "layers", "likelihoods"),
-        *("variational_autoencoder", "vector_quantization"),
-    },
-    "reconstruction_objectives": {"core", "image_range", "likelihoods", "objectives", "patches"},
-    "latent_objectives": {
-        *("core", "image_range", "metrics", "normal_codes", "objectives"),
-        "reconstruction_objectives",
-    },
-    "hyperparameters": {"core"},
-    "spectral_norm": {"channels", "core", "layers"},
-    "gan_layers": {"core", "embedding", "layers", "spectral_norm", "upsampling"},
-    "gan_dcgan": {"core", "gan_layers", "layers", "spectral_norm", "upsampling"},
-    "gan_resnet": {
-        *("core", "functional", "gan_layers", "layers", "spectral_norm", "upsampling"),
-    },
-    "adversarial_losses": {"core"},
-    "adversarial": {"adversarial_losses", "core", "image_range"},
-    "gan": {
-        *("adversarial", "adversarial_losses", "gan_dcgan", "gan_layers", "gan_resnet"),
-        *("layers", "spectral_norm", "upsampling"),
-    },
-    "generative_metrics": {"core", "layers"},
-    "metrics": {"core"},
-    "comparison": {"metrics"},
-    "objectives": {"core", "metrics"},
-    "sequence_objectives": {"core", "metrics", "objectives", "padding"},
-    "sampling": {"core"},
-    "generation": {"core", "sampling", "padding"},
-    "beam_search": {"core", "generation", "sampling"},
-    "ctc_decoding": {"core", "padding"},
-    "optimizers": {"core"},
-    "training": {"core"},
-    "parallel": {"core", "training"},
-    "population": {"core", "cores", "parallel"},
-    "media": set(),
-    "history": {"core", "media"},
-    "writers": {"history", "media"},
-    "histograms": {"core", "loop", "media", "training"},
-    "progress": {"history"},
-    "loop": {"core", "parallel", "history", "progress"},
-    "checkpoint": {"core"},
-    "hooks": {"core", "checkpoint", "history", "loop"},
-    "equivalence": {"core", "training", "parallel"},
-    "diagnostics": {"core", "training", "parallel"},
-    "data": {"core", "padding"},
-    "presets": {
-        *{"core", "feedforward", "convolutional", "layers", "recurrent", "transformer"},
-        *{"objectives", "reconstruction_objectives", "sequence_objectives", "optimizers"},
-    },
-    "summary": {"core", "layers", "presets", "training"},
-    "doctor": {"core", "cores", "data", "feedforward", "objectives", "parallel", "training"},
-    "core": set(),
-}
-# The command line and the facade put everything together.
-FREE = {"__init__", "__main__"}
-
-
-def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield pytest.param(path, parts[0], id="/".join(parts))
+# A package imports from lower levels only; packages of one level do not import each other.
+LEVELS = (
+    ("core", "checks", "host"),
+    ("functional", "training", "metrics"),
+    ("layers", "generation", "data", "objectives"),
+    ("models",),
+    ("tools",),
+    ("__main__",),
+)
+FAMILIES = ("feedforward", "convolutional", "recurrent", "transformer", "autoencoder", "gan")
+USE_FLAX = {"layers", "models", "tools"}
+FILES = [
+    pytest.param(path, path.relative_to(ROOT).with_suffix("").parts, id=str(path.relative_to(ROOT)))
+    for path in sorted(PACKAGE.rglob("*.py"))
+]
 
 
 def imported(path):
+    """Return the dotted names of all that a file imports, as tuples."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            if node.module == "jaxnets":
-                yield from (f"jaxnets.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            yield from ((*node.module.split("."), alias.name) for alias in node.names)
 
 
-@pytest.mark.parametrize(("path", "module"), list(modules()))
-def test_modules_import_only_what_lies_below_them(path, module):
-    if module in FREE:
+def test_every_package_has_a_level():
+    tops = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    assert tops - {"__init__"} == set(sum(LEVELS, ()))
+
+
+@pytest.mark.parametrize(("path", "parts"), FILES)
+def test_a_file_imports_its_own_package_and_lower_levels_only(path, parts):
+    if parts[1] == "__init__":
         return
-    names = [name.split(".") for name in imported(path)]
-    own = {name[1] for name in names if name[0] == "jaxnets" and len(name) > 1}
-    assert own - {module} <= ALLOWED[module]
+    level = next(i for i, packages in enumerate(LEVELS) if parts[1] in packages)
+    below = set(sum(LEVELS[:level], ())) | {parts[1]} | ({"core"} if level == 0 else set())
+    own = {name[1] for name in imported(path) if name[0] == "jaxnets" and len(name) > 1}
+    assert own - below - {"__version__"} == set()
 
 
-@pytest.mark.parametrize(
-    "module", sorted(ENGINE | {"functional", "sequence", "objectives", "metrics", "adversarial"})
-)
-def test_the_engine_does_not_import_flax(module):
-    names = [name.split(".")[0] for name in imported(PACKAGE / f"{module}.py")]
-    assert "flax" not in names
+@pytest.mark.parametrize(("path", "parts"), FILES)
+def test_a_family_imports_no_other_family(path, parts):
+    if parts[1] == "models" and parts[2] in FAMILIES:
+        used = {name[2] for name in imported(path) if name[:2] == ("jaxnets", "models")}
+        assert used <= {parts[2]}
 
 
-def test_only_the_checkpoint_imports_orbax():
-    users = {
-        path.name
-        for path in PACKAGE.rglob("*.py")
-        if any(name.split(".")[0] == "orbax" for name in imported(path))
-    }
-    assert users == {"checkpoint.py"}
+@pytest.mark.parametrize(("path", "parts"), FILES)
+def test_flax_and_orbax_are_imported_where_they_belong(path, parts):
+    names = {name[0] for name in imported(path)}
+    assert "flax" not in names or parts[1] in USE_FLAX
+    assert "orbax" not in names or parts == ("jaxnets", "training", "checkpoint")
+
+
+@pytest.mark.parametrize(("path", "parts"), [p for p in FILES if "__init__" in p.values[1]])
+def test_the_init_file_of_a_package_defines_nothing(path, parts):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names = {name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
+            assert names <= {"__all__", "__dir__", "__getattr__", "__version__"}
+        else:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert is_docstring or isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def run(code):
@@ -237,7 +89,8 @@ def test_names_are_loaded_when_they_are_used():
     output = run(f"import sys, jaxnets; print({loaded}); jaxnets.fit; print({loaded})")
     before, after = (set(ast.literal_eval(line)) for line in output.splitlines())
     assert before == set()
-    assert "jaxnets.loop" in after and "jaxnets.transformer" not in after
+    assert "jaxnets.training.loop" in after
+    assert not any(name.startswith(("jaxnets.models", "jaxnets.layers")) for name in after)
 
 
 def test_the_whole_library_is_light_and_changes_no_configuration():
@@ -256,7 +109,10 @@ def test_a_function_called_like_a_module_stays_a_function():
     look = (
         "print([callable(getattr(jn, name)) for name in ('adversarial', 'beam_search', 'dcgan')])"
     )
-    modules = "import jaxnets.beam_search, jaxnets.adversarial, jaxnets.gan; "
+    modules = (
+        "import jaxnets.generation.beam_search, jaxnets.objectives.adversarial;"
+        "import jaxnets.models.gan; "
+    )
     for first in ("", modules):
         assert run(f"{first}import jaxnets as jn; {look}") == "[True, True, True]"
 
@@ -276,4 +132,4 @@ def test_no_file_is_two_things():
         for folder in ("jaxnets", "experiments")
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
+    assert {name: length for name, length in lengths.items() if length > 600} == {}

@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments.classification import Config, ImageClassification
-from experiments.training import run
+from experiments.harness.training import run
 from jaxnets.data import digits
 
 TINY = Config(

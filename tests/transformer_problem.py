@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from checks import perturbed, shapes_of
 
-from jaxnets.transformer import BlockConfig
+from jaxnets.models.transformer import BlockConfig
 
 LENGTHS = np.array([7, 3, 0], np.int32)
 DROPPING = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}

@@ -16,10 +16,11 @@ from experiments.benchmark import chart, driver, report
 from experiments.benchmark.competitors import COMPETITORS, ON_REQUEST, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import WORKLOADS, shrink
-from experiments.command_line import print_result
-from experiments.run_folder import RunError, RunFolder, environment
-from jaxnets.cores import usable_cores
-from jaxnets.data import files, images
+from experiments.harness.command_line import print_result
+from experiments.harness.run_folder import RunError, RunFolder, environment
+from jaxnets.data import files
+from jaxnets.data.datasets import images
+from jaxnets.host import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)

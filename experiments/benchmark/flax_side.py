@@ -16,12 +16,7 @@ from experiments.benchmark import flax_generative
 from experiments.benchmark.flax_networks import build
 from experiments.benchmark.flax_state import State, create_states, num_parameters
 from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
-from experiments.benchmark.workloads import (
-    LEARNING_RATE,
-    PIXEL_DEVIATION,
-    PIXEL_MEAN,
-    Workload,
-)
+from experiments.benchmark.workloads import LEARNING_RATE, PIXEL_DEVIATION, PIXEL_MEAN, Workload
 
 LIBRARIES = ("flax", "jax", "optax")
 

@@ -28,10 +28,7 @@ from experiments.benchmark.architectures import (
     Vision,
 )
 from experiments.benchmark.sides import Prepared, Settings, ready
-from experiments.benchmark.workloads import (
-    LEARNING_RATE,
-    Workload,
-)
+from experiments.benchmark.workloads import LEARNING_RATE, Workload
 
 LIBRARIES = ("jaxnets", "jax", "flax", "optax")
 

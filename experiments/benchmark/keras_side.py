@@ -29,12 +29,7 @@ from experiments.benchmark.architectures import (
     Vision,
 )
 from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
-from experiments.benchmark.workloads import (
-    LEARNING_RATE,
-    PIXEL_DEVIATION,
-    PIXEL_MEAN,
-    Workload,
-)
+from experiments.benchmark.workloads import LEARNING_RATE, PIXEL_DEVIATION, PIXEL_MEAN, Workload
 
 LIBRARIES = ("keras", "jax")
 

@@ -23,9 +23,9 @@ import tyro
 from experiments.benchmark.competitors import COMPETITORS
 from experiments.benchmark.driver import Worker
 from experiments.benchmark.sides import Settings
-from experiments.command_line import print_result
-from experiments.run_folder import RunError, environment
-from jaxnets.cores import usable_cores
+from experiments.harness.command_line import print_result
+from experiments.harness.run_folder import RunError, environment
+from jaxnets.host import usable_cores
 
 #: What is imported, beside the first of them.
 IMPORTS = {

@@ -8,11 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from experiments.benchmark.architectures import (
-    AdversarialPair,
-    Network,
-    VariationalAutoencoder,
-)
+from experiments.benchmark.architectures import AdversarialPair, Network, VariationalAutoencoder
 from experiments.benchmark.torch_variants import adam, callable_of
 from experiments.benchmark.workloads import ADVERSARIAL_BETA1, ADVERSARIAL_RATE, LEARNING_RATE
 

@@ -13,18 +13,11 @@ from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from experiments.benchmark import torch_generative
-from experiments.benchmark.architectures import (
-    Residual,
-)
+from experiments.benchmark.architectures import Residual
 from experiments.benchmark.sides import Prepared, Settings, read_idx, ready
 from experiments.benchmark.torch_networks import build
 from experiments.benchmark.torch_variants import adam, begin, callable_of, num_parameters
-from experiments.benchmark.workloads import (
-    LEARNING_RATE,
-    PIXEL_DEVIATION,
-    PIXEL_MEAN,
-    Workload,
-)
+from experiments.benchmark.workloads import LEARNING_RATE, PIXEL_DEVIATION, PIXEL_MEAN, Workload
 
 LIBRARIES = ("torch",)
 

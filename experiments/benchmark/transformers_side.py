@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from experiments.benchmark.architectures import (
-    LanguageTransformer,
-)
+from experiments.benchmark.architectures import LanguageTransformer
 from experiments.benchmark.sides import Prepared, Settings, ready
 from experiments.benchmark.torch_variants import begin
 

@@ -2,14 +2,59 @@
 
 from jaxnets.data import driving
 from jaxnets.data.arrays import check_arrays, pad_batch, split
-from jaxnets.data.audio_augment import (
+from jaxnets.data.audio import (
+    LogMel,
     add_noise,
     change_speed,
+    mel_filterbank,
+    mfcc,
     random_gain,
+    read_wav,
+    resample,
     spec_augment,
+    standardize,
+    stft,
     time_shift,
+    to_waveform,
+    write_wav,
 )
-from jaxnets.data.augment import (
+from jaxnets.data.batches import (
+    bucketed_batches,
+    bucketed_pass,
+    chunked,
+    grain_batches,
+    index_batches,
+    member_batches,
+    prefetch,
+    sequential_batches,
+    sequential_windows,
+    shuffled_batches,
+    token_streams,
+    token_windows,
+    with_epochs,
+)
+from jaxnets.data.datasets import (
+    ImageDataset,
+    SentenceDataset,
+    SpeechDataset,
+    TextDataset,
+    TranslationDataset,
+    cifar10,
+    digit_string_batches,
+    digit_strings,
+    digits,
+    fashion_mnist,
+    locate,
+    mnist,
+    multi30k,
+    python_topics,
+    spoken_digits,
+    sst2,
+    tiny_shakespeare,
+    tone_words,
+)
+from jaxnets.data.files import safe_extract
+from jaxnets.data.images import (
     alternating_flip,
     cutout,
     mixup,
@@ -18,46 +63,19 @@ from jaxnets.data.augment import (
     random_flip,
     random_shift,
 )
-from jaxnets.data.bucketing import bucketed_batches, bucketed_pass
-from jaxnets.data.catalog import locate
-from jaxnets.data.cifar import cifar10
-from jaxnets.data.corpora import (
-    SentenceDataset,
-    TextDataset,
-    TranslationDataset,
-    multi30k,
-    python_topics,
-    sst2,
-    tiny_shakespeare,
-)
-from jaxnets.data.digit_strings import digit_string_batches, digit_strings
-from jaxnets.data.files import safe_extract
-from jaxnets.data.images import ImageDataset, digits, fashion_mnist, mnist
-from jaxnets.data.padding import pad_sequences
-from jaxnets.data.pipeline import grain_batches
-from jaxnets.data.prefetching import prefetch
-from jaxnets.data.resampling import resample
-from jaxnets.data.sources import (
-    chunked,
-    index_batches,
-    member_batches,
-    sequential_batches,
-    shuffled_batches,
-    with_epochs,
-)
-from jaxnets.data.spectrogram import LogMel, mel_filterbank, mfcc, standardize, stft
-from jaxnets.data.speech import SpeechDataset, spoken_digits, tone_words
-from jaxnets.data.subwords import SubwordTokenizer
-from jaxnets.data.tokenizers import (
+from jaxnets.data.text import (
+    BEGIN,
+    END,
+    PAD,
+    UNKNOWN,
     ByteTokenizer,
     CharacterTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
     WordTokenizer,
     load_tokenizer,
+    pad_sequences,
 )
-from jaxnets.data.vocabulary import BEGIN, END, PAD, UNKNOWN, Tokenizer
-from jaxnets.data.wav import read_wav, write_wav
-from jaxnets.data.waveform import to_waveform
-from jaxnets.data.windows import sequential_windows, token_streams, token_windows
 
 __all__ = [
     "BEGIN",

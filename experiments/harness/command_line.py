@@ -1,0 +1,76 @@
+"""The command line of the experiments: recipes, options by tyro, errors without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import tyro
+
+import jaxnets as jn
+from experiments.harness.run_folder import RunError
+
+
+class Stopped(Exception):
+    """The run was asked to stop before its end and can be resumed."""
+
+
+def parse(name: str, recipes: Mapping[str, Any]) -> Any:
+    """Read the options of an experiment.
+
+    `--preset` or else `--model` or `--kind` chooses the recipe, every other option changes it.
+
+    Args:
+        name: of the experiment.
+        recipes: {name: dataclass of options}; the first is the default.
+
+    Returns:
+        The options.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--model")
+    first.add_argument("--kind")
+    chosen, _ = first.parse_known_args()
+    key = chosen.preset or chosen.model or chosen.kind or next(iter(recipes))
+    if chosen.preset and chosen.preset not in recipes:
+        fail(f"unknown preset {chosen.preset!r}; choose one of {', '.join(recipes)}")
+    return tyro.cli(
+        type(next(iter(recipes.values()))),
+        prog=f"python -m experiments.{name}",
+        description=f"Recipes (--preset, or --model or --kind for its own): {', '.join(recipes)}.",
+        default=recipes.get(key, next(iter(recipes.values()))),
+    )
+
+
+@contextlib.contextmanager
+def errors_without_traceback() -> Iterator[None]:
+    """Turn the errors a user can mend into one line on standard error and exit code 2."""
+    try:
+        yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(3)
+    except (RunError, ValueError, OSError, jn.NonFiniteError, jn.CheckpointError) as error:
+        fail(str(error))
+
+
+def print_result(run: Callable[[], Any]) -> None:
+    """Print what a run returns as JSON, the last line on standard output.
+
+    Args:
+        run: the work; errors that a user can mend become one line.
+    """
+    with errors_without_traceback():
+        result = run()
+    print(json.dumps(result))
+
+
+def fail(message: str) -> None:
+    """Print an error and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,199 @@
+"""What an experiment trains: data, network, objective and optimizer, always as a population."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import jaxnets as jn
+from experiments.harness.optimizers import make_optimizer
+from experiments.harness.options import Options
+from experiments.harness.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The outcome of a run.
+
+    Attributes:
+        metric: what `values` are, such as "test accuracy".
+        values: one per seed.
+        unit: "%" if the values are shares of one, else such as "nats per character".
+        details: further numbers for `result.json`.
+    """
+
+    metric: str
+    values: np.ndarray
+    unit: str = "%"
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Problem(abc.ABC):
+    """An experiment's data and network, and how they are trained as its options say.
+
+    A subclass sets the attributes in its constructor and defines the abstract methods.
+
+    Attributes:
+        options: of the run.
+        dataset_name: for the result.
+        module: the network.
+        objective: what is lowered.
+        loop: how a population runs, see `jaxnets.population_step`.
+        resident: training arrays that live on the device under the scan executor; None if the
+            batches come from the host.
+        steps_per_epoch: batches in one pass over the training data.
+        eval_batches: held-out batches for the curves.
+        eval_name: what the curves of `eval_batches` are called.
+    """
+
+    options: Options
+    dataset_name: str
+    module: Any
+    objective: jn.Objective
+    loop: Literal["vmap", "map"] = "map"
+    resident: Mapping[str, np.ndarray] | None = None
+    steps_per_epoch: int
+    eval_batches: Sequence[jn.Batch]
+    eval_name: str = "test"
+
+    @abc.abstractmethod
+    def example(self) -> tuple[Any, ...]:
+        """Return inputs with which the network is initialised."""
+
+    @abc.abstractmethod
+    def member_source(self, seed: int) -> jn.BatchSource:
+        """Return the batches that the network of one seed sees."""
+
+    @abc.abstractmethod
+    def measure(self, states: jn.TrainState) -> Measured:
+        """Evaluate the final networks."""
+
+    @abc.abstractmethod
+    def draw(
+        self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
+    ) -> None:
+        """Write figures and samples into the run folder."""
+
+    def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
+        """Initialise one network."""
+        return self.module.init(key, *self.example())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        options = self.options
+        return options.steps or max(round(options.epochs * self.steps_per_epoch), 1)
+
+    @property
+    def stages(self) -> Sequence[int]:
+        """Last step of each stage of the run, rising to `num_steps`; there is one here.
+
+        In front of each stage `prepare` is called, and then `batches` and `executor` again.
+        """
+        return (self.num_steps,)
+
+    def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
+        """Make what a stage trains on, where it depends on the networks so far; nothing here.
+
+        A resumed run calls this for the stages that are over too, with later states: what they
+        made must be read again from the folder.
+
+        Args:
+            folder: of the run.
+            stage: counts from 0.
+            states: the networks as they are.
+
+        Returns:
+            A line to print, if there is anything to say.
+        """
+        return None
+
+    @property
+    def update(self) -> jn.Update | Sequence[jn.Update]:
+        """The gradient phase of a step, or its phases."""
+        return jn.Update(self.objective, make_optimizer(self.options, self.num_steps))
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Seed of every network."""
+        return np.arange(self.options.seed, self.options.seed + self.options.seeds)
+
+    def create_states(self) -> jn.TrainState:
+        """Initialise the population: every leaf has a leading axis of seeds."""
+
+        def create(seed: jax.Array) -> jn.TrainState:
+            keys = jn.rng_streams(jax.random.key(seed), "params", "run")
+            variables = self.initial_variables(keys["params"])
+            return jn.create_train_state(variables, self.update, rng=keys["run"])
+
+        return jax.jit(jax.vmap(create))(self.seeds)
+
+    def batches(self) -> jn.BatchSource:
+        """Every network's own order of examples, so that each equals its run alone."""
+        options = self.options
+        source = jn.data.member_batches([self.member_source(int(seed)) for seed in self.seeds])
+        if options.executor == "scan":
+            return jn.data.chunked(source, options.steps_per_dispatch)
+        # pmap and sharded split each batch over the devices themselves, from the host.
+        return jn.data.prefetch(source) if options.executor == "jit" else source
+
+    def train_step(self) -> jn.StepFn:
+        """Build the step of one network."""
+        return jn.make_train_step(self.update)
+
+    def hooks(self, folder: RunFolder) -> Sequence[jn.Hook]:
+        """Return what else is to be called while training, such as for pictures; nothing here."""
+        return ()
+
+    def executor(self) -> jn.Executor:
+        """Compile the one step as the options say."""
+        step = jn.population_step(self.train_step(), shared_batch=False, loop=self.loop)
+        if self.options.executor == "scan":
+            if self.resident is not None:
+                return jn.resident_steps(step, self.resident, donate=True)
+            return jn.jit_step(jn.scan_steps(step), donate=True)
+        if self.options.executor == "pmap":
+            return jn.pmap_step(step, batch_axis=1, donate=True)
+        if self.options.executor == "sharded":
+            spec = jax.sharding.PartitionSpec(None, jn.DATA_AXIS)
+            return jn.sharded_step(step, jn.data_mesh(), batch_spec=spec, donate=True)
+        return jn.jit_step(step, donate=True)
+
+    def eval_step(
+        self, objective: jn.Objective | None = None
+    ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
+        """Compile the evaluation of the whole population."""
+        step = jn.population_step(
+            jn.make_eval_step(self.objective if objective is None else objective), loop=self.loop
+        )
+        return jax.jit(lambda states, batch: step(self.evaluated(states), batch))
+
+    def evaluated(self, states: jn.TrainState) -> jn.TrainState:
+        """Return the states with the parameters that count: the averaged ones, if any."""
+        if not self.options.average_decay:
+            return states
+        return dataclasses.replace(states, params=jn.averaged_parameters(states))
+
+    def evaluate(
+        self, states: jn.TrainState, batches: Sequence[jn.Batch], objective: jn.Objective
+    ) -> list[jn.Metrics]:
+        """Sum the metrics of every network over batches."""
+        step = self.eval_step(objective)
+        sums = [jax.device_get(step(states, batch)) for batch in batches]
+        total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums)
+        return [member(total, index) for index in range(self.options.seeds)]
+
+
+def member(population: Any, index: int) -> Any:
+    """Return one member of a population: the leaves at an index of their leading axis."""
+    return jax.tree.map(lambda leaf: leaf[index], population)
+
+
+def thousands(examples: Sequence[Any] | np.ndarray) -> list[slice]:
+    """Split examples into consecutive slices of at most 1000, to bound the memory of a pass."""
+    return [slice(start, start + 1000) for start in range(0, len(examples), 1000)]

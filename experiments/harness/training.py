@@ -1,0 +1,184 @@
+"""The course of every experiment: open the run folder, train, measure, write the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxnets as jn
+from experiments.harness import command_line, report
+from experiments.harness.options import Options, check
+from experiments.harness.problem import Measured, Problem
+from experiments.harness.run_folder import RunFolder, environment
+from experiments.pictures import event_pictures
+from jaxnets.tools.comparison import show_number
+from jaxnets.training.history import Writer
+
+
+def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
+    """Run an experiment from the command line.
+
+    What a person reads goes to standard error. The one line on standard output, unless that is a
+    terminal, is the result as JSON.
+
+    Args:
+        name: of the experiment, also the default run folder.
+        make_problem: options -> problem; loads the data.
+        recipes: named options; those called like a model are that model's defaults.
+    """
+    recipes = {
+        key: dataclasses.replace(recipe, out=Path("runs") / f"{name}_{key}")
+        for key, recipe in recipes.items()
+    }
+    options = command_line.parse(name, recipes)
+    if options.keep_memory:  # of this process, which is ours
+        jn.keep_memory()
+    with command_line.errors_without_traceback():
+        result = run(name, options, make_problem)
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
+
+
+def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> dict[str, Any]:
+    """Train, evaluate and write the run folder.
+
+    Args:
+        name: of the experiment.
+        options: of the run.
+        make_problem: options -> problem; loads the data.
+
+    Returns:
+        The content of `result.json`.
+    """
+    check(options)
+    folder = RunFolder(options.out)
+    finished = folder.open(options, resume=options.resume)
+    if finished is not None:
+        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        return finished
+    problem = make_problem(options)
+    states, history = jn.resume(folder.checkpoints, problem.create_states())
+    writers = [jn.jsonl_writer(folder.metrics)]
+    events: Any = None
+    drawn: list[jn.Hook] = []
+    if options.tensorboard:
+        events = jn.tensorboard_writer(folder.path / "tensorboard")
+        writers.append(events)
+        drawn = [
+            event_pictures.NewPictures(folder.path),
+            jn.every(options.eval_every or problem.steps_per_epoch, jn.parameter_histograms()),
+        ]
+    began = time.perf_counter()
+    states, history = _train(problem, folder, states, history, writers, drawn)
+    if history.interrupted:
+        raise command_line.Stopped(f"stopped by {history.stopped}; go on with --resume")
+    print(
+        f"trained {options.seeds} network(s) for {problem.num_steps} steps: first call "
+        f"{history.first_call_seconds:.1f} s (compilation), the others {history.seconds:.1f} s",
+        file=sys.stderr,
+    )
+    trained = time.perf_counter()
+    measured = problem.measure(states)
+    result = summarize(name, problem, states, history, measured)
+    problem.draw(folder, states, history, measured)
+    if events is not None:
+        event_pictures.show_last(events, folder.path, history, problem.num_steps)
+    result["measure_seconds"] = round(time.perf_counter() - trained, 2)
+    result["wall_seconds"] = round(time.perf_counter() - began, 2)
+    page = report.write(folder.path, result)
+    folder.write("result.json", result)
+    print(f"{describe(measured)}; see {page}", file=sys.stderr)
+    return result
+
+
+def _train(
+    problem: Problem,
+    folder: RunFolder,
+    states: jn.TrainState,
+    history: jn.History,
+    writers: list[Writer],
+    drawn: list[jn.Hook],
+) -> tuple[jn.TrainState, jn.History]:
+    """Run the stages that are left, one after the other, as one course of steps."""
+    options = problem.options
+    hooks = [
+        jn.every(
+            options.eval_every or problem.steps_per_epoch,
+            jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
+        ),
+        *problem.hooks(folder),
+        *drawn,
+        jn.Checkpointing(
+            folder.checkpoints,
+            every=options.checkpoint_every or problem.steps_per_epoch,
+            keep=2,
+        ),
+    ]
+    compiling = 0.0
+    for stage, last_step in enumerate(problem.stages):
+        told = problem.prepare(folder, stage, states)
+        if told:
+            print(told, file=sys.stderr)
+        if last_step < min(int(states.step[0]) + 1, problem.num_steps):
+            continue  # a resumed run is beyond this stage
+        states, history = jn.fit(
+            problem.executor(),
+            states,
+            problem.batches(),
+            num_steps=last_step,
+            hooks=hooks,
+            writers=writers,
+            log_every=options.log_every,
+            history=history,
+        )
+        compiling += history.first_call_seconds
+        history.first_call_seconds = compiling
+        if history.stopped is not None:
+            break
+    return states, history
+
+
+def summarize(
+    name: str, problem: Problem, states: jn.TrainState, history: jn.History, measured: Measured
+) -> dict[str, Any]:
+    """Return the content of `result.json`."""
+    options = problem.options
+    value, interval = jn.metrics.confidence_interval(measured.values)
+    return {
+        "experiment": name,
+        "dataset": problem.dataset_name,
+        "model": getattr(options, "model", None),
+        "metric": measured.metric,
+        "unit": measured.unit,
+        "value": round(value, 6),
+        "ci95": None if interval is None else round(interval, 6),
+        "values": [round(float(v), 6) for v in measured.values],
+        "seeds": options.seeds,
+        "steps": problem.num_steps,
+        "parameters": sum(x.size for x in jax.tree.leaves(states.params)) // options.seeds,
+        **measured.details,
+        "train_seconds": round(history.seconds + history.first_call_seconds, 2),
+        "compile_seconds": round(history.first_call_seconds, 2),
+        "step_seconds": round(history.seconds - sum(history.spent.values()), 2),
+        **{f"{name}_seconds": round(spent, 2) for name, spent in sorted(history.spent.items())},
+        "parameters_sha256": jn.parameters_sha256(states.params),
+        **environment(),
+    }
+
+
+def describe(measured: Measured) -> str:
+    """Return the outcome as a sentence, with its interval over the seeds."""
+    value, interval = jn.metrics.confidence_interval(measured.values)
+    shown = show_number(value, measured.unit)
+    spread = ""
+    if interval is not None:
+        spread = f" +- {show_number(interval, measured.unit)} over the seeds (95%)"
+    unit = "" if measured.unit == "%" else f" {measured.unit}"
+    return f"{measured.metric} {shown}{spread}{unit}"

@@ -1,0 +1,62 @@
+"""Checks of arguments that name the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+
+def check_first_step(first_step: int) -> None:
+    """Raise ValueError for a negative first step."""
+    if first_step < 0:
+        raise ValueError(f"first step {first_step} is negative; steps count from 0")
+
+
+def check_rank(inputs: jax.Array, model: object, *, layouts: Sequence[str]) -> None:
+    """Refuse inputs whose number of axes fits none of the layouts.
+
+    Args:
+        inputs: what the model was called with.
+        model: the model, for its name in the message.
+        layouts: such as "[batch, height, width, channels]"; each comma adds an axis.
+
+    Raises:
+        ValueError: the shape, the layouts that fit, and what to do.
+    """
+    if inputs.ndim not in [layout.count(",") + 1 for layout in layouts]:
+        raise ValueError(
+            f"{type(model).__name__} got inputs of shape {inputs.shape}; give "
+            f"{' or '.join(layouts)}. Add a missing batch axis with inputs[None], a missing "
+            "channel axis with inputs[..., None]"
+        )
+
+
+#: Layouts of a network whose kernels take their rank from the input.
+IMAGES_OR_AUDIO = ("[batch, height, width, channels]", "[batch, time, channels]")
+IMAGES = IMAGES_OR_AUDIO[:1]
+
+
+def check_rate(rate: float) -> None:
+    """Refuse a dropout rate outside of [0, 1).
+
+    Raises:
+        ValueError: the rate is not a probability below 1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout rate {rate} must be at least 0 and below 1")
+
+
+def check_sizes(**sizes: int | Sequence[int]) -> None:
+    """Refuse sizes that are not positive integers.
+
+    Args:
+        sizes: {name: a size or several}.
+
+    Raises:
+        ValueError: the name and value of the first bad one.
+    """
+    for name, size in sizes.items():
+        for value in (size,) if isinstance(size, (int, float)) else size:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={size} must be made of positive integers")

@@ -1,0 +1,344 @@
+"""Batches of sequences of similar length, padded to one of a few shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxnets.checks import check_first_step
+from jaxnets.core import Batch
+from jaxnets.data.arrays import Arrays, check_seed, random_order
+from jaxnets.data.batches.windows import check_sizes
+from jaxnets.data.text.padding import check_sequence, pad_sequences, round_up
+from jaxnets.data.text.vocabulary import BEGIN, END
+
+#: Token ids, and what belongs to them: the token ids of a translation, or an integer class.
+Example: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bucket:
+    """Examples that are padded to the same shape.
+
+    Attributes:
+        data: arrays [examples, ...] by name, among them "indices", the place of each example.
+        batch_size: examples of a batch.
+    """
+
+    data: Arrays
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.data["indices"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BucketedBatches:
+    """Endless shuffled batches, each of one bucket; see `bucketed_batches`.
+
+    Attributes:
+        buckets: from the shortest to the longest.
+        seed: of the order of the examples.
+        steps_per_shape: batches of the same shape in a row.
+    """
+
+    buckets: tuple[Bucket, ...]
+    seed: int
+    steps_per_shape: int = 1
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the data set."""
+        return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch; the rest of each bucket sits it out."""
+        return len(self._schedule()) * self.steps_per_shape
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions of an average epoch's inputs and labels that is padding."""
+        return _padding_share(self.buckets)
+
+    def _schedule(self) -> np.ndarray:
+        """Return the bucket of every group of `steps_per_shape` batches, in order of length."""
+        groups = [
+            len(bucket) // (bucket.batch_size * self.steps_per_shape) for bucket in self.buckets
+        ]
+        return np.repeat(np.arange(len(self.buckets)), groups)
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from `first_step` on, without end: arrays [batch, ...] by name."""
+        check_first_step(first_step)
+        schedule, num_buckets = self._schedule(), len(self.buckets)
+        first_epoch, first_position = divmod(first_step, self.steps_per_epoch)
+        for epoch in itertools.count(first_epoch):
+            # Drawn without the seed: all seeds meet the shapes in one order, for populations.
+            shapes = schedule[random_order(len(schedule), 0, epoch)]
+            orders = [
+                random_order(len(bucket), self.seed, epoch * num_buckets + index)
+                for index, bucket in enumerate(self.buckets)
+            ]
+            used = [0] * num_buckets
+            for position, index in enumerate(np.repeat(shapes, self.steps_per_shape).tolist()):
+                bucket = self.buckets[index]
+                rows = orders[index][used[index] : used[index] + bucket.batch_size]
+                used[index] += bucket.batch_size
+                if epoch > first_epoch or position >= first_position:
+                    batch = _rows(bucket.data, rows)
+                    yield {name: batch[name] for name in batch if name != "indices"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BucketedPass:
+    """One pass in order of length; see `bucketed_pass`.
+
+    Attributes:
+        buckets: from the shortest to the longest.
+    """
+
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the pass, padding not counted."""
+        return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions of the inputs and labels that is padding, within examples."""
+        return _padding_share(self.buckets)
+
+    def __len__(self) -> int:
+        return sum(-(-len(bucket) // bucket.batch_size) for bucket in self.buckets)
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from batch `first_step` to the last: arrays, "indices" and "weights" [batch]."""
+        check_first_step(first_step)
+        places = [
+            (bucket, start)
+            for bucket in self.buckets
+            for start in range(0, len(bucket), bucket.batch_size)
+        ]
+        for bucket, start in places[first_step:]:
+            rows = np.arange(start, start + bucket.batch_size)
+            batch = _rows(bucket.data, np.minimum(rows, len(bucket) - 1))
+            yield {**batch, "weights": (rows < len(bucket)).astype(np.float32)}
+
+
+def bucketed_batches(
+    pairs: Sequence[Example],
+    *,
+    tokens_per_batch: int,
+    seed: int,
+    num_buckets: int = 8,
+    multiple: int = 4,
+    batch_multiple: int = 1,
+    steps_per_shape: int = 1,
+) -> BucketedBatches:
+    """Yield shuffled batches of examples of similar length without end, for training.
+
+    Examples are sorted by length, that of the longer side, and divided into buckets of about
+    equally many tokens. Every batch is of one bucket and has its shape: rows as long as the
+    longest of the bucket, rounded up to `multiple`, and as many rows as `tokens_per_batch` allows
+    on the longer side. In each epoch every bucket is shuffled anew and so are the batches; the
+    ragged rest of a bucket is left out, other examples in every epoch.
+
+    With a sentence as the second of each pair, the decoder reads `BEGIN` + target and has to say
+    target + `END`.
+
+    Args:
+        pairs: (token ids, token ids of the target) or (token ids, integer class), each sequence
+            with at least one token and without special ids around the target.
+        tokens_per_batch: tokens of a batch with padding, on the longer side.
+        seed: non-negative; the batches are a pure function of the seed and the step.
+        num_buckets: at most so many shapes; fewer where rounded lengths coincide.
+        multiple: rows have a multiple of so many tokens.
+        batch_multiple: batches have a multiple of so many examples, for example the number of
+            devices.
+        steps_per_shape: so many batches in a row have the same shape, from every multiple of this
+            number on, so that `chunked` can stack them.
+
+    Returns:
+        A source of {"inputs": int32 [batch, source], "lengths": int32 [batch]} with, for targets,
+        {"decoder_inputs", "labels": int32 [batch, target], "label_lengths": int32 [batch]}, or,
+        for classes, {"labels": int32 [batch]}; and the properties `steps_per_epoch` and
+        `padding_share`. The shapes come in the same order for every seed, so `member_batches`
+        can put several seeds side by side.
+
+    Raises:
+        ValueError: no pairs, an empty sequence, ids that are no integers, targets of mixed kinds,
+            an example longer than `tokens_per_batch` allows, fewer examples than one batch.
+
+    Example:
+        >>> pairs = [([5, 6, 7], [8, 9]), ([5], [9, 9]), ([6, 7], [8]), ([5, 5], [8])]
+        >>> source = bucketed_batches(pairs, tokens_per_batch=8, seed=0, num_buckets=1)
+        >>> batch = next(source(0))
+        >>> {name: array.shape for name, array in batch.items()}
+        {'inputs': (2, 4), 'lengths': (2,), 'decoder_inputs': (2, 4), 'labels': (2, 4), \
+'label_lengths': (2,)}
+
+    References:
+        Vaswani et al. 2017, arXiv:1706.03762, section 5.1 (batches by length and tokens).
+    """
+    check_seed(seed)
+    check_sizes(batch_multiple=batch_multiple, steps_per_shape=steps_per_shape)
+    examples = _parsed(pairs)
+    smallest = batch_multiple * steps_per_shape  # examples without which a bucket has no batch
+    if len(pairs) < smallest:
+        raise ValueError(
+            f"{len(pairs)} examples are fewer than batch_multiple={batch_multiple} times "
+            f"steps_per_shape={steps_per_shape}; give more examples or lower these"
+        )
+    groups = _joined(_grouped(examples.longest_side(), num_buckets, multiple), smallest)
+    buckets = []
+    for group in groups:
+        bucket = examples.bucket(group, tokens_per_batch, multiple)
+        size = min(bucket.batch_size, len(bucket) // steps_per_shape)
+        size = size // batch_multiple * batch_multiple
+        if size == 0:
+            raise ValueError(
+                f"tokens_per_batch={tokens_per_batch} holds {bucket.batch_size} of the longest "
+                f"examples, fewer than batch_multiple={batch_multiple}; raise tokens_per_batch"
+            )
+        buckets.append(dataclasses.replace(bucket, batch_size=size))
+    return BucketedBatches(tuple(buckets), seed, steps_per_shape)
+
+
+def bucketed_pass(
+    pairs: Sequence[Example],
+    *,
+    tokens_per_batch: int,
+    num_buckets: int = 8,
+    multiple: int = 4,
+) -> BucketedPass:
+    """Yield every example once, the shortest first, for evaluation and decoding.
+
+    The last batch of a bucket is filled up with its last example, with weight 0 but with its own
+    index, so `results[batch["indices"]] = outputs` puts all results into the original order.
+
+    Args:
+        pairs: as in `bucketed_batches`.
+        tokens_per_batch: as there.
+        num_buckets: as there.
+        multiple: as there.
+
+    Returns:
+        A source of the arrays of `bucketed_batches` with "indices" int32 [batch], the place of
+        each example in `pairs`, and "weights" float32 [batch]. It ends, and `source(0)` is the
+        whole pass.
+
+    Raises:
+        ValueError: as in `bucketed_batches`.
+
+    Example:
+        >>> source = bucketed_pass([([5, 6], 0), ([7], 1)], tokens_per_batch=2, multiple=1)
+        >>> [batch["indices"].tolist() for batch in source(0)]
+        [[1, 1], [0]]
+    """
+    examples = _parsed(pairs)
+    groups = _grouped(examples.longest_side(), num_buckets, multiple)
+    return BucketedPass(
+        tuple(examples.bucket(group, tokens_per_batch, multiple) for group in groups)
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Examples:
+    """Checked examples, with targets or classes."""
+
+    sources: list[np.ndarray]
+    targets: list[np.ndarray] | None
+    classes: np.ndarray | None
+
+    def longest_side(self) -> np.ndarray:
+        """Return the tokens of the longer side, special ids counted, int [examples]."""
+        lengths = np.array([len(source) for source in self.sources])
+        if self.targets is None:
+            return lengths
+        return np.maximum(lengths, [len(target) + 1 for target in self.targets])
+
+    def bucket(self, group: np.ndarray, tokens_per_batch: int, multiple: int) -> Bucket:
+        """Pad the examples of the indices `group` to one shape."""
+        check_sizes(tokens_per_batch=tokens_per_batch)
+        inputs, lengths = pad_sequences([self.sources[i] for i in group], multiple=multiple)
+        data = {"indices": group.astype(np.int32), "inputs": inputs, "lengths": lengths}
+        if self.classes is not None:
+            data["labels"] = self.classes[group]
+        if self.targets is not None:
+            targets = [self.targets[i] for i in group]
+            longest = 1 + max(len(target) for target in targets)
+            labels, target_lengths = pad_sequences(targets, length=round_up(longest, multiple))
+            data["decoder_inputs"] = np.insert(labels[:, :-1], 0, BEGIN, axis=1)
+            labels[np.arange(len(labels)), target_lengths] = END
+            data |= {"labels": labels, "label_lengths": target_lengths + 1}
+        longest = max(data[name].shape[1] for name in ("inputs", "labels") if data[name].ndim == 2)
+        if longest > tokens_per_batch:
+            raise ValueError(
+                f"example {group[-1]} is padded to {longest} tokens, more than "
+                f"tokens_per_batch={tokens_per_batch}; raise it or shorten the example"
+            )
+        return Bucket(data, tokens_per_batch // longest)
+
+
+def _parsed(pairs: Sequence[Example]) -> _Examples:
+    if len(pairs) == 0:
+        raise ValueError("pairs is empty; give at least one (token ids, target)")
+    firsts, seconds = zip(*pairs, strict=True)
+    sources = [check_sequence(ids, index) for index, ids in enumerate(firsts)]
+    ranks = {np.ndim(second) for second in seconds}
+    if ranks == {1}:
+        targets = [check_sequence(ids, index) for index, ids in enumerate(seconds)]
+        return _Examples(sources, targets, None)
+    classes = np.asarray(seconds) if ranks == {0} else np.empty(0)
+    if classes.dtype.kind not in "iu":
+        raise ValueError(
+            f"targets start with {seconds[0]!r} and have {sorted(ranks)} axes; give token ids "
+            "[tokens] with every example, or an integer class with every example"
+        )
+    return _Examples(sources, None, classes.astype(np.int32))
+
+
+def _grouped(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.ndarray]:
+    """Return the indices of the examples of each bucket, in order of length."""
+    check_sizes(num_buckets=num_buckets, multiple=multiple)
+    order = np.argsort(lengths, kind="stable")
+    # Quantiles of the tokens, not of the examples: the long ones, where padding costs most, are
+    # then divided as finely as the short ones, and all buckets have about equally many batches.
+    tokens = np.cumsum(lengths[order])
+    last = np.searchsorted(tokens * num_buckets, tokens[-1] * np.arange(1, num_buckets + 1))
+    bounds = np.unique(round_up(lengths[order[last]], multiple))
+    ends = np.searchsorted(lengths[order], bounds, side="right")
+    return np.split(order, ends[:-1])
+
+
+def _joined(groups: list[np.ndarray], smallest: int) -> list[np.ndarray]:
+    """Join neighbours until each group has `smallest` examples."""
+    joined: list[np.ndarray] = []
+    for group in groups:
+        if joined and len(joined[-1]) < smallest:
+            group = np.concatenate([joined.pop(), group])
+        joined.append(group)
+    if len(joined) > 1 and len(joined[-1]) < smallest:
+        joined[-2:] = [np.concatenate(joined[-2:])]
+    return joined
+
+
+def _padding_share(buckets: Sequence[Bucket]) -> float:
+    tokens = positions = 0
+    for bucket in buckets:
+        for name, lengths in (("inputs", "lengths"), ("labels", "label_lengths")):
+            if lengths in bucket.data:
+                tokens += int(bucket.data[lengths].sum())
+                positions += bucket.data[name].size
+    return 1 - tokens / positions
+
+
+def _rows(data: Arrays, rows: np.ndarray) -> Arrays:
+    return {name: array[rows] for name, array in data.items()}

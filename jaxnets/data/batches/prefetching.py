@@ -1,0 +1,117 @@
+"""Batches put on the device ahead of time by a background thread."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxnets.core import Batch, BatchSource
+
+_JOIN_SECONDS = 5.0  # longest wait for a source that is stuck, so that leaving never hangs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefetchedBatches:
+    """A source whose batches wait on the device; see `prefetch`."""
+
+    source: BatchSource
+    size: int
+    device_put: Callable[[Batch], Any]
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Steps in one batch of the source underneath."""
+        return getattr(self.source, "steps_per_batch", 1)
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Iterate from `first_step` on; the thread starts with the first batch asked for."""
+        producer = _Producer(self, first_step)
+        try:
+            producer.start()
+            while (item := producer.take()) is not None:
+                yield item
+        finally:
+            producer.stop()
+
+
+class _Producer:
+    """The thread of one iteration, with at most `size` batches made ahead of the consumer."""
+
+    def __init__(self, batches: PrefetchedBatches, first_step: int) -> None:
+        self._batches = batches
+        self._first_step = first_step
+        self._slots = threading.Semaphore(batches.size)
+        self._ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
+        self._stopped = False
+        # A daemon, because an ordinary thread would be waited for before `atexit` can stop it.
+        self._thread = threading.Thread(target=self._run, name="jaxnets-prefetch", daemon=True)
+
+    def start(self) -> None:
+        # A thread that is inside the device's runtime while Python is torn down can crash it.
+        atexit.register(self.stop)
+        self._thread.start()
+
+    def take(self) -> Batch | None:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._slots.release()
+        return item
+
+    def stop(self) -> None:
+        if self._stopped:  # by `atexit`; now the iterator is dropped from a module torn down
+            return
+        atexit.unregister(self.stop)
+        self._stopped = True
+        self._slots.release()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            for batch in self._batches.source(self._first_step):
+                self._slots.acquire()
+                if self._stopped:
+                    return
+                self._ready.put(self._batches.device_put(batch))
+            self._ready.put(None)
+        except BaseException as error:  # handed to the consumer, with its traceback
+            self._ready.put(error)
+
+
+def prefetch(
+    source: BatchSource, *, size: int = 2, device_put: Callable[[Batch], Any] = jax.device_put
+) -> PrefetchedBatches:
+    """Make batches and put them on the device while the current step runs.
+
+    The order is that of the source. An exception in the thread is raised where the batch is
+    asked for, with the traceback of the thread. The thread ends when the iterator is exhausted,
+    closed or dropped, and when the interpreter exits.
+
+    Args:
+        source: any batch source; each iterator runs it in its own thread.
+        size: batches that may wait on the device.
+        device_put: batch -> batch on the device, for example with a sharding:
+            `lambda batch: jax.device_put(batch, sharding)`.
+
+    Returns:
+        A source of the same batches, with the `steps_per_batch` of `source`.
+
+    Raises:
+        ValueError: `size` below 1.
+
+    Example:
+        >>> from jaxnets.data.batches.sources import index_batches
+        >>> source = prefetch(index_batches(8, 4, seed=0))
+        >>> next(source(0))["indices"].shape
+        (4,)
+    """
+    if size < 1:
+        raise ValueError(f"cannot keep {size} batches ready; give a size of 1 or more")
+    return PrefetchedBatches(source, size, device_put)

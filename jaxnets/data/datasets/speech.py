@@ -1,0 +1,301 @@
+"""Speech data sets: the Free Spoken Digit Dataset, and synthetic words for trying things out."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from jaxnets.data.arrays import Arrays, check_arrays, check_seed
+from jaxnets.data.audio.wav import read_wav
+from jaxnets.data.files import DataFile, atomic_file, fetch, find
+
+_REPOSITORY = "https://github.com/Jakobovski/free-spoken-digit-dataset"
+_COMMIT = "26eb9aaf"
+_FOLDERS = ("fsdd", "free-spoken-digit-dataset")
+# Of the recordings, not of an archive, so that every archive and clone of them passes; see
+# `recordings_digest`.
+_SHA256 = "1801eae019c063377d98f831d3f93574f259475df7332bb0e3d1b080fb5e6959"
+_SAMPLE_RATE = 8000
+_NUM_TEST = 5  # recordings of each digit by each speaker, the first ones
+_NAME = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
+
+ARCHIVE = DataFile(
+    "fsdd_recordings.tar.gz",
+    _SHA256,
+    folders=_FOLDERS,
+    url=f"{_REPOSITORY}/archive/{_COMMIT}.tar.gz",
+    hint=f"clone {_REPOSITORY} at commit {_COMMIT} into a folder fsdd",
+)
+RECORDINGS = dataclasses.replace(ARCHIVE, name="recordings/0_george_0.wav")
+LAYOUTS = (ARCHIVE, RECORDINGS)  # the file that stands for each
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpeechDataset:
+    """Recordings of single words in memory.
+
+    Attributes:
+        name: for titles and reports.
+        train: {"inputs": int16 [examples, time], 0 beyond the end of each recording, "lengths":
+            int32 [examples] in samples, "labels": int32 [examples], "speakers": int32 [examples]}.
+        test: the same for the held-out examples.
+        class_names: name of each label.
+        speaker_names: name of each speaker.
+        sample_rate: in hertz.
+    """
+
+    name: str
+    train: Arrays
+    test: Arrays
+    class_names: tuple[str, ...]
+    speaker_names: tuple[str, ...]
+    sample_rate: int
+
+    def __post_init__(self) -> None:
+        for part in (self.train, self.test):
+            check_arrays(part, num_classes=self.num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.class_names)
+
+
+def spoken_digits(
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    download: bool = True,
+    max_seconds: float | None = None,
+) -> SpeechDataset:
+    """Load the Free Spoken Digit Dataset: 3,000 recordings of ten digits by six speakers.
+
+    The split is the official one: of the 50 recordings of each digit by each speaker, numbers 0
+    to 4 are the test part (300) and the others are for training (2,700).
+
+    Recordings last 0.14 to 2.28 s: half of them at most 0.42 s, 95% at most 0.66 s, 99% at most
+    0.92 s, all but three at most 1.30 s. Levels differ by a factor of 15 between speakers.
+    In full the arrays take 110 MB; `max_seconds=1.0` takes half and cuts 0.8% of the recordings.
+
+    Two layouts are read, in every place of the search order of `jaxnets.data.files`: an archive
+    `fsdd_recordings.tar.gz` with the recordings in a folder `recordings`, straight from memory,
+    and that folder itself, as in a clone of the repository.
+
+    Args:
+        directory: where to look first, itself or a sub-folder `fsdd`.
+        download: whether to download what is found nowhere.
+        max_seconds: cut longer recordings at this time.
+
+    Returns:
+        Recordings at 8 kHz, in the order of digit, speaker and number, padded to the longest.
+
+    Raises:
+        FileNotFoundError: found nowhere and `download` is off.
+        ValueError: a damaged or incomplete copy, or a time that is not positive.
+        OSError: the download failed.
+
+    References:
+        Jackson et al. 2018, Jakobovski/free-spoken-digit-dataset v1.0.8,
+        doi:10.5281/zenodo.1342401; licence CC BY-SA 4.0.
+    """
+    if max_seconds is not None and max_seconds * _SAMPLE_RATE < 1:
+        raise ValueError(f"max_seconds {max_seconds} leaves no sample; give a positive time")
+    found = find(LAYOUTS, directory)
+    path = found[1] if found else _fetch(directory, download=download)
+    recordings = read_recordings(path)
+    train, test, speaker_names = decode_recordings(recordings, max_seconds=max_seconds)
+    name = "Free Spoken Digit Dataset"
+    return SpeechDataset(name, train, test, tuple("0123456789"), speaker_names, _SAMPLE_RATE)
+
+
+def read_recordings(path: Path, *, origin: str | None = None) -> dict[str, bytes]:
+    """Read the contents of all recordings and check that they are the published ones.
+
+    Args:
+        path: the archive, or one of the recordings in its folder.
+        origin: what to call it in errors; by default its path.
+
+    Returns:
+        The content of each WAV file by its name, in the order of the names.
+
+    Raises:
+        ValueError: damaged, incomplete or changed; names the remedy.
+    """
+    contents = {}
+    if path.suffix == ".wav":
+        contents = {file.name: file.read_bytes() for file in path.parent.glob("*.wav")}
+    else:
+        try:
+            with tarfile.open(path) as archive:
+                for member in archive:  # nothing is written, so no name in it can do harm
+                    place = PurePosixPath(member.name)
+                    stream = archive.extractfile(member) if member.isreg() else None
+                    if stream and place.parent.name == "recordings" and place.suffix == ".wav":
+                        contents[place.name] = stream.read()
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{origin or path} is cut short or damaged ({error}); replace it: {ARCHIVE.remedy}"
+            ) from error
+    found = recordings_digest(contents)
+    if found != ARCHIVE.sha256:
+        raise ValueError(
+            f"the {len(contents)} recordings of {origin or path} are not the published 3,000: "
+            f"found sha256 {found}, expected {ARCHIVE.sha256}; replace them: {ARCHIVE.remedy}"
+        )
+    return dict(sorted(contents.items()))
+
+
+def recordings_digest(contents: Mapping[str, bytes]) -> str:
+    """Return a digest of files that depends on their names and contents alone.
+
+    It is the sha256 of what `sha256sum *` prints for them in the order of their names in ASCII:
+    `LC_ALL=C; sha256sum *.wav | sha256sum`.
+
+    Args:
+        contents: content of each file by its name.
+
+    Returns:
+        Hexadecimal sha256.
+    """
+    lines = [f"{hashlib.sha256(contents[n]).hexdigest()}  {n}\n" for n in sorted(contents)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def decode_recordings(
+    contents: Mapping[str, bytes], *, max_seconds: float | None = None
+) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Decode recordings `{digit}_{speaker}_{number}.wav` and split them by their number.
+
+    Args:
+        contents: content of each WAV file, 16 bits and one channel at 8 kHz, by its name.
+        max_seconds: cut longer recordings at this time.
+
+    Returns:
+        The training and the test part as in `SpeechDataset`, and the names of the speakers.
+
+    Raises:
+        ValueError: a name of another form, a WAV file that is damaged or of another rate.
+    """
+    keyed = {}
+    for name, content in contents.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is not the name of a recording such as 7_jackson_32.wav")
+        samples, sample_rate = read_wav(content, mono=True, name=name)
+        if sample_rate != _SAMPLE_RATE:
+            raise ValueError(f"{name} is at {sample_rate} Hz; resample it to {_SAMPLE_RATE} Hz")
+        digit, speaker, number = match.groups()
+        keyed[int(digit), speaker, int(number)] = np.rint(samples * 32768).astype(np.int16)
+    speaker_names = tuple(sorted({speaker for _, speaker, _ in keyed}))
+    limit = None if max_seconds is None else int(max_seconds * _SAMPLE_RATE)
+    order = sorted(keyed)
+    inputs, lengths = pad_signals([keyed[key][:limit] for key in order])
+    data = {
+        "inputs": inputs,
+        "lengths": lengths,
+        "labels": np.array([digit for digit, _, _ in order], np.int32),
+        "speakers": np.array([speaker_names.index(name) for _, name, _ in order], np.int32),
+    }
+    held_out = np.array([number < _NUM_TEST for _, _, number in order])
+    train = {name: array[~held_out] for name, array in data.items()}
+    test = {name: array[held_out] for name, array in data.items()}
+    return train, test, speaker_names
+
+
+def pad_signals(signals: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Put signals of unequal lengths into one array.
+
+    Args:
+        signals: arrays [time] of one dtype, at least one.
+
+    Returns:
+        [signals, longest time] with 0 beyond the end of each, and the lengths, int32 [signals].
+
+    Example:
+        >>> pad_signals([np.array([1, 2]), np.array([3])])
+        (array([[1, 2],
+               [3, 0]]), array([2, 1], dtype=int32))
+    """
+    lengths = np.array([len(signal) for signal in signals], np.int32)
+    padded = np.zeros((len(signals), lengths.max()), signals[0].dtype)
+    for row, signal in zip(padded, signals, strict=True):
+        row[: len(signal)] = signal
+    return padded, lengths
+
+
+def tone_words(*, num_train: int = 200, num_test: int = 50, seed: int = 0) -> SpeechDataset:
+    """Make ten synthetic words of two tones each, for trying things out without a download.
+
+    Each word is one of the ten pairs of five tones, the lower one first, said by one of two
+    speakers of different pitch in 0.1 to 0.2 s with a little noise. Any sensible network gets
+    all of them right.
+
+    Args:
+        num_train: training examples.
+        num_test: held-out examples.
+        seed: non-negative; what is made is a pure function of the arguments.
+
+    Returns:
+        Recordings at 8 kHz of 10 classes.
+
+    Raises:
+        ValueError: no examples in a part, or a negative seed.
+
+    Example:
+        >>> dataset = tone_words(num_train=20, num_test=10)
+        >>> dataset.train["inputs"].shape, dataset.num_classes
+        ((20, 1600), 10)
+    """
+    check_seed(seed)
+    tones = (300.0, 500.0, 800.0, 1300.0, 2100.0)
+    pairs = [(low, high) for i, low in enumerate(tones) for high in tones[i + 1 :]]
+    parts: list[Arrays] = []
+    for part, num_examples in enumerate((num_train, num_test)):
+        random = np.random.default_rng((seed, part))
+        lengths = random.integers(800, 1601, num_examples)
+        speakers = random.integers(0, 2, num_examples)
+        labels = np.arange(num_examples) % len(pairs)
+        inputs = np.zeros((num_examples, 1600), np.int16)
+        for row, length, speaker, label in zip(inputs, lengths, speakers, labels, strict=True):
+            pitch = np.where(np.arange(length) < length // 2, *pairs[label]) * (1 + 0.1 * speaker)
+            signal = np.sin(2 * np.pi * np.cumsum(pitch) / _SAMPLE_RATE)
+            row[:length] = 8000 * signal + random.normal(scale=100, size=length)
+        integers = {"lengths": lengths, "labels": labels, "speakers": speakers}
+        arrays = {name: array.astype(np.int32) for name, array in integers.items()}
+        parts.append({"inputs": inputs, **arrays})
+    names = tuple(f"{low:.0f} {high:.0f}" for low, high in pairs)
+    train, test = parts
+    return SpeechDataset("tone words", train, test, names, ("low", "high"), _SAMPLE_RATE)
+
+
+def _fetch(directory: str | os.PathLike[str] | None, *, download: bool) -> Path:
+    """Download the archive, whose own digest is not stable, and check what it holds."""
+    if not download or ARCHIVE.url is None:
+        return fetch(ARCHIVE, directory, download=False)  # raises, with the places it looked at
+    path = ARCHIVE.download_path
+    try:
+        with atomic_file(path) as stream:
+            with urllib.request.urlopen(ARCHIVE.url, timeout=30.0) as response:
+                shutil.copyfileobj(response, stream)
+            stream.flush()
+            read_recordings(Path(stream.name), origin=ARCHIVE.url)
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        raise OSError(
+            f"cannot download {ARCHIVE.url} to {path} ({error}); check the connection and the "
+            f"disk, or {ARCHIVE.remedy}"
+        ) from error
+    return path

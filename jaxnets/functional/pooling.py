@@ -1,0 +1,190 @@
+"""Pooling over windows of time, or of height and width, channels last."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnets.functional.lowering import layout
+from jaxnets.functional.lowering.layout import computed_once
+from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.windows import (
+    Axes,
+    Extent,
+    Padding,
+    Pairs,
+    padding_pairs,
+    per_axis,
+    strided,
+)
+
+# Above this many elements a window is unrolled too often to be worth compiling.
+_MAX_UNROLLED_WINDOW = 16
+
+
+def max_pool(
+    x: jax.Array, window: Extent, strides: Extent | None = None, padding: Padding = "VALID"
+) -> jax.Array:
+    """Take the maximum of each window; where several are equal the first gets the gradient.
+
+    Args:
+        x: [batch, time, channels] or [batch, height, width, channels].
+        window: size of the window.
+        strides: step between windows; by default the window, so that windows do not overlap.
+        padding: "SAME", "VALID", a width, or (low, high) pairs; padding is never the maximum.
+
+    Returns:
+        [batch, ..., channels], of the dtype of `x`.
+
+    Example:
+        >>> max_pool(jnp.arange(6.0).reshape(1, 6, 1), 2)[0, :, 0].tolist()
+        [1.0, 3.0, 5.0]
+    """
+    sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
+    if _are_small_tiles(sizes, steps, pairs) and jnp.issubdtype(x.dtype, jnp.floating):
+        return _shared_tile_max(x, sizes)
+    return _reduce_max(x, sizes, steps, pairs)
+
+
+def average_pool(
+    x: jax.Array, window: Extent, strides: Extent | None = None, padding: Padding = "VALID"
+) -> jax.Array:
+    """Average each window over the elements that are not padding.
+
+    Args:
+        x: [batch, time, channels] or [batch, height, width, channels], floating.
+        window: size of the window.
+        strides: step between windows; by default the window, so that windows do not overlap.
+        padding: "SAME", "VALID", a width, or (low, high) pairs.
+
+    Returns:
+        [batch, ..., channels], of the dtype of `x`; summed in float32 or wider.
+    """
+    sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    sums = functools.partial(
+        _reduce_window, initial=0.0, function=lax.add, sizes=sizes, steps=steps, pairs=pairs
+    )
+    if _are_small_tiles(sizes, steps, pairs):
+        tiles = functools.partial(_join_tiles, window=sizes, join=lax.add)
+        own = functools.partial(layout.turned_where_few, tiles)
+        total = by_platform(wide, cpu=own, default=sums)
+        return (total / math.prod(sizes)).astype(x.dtype)
+    count = sums(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype))
+    return (sums(wide) / count).astype(x.dtype)
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """Average over time, or over height and width.
+
+    Args:
+        x: [batch, ..., channels].
+
+    Returns:
+        [batch, channels], of the dtype of `x`; summed in float32 or wider.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=wide).astype(x.dtype)
+
+
+def _reduce_window(
+    x: jax.Array, initial: Any, function: Any, sizes: Axes, steps: Axes, pairs: Pairs
+) -> jax.Array:
+    if sizes == steps and not any(map(any, pairs)):
+        # What fits no whole tile is cut off by hand: behind a matrix product jaxlib 0.10.1
+        # overwrites foreign memory on CPU if a window leaves such a rest.
+        whole = (n - n % w for n, w in zip(x.shape[1:-1], sizes, strict=True))
+        x = x[(slice(None), *map(slice, whole))]
+    padding = ((0, 0), *pairs, (0, 0))
+    return lax.reduce_window(x, initial, function, (1, *sizes, 1), (1, *steps, 1), padding)
+
+
+def _reduce_max(x: jax.Array, sizes: Axes, steps: Axes, pairs: Pairs) -> jax.Array:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    lowest = -jnp.inf if floating else jnp.iinfo(x.dtype).min
+    return _reduce_window(x, lowest, lax.max, sizes, steps, pairs)
+
+
+def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
+    """Whether windows neither overlap nor leave gaps nor are padded, and can be unrolled."""
+    small = math.prod(sizes) <= _MAX_UNROLLED_WINDOW
+    return small and sizes == steps and not any(map(any, pairs))
+
+
+def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
+    """Join the elements of each tile, place by place."""
+    counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
+    places = list(itertools.product(*map(range, window)))
+    shape = (x.shape[0], *counts, x.shape[-1])
+    return computed_once(functools.reduce(join, (strided(x, p, shape, window) for p in places)))
+
+
+def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
+    return _reduce_max(x, window, window, ((0, 0),) * len(window))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _tile_max(x: jax.Array, window: Axes) -> jax.Array:
+    tiles = functools.partial(_join_tiles, window=window, join=lax.max)
+    own = functools.partial(layout.turned_where_few, tiles)
+    plain = functools.partial(_plain_tile_max, window=window)
+    return by_platform(x, cpu=own, default=plain)
+
+
+def _tile_max_forward(x: jax.Array, window: Axes) -> tuple[jax.Array, Any]:
+    y = _tile_max(x, window)
+    return y, (x, y)
+
+
+def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax.Array]:
+    def plain(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda v: _plain_tile_max(v, window), x)[1](dy)[0]
+
+    tiles = functools.partial(_tile_max_gradient, window=window)
+    own = functools.partial(layout.turned_where_few, tiles)
+    return (by_platform(*residuals, dy, cpu=own, default=plain),)
+
+
+_tile_max.defvjp(_tile_max_forward, _tile_max_backward)
+# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+_shared_tile_max = jax.jit(_tile_max, static_argnums=1)
+
+
+def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axes) -> jax.Array:
+    """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
+    offsets = list(itertools.product(*map(range, window)))
+
+    # Numbers of x's dtype, as loops of one dtype are vectorized better.
+    winner = jnp.full(y.shape, -1, x.dtype)
+    for number, offset in reversed(list(enumerate(offsets))):  # backwards: the first stays
+        candidate = strided(x, offset, y.shape, window)
+        winner = jnp.where(candidate == y, jnp.asarray(number, x.dtype), winner)
+    winner = computed_once(winner)
+    within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
+    per_tile = [n for w in window for n in (1, w)]
+    positions = jnp.arange(len(offsets), dtype=x.dtype).reshape(1, *per_tile, 1)
+    chosen = jnp.expand_dims(winner, within) == positions
+    received = jnp.expand_dims(dy, within)
+    dx = jnp.where(chosen, received, jnp.zeros((), dy.dtype))
+    tiled = [count * w for count, w in zip(y.shape[1:-1], window, strict=True)]
+    rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
+    dx = jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
+    return computed_once(dx)
+
+
+def _pool_geometry(
+    x: jax.Array, window: Extent, strides: Extent | None, padding: Padding
+) -> tuple[Axes, Axes, Pairs]:
+    spatial = x.ndim - 2
+    if spatial < 1:
+        raise ValueError(f"pooling got shape {x.shape}; give [batch, ..., channels]")
+    sizes = per_axis(window, spatial, "window")
+    steps = sizes if strides is None else per_axis(strides, spatial, "strides")
+    return sizes, steps, padding_pairs(padding, x.shape[1:-1], sizes, steps)

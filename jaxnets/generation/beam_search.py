@@ -1,0 +1,223 @@
+"""Beam search: the most likely continuations that a search of fixed width finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxnets.core import at_least_float32
+from jaxnets.generation.generate import check_prompts, read_prompts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """Continuations of prompts, those of the best score first.
+
+    Attributes:
+        tokens: int32 [batch, beams, num_tokens]; the stop token is the last one of its row, and
+            `pad_token` stands behind it.
+        lengths: int32 [batch, beams], number of tokens up to and with the stop token.
+        scores: [batch, beams], length-normalised log-probability in nats. Where there are fewer
+            continuations than beams, the last ones have length 0 and score -infinity.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+
+
+def beam_search(
+    module: Any,
+    variables: Any,
+    prompts: jax.Array,
+    *,
+    num_tokens: int,
+    num_beams: int,
+    stop_token: int | None,
+    length_penalty: float = 0.6,
+    lengths: jax.Array | None = None,
+    carry: Any = None,
+    capacity: int | None = None,
+    pad_token: int = 0,
+) -> Beams:
+    """Search for the most likely continuations of prompts.
+
+    A continuation Y ends with the stop token or has `num_tokens` tokens. Its score is
+    log P(Y | prompt) / ((5 + |Y|) / 6)^length_penalty, with the stop token counted in |Y|. Of
+    all continuations by one more token the search takes the `num_beams` most likely ones; those
+    that have ended are kept apart, by score, and their places go to the next most likely. It ends
+    when no unfinished one can come to a better score. With one beam and no length penalty this
+    is greedy decoding. Nothing is compiled again for arrays of the same shapes.
+
+    Args:
+        module: speaks the decoding protocol, see `generation.generate`.
+        variables: its parameters and other collections.
+        prompts: integer [batch, time], padded on the right.
+        num_tokens: number of tokens of a continuation at most.
+        num_beams: width of the search.
+        stop_token: ends a continuation; None lets all of them have `num_tokens` tokens.
+        length_penalty: 0 scores by probability alone, which favours short continuations; the
+            greater, the longer they become. 0 or more.
+        lengths: integer [batch] in [1, time], the number of tokens of each prompt; by default
+            all count.
+        carry: the history that the prompts continue, with leaves [batch, ...], such as an encoded
+            source; by default empty.
+        capacity: as in `generate`.
+        pad_token: stands behind a stop token.
+
+    Returns:
+        `Beams`.
+
+    Raises:
+        ValueError: as in `generate`, and `num_beams` or `length_penalty` out of range.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Words(nn.Module):  # 0 stops; greedy decoding would begin with 1
+        ...     def start(self, batch_size, capacity):
+        ...         return ()
+        ...     def extend(self, tokens, carry, lengths=None):
+        ...         table = [[1, 0, 0, 0], [0.3, 0.6, 0.1, 0], [1, 0, 0, 0], [0, 0.6, 0.4, 0]]
+        ...         return jnp.log(jnp.array(table))[tokens], carry
+        >>> beams = beam_search(Words(), {}, jnp.array([[3]]), num_tokens=4, num_beams=2,
+        ...                     stop_token=0, length_penalty=0.0)
+        >>> beams.tokens[0, 0].tolist(), round(float(jnp.exp(beams.scores[0, 0])), 3)
+        ([2, 0, 0, 0], 0.4)
+
+    References:
+        Wu et al. 2016, arXiv:1609.08144, equation 14 (score; here without its coverage penalty).
+    """
+    if not isinstance(num_beams, int) or num_beams < 1:
+        raise ValueError(f"num_beams is {num_beams}; give a positive integer")
+    if not isinstance(length_penalty, jax.core.Tracer) and not 0 <= length_penalty < np.inf:
+        raise ValueError(f"length_penalty is {length_penalty}; give a number in [0, inf)")
+    prompts, lengths, capacity = check_prompts(
+        module,
+        variables,
+        prompts,
+        lengths,
+        carry,
+        num_tokens=num_tokens,
+        capacity=capacity,
+        stop_tokens=() if stop_token is None else (stop_token,),
+    )
+    stop = np.int32(-1 if stop_token is None else stop_token)  # no token is -1
+    return _beam_search(
+        *(module, num_tokens, num_beams, capacity),
+        *(
+            variables,
+            prompts,
+            lengths,
+            carry,
+            stop,
+            jnp.asarray(length_penalty),
+            np.int32(pad_token),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _beam_search(
+    module: Any,
+    num_tokens: int,
+    num_beams: int,
+    capacity: int,
+    variables: Any,
+    prompts: jax.Array,
+    lengths: jax.Array | None,
+    carry: Any,
+    stop_token: jax.Array,
+    length_penalty: jax.Array,
+    pad_token: jax.Array,
+) -> Beams:
+    batch = prompts.shape[0]
+    logits, carry = read_prompts(module, capacity, variables, prompts, lengths, carry)
+    carry = jax.tree.map(lambda leaf: jnp.repeat(leaf, num_beams, axis=0), carry)
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+
+    def normalize(log_probability: jax.Array, length: jax.Array | int) -> jax.Array:
+        length = jnp.asarray(length, logits.dtype)
+        return log_probability / ((5 + length) / 6) ** length_penalty.astype(logits.dtype)
+
+    def unfinished(state: tuple[Any, ...]) -> jax.Array:
+        step, live, finished, _ = state
+        # A log-probability only falls, and the longest continuation divides it by the most. Where
+        # this is NaN, the comparison is false and the search goes on to the end.
+        attainable = normalize(live.scores[:, 0], num_tokens)
+        return (step < num_tokens) & ~jnp.all(finished.scores[:, -1] >= attainable)
+
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, live, finished, before = state
+        tokens = live.tokens.reshape(batch * num_beams, num_tokens)
+        last = lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
+        logits, after = module.apply(variables, last, before, method="extend")
+        logits = jax.nn.log_softmax(at_least_float32(logits[:, 0]), axis=-1)
+        *chosen, source = select(step, live, finished, logits.reshape(batch, num_beams, -1))
+
+        def follow(was: jax.Array, now: jax.Array) -> jax.Array:
+            # What is handed on as it is, such as an encoded source, the beams of a prompt share.
+            return now if now is was else now[source]
+
+        return *chosen, jax.tree.map(follow, before, after)
+
+    def select(
+        step: jax.Array, live: Beams, finished: Beams, log_probabilities: jax.Array
+    ) -> tuple[Any, ...]:
+        vocabulary_size = log_probabilities.shape[-1]
+        totals = (live.scores[:, :, None] + log_probabilities).reshape(batch, -1)
+        # Each beam stops in one way, so that among twice as many candidates there are enough
+        # that go on.
+        totals, index = lax.top_k(totals, min(2 * num_beams, totals.shape[1]))
+        parent, token = index // vocabulary_size, (index % vocabulary_size).astype(jnp.int32)
+        tokens = jnp.take_along_axis(live.tokens, parent[:, :, None], axis=1)
+        tokens = tokens.at[:, :, step].set(token)
+        length = jnp.full(token.shape, step + 1)
+        ends = (token == stop_token) | (step + 1 == num_tokens)
+        # What only fills up for stopped candidates must not finish: greedy would not take it.
+        ends = ends & (jnp.arange(token.shape[1]) < num_beams)[None]
+        ended = Beams(tokens, length, jnp.where(ends, normalize(totals, step + 1), -jnp.inf))
+        finished = _best(jax.tree.map(_joined, finished, ended), num_beams)[0]
+        going_on = jnp.where(token == stop_token, -jnp.inf, totals)
+        live, kept = _best(Beams(tokens, length, going_on), num_beams)
+        source = jnp.take_along_axis(parent, kept, axis=1) + num_beams * jnp.arange(batch)[:, None]
+        return step + 1, live, finished, source.reshape(-1)
+
+    nothing = Beams(
+        tokens=jnp.full((batch, num_beams, num_tokens), pad_token),
+        lengths=jnp.zeros((batch, num_beams), jnp.int32),
+        scores=jnp.full((batch, num_beams), -jnp.inf, logits.dtype),
+    )
+    # At first there is one continuation of each prompt, the empty one.
+    root = dataclasses.replace(nothing, scores=nothing.scores.at[:, 0].set(0))
+    log_probabilities = jnp.repeat(log_probabilities[:, None], num_beams, axis=1)
+    *chosen, _ = select(jnp.zeros((), jnp.int32), root, nothing, log_probabilities)
+    finished = lax.while_loop(unfinished, advance, (*chosen, carry))[2]
+    missing = finished.scores == -jnp.inf
+    return Beams(
+        tokens=jnp.where(missing[:, :, None], pad_token, finished.tokens),
+        lengths=jnp.where(missing, 0, finished.lengths),
+        scores=finished.scores,
+    )
+
+
+def _best(beams: Beams, num_beams: int) -> tuple[Beams, jax.Array]:
+    """Keep the beams of the best scores, and say which they are, [batch, num_beams]."""
+    index = lax.top_k(beams.scores, num_beams)[1]
+    taken = jax.tree.map(
+        lambda leaf: jnp.take_along_axis(
+            leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), axis=1
+        ),
+        beams,
+    )
+    return taken, index
+
+
+def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.concatenate([first, second], axis=1)

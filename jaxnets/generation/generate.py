@@ -1,0 +1,322 @@
+"""Generation: one compiled loop that continues prompts with any autoregressive model.
+
+A model is a Linen module that speaks the decoding protocol, see `generate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxnets.core import at_least_float32
+from jaxnets.functional.lengths import check_lengths
+from jaxnets.generation.sampling import Sampling, sample_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int32 [batch, num_tokens]; the stop token is the last one of its row, and
+            `pad_token` stands behind it.
+        lengths: int32 [batch], number of tokens up to and with the stop token.
+        log_probabilities: [batch, num_tokens], nats of each token under the model itself, before
+            the transforms of `Sampling`; 0 behind a stop token. NaN if the model's logits were.
+        carry: the model's state after the last of these tokens, with which another call goes on.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    log_probabilities: jax.Array
+    carry: Any
+
+
+def generate(
+    module: Any,
+    variables: Any,
+    prompts: jax.Array,
+    *,
+    num_tokens: int,
+    rng: jax.Array,
+    lengths: jax.Array | None = None,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    carry: Any = None,
+    capacity: int | None = None,
+    pad_token: int = 0,
+) -> Generated:
+    """Continue prompts.
+
+    The prompts are read at once, then one token follows the other in a compiled loop that ends
+    early when every row has met a stop token. Another call with arrays of the same shapes, other
+    prompts, keys, stop tokens and `Sampling` values included, is not compiled again: prompts of
+    many lengths are best padded to a few.
+
+    Args:
+        module: a Linen module that speaks the decoding protocol:
+            `apply(variables, batch_size, capacity, method="start")` gives the carry of an empty
+            history, whose leaves are [batch, ...], and
+            `apply(variables, tokens, carry, lengths=None, method="extend")` appends the first
+            lengths[b] of the tokens [batch, time] to each row and gives
+            (logits [batch, time, vocabulary], carry). Where a carry has room for some tokens
+            only, `module.room(carry)` says for how many, those it holds already included.
+        variables: its parameters and other collections.
+        prompts: integer [batch, time], padded on the right.
+        num_tokens: number of tokens to generate at most.
+        rng: key. The draws of row i depend on this key and i only, so no row of a batch changes
+            another; greedy decoding ignores it.
+        lengths: integer [batch] in [1, time], the number of tokens of each prompt; by default
+            all count.
+        sampling: how tokens are drawn; `Sampling(temperature=0)` is greedy. The repetition
+            penalty knows the tokens of this call, prompts included.
+        stop_tokens: tokens that end their row.
+        carry: the history that the prompts continue: `Generated.carry` of an earlier call, or of
+            a sequence-to-sequence model its
+            `apply(variables, source, lengths, capacity, method="start")`. By default empty.
+        capacity: number of tokens that the model's cache holds; by default
+            time + num_tokens. With a `carry` it is only checked against. A carry whose room is
+            taken by the tokens it holds already gives NaN as log-probabilities.
+        pad_token: stands behind a stop token.
+
+    Returns:
+        `Generated`.
+
+    Raises:
+        ValueError: no prompt, a length or token id out of range, a prompt that does not fit the
+            cache, `num_tokens` below 1. What is known only when the program runs cannot raise: it
+            gives NaN as log-probabilities.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Counting(nn.Module):  # the next token is one more, modulo 5
+        ...     def start(self, batch_size, capacity):
+        ...         return ()
+        ...     def extend(self, tokens, carry, lengths=None):
+        ...         return 100 * jax.nn.one_hot((tokens + 1) % 5, 5), carry
+        >>> prompts = jnp.array([[1, 2], [4, 0]])
+        >>> result = generate(Counting(), {}, prompts, num_tokens=4, lengths=jnp.array([2, 1]),
+        ...                   rng=jax.random.key(0), stop_tokens=(1,))
+        >>> result.tokens.tolist(), result.lengths.tolist()
+        ([[3, 4, 0, 1], [0, 1, 0, 0]], [4, 2])
+    """
+    prompts, lengths, capacity = check_prompts(
+        module,
+        variables,
+        prompts,
+        lengths,
+        carry,
+        num_tokens=num_tokens,
+        capacity=capacity,
+        stop_tokens=stop_tokens,
+    )
+    stops, pad = np.asarray(stop_tokens, np.int32), np.int32(pad_token)
+    return _generate(
+        *(module, num_tokens, capacity),
+        *(variables, prompts, lengths, carry, rng, sampling, stops, pad),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    module: Any,
+    num_tokens: int,
+    capacity: int,
+    variables: Any,
+    prompts: jax.Array,
+    lengths: jax.Array | None,
+    carry: Any,
+    rng: jax.Array,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    pad_token: jax.Array,
+) -> Generated:
+    batch, time = prompts.shape
+    logits, carry = read_prompts(module, capacity, variables, prompts, lengths, carry)
+    keys = jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(batch))
+    rows = jnp.arange(batch)
+    in_prompt = jnp.ones((batch, time), bool)
+    if lengths is not None:
+        in_prompt = jnp.arange(time)[None] < lengths[:, None]
+    seen = jnp.zeros(logits.shape, bool).at[rows[:, None], prompts].max(in_prompt)
+
+    def unfinished(state: tuple[Any, ...]) -> jax.Array:
+        step, _, active, *_ = state
+        return (step < num_tokens) & jnp.any(active)
+
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, result, active, logits, seen = state
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+        token = sample_tokens(step_keys, logits, sampling, seen)
+        log_probability = jnp.take_along_axis(
+            jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1
+        )[:, 0]
+        # A row that has stopped appends nothing, so that its carry stays that of its text.
+        counts = active.astype(jnp.int32)
+        extended, carry = module.apply(
+            variables,
+            token[:, None],
+            result.carry,
+            lengths=counts if stop_tokens.size else None,
+            method="extend",
+        )
+        result = Generated(
+            tokens=result.tokens.at[:, step].set(jnp.where(active, token, pad_token)),
+            lengths=result.lengths + counts,
+            log_probabilities=result.log_probabilities.at[:, step].set(
+                jnp.where(active, log_probability, 0)
+            ),
+            carry=carry,
+        )
+        seen = seen.at[rows, token].max(active)
+        active = active & ~jnp.any(token[:, None] == stop_tokens[None], axis=1)
+        return step + 1, result, active, at_least_float32(extended[:, 0]), seen
+
+    empty = Generated(
+        tokens=jnp.full((batch, num_tokens), pad_token),
+        lengths=jnp.zeros(batch, jnp.int32),
+        log_probabilities=jnp.zeros((batch, num_tokens), logits.dtype),
+        carry=carry,
+    )
+    start = (jnp.zeros((), jnp.int32), empty, jnp.ones(batch, bool), logits, seen)
+    return lax.while_loop(unfinished, advance, start)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_prompts(
+    module: Any,
+    capacity: int,
+    variables: Any,
+    prompts: jax.Array,
+    lengths: jax.Array | None,
+    carry: Any,
+) -> tuple[jax.Array, Any]:
+    """Read whole prompts at once.
+
+    Args:
+        module: speaks the decoding protocol.
+        capacity: room of the carry that is made where none is given.
+        variables: of the module.
+        prompts: integer [batch, time].
+        lengths: integer [batch]; all of `time` by default.
+        carry: history that the prompts continue; by default empty.
+
+    Returns:
+        The logits of the token behind each prompt [batch, vocabulary], float32 or wider, NaN for
+        a length that is out of range; and the carry after the prompts.
+    """
+    batch, time = prompts.shape
+    if carry is None:
+        carry = module.apply(variables, batch, capacity, method="start")
+    logits, carry = module.apply(variables, prompts, carry, lengths=lengths, method="extend")
+    logits = at_least_float32(logits)
+    if lengths is None:
+        return logits[:, -1], carry
+    last = jnp.take_along_axis(logits, jnp.clip(lengths - 1, 0, time - 1)[:, None, None], axis=1)
+    inside = check_lengths(lengths, rows=batch, most=time, least=1)
+    return jnp.where(inside[:, None], last[:, 0], jnp.nan), carry
+
+
+def check_prompts(
+    module: Any,
+    variables: Any,
+    prompts: jax.Array,
+    lengths: jax.Array | None,
+    carry: Any,
+    *,
+    num_tokens: int,
+    capacity: int | None,
+    stop_tokens: Sequence[int],
+) -> tuple[jax.Array, jax.Array | None, int]:
+    """Refuse prompts that cannot be continued, as far as they are known.
+
+    Args:
+        module: speaks the decoding protocol.
+        variables: of the module.
+        prompts: integer [batch, time].
+        lengths: integer [batch], or None.
+        carry: history with leaves [batch, ...], or None.
+        num_tokens: tokens to generate.
+        capacity: of the cache, or None.
+        stop_tokens: they have to be in the vocabulary too.
+
+    Returns:
+        The prompts, int32, with 0 beyond their lengths; the lengths; and the capacity to start
+        with.
+
+    Raises:
+        ValueError: as in `generate`.
+    """
+    missing = [name for name in ("start", "extend") if not hasattr(type(module), name)]
+    if missing:
+        raise ValueError(
+            f"{type(module).__name__} has no method {' and '.join(missing)}; give a module that "
+            "speaks the decoding protocol, such as RecurrentLM or TransformerLM"
+        )
+    if not isinstance(num_tokens, int) or num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}; give a positive integer")
+    prompts = prompts if isinstance(prompts, jax.Array) else np.asarray(prompts)
+    shape, dtype = prompts.shape, prompts.dtype
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"prompts of shape {shape} and type {dtype} do not fit; give integers [batch, time], "
+            "a single prompt as prompt[None]"
+        )
+    if 0 in shape:
+        raise ValueError(
+            f"prompts of shape {shape} are empty; give at least one token, such as the one that "
+            "begins a text"
+        )
+    needed = shape[1] + num_tokens
+    if capacity is not None and needed > capacity:
+        raise ValueError(
+            f"prompts of {shape[1]} tokens and {num_tokens} new ones do not fit a cache of "
+            f"capacity {capacity}; give capacity={needed}, shorter prompts or fewer new tokens"
+        )
+    capacity = needed if capacity is None else capacity
+    if lengths is not None:
+        lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+        check_lengths(lengths, rows=shape[0], most=shape[1], least=1)
+        valid = np.arange(shape[1])[None] < lengths[:, None]
+        prompts = jnp.where(valid, prompts, 0)
+    if carry is not None and hasattr(type(module), "room"):
+        _check_room(module.room(carry), shape[1], lengths, num_tokens)
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(carry)}
+    if sizes - {shape[:1]}:
+        raise ValueError(
+            f"a carry of {sorted(sizes)} rows does not fit {shape[0]} prompts; give one prompt "
+            "for each row of the carry"
+        )
+    arrays = (variables, jax.ShapeDtypeStruct(shape, jnp.int32), lengths, carry)
+    vocabulary_size = read_prompts.eval_shape(module, capacity, *arrays)[0].shape[-1]
+    ids = np.asarray(stop_tokens, np.int64).ravel()
+    if not isinstance(prompts, jax.core.Tracer):
+        ids = np.concatenate([np.asarray(prompts).ravel(), ids])
+    wrong = ids[(ids < 0) | (ids >= vocabulary_size)]
+    if wrong.size:
+        raise ValueError(
+            f"token id {wrong[0]} is outside the vocabulary of {vocabulary_size}; encode the "
+            "text with the tokenizer that the network was built for"
+        )
+    return jnp.asarray(prompts, jnp.int32), lengths, capacity
+
+
+def _check_room(capacity: int, time: int, lengths: Any, num_tokens: int) -> None:
+    if isinstance(lengths, jax.core.Tracer):
+        longest = 1  # what is known of it
+    else:
+        longest = time if lengths is None else int(np.max(lengths))
+    if longest + num_tokens > capacity:
+        raise ValueError(
+            f"prompts of {longest} tokens and {num_tokens} new ones do not fit the carry, which "
+            f"has room for {capacity}; start it with a capacity of {longest + num_tokens} or more, "
+            "or give shorter prompts or fewer new tokens"
+        )

@@ -1,0 +1,45 @@
+"""Layers that network families share: dense, convolution, norms, dropout, embedding."""
+
+from jaxnets.layers.dropout import Dropout
+from jaxnets.layers.embedding import Embedding, check_tokens
+from jaxnets.layers.linear import Convolution, Dense, Initializer
+from jaxnets.layers.normalization import BatchNorm, LayerNorm, RMSNorm, check_norm, normalize
+from jaxnets.layers.spectral_norm import SpectralNorm, largest_singular_value, linear_layer
+from jaxnets.layers.subsampling import shorten, shortened
+from jaxnets.layers.upsampling import (
+    EnlargedConvolution,
+    TransposedConvolution,
+    Upsampling,
+    UpsamplingMethod,
+    check_upsampling,
+    depth_to_space,
+    enlarge,
+    enlarged_convolution,
+)
+
+__all__ = [
+    "BatchNorm",
+    "Convolution",
+    "Dense",
+    "Dropout",
+    "Embedding",
+    "EnlargedConvolution",
+    "Initializer",
+    "LayerNorm",
+    "RMSNorm",
+    "SpectralNorm",
+    "TransposedConvolution",
+    "Upsampling",
+    "UpsamplingMethod",
+    "check_norm",
+    "check_tokens",
+    "check_upsampling",
+    "depth_to_space",
+    "enlarge",
+    "enlarged_convolution",
+    "largest_singular_value",
+    "linear_layer",
+    "normalize",
+    "shorten",
+    "shortened",
+]

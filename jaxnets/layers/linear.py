@@ -1,0 +1,101 @@
+"""The Linen layers that families share: dense, convolution, norms, activations, dropout.
+
+All follow one `Precision`: parameters are kept in `precision.parameter` and cast to
+`precision.compute` where they are used; norms are computed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import flax.linen as nn
+import jax
+
+from jaxnets import functional
+from jaxnets.core import Precision
+from jaxnets.functional.channels import along_channels
+
+Initializer: TypeAlias = Callable[..., jax.Array]
+
+
+class Dense(nn.Module):
+    """Multiply the last axis by a matrix and add a bias: y = x W + b.
+
+    Attributes:
+        features: size of the last axis afterwards.
+        use_bias: False in front of a norm, which subtracts any bias again.
+        kernel_init: initializer of the matrix.
+        bias_init: initializer of the bias.
+        precision: dtypes of parameters and arithmetic.
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., channels] to [..., features] in the compute dtype."""
+        shape, policy = (x.shape[-1], self.features), self.precision
+        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
+        y = functional.linear(x.astype(policy.compute), kernel.astype(policy.compute))
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
+            y = y + along_channels(bias.astype(policy.compute), y)
+        return y
+
+
+class Convolution(nn.Module):
+    """Convolve over time or over height and width, whichever the input has.
+
+    Attributes:
+        features: number of output channels.
+        kernel_size: extent of the kernel, one int for every spatial axis or one per axis.
+        strides: step between outputs.
+        padding: "SAME", "VALID", a width, or (low, high) pairs.
+        dilation: step between the inputs that one output sees.
+        groups: number of channel groups convolved apart.
+        use_bias: False in front of a norm, which subtracts any bias again.
+        kernel_init: initializer of the kernel.
+        bias_init: initializer of the bias.
+        precision: dtypes of parameters and arithmetic.
+    """
+
+    features: int
+    kernel_size: functional.Extent = 3
+    strides: functional.Extent = 1
+    padding: functional.Padding = "SAME"
+    dilation: functional.Extent = 1
+    groups: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [batch, ..., channels] to [batch, ..., features] in the compute dtype."""
+        size, channels, policy = self.kernel_size, x.shape[-1], self.precision
+        taps = (size,) * (x.ndim - 2) if isinstance(size, int) else tuple(size)
+        if channels % self.groups:
+            raise ValueError(
+                f"{channels} channels do not split into {self.groups} groups; "
+                "choose groups that divide the channels"
+            )
+        shape = (*taps, channels // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
+        y = functional.convolution(
+            x.astype(policy.compute),
+            kernel.astype(policy.compute),
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
+            y = y + along_channels(bias.astype(policy.compute), y)
+        return y

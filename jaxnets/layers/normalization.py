@@ -1,0 +1,135 @@
+"""Normalization layers: batch, layer and root mean square."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnets.core import Precision, at_least_float32, bound_data_axis
+from jaxnets.functional.channels import along_channels
+from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
+from jaxnets.layers.linear import Initializer
+
+
+class BatchNorm(nn.Module):
+    """Normalise each channel over the batch and every position.
+
+    y = scale (x - mean) / sqrt(variance + epsilon) + bias. In training the statistics are those
+    of the whole batch, also where an executor splits it over devices; in evaluation they are the
+    running averages kept in "batch_stats". The running variance is the biased one.
+
+    Attributes:
+        momentum: weight of the past in the running averages.
+        epsilon: added to the variance.
+        scale_init: initializer of the scale; zeros let a residual block start as the identity.
+        precision: dtypes of parameters and result; the statistics are float32 or wider.
+
+    References:
+        Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Initializer = nn.initializers.ones
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Normalise [batch, ..., channels]; the result has the compute dtype."""
+        shape, policy = x.shape[-1:], self.precision
+        scale = self.param("scale", self.scale_init, shape, policy.parameter)
+        bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
+        kept = jnp.promote_types(policy.parameter, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kept)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, shape, kept)
+        if train:
+            y, mean, variance = batch_norm(
+                x, scale, bias, epsilon=self.epsilon, axis_name=bound_data_axis()
+            )
+            if not self.is_initializing():
+                for running, now in ((running_mean, mean), (running_variance, variance)):
+                    moved = self.momentum * running.value + (1 - self.momentum) * now
+                    running.value = moved.astype(kept)
+        else:
+            factor = scale * jax.lax.rsqrt(running_variance.value + self.epsilon)
+            centred = at_least_float32(x) - along_channels(running_mean.value, x)
+            y = centred * along_channels(factor, x) + along_channels(bias, x)
+        return y.astype(policy.compute)
+
+
+class LayerNorm(nn.Module):
+    """Normalise the channels of each position.
+
+    Attributes:
+        epsilon: added to the variance.
+        precision: dtypes of parameters and result; the statistics are float32 or wider.
+
+    References:
+        Ba, Kiros and Hinton 2016, arXiv:1607.06450.
+    """
+
+    epsilon: float = 1e-6
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of [..., channels]; the result has the compute dtype."""
+        shape, policy = x.shape[-1:], self.precision
+        scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
+        bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
+        return layer_norm(x, scale, bias, epsilon=self.epsilon).astype(policy.compute)
+
+
+class RMSNorm(nn.Module):
+    """Divide the channels of each position by their root mean square.
+
+    Attributes:
+        epsilon: added to the mean square.
+        precision: dtypes of parameters and result; the statistics are float32 or wider.
+
+    References:
+        Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+
+    epsilon: float = 1e-6
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of [..., channels]; the result has the compute dtype."""
+        shape, policy = x.shape[-1:], self.precision
+        scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
+        return rms_norm(x, scale, epsilon=self.epsilon).astype(policy.compute)
+
+
+def check_norm(kind: str | None) -> None:
+    """Refuse what `normalize` does not know.
+
+    Raises:
+        ValueError: `kind` is not None, "batch" or "layer".
+    """
+    if kind not in (None, "batch", "layer"):
+        raise ValueError(f"unknown norm {kind!r}; choose None, 'batch' or 'layer'")
+
+
+def normalize(
+    x: jax.Array, kind: str | None, *, train: bool, name: str, precision: Precision
+) -> jax.Array:
+    """Apply a batch norm, a layer norm or nothing, inside a compact module.
+
+    Args:
+        x: [batch, ..., channels].
+        kind: "batch", "layer" or None.
+        train: training mode.
+        name: name of the norm's parameters.
+        precision: dtypes.
+
+    Returns:
+        Shape of `x`.
+    """
+    if kind == "batch":
+        return BatchNorm(precision=precision, name=name)(x, train=train)
+    if kind == "layer":
+        return LayerNorm(precision=precision, name=name)(x)
+    return x

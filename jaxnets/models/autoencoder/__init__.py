@@ -1,0 +1,55 @@
+"""Autoencoders: plain, variational, of discrete codes; what can be done with a trained one."""
+
+from jaxnets.models.autoencoder.encoder_decoder import (
+    CoderConfig,
+    Decoder,
+    Encoder,
+    ResidualBlock,
+    TiedDense,
+)
+from jaxnets.models.autoencoder.latent_space import (
+    anomaly_score,
+    decode,
+    encode,
+    interpolate,
+    reconstruct,
+    sample,
+)
+from jaxnets.models.autoencoder.plain import Autoencoder, Coded, keep_largest
+from jaxnets.models.autoencoder.variational import (
+    PYTORCH_INIT,
+    VAE,
+    Variational,
+    vae_pytorch_example,
+)
+from jaxnets.models.autoencoder.vector_quantized import (
+    VQVAE,
+    Quantized,
+    VectorQuantizer,
+    check_codebook,
+)
+
+__all__ = [
+    "PYTORCH_INIT",
+    "VAE",
+    "VQVAE",
+    "Autoencoder",
+    "Coded",
+    "CoderConfig",
+    "Decoder",
+    "Encoder",
+    "Quantized",
+    "ResidualBlock",
+    "TiedDense",
+    "Variational",
+    "VectorQuantizer",
+    "anomaly_score",
+    "check_codebook",
+    "decode",
+    "encode",
+    "interpolate",
+    "keep_largest",
+    "reconstruct",
+    "sample",
+    "vae_pytorch_example",
+]

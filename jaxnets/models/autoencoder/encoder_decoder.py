@@ -1,0 +1,320 @@
+"""Encoders and decoders of images, dense or convolutional, from one description.
+
+The decoder mirrors the encoder: the same widths in the opposite order, back to the very size of
+the images, whatever it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnets import functional
+from jaxnets.checks import check_sizes
+from jaxnets.core import Precision
+from jaxnets.functional.activations import Activation, activation
+from jaxnets.layers import (
+    Convolution,
+    Dense,
+    Initializer,
+    Upsampling,
+    UpsamplingMethod,
+    check_norm,
+    check_upsampling,
+    normalize,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoderConfig:
+    """What the two halves of an autoencoder look like.
+
+    Attributes:
+        image_shape: (height, width, channels).
+        kind: "dense" layers over the flattened image, or "convolutional": every layer halves
+            height and width, the decoder's double them again.
+        features: widths of the encoder's layers; the decoder has them in the opposite order. A
+            dense coder without any, (), is linear.
+        activation: name or element-wise function, after each of these layers.
+        norm: None, "batch" or "layer", in front of each activation.
+        kernel_size: extent of the kernels (convolutional).
+        upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
+        num_blocks: residual blocks at the smallest size, in encoder and decoder (convolutional).
+        kernel_init: initializer of all kernels; by default He's in front of an activation and
+            LeCun's elsewhere.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> CoderConfig((28, 28, 1), "convolutional", (16, 32)).code_shape
+        (7, 7, 32)
+    """
+
+    image_shape: tuple[int, int, int]
+    kind: Literal["dense", "convolutional"] = "dense"
+    features: tuple[int, ...] = (512, 256)
+    activation: Activation = "relu"
+    norm: str | None = None
+    kernel_size: int = 3
+    upsampling: UpsamplingMethod = "resize"
+    num_blocks: int = 0
+    kernel_init: Initializer | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            image_shape=self.image_shape, features=self.features, kernel_size=self.kernel_size
+        )
+        check_norm(self.norm)
+        check_upsampling(self.upsampling)
+        activation(self.activation)
+        if len(self.image_shape) != 3:
+            raise ValueError(
+                f"image_shape={self.image_shape} must be (height, width, channels); add a channel "
+                "axis of 1 to grey images"
+            )
+        if self.kind not in ("dense", "convolutional"):
+            raise ValueError(f"kind is {self.kind!r}; choose 'dense' or 'convolutional'")
+        if self.num_blocks < 0:
+            raise ValueError(f"num_blocks is {self.num_blocks}; give 0 or more")
+        if self.kind == "dense":
+            if self.num_blocks:
+                raise ValueError("num_blocks needs kind='convolutional'; dense coders have none")
+            return
+        smallest = 2 ** (len(self.features) - 1) + 1
+        if not self.features or min(self.image_shape[:2]) < smallest:
+            raise ValueError(
+                f"features={self.features} halve images of {self.image_shape[:2]} "
+                f"{len(self.features)} times; give 1 to "
+                f"{math.ceil(math.log2(min(self.image_shape[:2])))} widths"
+            )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in front of each convolution of the encoder and after the last."""
+        sizes = [self.image_shape[:2]]
+        for _ in self.features:
+            height, width = sizes[-1]
+            sizes.append((-(-height // 2), -(-width // 2)))
+        return tuple(sizes)
+
+    @property
+    def hidden_init(self) -> Initializer:
+        """Initializer of kernels in front of an activation."""
+        return self.kernel_init or nn.initializers.he_normal()
+
+    @property
+    def linear_init(self) -> Initializer:
+        """Initializer of the other kernels."""
+        return self.kernel_init or nn.initializers.lecun_normal()
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of what the encoder returns for one image."""
+        if self.kind == "convolutional":
+            return *self.sizes[-1], self.features[-1]
+        return (self.features[-1] if self.features else math.prod(self.image_shape),)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), the block of the VQ-VAE paper.
+
+    Attributes:
+        kernel_init: initializer of the kernels.
+        precision: dtypes.
+
+    References:
+        van den Oord et al. 2017, arXiv:1711.00937, section 4.1.
+    """
+
+    kernel_init: Initializer = nn.initializers.he_normal()
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [batch, height, width, channels] to the same shape."""
+        features = x.shape[-1]
+        shared: dict[str, Any] = {"kernel_init": self.kernel_init, "precision": self.precision}
+        y = Convolution(features, 3, name="conv_0", **shared)(nn.relu(x))
+        return x + Convolution(features, 1, name="conv_1", **shared)(nn.relu(y))
+
+
+class TiedDense(nn.Module):
+    """Multiply by the transpose of a matrix that belongs to another layer, and add a bias.
+
+    Attributes:
+        precision: dtypes of parameters and arithmetic.
+    """
+
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Map [batch, outputs] with a kernel [inputs, outputs] to [batch, inputs]."""
+        policy = self.precision
+        bias = self.param("bias", nn.initializers.zeros, kernel.shape[:1], policy.parameter)
+        y = functional.linear(x.astype(policy.compute), kernel.astype(policy.compute).T)
+        return y + bias.astype(policy.compute)[None]
+
+
+class Encoder(nn.Module):
+    """The first half of an autoencoder, without the layer that makes the code.
+
+    Attributes:
+        config: what it looks like.
+        precision: dtypes.
+    """
+
+    config: CoderConfig
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, condition: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, *config.code_shape].
+
+        Args:
+            images: of the size that the config names.
+            condition: one-hot classes [batch, classes], appended to the channels of every pixel,
+                or to the flattened image.
+            train: training mode.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        config, policy = self.config, self.precision
+        if images.ndim != 4 or images.shape[1:] != config.image_shape:
+            raise ValueError(
+                f"images of shape {images.shape} do not fit image_shape {config.image_shape}; "
+                f"give [batch, {', '.join(map(str, config.image_shape))}]"
+            )
+        x = images.astype(policy.compute)
+        if config.kind == "dense":
+            x = x.reshape(x.shape[0], -1)
+        if condition is not None:
+            axes = tuple(range(1, x.ndim - 1))
+            planes = jnp.expand_dims(condition.astype(x.dtype), axes)
+            planes = jnp.broadcast_to(planes, (*x.shape[:-1], condition.shape[-1]))
+            x = jnp.concatenate([x, planes], axis=-1)
+        shared = _shared(config, policy)
+        for index, width in enumerate(config.features):
+            if config.kind == "dense":
+                x = Dense(width, name=f"hidden_{index}", **shared)(x)
+            else:
+                x = Convolution(
+                    width, config.kernel_size, strides=2, name=f"conv_{index}", **shared
+                )(x)
+            x = _activated(x, config, f"norm_{index}", train=train, precision=policy)
+        return _blocks(x, config, policy)
+
+
+class Decoder(nn.Module):
+    """The second half of an autoencoder.
+
+    Attributes:
+        config: what the encoder looks like, which the decoder mirrors.
+        num_parameters: outputs for each pixel and channel.
+        precision: dtypes.
+    """
+
+    config: CoderConfig
+    num_parameters: int = 1
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(
+        self,
+        code: jax.Array,
+        kernels: Sequence[jax.Array] | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Map a code to [batch, height, width, channels * num_parameters].
+
+        Args:
+            code: [batch, numbers], or for a convolutional coder a map [batch, height, width,
+                channels] of the size of the encoder's.
+            kernels: of the encoder's dense layers, the last one first; their transposes take the
+                place of the decoder's own.
+            train: training mode.
+        """
+        config, policy = self.config, self.precision
+        height, width, channels = config.image_shape
+        outputs = channels * self.num_parameters
+        x = code.astype(policy.compute)
+        if config.kind == "dense":
+            x = self._dense(x, kernels, height * width * outputs, train=train)
+            return x.reshape(x.shape[0], height, width, outputs).astype(policy.output)
+        shared = _shared(config, policy)
+        if x.ndim == 2:
+            x = Dense(math.prod(config.code_shape), name="unfold", **shared)(x)
+            x = x.reshape(x.shape[0], *config.code_shape)
+        else:
+            x = Convolution(config.features[-1], config.kernel_size, name="unfold", **shared)(x)
+        x = _activated(x, config, "norm_unfold", train=train, precision=policy)
+        x = _blocks(x, config, policy)
+        for index in reversed(range(len(config.features))):
+            last = index == 0
+            up = Upsampling(
+                outputs if last else config.features[index - 1],
+                config.upsampling,
+                config.kernel_size,
+                name="head" if last else f"up_{index - 1}",
+                **(_linear(config, policy) if last else shared),
+            )
+            rows, columns = config.sizes[index]
+            x = up(x)[:, :rows, :columns]  # an odd size was halved upwards
+            if not last:
+                x = _activated(x, config, f"norm_{index - 1}", train=train, precision=policy)
+        return x.astype(policy.output)
+
+    def _dense(
+        self, x: jax.Array, kernels: Sequence[jax.Array] | None, outputs: int, *, train: bool
+    ) -> jax.Array:
+        config, policy = self.config, self.precision
+        widths = [*reversed(config.features), outputs]
+        for index, width in enumerate(widths):
+            last = index == len(widths) - 1
+            name = "head" if last else f"hidden_{index}"
+            if kernels is not None:
+                x = TiedDense(precision=policy, name=name)(x, kernels[index])
+            elif last:
+                x = Dense(width, name=name, **_linear(config, policy))(x)
+            else:
+                x = Dense(width, name=name, **_shared(config, policy))(x)
+            if not last:
+                x = _activated(x, config, f"norm_{index}", train=train, precision=policy)
+        return x
+
+
+def _shared(config: CoderConfig, precision: Precision) -> dict[str, Any]:
+    """Return what a norm and an activation need of the layer in front of them."""
+    return {
+        "use_bias": config.norm is None,
+        "kernel_init": config.hidden_init,
+        "precision": precision,
+    }
+
+
+def _linear(config: CoderConfig, precision: Precision) -> dict[str, Any]:
+    return {"kernel_init": config.linear_init, "precision": precision}
+
+
+def _activated(
+    x: jax.Array, config: CoderConfig, name: str, *, train: bool, precision: Precision
+) -> jax.Array:
+    x = normalize(x, config.norm, train=train, name=name, precision=precision)
+    return activation(config.activation)(x)
+
+
+def _blocks(x: jax.Array, config: CoderConfig, precision: Precision) -> jax.Array:
+    for index in range(config.num_blocks):
+        x = ResidualBlock(config.hidden_init, precision, name=f"block_{index}")(x)
+    return nn.relu(x) if config.num_blocks else x

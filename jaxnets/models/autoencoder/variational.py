@@ -1,0 +1,226 @@
+"""The variational autoencoder, conditional on a class if asked for."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.checks import check_sizes
+from jaxnets.core import Precision, record
+from jaxnets.functional.gaussian import draw_code, normal_divergence
+from jaxnets.layers import Dense
+from jaxnets.models.autoencoder.encoder_decoder import CoderConfig, Decoder, Encoder
+from jaxnets.objectives.likelihoods import Bernoulli, Likelihood
+
+
+class Variational(NamedTuple):
+    """What a variational autoencoder returns.
+
+    Attributes:
+        outputs: [batch, height, width, channels * numbers], for the likelihood to read.
+        mean: of the posterior, [batch, latent_size].
+        log_variance: of the posterior, [batch, latent_size].
+    """
+
+    outputs: jax.Array
+    mean: jax.Array
+    log_variance: jax.Array
+
+
+class VAE(nn.Module):
+    """A variational autoencoder: each image has a normal distribution of codes.
+
+    q(z | x) = N(mean(x), diag exp(log_variance(x))), p(z) = N(0, I), and the decoder's outputs
+    are those of p(x | z). With `num_classes` all three are given the class too, which stands at
+    every pixel in front of the encoder and beside the code in front of the decoder.
+
+    Attributes:
+        config: what encoder and decoder look like.
+        latent_size: size of the code.
+        likelihood: what the outputs mean.
+        num_classes: classes of the conditional autoencoder; None is without.
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> module = VAE(CoderConfig((8, 8, 1), "convolutional", (8, 16)), latent_size=2)
+        >>> images = jnp.ones((3, 8, 8, 1))
+        >>> outputs, mean, log_variance = module.apply(
+        ...     module.init(jax.random.key(0), images), images
+        ... )
+        >>> outputs.shape, mean.shape, log_variance.shape
+        ((3, 8, 8, 1), (3, 2), (3, 2))
+
+    References:
+        Kingma and Welling 2014, arXiv:1312.6114, appendix C; Sohn et al. 2015, "Learning
+        Structured Output Representation using Deep Conditional Generative Models", NeurIPS
+        (conditional). Differs from the latter: the prior does not depend on the class.
+    """
+
+    config: CoderConfig
+    latent_size: int = 20
+    likelihood: Likelihood = Bernoulli()
+    num_classes: int | None = None
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(latent_size=self.latent_size)
+        if self.num_classes is not None:
+            check_sizes(num_classes=self.num_classes)
+        super().__post_init__()
+
+    def setup(self) -> None:
+        config, policy = self.config, self.precision
+        self.encoder = Encoder(config, policy)
+        shared: dict[str, Any] = {"kernel_init": config.linear_init, "precision": policy}
+        self.mean = Dense(self.latent_size, **shared)
+        self.log_variance = Dense(self.latent_size, **shared)
+        self.decoder = Decoder(config, self.likelihood.num_parameters, policy)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        noise: jax.Array | None = None,
+        train: bool = False,
+    ) -> Variational:
+        """Encode images, draw a code of each, and decode it; records "features", the means.
+
+        Args:
+            inputs: images [batch, height, width, channels] of the size that the config names.
+            labels: integer [batch], of a conditional network.
+            noise: [batch, latent_size], which makes the code mean + exp(log_variance / 2) noise;
+                by default drawn from the stream "latent" in training, and 0 in evaluation.
+            train: training mode.
+
+        Returns:
+            Variational.
+
+        Raises:
+            ValueError: images of another size, labels that lack or do not fit.
+        """
+        mean, log_variance = self.posterior(inputs, labels, train=train)
+        record(self, "features", mean)
+        if noise is None and train:
+            noise = jax.random.normal(self.make_rng("latent"), mean.shape, mean.dtype)
+        code = mean
+        if noise is not None:
+            code = draw_code(mean, log_variance, noise)
+        return Variational(self.decode(code, labels, train=train), mean, log_variance)
+
+    def posterior(
+        self, images: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Map images to the mean and the log variance of their codes, each [batch, latent_size].
+
+        Raises:
+            ValueError: images of another size, labels that lack or do not fit.
+        """
+        condition = self._condition(labels, len(images))
+        x = self.encoder(images, condition, train=train)
+        x, dtype = x.reshape(x.shape[0], -1), self.precision.output
+        return self.mean(x).astype(dtype), self.log_variance(x).astype(dtype)
+
+    def encode(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+        """Map images to the means of their codes, [batch, latent_size]; raises as `posterior`."""
+        return self.posterior(images, labels)[0]
+
+    def decode(
+        self, code: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
+
+        Raises:
+            ValueError: codes of another size, labels that lack or do not fit.
+        """
+        if code.ndim != 2 or code.shape[1] != self.latent_size:
+            raise ValueError(
+                f"codes of shape {code.shape} do not fit latent_size {self.latent_size}; give "
+                f"[batch, {self.latent_size}]"
+            )
+        condition = self._condition(labels, len(code))
+        if condition is not None:
+            code = jnp.concatenate([code, condition.astype(code.dtype)], axis=-1)
+        return self.decoder(code, train=train)
+
+    def score(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+        """Return the reconstruction loss at the mean code plus the divergence, nats [batch]."""
+        mean, log_variance = self.posterior(images, labels)
+        losses = self.likelihood.losses(self.decode(mean, labels), images)
+        return losses + jnp.sum(normal_divergence(mean, log_variance), axis=-1)
+
+    def _condition(self, labels: jax.Array | None, num_examples: int) -> jax.Array | None:
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError(
+                    "this VAE is not conditional and takes no labels; leave them out, or build it "
+                    "with num_classes"
+                )
+            return None
+        if labels is None:
+            raise ValueError(
+                f"this VAE is conditional on {self.num_classes} classes and got no labels; give "
+                "one integer for each example"
+            )
+        return one_hot_classes(labels, self.num_classes, num_examples)
+
+
+def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Array:
+    """Return labels as rows of zeros with a one.
+
+    Args:
+        labels: integer [num_examples] in [0, num_classes).
+        num_classes: number of classes.
+        num_examples: number of images or codes that the labels are for.
+
+    Returns:
+        [num_examples, num_classes]; NaN for a label out of range that is known only when the
+        program runs, so that it stops training instead of counting as no class.
+
+    Raises:
+        ValueError: labels of another shape or type, or known to be out of range.
+    """
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    if labels.shape != (num_examples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels of shape {labels.shape} and type {labels.dtype} do not fit {num_examples} "
+            f"examples; give one integer for each, shape ({num_examples},)"
+        )
+    if not isinstance(labels, jax.core.Tracer):
+        known = np.asarray(labels)  # NumPy computes it even while another function is traced
+        wrong = known[(known < 0) | (known >= num_classes)]
+        if wrong.size:
+            raise ValueError(
+                f"label {wrong[0]} is not in [0, {num_classes}); number the classes from 0"
+            )
+    labels = jnp.asarray(labels)
+    outside = (labels < 0) | (labels >= num_classes)
+    return jnp.where(outside[:, None], jnp.nan, jax.nn.one_hot(labels, num_classes))
+
+
+#: The initial kernels of PyTorch's linear layers and convolutions.
+PYTORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def vae_pytorch_example(**fields: Any) -> VAE:
+    """Build the VAE of PyTorch's and Flax's examples: 652,824 parameters for 28 x 28 images.
+
+    One hidden layer of 400 and a code of 20; `fields` override its own. Kernels
+    start as PyTorch's do, uniform in +-1 / sqrt(inputs), and biases at 0.
+
+    References:
+        github.com/pytorch/examples, vae/main.py; github.com/google/flax, examples/vae. Differs
+        from Flax's: its hidden layer has 500 units, as in Kingma and Welling's figure 2.
+    """
+    preset: dict[str, Any] = {
+        "config": CoderConfig((28, 28, 1), features=(400,), kernel_init=PYTORCH_INIT),
+        "latent_size": 20,
+    }
+    return VAE(**(preset | fields))

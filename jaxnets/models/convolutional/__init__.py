@@ -1,0 +1,59 @@
+"""Convolutional networks: LeNet-5, a configurable one, residual families, PilotNet."""
+
+from jaxnets.models.convolutional.convnet import ConvNet, LeNet5
+from jaxnets.models.convolutional.convnext import (
+    ConvNeXt,
+    ConvNeXtBlock,
+    convnext_base,
+    convnext_large,
+    convnext_small,
+    convnext_tiny,
+)
+from jaxnets.models.convolutional.pilotnet import PilotNet, pilotnet
+from jaxnets.models.convolutional.resnet import (
+    ResidualBlock,
+    ResNet,
+    ResNet9,
+    WideBlock,
+    WideResNet,
+    resnet9,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    wide_resnet16_4,
+    wide_resnet28_10,
+    wide_resnet40_4,
+)
+from jaxnets.models.convolutional.whitened import WhitenedConvNet, patch_whitening, with_whitening
+
+__all__ = [
+    "ConvNeXt",
+    "ConvNeXtBlock",
+    "ConvNet",
+    "LeNet5",
+    "PilotNet",
+    "ResNet",
+    "ResNet9",
+    "ResidualBlock",
+    "WhitenedConvNet",
+    "WideBlock",
+    "WideResNet",
+    "convnext_base",
+    "convnext_large",
+    "convnext_small",
+    "convnext_tiny",
+    "patch_whitening",
+    "pilotnet",
+    "resnet9",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet16_4",
+    "wide_resnet28_10",
+    "wide_resnet40_4",
+    "with_whitening",
+]

@@ -1,0 +1,166 @@
+"""Convolutional networks: LeNet-5, a plain configurable one, and the residual families.
+
+`ResNet`, `WideResNet` and `ResNet9` are defined in `resnet`, `ConvNeXt` in `convnext`, `PilotNet`
+in `pilotnet`, `WhitenedConvNet` in `whitened_convnet`; they and their presets are given here too,
+so that this one module names the whole family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxnets.checks import IMAGES, IMAGES_OR_AUDIO, check_rank, check_rate, check_sizes
+from jaxnets.core import Precision, record
+from jaxnets.functional.activations import Activation, activation
+from jaxnets.functional.pooling import average_pool, global_average_pool, max_pool
+from jaxnets.functional.windows import Extent
+from jaxnets.layers import Convolution, Dense, Dropout, Initializer, check_norm, normalize
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as it is taught today: 61,706 parameters for one channel and 10 classes.
+
+    Differs from the paper: the pools have no trainable coefficients, every map of the second
+    convolution sees all maps of the first, tanh is not scaled, and the output is linear instead
+    of radial basis functions.
+
+    Attributes:
+        num_outputs: size of the output.
+        activation: name or element-wise function; tanh in the paper.
+        precision: dtypes.
+
+    References:
+        LeCun, Bottou, Bengio and Haffner 1998, Proceedings of the IEEE 86(11), section II.B.
+    """
+
+    num_outputs: int = 10
+    activation: Activation = "tanh"
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(num_outputs=self.num_outputs)
+        activation(self.activation)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+        """Map [batch, 28 or 32, the same, channels] to [batch, num_outputs].
+
+        Images of 28x28 are padded to 32x32 with zeros. Records "features".
+        """
+        check_rank(inputs, self, layouts=IMAGES)
+        if inputs.shape[1:3] not in ((28, 28), (32, 32)):
+            raise ValueError(
+                f"LeNet5 got images of {inputs.shape[1:3]}; resize or pad them to 28x28 or "
+                "32x32, or use ConvNet, which takes any size"
+            )
+        policy, act = self.precision, activation(self.activation)
+        x = inputs
+        for index, (features, padding) in enumerate(((6, (32 - inputs.shape[1]) // 2), (16, 0))):
+            name = f"conv_{index}"
+            x = Convolution(features, 5, padding=padding, precision=policy, name=name)(x)
+            x = average_pool(act(x), 2)
+        x = x.reshape(x.shape[0], -1)  # [batch, 400]
+        for index, width in enumerate((120, 84)):
+            x = act(Dense(width, precision=policy, name=f"hidden_{index}")(x))
+        record(self, "features", x)
+        return Dense(self.num_outputs, precision=policy, name="head")(x).astype(policy.output)
+
+
+class ConvNet(nn.Module):
+    """A plain convolutional network for images or audio, of any depth and width.
+
+    Each layer is a convolution, a max pool, a norm and an activation. The pool stands in front
+    of the other two, which then cost a quarter; without a norm and with an increasing activation
+    the result is that of the usual order.
+
+    Attributes:
+        features: channels of each convolution.
+        kernel_size: extent of the kernels, an int for every spatial axis or one per axis.
+        pool: window and stride of the max pool after each convolution; 1 for none.
+        hidden_features: widths of the dense layers in front of the output.
+        num_outputs: size of the output.
+        activation: name or element-wise function.
+        norm: None, "batch" or "layer", after each convolution and hidden layer.
+        dropout_rate: dropout in front of each dense layer, in [0, 1).
+        global_pool: average over all positions in front of the dense layers instead of
+            flattening, which binds the parameters to the input size.
+        kernel_init: initializer of all but the last layer; the default suits relu and its kin.
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range, or the pools leave nothing of the input.
+
+    Example:
+        >>> module = ConvNet(features=(8, 16))
+        >>> images, audio = jax.numpy.ones((2, 28, 28, 1)), jax.numpy.ones((2, 100, 3))
+        >>> for inputs in (images, audio):
+        ...     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+        ...     print(shapes["params"]["conv_0"]["kernel"].shape)
+        (3, 3, 1, 8)
+        (3, 3, 8)
+    """
+
+    features: Sequence[int] = (32, 64)
+    kernel_size: Extent = 3
+    pool: int = 2
+    hidden_features: Sequence[int] = (128,)
+    num_outputs: int = 10
+    activation: Activation = "relu"
+    norm: str | None = None
+    dropout_rate: float = 0.0
+    global_pool: bool = False
+    kernel_init: Initializer = nn.initializers.he_normal()
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            features=self.features,
+            kernel_size=self.kernel_size,
+            pool=self.pool,
+            hidden_features=self.hidden_features,
+            num_outputs=self.num_outputs,
+        )
+        check_norm(self.norm)
+        check_rate(self.dropout_rate)
+        activation(self.activation)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+        """Map [batch, ..., channels] to [batch, num_outputs]; records "features"."""
+        check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
+        policy, act = self.precision, activation(self.activation)
+        smallest = self.pool ** len(self.features)
+        if min(inputs.shape[1:-1]) < smallest:
+            raise ValueError(
+                f"inputs of shape {inputs.shape} are too small for {len(self.features)} pools of "
+                f"{self.pool}, which need {smallest} a side; use fewer features or pool=1"
+            )
+        # What a norm and an activation need of the layer in front of them.
+        shared: dict[str, Any] = {
+            "use_bias": self.norm is None,
+            "kernel_init": self.kernel_init,
+            "precision": policy,
+        }
+
+        def normalized(x: jax.Array, name: str) -> jax.Array:
+            return normalize(x, self.norm, train=train, name=name, precision=policy)
+
+        x = inputs
+        for index, width in enumerate(self.features):
+            x = Convolution(width, self.kernel_size, name=f"conv_{index}", **shared)(x)
+            x = max_pool(x, self.pool) if self.pool > 1 else x
+            x = act(normalized(x, f"conv_norm_{index}"))
+        x = global_average_pool(x) if self.global_pool else x.reshape(x.shape[0], -1)
+        for index, width in enumerate(self.hidden_features):
+            x = Dropout(self.dropout_rate, name=f"dropout_{index}")(x, train=train)
+            x = Dense(width, name=f"hidden_{index}", **shared)(x)
+            x = act(normalized(x, f"hidden_norm_{index}"))
+        record(self, "features", x)
+        x = Dropout(self.dropout_rate, name="dropout_head")(x, train=train)
+        return Dense(self.num_outputs, precision=policy, name="head")(x).astype(policy.output)

@@ -1,0 +1,25 @@
+"""Generative adversarial networks: generators, discriminators, and both side by side."""
+
+from jaxnets.models.gan.dcgan import DCGANDiscriminator, DCGANGenerator
+from jaxnets.models.gan.gan import (
+    GAN,
+    dcgan,
+    generate_images,
+    interpolate_latents,
+    resnet_gan,
+    settle_statistics,
+)
+from jaxnets.models.gan.resnet import ResNetDiscriminator, ResNetGenerator
+
+__all__ = [
+    "GAN",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "ResNetDiscriminator",
+    "ResNetGenerator",
+    "dcgan",
+    "generate_images",
+    "interpolate_latents",
+    "resnet_gan",
+    "settle_statistics",
+]

@@ -1,0 +1,287 @@
+"""Residual generative adversarial networks: those of WGAN-GP and of spectral normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnets.checks import IMAGES, check_rank
+from jaxnets.core import Precision
+from jaxnets.functional.pooling import average_pool
+from jaxnets.layers import (
+    Convolution,
+    Dense,
+    Initializer,
+    Upsampling,
+    UpsamplingMethod,
+    enlarge,
+    linear_layer,
+    normalize,
+)
+from jaxnets.models.gan.layers import (
+    check_discriminator,
+    check_generator,
+    check_labels,
+    check_latents,
+    halvings,
+    judge,
+    modulated_norm,
+)
+
+
+class GeneratorBlock(nn.Module):
+    """Norm, relu, doubling convolution, norm, relu, convolution, added to the doubled input.
+
+    Attributes:
+        features: channels returned.
+        num_classes: as for the generator.
+        norm: as for the generator.
+        upsampling: as for the generator.
+        kernel_init: initializer of the kernels.
+        precision: dtypes.
+    """
+
+    features: int
+    num_classes: int | None = None
+    norm: str | None = "batch"
+    upsampling: UpsamplingMethod = "resize"
+    kernel_init: Initializer = nn.initializers.glorot_uniform()
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
+        # No bias: what is added to the sum, the norm of the next block subtracts again.
+        shared: dict[str, Any] = {
+            "use_bias": self.norm is None,
+            "kernel_init": self.kernel_init,
+            "precision": self.precision,
+        }
+
+        def normalized(x: jax.Array, name: str) -> jax.Array:
+            x = modulated_norm(
+                x,
+                labels,
+                norm=self.norm,
+                num_classes=self.num_classes,
+                train=train,
+                name=name,
+                precision=self.precision,
+            )
+            return nn.relu(x)
+
+        y = normalized(x, "norm_1")
+        y = Upsampling(self.features, self.upsampling, name="conv_1", **shared)(y)
+        y = Convolution(self.features, 3, name="conv_2", **shared)(normalized(y, "norm_2"))
+        # A 1x1 convolution and repeating pixels commute; this order costs a quarter.
+        return enlarge(Convolution(self.features, 1, name="shortcut", **shared)(x)) + y
+
+
+class ResNetGenerator(nn.Module):
+    """Map latents to images: residual blocks that double the size, all of the same width.
+
+    Attributes:
+        image_shape: (height, width, channels).
+        latent_size: numbers in a latent.
+        width: channels of every block.
+        num_classes: None, or the number of classes whose label an image is to have; each norm
+            then has a scale and a shift for each class.
+        norm: None, "batch" or "layer".
+        upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
+        kernel_init: initializer of all kernels.
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range, or images that do not halve to 8 pixels or fewer.
+
+    References:
+        Gulrajani et al. 2017, arXiv:1704.00028, appendix F; Miyato et al. 2018,
+        arXiv:1802.05957, table 4a (32 pixels, 256 channels).
+    """
+
+    image_shape: tuple[int, int, int] = (32, 32, 3)
+    latent_size: int = 128
+    width: int = 256
+    num_classes: int | None = None
+    norm: str | None = "batch"
+    upsampling: UpsamplingMethod = "resize"
+    kernel_init: Initializer = nn.initializers.glorot_uniform()
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_generator(
+            self.image_shape,
+            self.num_classes,
+            self.norm,
+            self.upsampling,
+            latent_size=self.latent_size,
+            width=self.width,
+        )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map latents [batch, latent_size] to images in [-1, 1], [batch, *image_shape].
+
+        Args:
+            latents: usually standard normal.
+            labels: integer [batch], for a network with classes only.
+            train: training mode.
+
+        Raises:
+            ValueError: latents of another size, labels missing, not wanted or out of range.
+        """
+        check_latents(latents, self.latent_size)
+        check_labels(labels, self.num_classes, latents.shape[0], type(self).__name__)
+        policy = self.precision
+        num_doublings, (height, width) = halvings(*self.image_shape[:2])
+        shared: dict[str, Any] = {"kernel_init": self.kernel_init, "precision": policy}
+        x = Dense(height * width * self.width, name="start", **shared)(latents)
+        x = x.reshape(-1, height, width, self.width)
+        for index in range(1, num_doublings + 1):
+            x = GeneratorBlock(
+                self.width,
+                self.num_classes,
+                self.norm,
+                self.upsampling,
+                name=f"block_{index}",
+                **shared,
+            )(x, labels, train=train)
+        x = nn.relu(normalize(x, self.norm, train=train, name="norm", precision=policy))
+        x = Convolution(self.image_shape[-1], 3, name="image", **shared)(x)
+        return jnp.tanh(x).astype(policy.output)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Relu, convolution, relu, convolution, halved where asked, added to the input.
+
+    Attributes:
+        features: channels returned.
+        halve: average 2x2 pixels at the end.
+        first: the block sees the image: no norm and no relu in front.
+        norm: None, "batch", "layer" or "spectral"; the first two stand in front of each relu.
+        kernel_init: initializer of the kernels.
+        precision: dtypes.
+    """
+
+    features: int
+    halve: bool = False
+    first: bool = False
+    norm: str | None = "spectral"
+    kernel_init: Initializer = nn.initializers.glorot_uniform()
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, height or half of it, ..., features]."""
+        spectral = self.norm == "spectral"
+        norm = None if spectral else self.norm
+
+        def convolved(x: jax.Array, size: int, name: str, use_bias: bool = True) -> jax.Array:
+            return linear_layer(
+                x,
+                Convolution,
+                self.features,
+                spectral=spectral,
+                train=train,
+                name=name,
+                use_bias=use_bias,
+                kernel_size=size,
+                kernel_init=self.kernel_init,
+                precision=self.precision,
+            )
+
+        def normalized(x: jax.Array, name: str) -> jax.Array:
+            return normalize(x, norm, train=train, name=name, precision=self.precision)
+
+        y = x if self.first else nn.relu(normalized(x, "norm_1"))
+        y = convolved(y, 3, "conv_1", use_bias=norm is None)
+        y = convolved(nn.relu(normalized(y, "norm_2")), 3, "conv_2")
+        if self.halve:
+            x, y = average_pool(x, 2), average_pool(y, 2)
+        if x.shape[-1] != self.features or self.halve:
+            # The paper pools behind this convolution, but for the first block: without a bias the
+            # two commute, and this order costs a quarter.
+            x = convolved(x, 1, "shortcut", use_bias=False)
+        return x + y
+
+
+class ResNetDiscriminator(nn.Module):
+    """Map images to a logit, large where they seem real: residual blocks, summed at the end.
+
+    Attributes:
+        num_halvings: blocks that halve the size, which must divide by 2 so often.
+        num_blocks: blocks after them that keep it, 0 or more.
+        width: channels of every block.
+        num_classes: None, or the number of classes of a projection discriminator.
+        norm: None, "batch", "layer", or "spectral", which divides every kernel by its largest
+            singular value. Penalties on gradients need one without "batch".
+        kernel_init: initializer of all kernels.
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    References:
+        Miyato et al. 2018, arXiv:1802.05957, table 4b; Miyato and Koyama 2018, arXiv:1802.05637
+        (projection).
+    """
+
+    num_halvings: int = 2
+    num_blocks: int = 2
+    width: int = 128
+    num_classes: int | None = None
+    norm: str | None = "spectral"
+    kernel_init: Initializer = nn.initializers.glorot_uniform()
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_discriminator(
+            self.num_classes, self.norm, width=self.width, num_halvings=self.num_halvings
+        )
+        if self.num_blocks < 0:
+            raise ValueError(f"num_blocks is {self.num_blocks}; give 0 or more")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map images [batch, height, width, channels] to logits [batch]; records "features".
+
+        Args:
+            inputs: images in [-1, 1].
+            labels: integer [batch], for a network with classes only.
+            train: training mode.
+
+        Raises:
+            ValueError: images that do not halve so often without a rest, labels missing, not
+                wanted or out of range.
+        """
+        check_rank(inputs, self, layouts=IMAGES)
+        check_labels(labels, self.num_classes, inputs.shape[0], type(self).__name__)
+        height, width = inputs.shape[1:3]
+        if height % 2**self.num_halvings or width % 2**self.num_halvings:
+            raise ValueError(
+                f"images of {height} x {width} pixels do not halve num_halvings="
+                f"{self.num_halvings} times without a rest; give fewer halvings, or resize them"
+            )
+        x = inputs
+        for index in range(self.num_halvings + self.num_blocks):
+            x = DiscriminatorBlock(
+                self.width,
+                halve=index < self.num_halvings,
+                first=index == 0,
+                norm=self.norm,
+                kernel_init=self.kernel_init,
+                precision=self.precision,
+                name=f"block_{index + 1}",
+            )(x, train=train)
+        return judge(self, nn.relu(x), labels, flatten=False, train=train)

@@ -1,0 +1,245 @@
+"""A recurrent encoder and a decoder that attends to it, for translation and the like."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnets.checks import check_rank, check_rate, check_sizes
+from jaxnets.core import Precision, at_least_float32, record
+from jaxnets.functional.lengths import clear_tokens, padding_mask
+from jaxnets.functional.recurrence.scan import Cell
+from jaxnets.layers import Dense, Dropout, Embedding
+from jaxnets.models.recurrent.attention_decoder import BahdanauDecoder, DecoderCarry, LuongDecoder
+from jaxnets.models.recurrent.layers import Recurrent, find_cell
+
+
+class RecurrentTranslator(nn.Module):
+    """Translate one sequence of tokens into another: a recurrent encoder and an attending decoder.
+
+    Attributes:
+        source_vocabulary_size: number of tokens of the source.
+        target_vocabulary_size: number of tokens of the target; by default as many.
+        embedding_size: size of the token vectors.
+        hidden_size: size of the state of each layer (and direction of the encoder).
+        cell: as in `Recurrent`, for both sides.
+        num_encoder_layers: number of layers of the bidirectional encoder.
+        num_decoder_layers: number of layers of the decoder.
+        attention: "bahdanau" (additive) or "luong" (multiplicative).
+        input_feeding: feed what was made of the context to the next step, with "luong";
+            "bahdanau" does so by its nature.
+        dropout_rate: dropout behind the embeddings, between layers (one mask for all steps in the
+            decoder) and in front of the logits, in [0, 1).
+        share_embeddings: read source and target with one table.
+        tie_embeddings: write the logits with the table that reads the target; where the hidden
+            size is not the embedding size, behind a projection to it.
+        precision: dtypes; the states are float32 or wider.
+
+    Raises:
+        ValueError: a field is out of range, or one table for vocabularies of two sizes.
+
+    Differs from the papers: the output of "bahdanau" is a tanh layer of the new state, the context
+    and the word instead of a maxout layer with the old state.
+
+    Example:
+        >>> module = RecurrentTranslator(source_vocabulary_size=20, hidden_size=8)
+        >>> source, target = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 7), jnp.int32)
+        >>> variables = module.init(jax.random.key(0), source, target)
+        >>> module.apply(variables, source, target, jnp.array([5, 3])).shape
+        (2, 7, 20)
+
+    References:
+        Bahdanau, Cho and Bengio 2014, arXiv:1409.0473, appendix A; Luong, Pham and Manning 2015,
+        arXiv:1508.04025, sections 3.1 ("general") and 3.3 (input feeding).
+    """
+
+    source_vocabulary_size: int
+    target_vocabulary_size: int | None = None
+    embedding_size: int = 256
+    hidden_size: int = 256
+    cell: str | Cell = "gru"
+    num_encoder_layers: int = 1
+    num_decoder_layers: int = 1
+    attention: Literal["bahdanau", "luong"] = "bahdanau"
+    input_feeding: bool = True
+    dropout_rate: float = 0.0
+    share_embeddings: bool = False
+    tie_embeddings: bool = False
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(
+            source_vocabulary_size=self.source_vocabulary_size,
+            target_vocabulary_size=self.target_size,
+            embedding_size=self.embedding_size,
+            hidden_size=self.hidden_size,
+            num_encoder_layers=self.num_encoder_layers,
+            num_decoder_layers=self.num_decoder_layers,
+        )
+        check_rate(self.dropout_rate)
+        find_cell(self.cell)
+        if self.attention not in ("bahdanau", "luong"):
+            raise ValueError(f"attention is {self.attention!r}; choose 'bahdanau' or 'luong'")
+        if self.share_embeddings and self.target_size != self.source_vocabulary_size:
+            raise ValueError(
+                f"one table cannot read {self.source_vocabulary_size} source and "
+                f"{self.target_size} target tokens; encode both with one tokenizer, or set "
+                "share_embeddings=False"
+            )
+        super().__post_init__()
+
+    @property
+    def target_size(self) -> int:
+        """Number of tokens of the target."""
+        size = self.target_vocabulary_size
+        return self.source_vocabulary_size if size is None else size
+
+    def setup(self) -> None:
+        policy, size, rate = self.precision, self.hidden_size, self.dropout_rate
+        bahdanau, cell = self.attention == "bahdanau", find_cell(self.cell)
+        scale = self.embedding_size**-0.5 if self.tie_embeddings else 1.0
+        table = functools.partial(
+            Embedding,
+            features=self.embedding_size,
+            embedding_init=nn.initializers.normal(scale),
+            precision=policy,
+        )
+        self.target_embedding = table(self.target_size)
+        if not self.share_embeddings:
+            self.source_embedding = table(self.source_vocabulary_size)
+        self.dropout_source, self.dropout_target = Dropout(rate), Dropout(rate)
+        self.encoder = Recurrent(
+            size,
+            cell=cell,
+            num_layers=self.num_encoder_layers,
+            bidirectional=True,
+            dropout_rate=rate,
+            precision=policy,
+        )
+        # With "luong" a bias would move all scores of a query alike, which the softmax undoes.
+        self.key = Dense(size, use_bias=bahdanau, precision=policy)
+        self.initial = {
+            state: Dense(self.num_decoder_layers * size, precision=policy) for state in cell.states
+        }
+        self.decoder = (
+            BahdanauDecoder(size, cell, self.num_decoder_layers, rate, policy)
+            if bahdanau
+            else LuongDecoder(size, cell, self.num_decoder_layers, self.input_feeding, rate, policy)
+        )
+        self.dropout_head = Dropout(rate)
+        if not self.tie_embeddings:
+            self.head = Dense(self.target_size, precision=policy)
+        elif size != self.embedding_size:
+            self.projection = Dense(self.embedding_size, precision=policy)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        decoder_inputs: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Map tokens to logits [batch, target, target_vocabulary_size]; records "attention".
+
+        Args:
+            inputs: source tokens [batch, source]; what lies beyond their lengths has no influence.
+            decoder_inputs: target tokens [batch, target], each the one before what is predicted.
+            lengths: integer [batch] in [0, source]; by default all source tokens count.
+            train: training mode, which drops out.
+
+        Raises:
+            ValueError: tokens or lengths that do not fit.
+        """
+        carry = self._encode(inputs, lengths, train=train)
+        logits, _ = self._decode(decoder_inputs, carry, None, train=train)
+        return logits
+
+    def start(
+        self, source: jax.Array, lengths: jax.Array | None = None, capacity: int = 0
+    ) -> DecoderCarry:
+        """Read the source and return the carry of an empty target.
+
+        Args:
+            source: tokens [batch, source].
+            lengths: integer [batch] in [0, source]; by default all source tokens count.
+            capacity: ignored: a recurrent state has room for any number of tokens.
+
+        Raises:
+            ValueError: tokens or lengths that do not fit.
+        """
+        return self._encode(source, lengths, train=False)
+
+    def extend(
+        self, tokens: jax.Array, carry: DecoderCarry, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, DecoderCarry]:
+        """Append tokens to the target.
+
+        Args:
+            tokens: integer [batch, time].
+            carry: as returned by `start` or `extend`.
+            lengths: integer [batch] in [0, time], the number of tokens to append to each
+                sequence; by default all.
+
+        Returns:
+            Logits [batch, time, target_vocabulary_size] of the token after each one, the carry.
+
+        Raises:
+            ValueError: tokens or lengths that do not fit.
+        """
+        return self._decode(tokens, carry, lengths, train=False)
+
+    def _encode(self, source: jax.Array, lengths: jax.Array | None, *, train: bool) -> DecoderCarry:
+        check_rank(source, self, layouts=["[batch, source]"])
+        embedding = self.target_embedding if self.share_embeddings else self.source_embedding
+        x = self.dropout_source(embedding(clear_tokens(source, lengths)), train=train)
+        memory, last = self.encoder(x, lengths, train=train)
+        memory = memory.astype(self.precision.compute)
+        valid = jnp.ones(source.shape, bool)
+        if lengths is not None:
+            valid = padding_mask(lengths, source.shape)
+        top = self.num_encoder_layers - 1
+        both = zip(last[f"forward_{top}"], last[f"backward_{top}"], strict=True)
+        starts = []
+        for layer, (forward, backward) in zip(self.initial.values(), both, strict=True):
+            start = jnp.tanh(layer(jnp.concatenate([forward, backward], axis=-1)))
+            starts.append(jnp.split(at_least_float32(start), self.num_decoder_layers, axis=-1))
+        carry = {
+            "memory": memory,
+            "keys": self.key(memory),
+            "valid": valid,
+            "states": tuple(zip(*starts, strict=True)),
+        }
+        if self.attention == "luong" and self.input_feeding:
+            carry["fed"] = jnp.zeros((len(source), self.hidden_size), self.precision.compute)
+        return carry
+
+    def _decode(
+        self,
+        tokens: jax.Array,
+        carry: DecoderCarry,
+        lengths: jax.Array | None,
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, DecoderCarry]:
+        check_rank(tokens, self, layouts=["[batch, target]"])
+        if len(tokens) != len(carry["memory"]):
+            raise ValueError(
+                f"{len(tokens)} targets do not fit {len(carry['memory'])} sources; give one "
+                "target for each source"
+            )
+        vectors = self.target_embedding(clear_tokens(tokens, lengths))
+        words = self.dropout_target(vectors, train=train)
+        x, attention, carry = self.decoder(words, carry, lengths, train=train)
+        record(self, "attention", attention)
+        x = self.dropout_head(x, train=train)
+        if not self.tie_embeddings:
+            logits = self.head(x)
+        else:
+            same = self.hidden_size == self.embedding_size
+            logits = self.target_embedding.attend(x if same else self.projection(x))
+        return logits.astype(self.precision.output), carry

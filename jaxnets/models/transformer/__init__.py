@@ -1,0 +1,96 @@
+"""Transformers: language models, encoders, translation, images, sound; their blocks and presets."""
+
+from jaxnets.models.transformer.audio import AudioTransformer
+from jaxnets.models.transformer.block import Attention, Block, FeedForward
+from jaxnets.models.transformer.config import BlockConfig, Positions, build_preset
+from jaxnets.models.transformer.embeddings import InputEmbedding, PositionEmbedding
+from jaxnets.models.transformer.encoder import (
+    MaskedLM,
+    TransformerClassifier,
+    TransformerEncoder,
+    bert_base,
+    bert_large,
+)
+from jaxnets.models.transformer.language_model import (
+    TransformerLM,
+    gpt2_large,
+    gpt2_medium,
+    gpt2_small,
+    gpt2_xl,
+    llama2_7b,
+    llama3_8b,
+    tinyllama,
+)
+from jaxnets.models.transformer.masked_autoencoder import (
+    Masked,
+    MaskedAutoencoder,
+    Painted,
+    mae_vit_base16,
+    mae_vit_large16,
+    paint,
+)
+from jaxnets.models.transformer.stack import (
+    Stack,
+    StackCarry,
+    cache_capacity,
+    stack_layers,
+    unstack_layers,
+)
+from jaxnets.models.transformer.translator import (
+    TransformerTranslator,
+    transformer_base,
+    transformer_big,
+)
+from jaxnets.models.transformer.vision import (
+    PatchEncoder,
+    VisionTransformer,
+    vit_base16,
+    vit_large16,
+    vit_small16,
+    vit_tiny16,
+)
+
+__all__ = [
+    "Attention",
+    "AudioTransformer",
+    "Block",
+    "BlockConfig",
+    "FeedForward",
+    "InputEmbedding",
+    "Masked",
+    "MaskedAutoencoder",
+    "MaskedLM",
+    "Painted",
+    "PatchEncoder",
+    "PositionEmbedding",
+    "Positions",
+    "Stack",
+    "StackCarry",
+    "TransformerClassifier",
+    "TransformerEncoder",
+    "TransformerLM",
+    "TransformerTranslator",
+    "VisionTransformer",
+    "bert_base",
+    "bert_large",
+    "build_preset",
+    "cache_capacity",
+    "gpt2_large",
+    "gpt2_medium",
+    "gpt2_small",
+    "gpt2_xl",
+    "llama2_7b",
+    "llama3_8b",
+    "mae_vit_base16",
+    "mae_vit_large16",
+    "paint",
+    "stack_layers",
+    "tinyllama",
+    "transformer_base",
+    "transformer_big",
+    "unstack_layers",
+    "vit_base16",
+    "vit_large16",
+    "vit_small16",
+    "vit_tiny16",
+]

@@ -1,0 +1,163 @@
+"""The options of a block, bundled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import flax.linen as nn
+
+from jaxnets.checks import check_rate, check_sizes
+from jaxnets.functional.activations import activation
+from jaxnets.layers import Initializer
+
+#: How positions are told apart; None does not.
+Positions: TypeAlias = Literal["learned", "sinusoidal", "rotary", "alibi", "relative"] | None
+_POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "relative", None)
+_GATES = {"swiglu": "silu", "geglu": "gelu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What the blocks of a transformer look like; hashable.
+
+    Attributes:
+        features: width of the network.
+        num_heads: number of attention heads.
+        num_key_value_heads: heads of keys and values, each shared by several queries (grouped-query
+            attention); by default `num_heads`.
+        head_size: size of a head, by default features / num_heads.
+        hidden_size: width inside the feed-forward network, by default 4 features.
+        activation: of the feed-forward network: a name of `layers.activation`, or "swiglu" or
+            "geglu" for a gated one (Shazeer 2020, arXiv:2002.05202).
+        norm: "layer" or "rms".
+        norm_epsilon: added to the variance.
+        norm_first: normalise the input of each branch (and the end of the stack), or else the sum
+            behind each branch, as in the paper of 2017.
+        positions: "learned" or "sinusoidal" vectors added to the input; "rotary", "alibi" or
+            "relative" (the bias of T5, shared by all layers) inside the attention; or None.
+        rotary_base: as in `positions.rotary`.
+        window: attend to less than this distance only; by default to everything.
+        qk_norm: normalise queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
+        use_bias: whether the matrices have biases, those of the keys excepted.
+        key_bias: whether those of the keys have them; without rotary positions the softmax does
+            not see such a bias, so only weights trained elsewhere need it.
+        dropout_rate: on the input of the stack and at the end of each branch.
+        attention_dropout_rate: on the attention weights.
+        stochastic_depth_rate: probability that a branch of the last block is skipped for an
+            example; it rises linearly from the first block on (Huang et al. 2016,
+            arXiv:1603.09382, equation 4).
+        init_std: standard deviation of the initial matrices, smaller by sqrt(number of branches)
+            at the ends of the branches if `norm_first` (GPT-2); None draws Glorot uniform ones.
+        scan_layers: compile one block and run it for every layer, on stacked parameters.
+        remat: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: a field is out of range, or fields do not fit together.
+
+    Example:
+        >>> BlockConfig(features=8, num_heads=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: 8 features do not split into 3 heads; give a multiple, or a head_size
+    """
+
+    features: int = 128
+    num_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_size: int | None = None
+    hidden_size: int | None = None
+    activation: str = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_epsilon: float = 1e-6
+    norm_first: bool = True
+    positions: Positions = "learned"
+    rotary_base: float = 10_000.0
+    window: int | None = None
+    qk_norm: bool = False
+    use_bias: bool = True
+    key_bias: bool = False
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    init_std: float | None = 0.02
+    scan_layers: bool = False
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("features", "num_heads", "num_key_value_heads", "head_size", "hidden_size"):
+            if getattr(self, name) is not None:
+                check_sizes(**{name: getattr(self, name)})
+        for rate in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
+            check_rate(getattr(self, rate))
+        if self.head_size is None and self.features % self.num_heads:
+            raise ValueError(
+                f"{self.features} features do not split into {self.num_heads} heads; give a "
+                "multiple, or a head_size"
+            )
+        if self.num_heads % self.key_value_heads:
+            raise ValueError(
+                f"{self.num_heads} heads do not share {self.key_value_heads} key-value heads; "
+                "give a divisor"
+            )
+        if self.positions not in _POSITIONS:
+            raise ValueError(f"positions is {self.positions!r}; choose one of {_POSITIONS}")
+        if self.positions == "rotary" and self.size % 2:
+            raise ValueError(f"rotary positions pair features; the head size {self.size} is odd")
+        if self.norm not in ("layer", "rms"):
+            raise ValueError(f"norm is {self.norm!r}; choose 'layer' or 'rms'")
+        if self.window is not None:
+            check_sizes(window=self.window)
+        for name in ("norm_epsilon", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:  # NaN too
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+        activation(self.activation_name)
+
+    @property
+    def size(self) -> int:
+        """Size of a head."""
+        return self.head_size or self.features // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_key_value_heads or self.num_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a gate."""
+        return self.activation in _GATES
+
+    @property
+    def activation_name(self) -> str:
+        """Name of the element-wise function in the feed-forward network."""
+        return _GATES.get(self.activation, self.activation)
+
+    def kernel_init(self, scale: float = 1.0) -> Initializer:
+        """Return the initializer of a matrix, `scale` times its standard deviation if it has one.
+
+        Args:
+            scale: smaller than 1 at the end of a branch.
+        """
+        if self.init_std is None:
+            return nn.initializers.glorot_uniform()
+        return nn.initializers.normal(self.init_std * (scale if self.norm_first else 1.0))
+
+
+def build_preset(kind: Callable[..., Any], preset: dict[str, Any], fields: dict[str, Any]) -> Any:
+    """Build a network from options of its own and of its blocks, named alike.
+
+    Args:
+        kind: a network with a field `config`.
+        preset: {name of a field of the network or of `BlockConfig`: value}.
+        fields: replace or join those of the preset.
+
+    Returns:
+        The network.
+    """
+    options = preset | fields
+    known = {field.name for field in dataclasses.fields(BlockConfig)} & set(options)
+    config = BlockConfig(**{name: options.pop(name) for name in known})
+    return kind(**({"config": config} | options))

@@ -1,0 +1,193 @@
+"""A transformer over the patches of an image."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnets.checks import IMAGES, check_rank, check_sizes
+from jaxnets.core import Precision, record
+from jaxnets.functional.patches import split_patches
+from jaxnets.functional.pooling import global_average_pool
+from jaxnets.layers import Dense, Dropout
+from jaxnets.models.transformer.config import BlockConfig, build_preset
+from jaxnets.models.transformer.embeddings import PositionEmbedding
+from jaxnets.models.transformer.stack import Stack
+
+
+class PatchEncoder(nn.Module):
+    """Patches of an image, each of which has seen the whole image.
+
+    Attributes:
+        patch_size: height and width of a patch.
+        num_layers: number of blocks.
+        config: what the blocks look like.
+        use_token: put a learned vector in front of the patches.
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1.
+    """
+
+    patch_size: int = 4
+    num_layers: int = 6
+    config: BlockConfig = BlockConfig()
+    use_token: bool = True
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(patch_size=self.patch_size)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, visible: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, patches, features].
+
+        Args:
+            inputs: images of the size that the network was initialised with.
+            visible: integer [batch, number], the patches that are seen, in the order in which
+                they are returned; by default all of them, row by row.
+            train: training mode.
+
+        Returns:
+            Features in the compute dtype, those of the token, if there is one, in front.
+
+        Raises:
+            ValueError: images that do not split into patches.
+        """
+        check_rank(inputs, self, layouts=IMAGES)
+        config, policy = self.config, self.precision
+        x = Dense(
+            config.features, kernel_init=config.kernel_init(), precision=policy, name="patch"
+        )(split_patches(inputs, self.patch_size))
+        first = int(self.use_token)
+        if self.use_token:
+            shape, init = (config.features,), nn.initializers.normal(0.02)
+            token = self.param("token", init, shape, policy.parameter).astype(x.dtype)
+            token = jnp.broadcast_to(token[None, None], (x.shape[0], 1, config.features))
+            x = jnp.concatenate([token, x], axis=1)
+        x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
+        if visible is not None:
+            seen = jnp.take_along_axis(x[:, first:], visible[..., None], axis=1)
+            x = jnp.concatenate([x[:, :first], seen], axis=1)
+        x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
+        return Stack(config, self.num_layers, precision=policy, name="stack")(x, train=train)
+
+
+class VisionTransformer(nn.Module):
+    """Patches of an image as the steps of a sequence.
+
+    The parameters include those of a `PatchEncoder` under the same names, so the encoder of a
+    trained `MaskedAutoencoder` fits.
+
+    Attributes:
+        num_outputs: size of the output.
+        patch_size: height and width of a patch.
+        num_layers: number of blocks.
+        config: what the blocks look like.
+        pool: what the output sees: a learned "token" in front of the patches, or the "mean".
+        precision: dtypes.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> config = BlockConfig(features=16)
+        >>> module = VisionTransformer(num_outputs=3, patch_size=4, num_layers=2, config=config)
+        >>> images = jnp.ones((2, 8, 12, 3))
+        >>> module.apply(module.init(jax.random.key(0), images), images).shape
+        (2, 3)
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1.
+    """
+
+    num_outputs: int = 10
+    patch_size: int = 4
+    num_layers: int = 6
+    config: BlockConfig = BlockConfig()
+    pool: Literal["token", "mean"] = "token"
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        check_sizes(num_outputs=self.num_outputs, patch_size=self.patch_size)
+        if self.pool not in ("token", "mean"):
+            raise ValueError(f"pool is {self.pool!r}; choose 'token' or 'mean'")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.encoder = PatchEncoder(
+            self.patch_size, self.num_layers, self.config, self.pool == "token", self.precision
+        )
+        nn.share_scope(self, self.encoder)
+        init = self.config.kernel_init()
+        self.head = Dense(self.num_outputs, kernel_init=init, precision=self.precision)
+
+    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, num_outputs]; records "features".
+
+        Args:
+            inputs: images of the size that the network was initialised with.
+            train: training mode.
+
+        Raises:
+            ValueError: images that do not split into patches.
+        """
+        x = self.encoder(inputs, train=train)
+        x = x[:, 0] if self.pool == "token" else global_average_pool(x)
+        record(self, "features", x)
+        return self.head(x).astype(self.precision.output)
+
+
+def vit_tiny16(num_classes: int = 1000, **fields: Any) -> VisionTransformer:
+    """Build ViT-Ti/16: 5,717,416 parameters for 224 x 224 images and 1000 classes.
+
+    Args:
+        num_classes: size of the output.
+        fields: override those of the network and of its config.
+
+    References:
+        Touvron et al. 2021, arXiv:2012.12877, table 1 (DeiT-Ti).
+    """
+    return _vit(12, 3, 192, num_classes, fields)
+
+
+def vit_small16(num_classes: int = 1000, **fields: Any) -> VisionTransformer:
+    """Build ViT-S/16: 22,050,664 parameters (DeiT-S), as `vit_tiny16`."""
+    return _vit(12, 6, 384, num_classes, fields)
+
+
+def vit_base16(num_classes: int = 1000, **fields: Any) -> VisionTransformer:
+    """Build ViT-B/16: 86,567,656 parameters, as `vit_tiny16`.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, table 1.
+    """
+    return _vit(12, 12, 768, num_classes, fields)
+
+
+def vit_large16(num_classes: int = 1000, **fields: Any) -> VisionTransformer:
+    """Build ViT-L/16: 304,326,632 parameters, as `vit_base16`."""
+    return _vit(24, 16, 1024, num_classes, fields)
+
+
+def _vit(
+    num_layers: int, num_heads: int, features: int, num_classes: int, fields: dict[str, Any]
+) -> VisionTransformer:
+    preset = {
+        "num_outputs": num_classes,
+        "patch_size": 16,
+        "num_layers": num_layers,
+        "features": features,
+        "num_heads": num_heads,
+        "key_bias": True,
+    }
+    return build_preset(VisionTransformer, preset, fields)

@@ -1,0 +1,234 @@
+"""What a network says of numbers: normal distributions, or probabilities of bins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxnets.core import Batch, Mean, ModelState, Objective, apply_module, at_least_float32
+from jaxnets.objectives.losses import absolute_error
+from jaxnets.objectives.supervised import Measure, supervised
+
+# A standard deviation of exp(-5): labels that a network knows exactly must not rule its loss.
+_LEAST_LOG_VARIANCE = -10.0
+
+
+class RegressionHead(Protocol):
+    """How the outputs of a network are read as `num_values` numbers."""
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that are read."""
+        ...
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs that the network needs."""
+        ...
+
+    def losses(self, outputs: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
+        """Return the loss of each number: outputs [..., num_outputs] -> [..., num_values]."""
+        ...
+
+    def mean(self, outputs: jax.Array) -> jax.Array:
+        """Return the expected numbers: [..., num_outputs] -> [..., num_values]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianHead:
+    """Each number is normal, with a mean and a variance that the network gives.
+
+    -log N(y; mean, variance), in training times variance^beta taken as a constant: plain
+    likelihood (beta = 0) leaves alone what the network thinks it cannot predict, beta = 1 has the
+    gradient of the squared error for the means.
+
+    Attributes:
+        num_values: numbers.
+        beta: in [0, 1].
+
+    Raises:
+        ValueError: no numbers, or a beta out of range.
+
+    References:
+        Nix and Weigend 1994 (variance as an output); Seitzer et al. 2022, arXiv:2203.09168,
+        equation 5 (beta; 0.5 is theirs).
+    """
+
+    num_values: int
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_num_values(self.num_values)
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is {self.beta}; give a number in [0, 1]")
+
+    @property
+    def num_outputs(self) -> int:
+        """The means, and behind them the logarithms of the variances."""
+        return 2 * self.num_values
+
+    def losses(self, outputs: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
+        """Return nats per number, in training weighted by the variance, [..., num_values]."""
+        mean, log_variance = self._split(outputs)
+        chex.assert_equal_shape([mean, labels])
+        error = jnp.square(labels.astype(mean.dtype) - mean)
+        losses = (error * jnp.exp(-log_variance) + log_variance + math.log(2 * math.pi)) / 2
+        if train and self.beta:
+            losses = losses * jax.lax.stop_gradient(jnp.exp(self.beta * log_variance))
+        return losses
+
+    def mean(self, outputs: jax.Array) -> jax.Array:
+        """Return the means, [..., num_values]."""
+        return self._split(outputs)[0]
+
+    def _split(self, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _check_outputs(outputs, self)
+        mean, log_variance = jnp.split(at_least_float32(outputs), 2, axis=-1)
+        return mean, jnp.maximum(log_variance, _LEAST_LOG_VARIANCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscretizedHead:
+    """Each number has probabilities of values that lie evenly in its range.
+
+    A label counts as the two values beside it, with weights such that their mean is the label;
+    the loss is the cross-entropy. What lies outside the range counts as its end.
+
+    Attributes:
+        ranges: (low, high) of each number.
+        num_bins: values from low to high.
+
+    Raises:
+        ValueError: no ranges, a range that is empty, or fewer than two bins.
+
+    References:
+        Schrittwieser et al. 2020, arXiv:1911.08265, appendix F (labels as two neighbours).
+
+    Example:
+        >>> head = DiscretizedHead(ranges=((0.0, 1.0),), num_bins=5)
+        >>> head.probabilities(jnp.array([0.375])).tolist()
+        [[0.0, 0.5, 0.5, 0.0, 0.0]]
+    """
+
+    ranges: Sequence[tuple[float, float]]
+    num_bins: int = 21
+
+    def __post_init__(self) -> None:
+        _check_num_values(len(self.ranges))
+        if self.num_bins < 2:
+            raise ValueError(f"num_bins is {self.num_bins}; give 2 or more")
+        for low, high in self.ranges:
+            if not low < high:
+                raise ValueError(f"the range ({low}, {high}) is empty; give low < high")
+
+    @property
+    def num_values(self) -> int:
+        """Number of ranges."""
+        return len(self.ranges)
+
+    @property
+    def num_outputs(self) -> int:
+        """A logit for each bin of each number."""
+        return self.num_values * self.num_bins
+
+    def probabilities(self, labels: jax.Array) -> jax.Array:
+        """Spread labels [..., num_values] over bins: [..., num_values, num_bins]."""
+        labels = at_least_float32(labels)
+        low, high = self._limits(labels.dtype, labels.ndim)
+        place = jnp.clip((labels - low) / (high - low), 0, 1) * (self.num_bins - 1)
+        bins = jnp.arange(self.num_bins, dtype=labels.dtype)
+        distance = jnp.abs(place[..., None] - bins.reshape((1,) * labels.ndim + (-1,)))
+        return jnp.maximum(1 - distance, 0)
+
+    def losses(self, outputs: jax.Array, labels: jax.Array, *, train: bool) -> jax.Array:
+        """Return nats per number, [..., num_values]."""
+        logits = self._logits(outputs)
+        probabilities = self.probabilities(labels)
+        chex.assert_equal_shape([logits, probabilities])
+        return -jnp.sum(probabilities.astype(logits.dtype) * jax.nn.log_softmax(logits), axis=-1)
+
+    def mean(self, outputs: jax.Array) -> jax.Array:
+        """Return the expected numbers, [..., num_values]."""
+        logits = self._logits(outputs)
+        low, high = self._limits(logits.dtype, outputs.ndim)
+        shares = jnp.linspace(0, 1, self.num_bins, dtype=logits.dtype)
+        return low + (high - low) * (jax.nn.softmax(logits) @ shares)
+
+    def _logits(self, outputs: jax.Array) -> jax.Array:
+        _check_outputs(outputs, self)
+        shape = (*outputs.shape[:-1], self.num_values, self.num_bins)
+        return at_least_float32(outputs).reshape(shape)
+
+    def _limits(self, dtype: Any, ndim: int) -> tuple[jax.Array, jax.Array]:
+        low, high = jnp.asarray(self.ranges, dtype).T
+        return (low.reshape((1,) * (ndim - 1) + (-1,)), high.reshape((1,) * (ndim - 1) + (-1,)))
+
+
+def head_regression(
+    module: Any,
+    head: RegressionHead,
+    *,
+    inputs: Sequence[str] = ("inputs",),
+    value_names: Sequence[str] = (),
+    apply: Callable[..., tuple[Any, ModelState]] = apply_module,
+) -> Objective:
+    """Build the objective of a network whose outputs a head reads.
+
+    Batches hold "labels" [batch, ..., num_values] and optionally "weights" [batch] or
+    [batch, ...]. The loss of an example is its sum over the numbers; the metrics are the mean
+    absolute errors of the expected numbers: "absolute_error", and one for each name.
+
+    Args:
+        module: inputs -> outputs [batch, ..., head.num_outputs].
+        head: reads them.
+        inputs: names of the batch's arrays that the module gets.
+        value_names: of the numbers, for metrics "{name}_error"; none by default.
+        apply: calls the module, with the arguments of `core.apply_module`.
+
+    Returns:
+        An `Objective`.
+
+    Raises:
+        ValueError: names that are not one for each number.
+    """
+    if value_names and len(value_names) != head.num_values:
+        raise ValueError(
+            f"{len(value_names)} names for {head.num_values} numbers; give one for each"
+        )
+
+    def losses(outputs: jax.Array, batch: Batch, *, train: bool) -> jax.Array:
+        return jnp.sum(head.losses(outputs, batch["labels"], train=train), axis=-1)
+
+    def measure(index: int | None) -> Measure:
+        def error(outputs: jax.Array, labels: jax.Array, weights: jax.Array | None) -> Mean:
+            errors = absolute_error(head.mean(outputs), labels)
+            return Mean.of(errors.mean(axis=-1) if index is None else errors[..., index], weights)
+
+        return error
+
+    measures: Mapping[str, Measure] = {
+        "absolute_error": measure(None),
+        **{f"{name}_error": measure(index) for index, name in enumerate(value_names)},
+    }
+    return supervised(module, losses, measures, inputs=inputs, apply=apply)
+
+
+def _check_num_values(num_values: int) -> None:
+    if num_values < 1:
+        raise ValueError(f"{num_values} numbers to predict; give 1 or more")
+
+
+def _check_outputs(outputs: jax.Array, head: RegressionHead) -> None:
+    if outputs.shape[-1] != head.num_outputs:
+        raise ValueError(
+            f"outputs of shape {outputs.shape} do not fit {type(head).__name__}, which reads "
+            f"{head.num_outputs} for {head.num_values} numbers; build the network with "
+            "num_outputs=head.num_outputs"
+        )

@@ -1,0 +1,166 @@
+"""Cross-entropy of independent yes-or-no labels, by one logarithm for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnets.core import (
+    Batch,
+    at_least_float32,
+)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Cross-entropy between labels and the softmax of logits.
+
+    -sum_c p_c log softmax(logits)_c, where p is the label's distribution, mixed with the uniform
+    one: (1 - label_smoothing) p + label_smoothing / num_classes.
+
+    Args:
+        logits: [..., num_classes].
+        labels: integer [...] in [0, num_classes), or class probabilities [..., num_classes].
+        label_smoothing: in [0, 1).
+
+    Returns:
+        Nats per example, [...]. NaN for an integer label outside its range, so that a wrong label
+        stops training instead of counting as another class.
+
+    Raises:
+        ValueError: shapes that do not fit, or `label_smoothing` outside its range.
+
+    References:
+        Szegedy et al., 2016, arXiv:1512.00567, section 7 (label smoothing).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; give a number in [0, 1)")
+    logits = at_least_float32(logits)
+    num_classes = logits.shape[-1]
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    expected = logits.shape[:-1] if integer else logits.shape
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels of shape {labels.shape} and type {labels.dtype} do not fit logits of shape "
+            f"{logits.shape}; give integers {logits.shape[:-1]} or probabilities {logits.shape}"
+        )
+    if integer:
+        probabilities = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+    else:
+        probabilities = labels.astype(logits.dtype)
+    if label_smoothing:
+        probabilities = (1 - label_smoothing) * probabilities + label_smoothing / num_classes
+    losses = optax.softmax_cross_entropy(logits, probabilities)
+    if integer:
+        losses = jnp.where((labels < 0) | (labels >= num_classes), jnp.nan, losses)
+    return losses
+
+
+def squared_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
+    """(prediction - label)^2, elementwise.
+
+    Args:
+        predictions: [...].
+        labels: [...], same shape.
+
+    Returns:
+        [...], in the square of the labels' unit.
+    """
+    chex.assert_equal_shape([predictions, labels])
+    predictions = at_least_float32(predictions)
+    return jnp.square(predictions - labels.astype(predictions.dtype))
+
+
+def absolute_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
+    """|prediction - label|, elementwise.
+
+    Args:
+        predictions: [...].
+        labels: [...], same shape.
+
+    Returns:
+        [...], in the labels' unit.
+    """
+    chex.assert_equal_shape([predictions, labels])
+    predictions = at_least_float32(predictions)
+    return jnp.abs(predictions - labels.astype(predictions.dtype))
+
+
+def huber_error(predictions: jax.Array, labels: jax.Array, *, delta: float = 1.0) -> jax.Array:
+    """Squared error / 2 up to `delta`, growing linearly beyond it, elementwise.
+
+    Args:
+        predictions: [...].
+        labels: [...], same shape.
+        delta: the distance at which the loss becomes linear, in the labels' unit.
+
+    Returns:
+        [...].
+
+    References:
+        Huber, 1964, "Robust Estimation of a Location Parameter".
+    """
+    chex.assert_equal_shape([predictions, labels])
+    predictions = at_least_float32(predictions)
+    return optax.huber_loss(predictions, labels.astype(predictions.dtype), delta=delta)
+
+
+def label_losses(label_smoothing: float = 0.0) -> Callable[..., jax.Array]:
+    """Build the losses of logits against the labels of a batch, for `supervised`.
+
+    Args:
+        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+
+    Returns:
+        `(logits, batch, *, train)` -> nats per label.
+    """
+
+    def losses(logits: jax.Array, batch: Batch, *, train: bool) -> jax.Array:
+        smoothing = label_smoothing if train else 0.0
+        return cross_entropy(logits, batch["labels"], label_smoothing=smoothing)
+
+    return losses
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of independent yes-or-no labels under the sigmoid of logits.
+
+    -y log p - (1 - y) log(1 - p) for p = sigmoid(l) is max(l, 0) - l y + log(1 + exp(-|l|)), and
+    its derivative p - y. Optax takes both logarithms, and differentiates each: a step of a
+    variational autoencoder of 784 pixels takes 0.85 to 0.9 of the time with one.
+
+    Args:
+        logits: [...].
+        labels: probabilities in [0, 1], [...].
+
+    Returns:
+        Nats per label, [...].
+
+    Example:
+        >>> binary_cross_entropy(jnp.zeros(2), jnp.array([0.0, 1.0]))  # log 2
+        Array([0.6931472, 0.6931472], dtype=float32)
+    """
+    chex.assert_equal_shape([logits, labels])
+    logits = at_least_float32(logits)
+    return _cross_entropy(logits, labels.astype(logits.dtype))
+
+
+@jax.custom_jvp
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    sizes = jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    return jnp.maximum(logits, 0) - logits * labels + sizes
+
+
+@_cross_entropy.defjvp
+def _cross_entropy_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # Term by term it would be wrong twice differentiated at 0, where |l| has a corner.
+    (logits, labels), (to_logits, to_labels) = primals, tangents
+    change = (jax.nn.sigmoid(logits) - labels) * to_logits - logits * to_labels
+    return _cross_entropy(logits, labels), change

@@ -1,0 +1,321 @@
+"""Objectives of sequences: language modelling, sequence to sequence, and CTC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnets.core import (
+    Batch,
+    ModelState,
+    Objective,
+    Params,
+    apply_module,
+    at_least_float32,
+    bound_data_axis,
+)
+from jaxnets.functional.lengths import clear_padding
+from jaxnets.metrics.supervised import accuracy
+from jaxnets.objectives.losses import label_losses
+from jaxnets.objectives.supervised import Measure, supervised
+
+
+def language_modelling(
+    module: Any,
+    *,
+    label_smoothing: float = 0.0,
+    measures: Mapping[str, Measure] | None = None,
+    carry_across_batches: bool = False,
+) -> Objective:
+    """Build the objective of a network that predicts a label for every step of a sequence.
+
+    Batches hold "inputs" [batch, time] and "labels" [batch, time], for a language model the same
+    tokens one step later; optionally "lengths" [batch], which the module gets as a keyword, and
+    "weights" [batch] or [batch, time]. The loss is in nats per token, over the tokens within the
+    lengths.
+
+    With `carry_across_batches`, row i of each batch goes on where row i of the batch before
+    ended, and gradients stop at that border: truncated backpropagation through time. The carry
+    lives in model_state["carry"], from `with_carry`, and so is part of checkpoints. Evaluation
+    starts every batch from an empty history and leaves the carry as it is.
+
+    Args:
+        module: tokens -> logits [batch, time, vocabulary]; with `carry_across_batches`,
+            (tokens, carry=carry) -> (logits, carry).
+        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+        measures: functions of (logits, labels, weights [batch, time]); by default the accuracy.
+        carry_across_batches: keep the module's carry from batch to batch while training.
+
+    Returns:
+        An `Objective`. Lengths out of range are refused with ValueError where they are known, and
+        give NaN where they are known only when the program runs.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Bigrams(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, tokens, lengths=None, *, train=False):
+        ...         return nn.Embed(4, 4, embedding_init=nn.initializers.zeros)(tokens)
+        >>> tokens = jnp.array([[0, 1, 2, 3]])
+        >>> batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
+        >>> params = Bigrams().init(jax.random.key(0), tokens)["params"]
+        >>> objective = language_modelling(Bigrams())
+        >>> loss = objective(params, {}, batch, jax.random.key(0), train=False).loss
+        >>> round(float(loss.compute()), 4), float(loss.count)  # log(4) nats per token
+        (1.3863, 3.0)
+
+    References:
+        Williams and Peng 1990, Neural Computation 2(4) (truncated backpropagation through time).
+    """
+    return supervised(
+        module,
+        label_losses(label_smoothing),
+        {"accuracy": accuracy} if measures is None else measures,
+        weigh=lambda batch: _token_weights(batch, "lengths"),
+        apply=_apply_with_carry if carry_across_batches else apply_module,
+    )
+
+
+def sequence_to_sequence(
+    module: Any,
+    *,
+    label_smoothing: float = 0.0,
+    measures: Mapping[str, Measure] | None = None,
+) -> Objective:
+    """Build the objective of a network that reads one sequence and writes another.
+
+    Batches hold "inputs" [batch, source], "decoder_inputs" [batch, target], which begin with the
+    token that begins a text, and "labels" [batch, target], the same tokens one step later;
+    optionally "lengths" [batch] of the inputs, which the module gets as a keyword, "label_lengths"
+    [batch] and "weights" [batch]. The loss is in nats per token of the labels.
+
+    Args:
+        module: (inputs, decoder_inputs) -> logits [batch, target, vocabulary].
+        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+        measures: functions of (logits, labels, weights [batch, target]); by default the accuracy.
+
+    Returns:
+        An `Objective`; lengths out of range as in `language_modelling`.
+    """
+    return supervised(
+        module,
+        label_losses(label_smoothing),
+        {"accuracy": accuracy} if measures is None else measures,
+        inputs=("inputs", "decoder_inputs"),
+        weigh=lambda batch: _token_weights(batch, "label_lengths"),
+    )
+
+
+def ctc(module: Any, *, blank: int = 0) -> Objective:
+    """Build the objective of a network that recognises labels in more frames than there are labels.
+
+    Batches hold "inputs" [batch, time, ...], "labels" int [batch, labels] and "label_lengths"
+    [batch]; optionally "lengths" [batch] of the inputs, which the module gets as a keyword, and
+    "weights" [batch]. The loss is `ctc_loss`, in nats per utterance.
+
+    Args:
+        module: inputs -> (logits [batch, frames, classes], number of frames int [batch]).
+        blank: class that stands for no label.
+
+    Returns:
+        An `Objective`. What `ctc_loss` cannot align is NaN, so that it stops training;
+        `check_ctc_batch` finds it in the data beforehand.
+    """
+
+    def losses(predictions: tuple[jax.Array, jax.Array], batch: Batch, *, train: bool) -> jax.Array:
+        logits, frames = predictions
+        return ctc_loss(logits, frames, batch["labels"], batch["label_lengths"], blank=blank)
+
+    return supervised(module, losses, {}, needs=("label_lengths",))
+
+
+def ctc_loss(
+    logits: jax.Array,
+    frames: jax.Array,
+    labels: jax.Array,
+    label_lengths: jax.Array,
+    *,
+    blank: int = 0,
+) -> jax.Array:
+    """Return -log P(labels): the sum over all alignments of the labels with the frames.
+
+    Args:
+        logits: [batch, time, classes].
+        frames: int [batch] in [0, time], number of valid frames of each utterance.
+        labels: int [batch, labels], classes other than `blank`; what stands beyond the label
+            lengths does not count.
+        label_lengths: int [batch].
+        blank: class that stands for no label.
+
+    Returns:
+        Nats per utterance, [batch], float32 or wider. NaN for lengths out of range, for labels
+        that are no class or the blank, and for more labels than the frames can hold: every label
+        takes a frame, and a repeated one another for the blank before it.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[[0.6, 0.4], [0.6, 0.4]]]))
+        >>> loss = ctc_loss(logits, jnp.array([2]), jnp.array([[1]]), jnp.array([1]))
+        >>> round(float(jnp.exp(-loss[0])), 4)
+        0.64
+
+    References:
+        Graves et al. 2006, ICML, "Connectionist Temporal Classification", section 4.
+    """
+    batch, time, num_classes = logits.shape
+    if labels.ndim != 2 or {batch} != {len(labels), len(frames), len(label_lengths)}:
+        raise ValueError(
+            f"labels of shape {labels.shape} with {len(label_lengths)} lengths, and {len(frames)} "
+            f"numbers of frames, do not fit logits of shape {logits.shape}; give [batch, labels]"
+        )
+    valid = jnp.arange(labels.shape[1])[None] < label_lengths[:, None]
+    labels = jnp.where(valid, labels, blank)
+    losses = optax.ctc_loss(
+        at_least_float32(logits),
+        (jnp.arange(time)[None] >= frames[:, None]).astype(jnp.float32),
+        labels,
+        (~valid).astype(jnp.float32),
+        blank_id=blank,
+    )
+    no_label = (labels < 0) | (labels >= num_classes) | (labels == blank)
+    wrong = jnp.any(valid & no_label, axis=1) | (_frames_needed(labels, valid) > frames)
+    wrong |= (label_lengths < 0) | (label_lengths > labels.shape[1])
+    wrong |= (frames < 0) | (frames > time)
+    return jnp.where(wrong, jnp.nan, losses)
+
+
+def check_ctc_batch(batch: Batch, frames: Any, *, num_classes: int, blank: int = 0) -> None:
+    """Refuse a batch that has an utterance for which the loss of `ctc` is not defined.
+
+    Args:
+        batch: with "labels" and "label_lengths"; utterances of weight 0 may have any.
+        frames: int [batch], the number of frames that the network gives for each utterance.
+        num_classes: classes of the logits, `blank` included.
+        blank: class that stands for no label.
+
+    Raises:
+        ValueError: the first utterance at fault, and why.
+    """
+    labels, lengths = np.asarray(batch["labels"]), np.asarray(batch["label_lengths"])
+    weights = np.asarray(batch.get("weights", np.ones(len(labels))))
+    valid = np.arange(labels.shape[1])[None] < lengths[:, None]
+    needed = np.asarray(_frames_needed(labels, valid))
+    for index in np.flatnonzero(weights):
+        if not 0 <= lengths[index] <= labels.shape[1]:
+            raise ValueError(
+                f"label length {lengths[index]} of utterance {index} is not in "
+                f"[0, {labels.shape[1]}]; it counts the labels of its row"
+            )
+        row = labels[index, : lengths[index]]
+        wrong = row[(row < 0) | (row >= num_classes) | (row == blank)]
+        if wrong.size:
+            raise ValueError(
+                f"label {wrong[0]} of utterance {index} is not one of the {num_classes} classes "
+                f"other than the blank, {blank}; number the labels around it"
+            )
+        if needed[index] > frames[index]:
+            raise ValueError(
+                f"utterance {index} has {frames[index]} frames and its {lengths[index]} labels "
+                f"need {needed[index]}; drop it, or subsample the frames less"
+            )
+
+
+def with_carry(variables: Mapping[str, Any], module: Any, batch_size: int) -> dict[str, Any]:
+    """Add the carry of an empty history, for `language_modelling(carry_across_batches=True)`.
+
+    Args:
+        variables: what `module.init` returned.
+        module: speaks the decoding protocol, see `generation.generate`.
+        batch_size: rows of a batch, of all devices together.
+
+    Returns:
+        The variables with a collection "carry" whose leaves are [batch_size, ...].
+    """
+    return {**variables, "carry": module.apply(variables, batch_size, 1, method="start")}
+
+
+def _token_weights(batch: Batch, name: str) -> jax.Array | None:
+    """Give each token the weight of its example, or 0 beyond the example's length."""
+    shape, lengths, weights = batch["labels"].shape[:2], batch.get(name), batch.get("weights")
+    if lengths is None and weights is None:
+        return None
+    tokens, _ = clear_padding(jnp.ones(shape), lengths)
+    if weights is None:
+        return tokens
+    weights = jnp.asarray(weights)
+    if weights.shape not in (shape[:1], shape):
+        raise ValueError(
+            f"weights of shape {weights.shape} do not fit labels of shape {shape}; give one for "
+            f"each example, shape {shape[:1]}, or one for each token"
+        )
+    return tokens * (weights[:, None] if weights.ndim == 1 else weights)
+
+
+def _frames_needed(labels: Any, valid: Any) -> jax.Array:
+    repeats = valid[:, 1:] & (labels[:, 1:] == labels[:, :-1])
+    return jnp.sum(valid, axis=1) + jnp.sum(repeats, axis=1)
+
+
+def _apply_with_carry(
+    module: Any,
+    params: Params,
+    model_state: ModelState,
+    inputs: jax.Array,
+    *,
+    rngs: Mapping[str, jax.Array],
+    train: bool,
+    **keywords: Any,
+) -> tuple[jax.Array, ModelState]:
+    if "carry" not in model_state:
+        raise ValueError(
+            f"model_state has {sorted(model_state)} and no 'carry'; give create_train_state "
+            "with_carry(variables, module, batch_size)"
+        )
+    others: ModelState = {name: tree for name, tree in model_state.items() if name != "carry"}
+    if not train:
+        logits, _ = apply_module(module, params, others, inputs, **keywords)
+        return logits, model_state
+    (logits, carry), others = apply_module(
+        module,
+        params,
+        others,
+        inputs,
+        rngs=rngs,
+        train=True,
+        carry=_own_rows(model_state["carry"], len(inputs)),
+        **keywords,
+    )
+    return logits, {**others, "carry": _all_rows(carry)}
+
+
+def _own_rows(carry: Any, num_rows: int) -> Any:
+    """Take from the carry of the whole batch the rows that this device computes."""
+    axis = bound_data_axis()
+    num_devices = 1 if axis is None else jax.lax.axis_size(axis)
+    first = 0 if axis is None else num_rows * jax.lax.axis_index(axis)
+
+    def take(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] != num_rows * num_devices:
+            raise ValueError(
+                f"a carry of {leaf.shape[0]} rows does not fit a batch of "
+                f"{num_rows * num_devices}; give batches of one size, with no microbatches, and "
+                "that size to with_carry"
+            )
+        return jax.lax.dynamic_slice_in_dim(leaf, first, num_rows)
+
+    return jax.lax.stop_gradient(jax.tree.map(take, carry))
+
+
+def _all_rows(carry: Any) -> Any:
+    """Join the carries of all devices, so that each of them keeps the state of the run."""
+    axis, carry = bound_data_axis(), jax.lax.stop_gradient(carry)
+    if axis is None:
+        return carry
+    return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True), carry)

@@ -1,0 +1,18 @@
+"""Tools: summary of a network, doctor, comparison of runs, saliency."""
+
+from jaxnets.tools.comparison import Comparison, compare, read_run
+from jaxnets.tools.doctor import examine
+from jaxnets.tools.saliency import input_gradient, visual_backprop
+from jaxnets.tools.summary import Summary, summarize, summarize_model
+
+__all__ = [
+    "Comparison",
+    "Summary",
+    "compare",
+    "examine",
+    "input_gradient",
+    "read_run",
+    "summarize",
+    "summarize_model",
+    "visual_backprop",
+]

@@ -1,0 +1,415 @@
+"""What a network holds and what it costs, computed from shapes alone: nothing is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from jaxnets.checks import check_sizes
+from jaxnets.core import Batch, Update, tree_path
+from jaxnets.models.registry import MODELS
+from jaxnets.training.optimizers import decay_mask, muon_dimensions
+from jaxnets.training.step import create_train_state, make_train_step
+
+# The rate is a number in the program: no cost depends on it.
+_RATE = 1e-3
+#: Name -> optimizer with its usual settings.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": lambda: optax.sgd(_RATE),
+    "momentum": lambda: optax.sgd(_RATE, momentum=0.9),
+    "rmsprop": lambda: optax.rmsprop(_RATE),
+    "adam": lambda: optax.adam(_RATE),
+    "adamw": lambda: optax.adamw(_RATE, mask=decay_mask),
+    "lion": lambda: optax.lion(_RATE, mask=decay_mask),
+    "muon": lambda: optax.contrib.muon(_RATE, muon_weight_dimension_numbers=muon_dimensions),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One module of a network.
+
+    Attributes:
+        path: its place, such as "stage_1_block_1/conv_1"; "" for the network itself.
+        kind: its class.
+        output: shapes of the arrays it returned at its first call.
+        num_parameters: those of all modules inside it included.
+        shapes: shape of each parameter of its own.
+    """
+
+    path: str
+    kind: str
+    output: tuple[tuple[int, ...], ...]
+    num_parameters: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def depth(self) -> int:
+        """How many modules it lies inside of."""
+        return self.path.count("/") + 1 if self.path else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Cost of a compiled program, as XLA counts it for the default device.
+
+    Attributes:
+        flops: floating point operations, two for a multiply-add. The body of a loop counts once,
+            however often it runs. NaN where the backend does not say.
+        argument_bytes: what goes in: parameters, optimizer state, batch.
+        temporary_bytes: what lives in between: activations, gradients.
+        output_bytes: what comes out.
+        alias_bytes: the part of the output that takes the place of donated arguments.
+        compile_seconds: time to trace and compile, less if it was in the compilation cache.
+    """
+
+    flops: float
+    argument_bytes: int
+    temporary_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    compile_seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of arguments, temporaries and output together."""
+        total = self.argument_bytes + self.temporary_bytes + self.output_bytes
+        return total - self.alias_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Layers, parameters and cost of a network; prints as a table.
+
+    Attributes:
+        model: class of the network.
+        inputs: its inputs, such as "float32[32, 28, 28, 1]".
+        layers: every module that was called, outer ones before those inside them.
+        num_parameters: trainable numbers; a shared parameter counts once.
+        parameter_bytes: their size.
+        num_state: numbers in the other collections, such as running averages.
+        state_bytes: their size.
+        forward: the evaluation of one batch; None if not compiled.
+        train_step: one training step with a donated state; None if not compiled.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    num_parameters: int
+    parameter_bytes: int
+    num_state: int
+    state_bytes: int
+    forward: Program | None = None
+    train_step: Program | None = None
+
+    def table(self, *, depth: int | None = None, shapes: bool = False) -> str:
+        """Write the layers, then the totals.
+
+        Args:
+            depth: modules inside more than this many others are left out; None shows all.
+            shapes: add a column with the shape of every parameter.
+
+        Returns:
+            Lines of aligned text.
+        """
+        shown = [layer for layer in self.layers if depth is None or layer.depth <= depth]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "kind", "output", "parameters", "shapes" if shapes else "")
+        ]
+        for layer in shown:
+            own = ", ".join(f"{name} {list(shape)}" for name, shape in layer.shapes.items())
+            name = "  " * layer.depth + (layer.path.rsplit("/", 1)[-1] or "(all)")
+            output = ", ".join(str(list(shape)) for shape in layer.output)
+            rows.append(
+                (name, layer.kind, output, f"{layer.num_parameters:,}", own if shapes else "")
+            )
+        lines = [f"{self.model} of {', '.join(self.inputs)}", "", *_aligned(rows, right={3})]
+        hidden = len(self.layers) - len(shown)
+        if hidden:
+            lines.append(f"  ({hidden} modules inside these are not shown)")
+        totals = f"{self.num_parameters:,} trainable, {_binary(self.parameter_bytes)}"
+        if self.num_state:
+            totals += f"; {self.num_state:,} in other state, {_binary(self.state_bytes)}"
+        lines += ["", f"parameters  {totals}"]
+        programs = {"forward": self.forward, "train step": self.train_step}
+        measured = {name: program for name, program in programs.items() if program}
+        if measured:
+            costs = [_costs(program) for program in measured.values()]
+            rows = [
+                ("", *measured),
+                *((name, *(cost[name] for cost in costs)) for name in costs[0]),
+            ]
+            lines += ["", *_aligned(rows, right={1, 2})]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as a dict that `json.dumps` takes; an unknown number is None."""
+        content = dataclasses.asdict(self)
+        for name in ("forward", "train_step"):
+            program = getattr(self, name)
+            if program is not None:
+                content[name]["peak_bytes"] = program.peak_bytes
+                content[name]["flops"] = None if math.isnan(program.flops) else program.flops
+        return content
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the table where a notebook would show the fields."""
+        printer.text(str(self))
+
+
+def summarize(
+    module: nn.Module,
+    *inputs: Any,
+    update: Update | None = None,
+    batch: Batch | None = None,
+    compiled: bool = True,
+    **keywords: Any,
+) -> Summary:
+    """Tell what a network holds and costs, without allocating any of it.
+
+    Args:
+        module: any Linen module.
+        inputs: its inputs: arrays, `jax.ShapeDtypeStruct`s or trees of them; a tuple of integers
+            is the shape of a float32 array.
+        update: objective and optimizer, to measure a training step too.
+        batch: the batch of that step, as `inputs` are; by default the first input as "inputs"
+            and int32 "labels" [batch].
+        compiled: whether to compile the forward pass and the training step for their FLOPs and
+            memory, which takes seconds to minutes for deep networks.
+        keywords: further keyword inputs of the module, taken as constants.
+
+    Returns:
+        Summary.
+
+    Example:
+        >>> from jaxnets.models.feedforward import MLP
+        >>> print(summarize(MLP(features=(64,)), (32, 28, 28, 1), compiled=False))
+        MLP of float32[32, 28, 28, 1]
+        <BLANKLINE>
+        layer          kind     output    parameters
+        (all)          MLP      [32, 10]      50,890
+          hidden_0     Dense    [32, 64]      50,240
+          dropout_0    Dropout  [32, 64]           0
+            Dropout_0  Dropout  [32, 64]           0
+          head         Dense    [32, 10]         650
+        <BLANKLINE>
+        parameters  50,890 trainable, 198.8 KiB
+    """
+    shapes = tuple(_abstract(value) for value in inputs)
+    variables, calls = _trace(module, shapes, keywords)
+    params = jax.tree.leaves(variables.get("params", {}))
+    state = jax.tree.leaves({name: tree for name, tree in variables.items() if name != "params"})
+    forward = train_step = None
+    if compiled:
+        forward = _measure(
+            lambda variables, *values: module.apply(variables, *values, **keywords),
+            variables,
+            *shapes,
+        )
+    if compiled and update is not None:
+        if batch is None:
+            labels = jax.ShapeDtypeStruct(shapes[0].shape[:1], jnp.int32)
+            batch = {"inputs": shapes[0], "labels": labels}
+        train_state = jax.eval_shape(
+            lambda variables: create_train_state(variables, update, rng=jax.random.key(0)),
+            variables,
+        )
+        train_step = _measure(
+            make_train_step(update),
+            train_state,
+            {name: _abstract(value) for name, value in batch.items()},
+            donate=(0,),
+        )
+    return Summary(
+        model=type(module).__name__,
+        inputs=tuple(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(shapes)),
+        layers=_layers(variables.get("params", {}), calls),
+        num_parameters=_size(params),
+        parameter_bytes=_num_bytes(params),
+        num_state=_size(state),
+        state_bytes=_num_bytes(state),
+        forward=forward,
+        train_step=train_step,
+    )
+
+
+def summarize_model(
+    name: str,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    batch_size: int = 32,
+    num_outputs: int | None = None,
+    optimizer: str = "adamw",
+    compiled: bool = True,
+) -> Summary:
+    """Summarize a network of the library by its name, and a step of its usual training.
+
+    Args:
+        name: key of `MODELS`.
+        input_shape: of one example; by default the usual one of the model.
+        batch_size: examples in a batch.
+        num_outputs: number of classes or tokens, by default the usual one of the model.
+        optimizer: key of `OPTIMIZERS`.
+        compiled: as for `summarize`.
+
+    Returns:
+        Summary.
+
+    Raises:
+        ValueError: an unknown name, a size below 1, or an input that the network refuses.
+
+    Example:
+        >>> summarize_model("resnet50", compiled=False).num_parameters
+        25557032
+    """
+    model = _look_up(MODELS, name, "model")
+    make_optimizer = _look_up(OPTIMIZERS, optimizer, "optimizer")
+    input_shape = model.input_shape if input_shape is None else input_shape
+    check_sizes(input_shape=input_shape, batch_size=batch_size)
+    module, task = model.network(num_outputs), model.task
+    batch = task.batch(batch_size, tuple(input_shape))
+    return summarize(
+        module,
+        *(batch[entry] for entry in task.inputs),
+        update=Update(task.objective(module), make_optimizer()),
+        batch=batch,
+        compiled=compiled,
+    )
+
+
+def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(table)}")
+    return table[name]
+
+
+def _abstract(value: Any) -> Any:
+    if isinstance(value, tuple) and all(isinstance(size, int) for size in value):
+        return jax.ShapeDtypeStruct(value, jnp.float32)
+    return jax.eval_shape(lambda tree: tree, value)
+
+
+def _trace(
+    module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[Any, dict[tuple[str, ...], Any]]:
+    """Return the variables as shapes, and (kind, output shapes) of each module's first call."""
+    calls: dict[tuple[str, ...], Any] = {}
+    mains: set[tuple[str, ...]] = set()  # whose __call__ was called, which counts before others
+
+    def watch(call: Any, args: Any, keywords: Any, context: Any) -> Any:
+        module, main = context.module, context.method_name == "__call__"
+        bound = module.scope is not None and context.method_name != "setup"
+        if not bound or module.path in (mains if main else calls):
+            return call(*args, **keywords)
+        calls.setdefault(module.path)  # in the order of entry: a module stands before its own
+        mains.update({module.path} if main else ())
+        output = call(*args, **keywords)
+        # A method may also return a function, such as one step of a decoder for a scan.
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(output) if not callable(leaf)]
+        calls[module.path] = type(module).__name__, tuple(shapes)
+        return output
+
+    def initialize(*inputs: Any) -> Any:
+        return module.init(jax.random.key(0), *inputs, **keywords)
+
+    with nn.intercept_methods(watch):
+        variables = jax.eval_shape(initialize, *inputs)
+    return nn.meta.unbox(variables), calls
+
+
+def _layers(params: Any, calls: Mapping[tuple[str, ...], Any]) -> tuple[Layer, ...]:
+    within: Counter[tuple[str, ...]] = Counter()
+    shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {path: {} for path in calls}
+    for key, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        names = tuple(tree_path(key).split("/"))
+        owners = [names[:length] for length in range(len(names)) if names[:length] in calls]
+        within.update(dict.fromkeys(owners, leaf.size))
+        if owners:
+            shapes[owners[-1]]["/".join(names[len(owners[-1]) :])] = tuple(leaf.shape)
+    return tuple(
+        Layer("/".join(path), kind, output, within[path], shapes[path])
+        for path, (kind, output) in calls.items()
+    )
+
+
+def _measure(
+    function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+) -> Program:
+    began = time.perf_counter()
+    program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    memory: Any = program.memory_analysis()
+    return Program(
+        flops=float((program.cost_analysis() or {}).get("flops", math.nan)),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        compile_seconds=seconds,
+    )
+
+
+def _size(leaves: list[Any]) -> int:
+    return sum(leaf.size for leaf in leaves)
+
+
+def _num_bytes(leaves: list[Any]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _costs(program: Program) -> dict[str, str]:
+    unknown = math.isnan(program.flops)
+    return {
+        "operations": "unknown" if unknown else _decimal(program.flops, "FLOP"),
+        "peak memory": _binary(program.peak_bytes),
+        "  arguments": _binary(program.argument_bytes),
+        "  temporaries": _binary(program.temporary_bytes),
+        "  output": _binary(program.output_bytes),
+        "  of it donated": _binary(program.alias_bytes),
+        "compiled in": f"{program.compile_seconds:.1f} s",
+    }
+
+
+def _decimal(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.4g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.4g} P{unit}"
+
+
+def _binary(num_bytes: float) -> str:
+    if num_bytes < 1024:
+        return f"{num_bytes} B"
+    for prefix in ("Ki", "Mi", "Gi"):
+        num_bytes /= 1024
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {prefix}B"
+    return f"{num_bytes / 1024:.1f} TiB"
+
+
+def _aligned(rows: list[tuple[str, ...]], *, right: set[int]) -> list[str]:
+    """Lay rows out in columns; those numbered in `right` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,0 +1,85 @@
+"""Training: the step, executors, the loop, hooks, checkpoints, diagnostics."""
+
+from jaxnets.training.checkpoint import CheckpointError, parameters_sha256
+from jaxnets.training.diagnostics import (
+    LearningRateSearch,
+    OverfitReport,
+    find_learning_rate,
+    overfit_one_batch,
+)
+from jaxnets.training.equivalence import EquivalenceReport, check_equivalence
+from jaxnets.training.executors import (
+    data_mesh,
+    fsdp_sharding,
+    jit_step,
+    pmap_step,
+    population_step,
+    replicate,
+    resident_steps,
+    scan_steps,
+    sharded_step,
+)
+from jaxnets.training.histograms import gradient_histograms, parameter_histograms
+from jaxnets.training.history import History, NonFiniteError
+from jaxnets.training.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, fit
+from jaxnets.training.media import Histogram, Picture
+from jaxnets.training.optimizers import (
+    ParameterAverageState,
+    averaged_parameters,
+    decay_mask,
+    muon_dimensions,
+    with_parameter_average,
+)
+from jaxnets.training.population import PopulationExecutor
+from jaxnets.training.step import TrainStep, create_train_state, make_eval_step, make_train_step
+from jaxnets.training.writers import jsonl_writer, tensorboard_writer, wandb_writer
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointing",
+    "EarlyStopping",
+    "EquivalenceReport",
+    "Histogram",
+    "History",
+    "Hook",
+    "Interrupted",
+    "LearningRateSearch",
+    "NonFiniteError",
+    "OverfitReport",
+    "ParameterAverageState",
+    "Picture",
+    "PopulationExecutor",
+    "StopTraining",
+    "TrainStep",
+    "averaged_parameters",
+    "check_equivalence",
+    "create_train_state",
+    "data_mesh",
+    "decay_mask",
+    "evaluate",
+    "evaluation",
+    "every",
+    "find_learning_rate",
+    "fit",
+    "fsdp_sharding",
+    "gradient_histograms",
+    "jit_step",
+    "jsonl_writer",
+    "make_eval_step",
+    "make_train_step",
+    "muon_dimensions",
+    "overfit_one_batch",
+    "parameter_histograms",
+    "parameters_sha256",
+    "pmap_step",
+    "population_step",
+    "replicate",
+    "resident_steps",
+    "resume",
+    "scan_steps",
+    "sharded_step",
+    "tensorboard_writer",
+    "wandb_writer",
+    "with_parameter_average",
+]

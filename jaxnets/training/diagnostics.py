@@ -1,0 +1,167 @@
+"""The first checks of a new network: can it learn one batch, and at which learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnets.core import Batch, BatchSource, Objective, Update
+from jaxnets.training.executors import jit_step, population_step
+from jaxnets.training.step import create_train_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateSearch:
+    """Losses of a population over learning rates.
+
+    Attributes:
+        learning_rates: [rates], rising.
+        losses: training loss [steps, rates]; not finite where a rate diverged.
+        best: the rate with the lowest mean loss over the last tenth of the steps.
+    """
+
+    learning_rates: np.ndarray
+    losses: np.ndarray
+    best: float
+
+    def __str__(self) -> str:
+        last = _last_tenth(self.losses)
+        rows = [
+            f"{rate:10.2e}  {loss:10.4f}{'  <- best' if rate == self.best else ''}"
+            for rate, loss in zip(self.learning_rates, last, strict=True)
+        ]
+        return "\n".join([f"{'rate':>10}  {'loss':>10}", *rows])
+
+
+def find_learning_rate(
+    objective: Objective,
+    make_optimizer: Callable[..., optax.GradientTransformation],
+    variables: Mapping[str, Any],
+    batches: BatchSource,
+    *,
+    rng: jax.Array,
+    learning_rates: Sequence[float] | None = None,
+    num_steps: int = 100,
+    loop: Literal["vmap", "map"] = "vmap",
+) -> LearningRateSearch:
+    """Train one network at many learning rates at once, as a population.
+
+    Unlike a sweep of the rate within one run, every rate is tried from the same start for the
+    same number of steps.
+
+    Args:
+        objective: the loss.
+        make_optimizer: takes `learning_rate`, such as `optax.adam`.
+        variables: what `module.init` returned; every member starts from it.
+        batches: BatchSource.
+        rng: root key.
+        learning_rates: by default 17 rates from 1e-5 to 1e-1, two per factor of 3.16.
+        num_steps: steps for each rate.
+        loop: as for `population_step`.
+
+    Returns:
+        LearningRateSearch; `print` it.
+
+    Raises:
+        ValueError: no rate, or none at which the loss stays finite.
+    """
+    rates = np.geomspace(1e-5, 1e-1, 17) if learning_rates is None else np.sort(learning_rates)
+    if rates.size == 0 or np.min(rates) <= 0:
+        raise ValueError(f"learning_rates is {learning_rates}; give rates above 0")
+    update = Update(
+        objective, optax.inject_hyperparams(make_optimizer)(learning_rate=float(rates[0]))
+    )
+
+    def create(rate: jax.Array) -> Any:
+        state = create_train_state(variables, update, rng=rng)
+        opt_state = optax.tree.set(state.opt_state, learning_rate=rate)
+        return dataclasses.replace(state, opt_state=opt_state)
+
+    states = jax.vmap(create)(jnp.asarray(rates, jnp.float32))
+    step = jit_step(population_step(make_train_step(update), loop=loop))
+    losses = []
+    for batch in itertools.islice(batches(0), num_steps):
+        states, metrics = step(states, batch)
+        losses.append(metrics["loss"].compute())
+    table = np.stack(jax.device_get(losses))
+    last = _last_tenth(table)
+    if not np.isfinite(last).any():
+        raise ValueError(
+            f"the loss is not finite at any learning rate from {rates[0]:g} to {rates[-1]:g}; "
+            "look for NaN inputs or labels out of range, or try lower rates"
+        )
+    return LearningRateSearch(rates, table, float(rates[np.nanargmin(last)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class OverfitReport:
+    """Whether a network can learn one batch by heart.
+
+    Attributes:
+        losses: training loss [steps].
+        passed: the last loss is finite and at most `target` times the first.
+        target: see there.
+    """
+
+    losses: np.ndarray
+    passed: bool
+    target: float
+
+    def __str__(self) -> str:
+        verdict = "learnt" if self.passed else "did NOT learn"
+        return (
+            f"{verdict} one batch by heart: loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g} in "
+            f"{len(self.losses)} steps (wanted {self.target:g} of the first)"
+        )
+
+
+def overfit_one_batch(
+    update: Update | Sequence[Update],
+    variables: Mapping[str, Any],
+    batch: Batch,
+    *,
+    rng: jax.Array,
+    num_steps: int = 200,
+    target: float = 0.1,
+) -> OverfitReport:
+    """Train on one batch only: a new network's first test.
+
+    A network that cannot learn a single batch by heart has a wrong loss, a dead layer, inputs
+    that carry nothing, or an optimizer that does not move it.
+
+    Args:
+        update: as for `make_train_step`.
+        variables: what `module.init` returned.
+        batch: a few dozen examples.
+        rng: root key.
+        num_steps: steps on the batch, all in one dispatch.
+        target: the share of the first loss that counts as learnt.
+
+    Returns:
+        OverfitReport; `print` it.
+    """
+    step = make_train_step(update)
+    state = create_train_state(variables, update, rng=rng)
+    name = "loss" if step.updates[0].wrt is None else f"{step.updates[0].wrt}/loss"
+
+    def run(state: Any, batch: Batch) -> jax.Array:
+        def body(state: Any, _: None) -> tuple[Any, jax.Array]:
+            state, metrics = step(state, batch)
+            return state, metrics[name].compute()
+
+        return jax.lax.scan(body, state, None, length=num_steps)[1]
+
+    losses = np.asarray(jax.jit(run)(state, dict(batch)))
+    passed = bool(np.isfinite(losses[-1]) and losses[-1] <= target * losses[0])
+    return OverfitReport(losses, passed, target)
+
+
+def _last_tenth(losses: np.ndarray) -> np.ndarray:
+    return np.mean(losses[-max(1, len(losses) // 10) :], axis=0)

@@ -1,0 +1,323 @@
+"""Hooks for `fit`: evaluation, early stopping, checkpoints; and the way back from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+
+from jaxnets.core import Batch, BatchSource, Mean, Metrics
+from jaxnets.training import checkpoint
+from jaxnets.training.history import History, NonFiniteError
+from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, first_nonfinite
+
+Mode = Literal["min", "max"]
+State = TypeVar("State")
+
+
+class _Every:
+    def __init__(self, num_steps: int, hook: Hook) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; give 1 or more")
+        if hasattr(hook, "commit"):
+            raise ValueError(f"{type(hook).__name__} counts its own steps; pass every= to it")
+        self._num_steps = num_steps
+        self._hook = hook
+        self._step = 0
+
+    def start(self, history: History, step: int) -> None:
+        self._step = step
+        if hasattr(self._hook, "start"):
+            self._hook.start(history, step)
+
+    def __call__(
+        self, step: int, state: Any, metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any] | None:
+        crossed = step // self._num_steps > self._step // self._num_steps
+        self._step = step
+        return self._hook(step, state, metrics) if crossed else None
+
+    def close(self) -> None:
+        if hasattr(self._hook, "close"):
+            self._hook.close()
+
+
+def every(num_steps: int, hook: Hook) -> Hook:
+    """Call a hook only where `step` reaches or passes a multiple of `num_steps`.
+
+    It does so too where one call makes several steps, and after a resume.
+
+    Args:
+        num_steps: 1 or more.
+        hook: any hook without `commit`.
+
+    Returns:
+        Hook for `fit`.
+
+    Raises:
+        ValueError: `num_steps` is below 1, or the hook (`Checkpointing`) counts steps itself.
+
+    Example:
+        >>> hook = every(10, lambda step, state, metrics: {"seen": step})
+        >>> [hook(step, None, {}) for step in (4, 8, 12, 16, 20)]
+        [None, None, {'seen': 12}, None, {'seen': 20}]
+    """
+    return _Every(num_steps, hook)
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        eval_step: Callable[[Any, Batch], Metrics],
+        batches: BatchSource | Iterable[Batch],
+        prefix: str,
+    ) -> None:
+        self._eval_step, self._batches, self._prefix = eval_step, batches, prefix
+        self._history = History()
+
+    def start(self, history: History, step: int) -> None:
+        self._history = history
+
+    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        jax.block_until_ready(state)  # the steps before are not evaluation
+        with self._history.spending("evaluation"):
+            measured = evaluate(self._eval_step, state, self._batches)
+        return {
+            f"{self._prefix}/{name}": value
+            for name, value in measured.items()
+            if not isinstance(value, np.ndarray)
+        }
+
+
+def evaluation(
+    eval_step: Callable[[Any, Batch], Metrics],
+    batches: BatchSource | Iterable[Batch],
+    *,
+    prefix: str = "validation",
+) -> Hook:
+    """Evaluate after every call; wrap it in `every` to do so less often.
+
+    Args:
+        eval_step: `(state, batch) -> metrics`.
+        batches: a source that ends after one pass, or a list of batches.
+        prefix: the row holds `prefix/name`; arrays, such as a confusion matrix, stay out of it.
+
+    Returns:
+        Hook for `fit`.
+    """
+
+    return _Evaluation(eval_step, batches, prefix)
+
+
+class EarlyStopping:
+    """Stop when a validation metric has not improved for a while.
+
+    In a population, members are followed one by one, and it is time to stop when none improves.
+    A resumed run stops where the uninterrupted one would: the count is rebuilt from the rows.
+
+    Args:
+        metric: name of what a hook before this one returns, such as "validation/loss".
+        mode: "min" if lower is better, "max" if higher is.
+        patience: evaluations in a row without improvement after which to stop.
+        min_delta: the improvement that counts, in units of the metric.
+
+    Example:
+        >>> stopping = EarlyStopping("validation/loss", patience=2)
+        >>> for step, loss in enumerate([3.0, 2.0, 2.5]):
+        ...     stopping(step, None, {"validation/loss": loss})
+        >>> stopping(3, None, {"validation/loss": 2.0})
+        Traceback (most recent call last):
+            ...
+        jaxnets.loop.StopTraining: validation/loss has not improved in 2 evaluations
+    """
+
+    def __init__(
+        self, metric: str, *, mode: Mode = "min", patience: int, min_delta: float = 0.0
+    ) -> None:
+        self._metric, self._sign = metric, _sign(mode)
+        self._patience, self._min_delta = patience, min_delta
+        self._best: Any = np.inf
+        self._stale = 0
+
+    def start(self, history: History, step: int) -> None:
+        """Count the evaluations that are in the history."""
+        self._best, self._stale = np.inf, 0
+        for value in history.column(self._metric)[1]:
+            self._observe(value)
+        self._check()
+
+    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        value = _read(metrics, self._metric)
+        if value is not None:
+            self._observe(value)
+            self._check()
+
+    def _observe(self, value: Any) -> None:
+        cost = self._sign * np.asarray(value, np.float64)
+        improved = cost < self._best - self._min_delta
+        self._best = np.where(improved, cost, self._best)
+        self._stale = 0 if np.any(improved) else self._stale + 1
+
+    def _check(self) -> None:
+        if self._stale >= self._patience:
+            raise StopTraining(f"{self._metric} has not improved in {self._patience} evaluations")
+
+
+class Checkpointing:
+    """Save state and history every so often, at the end, and when the process is told to stop.
+
+    A state with a parameter that is NaN or infinite is not saved: the last good checkpoint stays.
+    On SIGTERM and SIGINT the current call is finished, saved, and `fit` returns with
+    `history.interrupted`; a second SIGINT interrupts at once. Continue with `resume`.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        every: steps between checkpoints.
+        keep: how many of the newest stay.
+        best: (metric, "min" or "max") of what a hook before this one returns: the `keep_best`
+            best states are saved when they occur, and stay; a population counts as its mean.
+        keep_best: how many of the best stay.
+        on_signal: react to signals; only in the main thread, where Python allows it.
+
+    Raises:
+        NonFiniteError: (from `fit`) the state to save is not finite.
+        CheckpointError: (from `fit`) the disk is full or not writable.
+        ValueError: (from `fit`) the folder holds a later checkpoint than the run starts from.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: int,
+        keep: int = 3,
+        best: tuple[str, Mode] | None = None,
+        keep_best: int = 1,
+        on_signal: bool = True,
+    ) -> None:
+        if min(every, keep, keep_best) < 1:
+            raise ValueError(
+                f"every={every}, keep={keep}, keep_best={keep_best}: give 1 or more for each"
+            )
+        self._directory = directory
+        self._every, self._keep, self._keep_best = every, keep, keep_best
+        self._metric = best[0] if best else None
+        self._sign = _sign(best[1]) if best else 1.0
+        self._on_signal = on_signal
+        self._history = History()
+        self._step = 0
+        self._measured = False
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def start(self, history: History, step: int) -> None:
+        """Refuse a folder that is ahead of the run; listen for signals."""
+        for later in (s for s in checkpoint.all_steps(self._directory) if s > step):
+            try:
+                checkpoint.verify(self._directory, later)
+            except checkpoint.CheckpointError:
+                continue  # `restore` has reported it; it is replaced when the run gets there
+            raise ValueError(
+                f"{self._directory} holds a checkpoint of step {later}, but the run starts at step "
+                f"{step}; resume from it, or choose another directory"
+            )
+        self._history, self._step, self._signal = history, step, None
+        if self._on_signal and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._listen)
+
+    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        self._measured = self._metric is not None and _read(metrics, self._metric) is not None
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            self._signal = None
+            raise Interrupted(f"{name} at step {step}")
+
+    def commit(self, step: int, state: Any, *, last: bool) -> None:
+        """Save, if it is time to."""
+        due = last or step // self._every > self._step // self._every
+        self._step = step
+        if not (due or self._measured):
+            return
+        history = self._history.to_json()
+        best = self._best_among({*checkpoint.all_steps(self._directory), step})
+        if not (due or step in best):
+            return
+        bad = first_nonfinite(state.params)
+        if bad is not None:
+            raise NonFiniteError(f"the state at step {step}", parameter=bad)
+        with self._history.spending("checkpoints"):
+            checkpoint.save(self._directory, state, metadata={"history": history}, step=step)
+            checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        if self._signal is not None:
+            # It came after the last call: whoever listens next is to have it.
+            late, self._signal = self._signal, None
+            signal.raise_signal(late)
+
+    def best_steps(self) -> list[int]:
+        """Return the steps of the best checkpoints, the best one first."""
+        return self._best_among(set(checkpoint.all_steps(self._directory)))
+
+    def _best_among(self, steps: set[int]) -> list[int]:
+        if self._metric is None:
+            return []
+        values = zip(*self._history.column(self._metric), strict=True)
+        ranked = sorted(
+            (self._sign * float(np.mean(value)), step) for step, value in values if step in steps
+        )
+        return [step for cost, step in ranked if not math.isnan(cost)][: self._keep_best]
+
+    def _listen(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        # Only os.write is safe in the middle of anything.
+        os.write(2, b"\nsaving at the end of this step; Ctrl-C again stops at once\n")
+
+
+def resume(directory: str | os.PathLike[str], state: State) -> tuple[State, History]:
+    """Continue from the newest intact checkpoint of `Checkpointing`, or start if there is none.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        state: the initial state; also the template of `checkpoint.restore`.
+
+    Returns:
+        State and history, to be given to `fit`.
+    """
+    if checkpoint.latest_step(directory) is None:
+        return state, History()
+    restored, metadata = checkpoint.restore(directory, state)
+    return restored, History.from_json(metadata["history"])
+
+
+def _sign(mode: Mode) -> float:
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode is {mode!r}; give 'min' if lower is better, 'max' if higher is")
+    return 1.0 if mode == "min" else -1.0
+
+
+def _read(metrics: Mapping[str, Any], name: str) -> Any:
+    """Return what a hook has measured under `name` at this step, None if it was not its turn."""
+    value = metrics.get(name)
+    if isinstance(value, Mean):
+        raise ValueError(
+            f"{name} is a training metric of one call; use what a hook before this one returns, "
+            "such as 'validation/loss'"
+        )
+    siblings = [other for other in metrics if other.split("/")[0] == name.split("/")[0]]
+    if value is None and siblings:
+        raise ValueError(f"no metric {name}; there are {', '.join(siblings)}")
+    return value

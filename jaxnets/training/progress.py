@@ -1,0 +1,81 @@
+"""The progress of a run on a terminal: one line, which begins when the step is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from jaxnets.training.history import History
+
+# The bar comes last: what does not fit in a narrow terminal is cut off there.
+_FORMAT = "{n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left {bar}"
+
+
+class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
+    """tqdm from the end of the first call on, so that its rates leave compiling out.
+
+    Args:
+        num_steps: of the whole run.
+        shown: None shows it on standard error where that is a terminal.
+    """
+
+    def __init__(self, num_steps: int, shown: bool | None) -> None:
+        self._hidden = not (sys.stderr.isatty() if shown is None else shown)
+        self._num_steps = num_steps
+        self._bar: tqdm.tqdm[Any] | None = None
+        self._open_line = False
+        self._began, self._examples = 0.0, 0
+
+    def compiling(self, seconds: float) -> None:
+        """Say that the step is about to be compiled, and how long that took when the run began."""
+        if not self._hidden:
+            before = f", {seconds:.0f} s when it began" if seconds else ""
+            print(f"compiling the step{before} ...", end="", file=sys.stderr, flush=True)
+            self._open_line = True
+
+    def compiled(self, seconds: float) -> None:
+        """Say how long it took."""
+        if not self._hidden:
+            print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
+            self._open_line = False
+
+    def compiling_rest(self, num_steps: int) -> None:
+        """Say that the last call has fewer steps and is compiled for them."""
+        if self._bar is not None and not self._hidden:
+            self._bar.set_postfix_str(f"compiling the step for the last {num_steps}")
+
+    def update(self, step: int, examples: int, history: History | None) -> None:
+        """Move to a step; with the history, show its last loss and the rate of examples."""
+        if self._bar is None and step == self._num_steps:
+            return  # the first call was the whole run
+        if self._bar is None:
+            self._bar = tqdm.tqdm(
+                initial=step,
+                total=self._num_steps,
+                unit=" steps",
+                disable=self._hidden,
+                dynamic_ncols=True,
+                bar_format=_FORMAT,
+            )
+            self._began = time.perf_counter()
+            return
+        self._examples += examples
+        self._bar.update(step - self._bar.n)
+        if history and history.rows and not self._hidden:
+            rate = self._examples / (time.perf_counter() - self._began)
+            losses = history.column("loss")[1] or [math.nan]
+            self._bar.set_postfix_str(
+                f"loss {np.mean(losses[-1]):.4g}, {self._bar.format_sizeof(rate)} examples/s"
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        if self._open_line:
+            print(file=sys.stderr)
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,180 @@
+"""Writers: where the rows of a run go, and what its hooks draw. Each is an argument of `fit`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxnets.training.history import History, Row, Writer
+from jaxnets.training.media import Histogram, Medium, Picture
+
+
+class _JsonlWriter:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+
+    def start(self, history: History, step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(self._path.name + ".new")
+        with temporary.open("w") as file:
+            file.writelines(_line(row) for row in history.rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a")
+
+    def __call__(self, row: Row) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(row: Row) -> str:
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(one) for one in value]
+        return value if math.isfinite(value) else None  # JSON has no NaN
+
+    return json.dumps({name: finite(value) for name, value in row.items()}) + "\n"
+
+
+def jsonl_writer(path: str | os.PathLike[str]) -> Writer:
+    """Write one line of JSON per row.
+
+    At the start of a run the file is replaced, atomically, by the rows of the history it starts
+    from, so after a kill and a resume it is byte for byte that of an uninterrupted run.
+
+    Args:
+        path: the file, such as `run/metrics.jsonl`.
+
+    Returns:
+        Writer for `fit`.
+    """
+    return _JsonlWriter(path)
+
+
+def _scalars(row: Row) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a row by name, those of a population as `name/member`."""
+    for name, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{member}", one) for member, one in enumerate(value))
+        elif name != "step":
+            yield name, value
+
+
+class _TensorBoardWriter:
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise ImportError(
+                "tensorboard_writer needs tensorboardX: pip install 'jaxnets[tensorboard]'"
+            ) from error
+        self._directory = str(directory)
+        self._open = tensorboardX.SummaryWriter
+
+    def start(self, history: History, step: int) -> None:
+        # What a killed run wrote after its last checkpoint is to be hidden.
+        self._events = self._open(self._directory, purge_step=step + 1 if step else None)
+
+    def __call__(self, row: Row) -> None:
+        for name, value in _scalars(row):
+            self._events.add_scalar(name, value, row["step"])
+
+    def show(self, step: int, name: str, medium: Medium) -> None:
+        if isinstance(medium, Picture):
+            self._events.add_image(name, medium.as_uint8(), step, dataformats="HWC")
+            return
+        counts, edges = np.asarray(medium.counts), np.asarray(medium.edges, np.float64)
+        middles = (edges[1:] + edges[:-1]) / 2
+        self._events.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=counts @ middles,
+            sum_squares=counts @ middles**2,
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def tensorboard_writer(directory: str | os.PathLike[str]) -> Writer:
+    """Write every number, picture and histogram into event files of TensorBoard.
+
+    Numbers are scalars, `name/member` in a population.
+
+    Args:
+        directory: folder of the event files.
+
+    Returns:
+        Writer for `fit`.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+    """
+    return _TensorBoardWriter(directory)
+
+
+class _WandbWriter:
+    def __init__(self, options: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("wandb_writer needs wandb: pip install 'jaxnets[wandb]'") from error
+        self._wandb: Any = wandb
+        self._options = options
+
+    def start(self, history: History, step: int) -> None:
+        self._run = self._wandb.init(**self._options)
+
+    def __call__(self, row: Row) -> None:
+        self._run.log(dict(_scalars(row)), step=row["step"])
+
+    def show(self, step: int, name: str, medium: Medium) -> None:
+        if isinstance(medium, Histogram):
+            pair = np.asarray(medium.counts), np.asarray(medium.edges)
+            shown = self._wandb.Histogram(np_histogram=pair)
+        else:
+            pixels = medium.as_uint8()
+            shown = self._wandb.Image(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        self._run.log({name: shown}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wandb_writer(**options: Any) -> Writer:
+    """Write every number, picture and histogram to a run of Weights & Biases.
+
+    Numbers are called `name/member` in a population. To go on with a run after a kill, give it an
+    `id` and `resume="allow"`: what it had logged after its last checkpoint is logged again, with
+    the same values.
+
+    Args:
+        options: arguments of `wandb.init`, such as project="digits", name="first",
+            config={"learning_rate": 1e-3}, mode="offline".
+
+    Returns:
+        Writer for `fit`, which begins the run and ends it.
+
+    Raises:
+        ImportError: wandb is not installed.
+
+    Example:
+        >>> fit(step, state, batches, num_steps=100,
+        ...     writers=[wandb_writer(project="digits")])  # doctest: +SKIP
+    """
+    return _WandbWriter(options)

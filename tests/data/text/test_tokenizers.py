@@ -1,0 +1,254 @@
+"""Tokenizers: round trips, known ids, files, bad input."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxnets.data import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    SubwordTokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    multi30k,
+)
+from jaxnets.data.datasets.text import MULTI30K_FILES
+from jaxnets.data.files import find
+
+SENTENCES = [
+    "Ein Mann fährt mit dem Rad.",
+    "Zwei Männer fahren mit dem Zug.",
+    "Der Mann geht.",
+] * 3
+CHARACTER = CharacterTokenizer.from_text("".join(SENTENCES))
+WORD = WordTokenizer.train(SENTENCES)
+SUBWORD = SubwordTokenizer.train(SENTENCES, vocabulary_size=300)
+ALL = [CHARACTER, ByteTokenizer(), WORD, SUBWORD]
+NAMES = ["character", "byte", "word", "subword"]
+
+
+@pytest.mark.parametrize("tokenizer", ALL, ids=NAMES)
+def test_a_sentence_of_the_training_text_comes_back(tokenizer):
+    for sentence in SENTENCES:
+        ids = tokenizer.encode(sentence)
+        assert ids.dtype == np.int32 and ids.ndim == 1
+        assert ids.min() >= 0 and ids.max() < tokenizer.vocabulary_size
+        assert tokenizer.decode(ids) == sentence
+
+
+@pytest.mark.parametrize("tokenizer", ALL, ids=NAMES)
+def test_an_empty_text_has_no_tokens(tokenizer):
+    ids = tokenizer.encode("")
+    assert ids.shape == (0,) and ids.dtype == np.int32
+    assert tokenizer.decode(ids) == tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("tokenizer", ALL, ids=NAMES)
+def test_a_saved_tokenizer_gives_the_same_ids_after_loading(tokenizer, tmp_path):
+    path = tmp_path / "new" / "tokenizer.json"
+    tokenizer.save(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["tokenizer.json"]
+    json.loads(path.read_text())
+    loaded = load_tokenizer(path)
+    assert loaded == tokenizer and type(loaded) is type(tokenizer)
+    text = "Der Mann fährt mit dem Zug."
+    np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+    assert loaded.vocabulary_size == tokenizer.vocabulary_size
+
+
+@pytest.mark.parametrize("tokenizer", ALL, ids=NAMES)
+def test_a_tokenizer_can_be_sent_to_another_process(tokenizer):
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    np.testing.assert_array_equal(sent.encode(SENTENCES[0]), tokenizer.encode(SENTENCES[0]))
+
+
+@given(st.text())
+def test_every_text_comes_back_from_bytes_and_subwords(text):
+    assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
+    assert SUBWORD.decode(SUBWORD.encode(text)) == text
+
+
+@given(st.text(min_size=1))
+def test_every_text_comes_back_from_its_own_characters(text):
+    tokenizer = CharacterTokenizer.from_text(text)
+    vocabulary = sorted(set(text))
+    assert tokenizer.encode(text).tolist() == [vocabulary.index(c) for c in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_half_surrogates_survive_encoding_and_saving(tmp_path):
+    tokenizer = CharacterTokenizer.from_text("a\ud800\U0001f600")
+    tokenizer.save(tmp_path / "t.json")
+    assert load_tokenizer(tmp_path / "t.json").decode([1, 0, 2]) == "\ud800a\U0001f600"
+
+
+def test_bytes_that_are_no_character_are_replaced():
+    assert ByteTokenizer().decode([104, 255, 105]) == "h\ufffdi"
+
+
+# Words
+
+
+def test_words_are_ordered_by_frequency_and_then_by_the_alphabet():
+    tokenizer = WordTokenizer.train(["b a c", "c b", "c d"])
+    assert tokenizer.words == ("c", "b", "a", "d")
+    assert tokenizer.vocabulary_size == 8
+    assert tokenizer.encode(" c  x d ").tolist() == [4, 3, 7]
+    assert tokenizer.decode([1, 4, 3, 7, 2, 0, 0]) == "c <unk> d"
+    assert tokenizer.encode("c", add_special=True).tolist() == [1, 4, 2]
+
+
+def test_rare_words_are_unknown():
+    tokenizer = WordTokenizer.train(["a a b"], min_count=2)
+    assert tokenizer.words == ("a",) and tokenizer.encode("a b").tolist() == [4, 3]
+
+
+# Subwords
+
+
+def test_the_first_merge_is_the_most_frequent_pair():
+    # "xy" stands 6 times, every other pair at most 3 times.
+    tokenizer = SubwordTokenizer.train(["xyxyz", "xyxyw", "xyxyv"], vocabulary_size=261)
+    assert tokenizer.vocabulary_size == 261
+    assert tokenizer.encode("xy").tolist() == [260]
+    assert tokenizer.encode("xyxy").tolist() == [260, 260]
+
+
+def test_more_merges_make_shorter_sequences():
+    longer = SubwordTokenizer.train(SENTENCES, vocabulary_size=260)
+    assert len(longer.encode(SENTENCES[0])) == len(SENTENCES[0].encode())
+    assert len(SUBWORD.encode(SENTENCES[0])) < len(SENTENCES[0]) - 5
+
+
+def test_few_texts_give_fewer_tokens_than_asked_for():
+    assert SubwordTokenizer.train(["abab"], vocabulary_size=1000).vocabulary_size == 261
+
+
+def test_special_ids_are_added_on_request_only_and_never_decoded():
+    ids = SUBWORD.encode("Der Mann", add_special=True)
+    assert (ids[0], ids[-1]) == (1, 2)
+    np.testing.assert_array_equal(ids[1:-1], SUBWORD.encode("Der Mann"))
+    assert SUBWORD.decode([*ids, 0, 0]) == "Der Mann"
+
+
+def test_a_text_that_spells_a_special_token_is_only_text(tmp_path):
+    SUBWORD.save(tmp_path / "t.json")
+    sent = pickle.loads(pickle.dumps(SUBWORD))
+    for tokenizer in (SUBWORD, load_tokenizer(tmp_path / "t.json"), sent):
+        ids = tokenizer.encode("a <pad></s><eos> b")
+        assert ids.min() > 3 and tokenizer.decode(ids) == "a <pad></s><eos> b"
+
+
+def test_training_gives_the_same_merges_in_every_process_and_order():
+    code = (
+        "import sys; from jaxnets.data import SubwordTokenizer;"
+        "texts = [f'{i * 7919 % 101} tagt {i % 13}x{i % 7}' for i in range(500)];"
+        "texts = texts[::int(sys.argv[1])];"
+        "sys.stdout.write(SubwordTokenizer.train(texts, vocabulary_size=400).model)"
+    )
+    models = {
+        subprocess.run(
+            [sys.executable, "-c", code, step], capture_output=True, text=True, check=True
+        ).stdout
+        for step in ("1", "-1")
+    }
+    assert len(models) == 1 and min(map(len, models)) > 1000
+
+
+def test_without_the_package_the_error_says_how_to_install_it(monkeypatch, tmp_path):
+    SUBWORD.save(tmp_path / "t.json")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        SubwordTokenizer.train(["text"], vocabulary_size=300)
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        load_tokenizer(tmp_path / "t.json")
+
+
+def test_the_package_is_imported_only_when_it_is_needed():
+    code = "import sys, jaxnets.data; print('tokenizers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(
+    find(MULTI30K_FILES) is None, reason="Multi30k is not here; set JAXNETS_DATA to its folder"
+)
+def test_every_sentence_of_multi30k_comes_back_exactly():
+    dataset = multi30k(download=False)
+    training = [sentence for pair in dataset.train[:5000] for sentence in pair]
+    tokenizer = SubwordTokenizer.train(training, vocabulary_size=4000)
+    assert tokenizer.vocabulary_size == 4000
+    for part in (dataset.train, dataset.validation, dataset.test):
+        for pair in part:
+            for sentence in pair:
+                assert tokenizer.decode(tokenizer.encode(sentence)) == sentence
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CharacterTokenizer.from_text(""), "''; give a string with at least one"),
+        (lambda: CharacterTokenizer("ba"), "'ba' are not sorted and distinct; use .*from_text"),
+        (lambda: CharacterTokenizer.from_text("ac").encode("ab"), "'b' at position 1 is not among"),
+        (lambda: CharacterTokenizer.from_text("ac").encode("d"), "'d' at position 0"),
+        (lambda: WordTokenizer.train([]), "none of the 0 words"),
+        (lambda: WordTokenizer.train(["a b"], min_count=2), "none of the 2 words .* lower"),
+        (lambda: WordTokenizer.train("a b"), "single string 'a b'; give a list"),
+        (lambda: WordTokenizer(("a", "a")), "'a' is listed twice"),
+        (lambda: WordTokenizer(("a b",)), "'a b' is not one word"),
+        (lambda: SubwordTokenizer.train([], vocabulary_size=300), "the 0 texts are empty"),
+        (lambda: SubwordTokenizer.train(["", ""], vocabulary_size=300), "the 2 texts are empty"),
+        (lambda: SubwordTokenizer.train("ab", vocabulary_size=300), "single string 'ab'"),
+        (lambda: SubwordTokenizer.train(["ab"], vocabulary_size=259), "=259 .* at least 260"),
+        (lambda: SubwordTokenizer("{}"), "'{}' is no tokenizer's JSON"),
+    ],
+)
+def test_a_tokenizer_that_cannot_work_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("tokenizer", ALL, ids=NAMES)
+def test_ids_that_are_not_of_the_vocabulary_are_refused(tokenizer):
+    size = tokenizer.vocabulary_size
+    for wrong in (-1, size):
+        with pytest.raises(ValueError, match=f"id {wrong} is outside the vocabulary of {size}"):
+            tokenizer.decode([0, wrong])
+    with pytest.raises(ValueError, match="float64 cannot be decoded"):
+        tokenizer.decode([0.5])
+    with pytest.raises(ValueError, match=r"\(1, 2\).*one row"):
+        tokenizer.decode([[0, 1]])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "\0\xff", "[]", "{}"),
+        '{"tokenizer": "latin"}',
+        '{"tokenizer": []}',
+        '{"tokenizer": "byte", "size": 1}',
+        '{"tokenizer": "character"}',
+        '{"tokenizer": "character", "characters": 5}',
+        '{"tokenizer": "word", "words": [1]}',
+        '{"tokenizer": "subword", "model": "{}"}',
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"broken\.json is not a saved tokenizer .*write it with"):
+        load_tokenizer(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        load_tokenizer(tmp_path / "nowhere.json")

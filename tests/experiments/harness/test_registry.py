@@ -1,0 +1,103 @@
+"""Registered results: the table of the README, and what reruns say of them."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from experiments import reproduce
+from experiments.harness import registry
+from experiments.harness.run_folder import RunError
+
+README = (pathlib.Path(__file__).parents[3] / "README.md").read_text()
+
+
+def entry(**fields):
+    plain = {
+        "name": "row",
+        "data": "data",
+        "network": "net",
+        "command": "python -m experiments.digits",
+        "value": 0.9,
+        "decimals": 1,
+        "goal": "max",
+        "seeds": 3,
+        "seconds": 1.0,
+        "setting": registry.Setting("cores", "3.11", "0.10", "*"),
+        "ci95": 0.01,
+        "unit": "%",
+    }
+    return registry.Entry(**{**plain, **fields})
+
+
+def test_the_table_of_the_readme_is_that_of_the_registry():
+    assert registry.table(registry.load()) in README, (
+        "README.md differs from the registry: put the output of "
+        "`python -m experiments.reproduce --table` between the marks of the table"
+    )
+
+
+def test_a_row_shows_interval_remark_and_setting():
+    lines = registry.table([entry(remark="greedy 1", reference="2 (paper)")]).splitlines()
+    assert lines[-1] == (
+        "| data | net | `python -m experiments.digits` | 90.0% +- 1.0% (greedy 1) | 3 | 1 s * "
+        "| 2 (paper) |"
+    )
+    assert entry(ci95=0.0).show(0.9, 0.0) == "90.0% (all seeds)"
+    assert entry(unit="", decimals=3).show(1.5, None) == "1.500"
+
+
+@pytest.mark.parametrize(
+    ("value", "ci95", "goal", "verdict"),
+    [
+        (0.885, 0.006, "max", "holds"),
+        (0.88, 0.005, "max", "worse"),
+        (0.88, 0.005, "min", "better"),
+        (0.92, None, "max", "better"),
+        (0.91, None, "max", "holds"),
+    ],
+)
+def test_a_rerun_holds_within_both_intervals(value, ci95, goal, verdict):
+    assert entry(goal=goal).judge({"value": value, "ci95": ci95}) == verdict
+
+
+def test_one_seed_holds_within_the_tolerance_of_the_row():
+    row = entry(ci95=None, value=38.84, unit="", decimals=2, tolerance=0.8)
+    found = [row.judge({"value": value, "ci95": None}) for value in (38.1, 38.0, 39.7)]
+    assert found == ["holds", "worse", "better"]
+
+
+def test_a_registry_with_errors_names_the_row(tmp_path):
+    path = tmp_path / "results.toml"
+    settings = '[settings.here]\ncores = "c"\npython = "3"\njax = "0"\nmark = ""\n'
+    path.write_text(settings + '[[result]]\nname = "odd"\nsetting = "here"\nspeed = 1\n')
+    with pytest.raises(ValueError, match=r"result 'odd' of .*speed"):
+        registry.load(path)
+    path.write_text(settings + '[[result]]\nname = "odd"\nsetting = "there"\n')
+    with pytest.raises(ValueError, match=r"result 'odd' of .*there"):
+        registry.load(path)
+
+
+def test_rows_are_run_and_read_again(tmp_path, monkeypatch, capsys):
+    script = (
+        "import json, pathlib, sys; out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]); "
+        "out.mkdir(parents=True, exist_ok=True); (out / 'result.json').write_text(json.dumps("
+        "{'value': 0.8, 'ci95': None, 'train_seconds': 2.0}))"
+    )
+    row = entry(command=f"python -c {json.dumps(script)}")
+    monkeypatch.setattr(registry, "load", lambda: [row])
+    assert reproduce.main(["row", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed == "row: worse; 80.0%, registered 90.0% +- 1.0%; 2 s, registered 1 s\n"
+
+
+def test_unknown_rows_and_failing_commands_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(["nonsense"])
+    assert stopped.value.code == 2
+    assert "unknown row 'nonsense'; choose from digits" in capsys.readouterr().err
+    with pytest.raises(RunError, match=f"{sys.executable} -c .* ended with code 3"):
+        reproduce.run("python -c 'raise SystemExit(3)'", tmp_path)

@@ -1,0 +1,152 @@
+"""The report of a run, read as text and by a browser."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("tyro")
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from experiments.harness import registry, report
+from experiments.pictures.svg_chart import Series, line_chart, nice_ticks
+
+RESULT = {
+    "experiment": "digits",
+    "dataset": "digits <small>",
+    "model": "cnn",
+    "metric": "test accuracy",
+    "unit": "%",
+    "value": 0.95,
+    "ci95": 0.01,
+    "values": [0.94, 0.95, 0.96],
+    "seeds": 3,
+    "steps": 40,
+    "parameters": 21482,
+    "test_loss": 0.25,
+    "train_seconds": 4.0,
+    "compile_seconds": 1.0,
+    "step_seconds": 2.5,
+    "batches_seconds": 0.02,
+    "command": "python -m experiments.digits --seeds 3 --out <here>",
+    "python": "3.11",
+    "jax": "0.10",
+    "flax": "0.12",
+    "optax": "0.2",
+    "devices": ["cpu"],
+    "cpu_cores": 2,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [
+        {"step": 20, "loss": [1.0, 2.0, 3.0], "test/loss": [1.5, 1.5, 1.5]},
+        {"step": 40, "loss": [0.5, None, 0.7], "test/loss": [0.9, 0.8, 0.7]},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"learning_rate": 0.001, "resume": False}))
+    for name in ("mistakes", "curves"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def test_a_report_holds_result_curves_pictures_and_the_way_to_run_it_again(folder):
+    page = report.write(folder, RESULT).read_text()
+    assert "95.00%" in page and "1.00% (95%, 3 seeds)" in page
+    assert "digits &lt;small&gt;" in page and "--out &lt;here&gt;" in page
+    assert page.count("<svg") == 1  # one chart for both losses
+    assert page.count("<polyline") == 1 and page.count("<circle") == 1  # one point is not finite
+    assert page.count("<img") == 1 and 'alt="mistakes"' in page  # the curves are a chart
+    assert "waited for data in at most 0.5% of the training" in page
+    assert "<td>learning rate</td><td>0.001</td>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # needs nothing else
+
+    opened = []
+
+    class Balanced(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "img", "path", "polygon", "polyline", "circle"):
+                opened.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Balanced().feed(page)
+    assert opened == []
+
+
+def test_a_registered_run_shows_its_reference_wherever_its_folder_is(folder):
+    entry = next(entry for entry in registry.load() if entry.reference)
+    command = f"{entry.command} --out elsewhere"
+    page = report.write(folder, {**RESULT, "command": command}).read_text()
+    assert f"registered: {entry.show(entry.value, entry.ci95)}" in page
+    assert f"reference: {entry.reference}" in page.replace("&lt;", "<").replace("&#x27;", "'")
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_are_few_even_and_span_the_range(low, width):
+    ticks = nice_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 6
+    slack = 1e-6 * max(abs(low), width)
+    assert ticks[0] <= low + slack and ticks[-1] >= low + width - slack
+    np.testing.assert_allclose(np.diff(ticks), ticks[1] - ticks[0], rtol=1e-6, atol=slack)
+
+
+def test_a_chart_of_many_points_is_thinned_and_one_of_none_is_empty():
+    steps = np.arange(1, 5001)
+    chart = line_chart("loss", {"loss": Series(steps, np.ones((5000, 2)))})
+    (line,) = re.findall(r'<polyline points="([^"]*)"', chart)
+    assert len(line.split()) == 300
+    assert line_chart("loss", {"loss": Series(np.array([1]), np.array([[np.nan]]))}) == ""
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize(
+    ("width", "scheme", "background"),
+    [(375, 0, "rgb(21, 23, 27)"), (1200, 1, "rgb(251, 251, 249)")],
+    ids=["phone_dark", "desktop_light"],
+)
+def test_a_browser_shows_every_picture_without_errors_or_sideways_scrolling(
+    folder, width, scheme, background
+):
+    path = report.write(folder, RESULT)
+    # Headless windows are 500 pixels wide at least: a frame is as narrow as a phone.
+    probe = f"""<iframe src="report.html" width="{width}" height="800"></iframe><p></p><script>
+      onload = () => {{ const page = document.querySelector("iframe").contentDocument;
+        const images = [...page.images].map(image => image.naturalWidth);
+        const hidden = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+        const color = getComputedStyle(page.body).backgroundColor;
+        document.querySelector("p").textContent = JSON.stringify([images, hidden, color]);
+      }}</script>"""
+    (folder / "probe.html").write_text(probe)
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            *("--allow-file-access-from-files", "--enable-logging=stderr"),
+            f"--blink-settings=preferredColorScheme={scheme}",
+            f"--user-data-dir={folder / 'profile'}",
+            (folder / "probe.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (found,) = re.findall(r"<p>(.*?)</p>", done.stdout)
+    assert json.loads(found) == [[4], 0, background]
+    assert "CONSOLE" not in done.stderr
+    assert path.is_file()

@@ -1,0 +1,145 @@
+"""Image classification: every network and data set, views, shrunken images."""
+
+import dataclasses
+import functools
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import TINY, tiny
+
+import jaxnets as jn
+from experiments.classification import ImageClassification, Viewed
+from experiments.harness.models import ModelName, make_model
+from experiments.harness.run_folder import RunFolder
+from jaxnets.data import digits, normalize
+from jaxnets.models.convolutional import patch_whitening
+
+
+@pytest.mark.parametrize("name", typing.get_args(ModelName))
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
+def test_every_model_fits_the_images_of_every_data_set(name, shape):
+    dataset = types.SimpleNamespace(num_classes=10, image_shape=shape)
+    module = make_model(name, dataset, "float32")
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    build = functools.partial(jax.eval_shape, module.init_with_output, jax.random.key(0), images)
+    if name == "lenet5" and shape == (8, 8, 1):
+        with pytest.raises(ValueError, match="28x28 or 32x32, or use ConvNet"):
+            build()
+    else:
+        assert build()[0].shape == (2, 10)
+
+
+def test_all_views_count_in_evaluation_and_the_image_alone_in_training():
+    module = make_model("mlp", digits(), "float32")
+    images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype("f4")
+    variables = module.init(jax.random.key(0), images)
+
+    def logits(rows, columns):
+        """Of images whose pixels are those at the given places of the original."""
+        return module.apply(variables, images[:, rows][:, :, columns])
+
+    here, mirrored = range(8), range(7, -1, -1)
+    before, behind = [1, *range(7)], [*range(1, 8), 6]  # with the border reflected
+    mean = (logits(here, here) + logits(here, mirrored)) / 2
+    judged = Viewed(module, mirrored=True, shifted=False)
+    np.testing.assert_allclose(judged.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
+    shifted = (logits(before, before) + logits(behind, behind)) / 2
+    mean = (logits(here, here) + shifted) / 2
+    judged = Viewed(module, mirrored=False, shifted=True)
+    np.testing.assert_allclose(judged.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
+    training = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
+    for one, other in zip(
+        jax.tree.leaves(judged.apply(variables, images, **training)),
+        jax.tree.leaves(module.apply(variables, images, **training)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened(tmp_path):
+    result = tiny(tmp_path, model="whitened", flip_test=True, shift_test=True, steps=5)
+    assert result["metric"] == "test accuracy over both mirror images and three shifts"
+    problem = ImageClassification(dataclasses.replace(TINY, model="whitened", seeds=2), digits())
+    kernels = problem.create_states().model_state["whitening"]["kernel"]
+    train = digits().train["inputs"][:5000]
+    expected = patch_whitening(normalize(train, digits().mean, digits().std))
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
+    """A run equals one of plain steps, on shrunken images first and then on whole ones."""
+    config = dataclasses.replace(
+        TINY, model="whitened", steps=5, steps_per_dispatch=2, small_side=6, small_share=0.6
+    )
+    problem = ImageClassification(config, digits())
+    assert problem.stages == [2, 5]
+    folder, states = RunFolder(tmp_path), problem.create_states()
+    plain = jax.jit(jn.make_train_step(problem.update))
+    state = jax.tree.map(lambda leaf: leaf[0], states)
+    for step, batch in zip(range(5), problem.member_source(0)(0), strict=False):
+        images = digits().train["inputs"][batch["indices"]]
+        if step < 2:
+            images = jax.image.resize(images.astype("f4") / 255, (len(images), 6, 6, 1), "linear")
+        batch = {"inputs": images, "labels": digits().train["labels"][batch["indices"]]}
+        state, _ = plain(state, batch)
+    for stage, side in enumerate((6, 8)):
+        told = problem.prepare(folder, stage, states)
+        assert told == f"up to step {problem.stages[stage]} images are {side} pixels high"
+        states, _ = jn.fit(
+            problem.executor(), states, problem.batches(), num_steps=problem.stages[stage]
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-3, atol=1e-4),
+        state.params,
+        states.params,
+    )
+
+
+def test_images_are_mirrored_in_every_other_epoch_under_every_executor():
+    config = dataclasses.replace(
+        TINY, model="mlp", flip="alternating", batch_size=600, steps_per_dispatch=4, optimizer="sgd"
+    )
+    trained = []
+    for executor in ("scan", "jit"):
+        problem = ImageClassification(dataclasses.replace(config, executor=executor), digits())
+        assert problem.steps_per_epoch == 2
+        states, _ = jn.fit(
+            problem.executor(), problem.create_states(), problem.batches(), num_steps=4
+        )
+        trained.append(states.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *trained)
+
+    def transformed(epoch):
+        batch = {
+            "inputs": digits().train["inputs"][:8],
+            "labels": None,
+            "numbers": jnp.arange(8),
+            "epochs": jnp.full(8, epoch),
+        }
+        return problem._transform(batch, jax.random.key(epoch), True)["inputs"]
+
+    np.testing.assert_array_equal(transformed(0), transformed(1)[:, :, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("share", "stages"), [(0.0, [7]), (0.2, [1, 7]), (0.9, [6, 7]), (1.0, [7])]
+)
+def test_shrunken_images_come_in_whole_dispatches(share, stages):
+    config = dataclasses.replace(TINY, steps=7, steps_per_dispatch=3, small_side=4)
+    problem = ImageClassification(dataclasses.replace(config, small_share=share), digits())
+    assert problem.stages == stages
+    assert ImageClassification(dataclasses.replace(config, small_side=0), digits()).stages == [7]
+
+
+@pytest.mark.parametrize(("side", "share"), [(8, 0.5), (-1, 0.5), (4, 1.5)])
+def test_a_side_or_share_out_of_range_is_refused(side, share):
+    config = dataclasses.replace(TINY, small_side=side, small_share=share)
+    with pytest.raises(ValueError, match=f"small_side is {side} and small_share {share}"):
+        ImageClassification(config, digits())

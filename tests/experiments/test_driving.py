@@ -1,0 +1,190 @@
+"""The driving experiment, tiny: its result and pictures, resume, each network, its changes."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import driving as experiment
+from experiments.driving_networks import NetworkDriver, make_head, make_network, to_inputs
+from experiments.harness.run_folder import RunError, RunFolder
+from experiments.harness.training import run
+from jaxnets.data import driving
+
+pytest.importorskip("Box2D")
+pytest.importorskip("gymnasium")
+pytest.importorskip("pygame")
+
+SHORT = {"steps": 4, "batch_size": 4, "log_every": 2, "eval_every": 4, "steps_per_dispatch": 2}
+SHORT |= {"tracks": 2, "rounds": 1, "round_tracks": 2, "max_frames": 40, "test_tracks": 2}
+SHORT |= {"workers": 0, "checkpoint_every": 2}
+
+
+def config(model="pilotnet", **changes):
+    return dataclasses.replace(experiment.RECIPES[model], **{**SHORT, **changes})
+
+
+def run_driving(out, data, **changes):
+    return run("driving", config(out=out, data=data, **changes), experiment.Driving)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the drives of the expert."""
+    folder = tmp_path_factory.mktemp("data")
+    experiment.Driving(config(data=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "run"
+    return out, run_driving(out, data)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_result_and_pictures(finished):
+    out, result = finished
+    assert json.loads((out / "result.json").read_text()) == result
+    assert result["metric"] == "test score, mean over 2 tracks" and result["unit"] == "points"
+    assert result["share_of_expert"] == pytest.approx(
+        result["value"] / result["expert_score"], abs=1e-3
+    )
+    assert 0 < result["latency_ms_median"] <= result["latency_ms_p99"]
+    assert 0 <= result["frames_off_road"] <= 1 and result["score_ci95_over_tracks"] > 0
+    # Two drives of the expert and two of the network, of 10 decisions each.
+    assert result["decisions_recorded"] == 40
+    for name in ("curves.png", "scores.png", "saliency.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    with Image.open(out / "lap.gif") as film:
+        assert film.n_frames == 5
+    assert "lap" in (out / "report.html").read_text()
+
+
+def test_recordings_are_made_once(data):
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*.npz")}
+    assert len(before) == 2  # of the expert, for training and validation
+    problem = experiment.Driving(config(data=data))
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*.npz")} == before
+    assert len(problem.resident["speeds"]) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["nothing", "rounds"])
+def test_a_run_that_was_killed_in_its_second_stage_ends_bitwise_the_same(
+    data, finished, tmp_path, lost
+):
+    out, result = finished
+    shutil.copytree(out, tmp_path / "run")
+    for name in ("result.json", "report.html"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    if lost == "rounds":  # killed while the network drove
+        shutil.rmtree(tmp_path / "run" / "rounds")
+    again = run_driving(tmp_path / "run", data, resume=True)
+    for name in ("parameters_sha256", "value", "decisions_recorded"):
+        assert again[name] == result[name], name
+    (first,) = (out / "rounds").rglob("*.npz")
+    (second,) = (tmp_path / "run" / "rounds").rglob("*.npz")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def arrays(batch, window):
+    random = np.random.default_rng(0)
+    return {
+        "frames": random.integers(0, 256, (batch, window, 84, 96, 3), np.uint8),
+        "speeds": random.uniform(0, 70, (batch, window)).astype(np.float32),
+        "labels": random.uniform([-0.3, 0, 0], [0.3, 0.5, 0.5], (batch, window, 3)),
+        "decisions": np.tile(np.arange(window, dtype=np.int32) + 20, (batch, 1)),
+    }
+
+
+@pytest.mark.parametrize("head", ["gaussian", "discretized"])
+@pytest.mark.parametrize("model", experiment.RECIPES)
+def test_every_network_gives_the_outputs_of_its_head(model, head):
+    outputs = make_head(head).num_outputs
+    network = make_network(model, outputs, encoder="resnet", hidden_size=8, precision="bfloat16")
+    shapes = jax.ShapeDtypeStruct((2, 3, 84, 96, 3), jnp.float32), jnp.zeros((2, 3))
+    (found, memory), _ = jax.eval_shape(network.init_with_output, jax.random.key(0), *shapes)
+    assert found.shape == (2, 3, outputs) and found.dtype == jnp.float32
+    expected = jax.eval_shape(lambda: network.no_memory(2))
+    assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, expected)
+    assert (memory is None) == (model in ("pilotnet", "resnet"))
+
+
+def test_driving_step_by_step_gives_what_training_sees_and_a_new_drive_starts_afresh():
+    head = make_head("gaussian")
+    network = make_network("gru", 6, encoder="resnet", hidden_size=8, precision="float32")
+    data = arrays(2, 3)
+    frames = np.zeros((2, 3, 96, 96, 3), np.uint8)
+    frames[:, :, :84] = data["frames"]
+    variables = jax.jit(network.init)(jax.random.key(0), to_inputs(frames), data["speeds"])
+    outputs, _ = jax.jit(network.apply)(variables, to_inputs(frames), data["speeds"])
+    expected = np.asarray(head.mean(outputs))
+    driver = NetworkDriver(network, head, variables)
+    memory = driver.start(2)
+    for begins in (0, 7):  # the second time with a memory of the first drive
+        for step in range(3):
+            observation = driving.Observation(
+                frames[:, step],
+                data["speeds"][:, step],
+                np.zeros((2, 3), np.float32),
+                np.zeros(2, np.int32),
+                np.full(2, step, np.int32),
+            )
+            memory, controls = driver.decide(memory, observation)
+            np.testing.assert_allclose(controls, expected[:, step], atol=1e-5, err_msg=begins)
+
+
+def test_pictures_change_in_training_only_and_with_them_the_labels(data):
+    problem = experiment.Driving(config(data=data, shift=1.0, turn=0.1))
+    batch = arrays(3, 2)
+    calm = problem._transform(batch, jax.random.key(0), False)
+    np.testing.assert_array_equal(calm["frames"], to_inputs(batch["frames"]))
+    np.testing.assert_array_equal(calm["labels"], batch["labels"])
+    first, second = (problem._transform(batch, jax.random.key(seed), True) for seed in (0, 1))
+    for changed in (first, second):
+        assert changed["frames"].shape == calm["frames"].shape
+        assert np.abs(changed["labels"][..., 0] - batch["labels"][..., 0]).max() > 0.02
+    assert np.abs(first["frames"] - second["frames"]).max() > 0.1
+    # While the camera zooms in, pictures are not moved; only mirrored.
+    early = {**batch, "decisions": batch["decisions"] - 20}
+    labels = np.asarray(problem._transform(early, jax.random.key(0), True)["labels"])
+    np.testing.assert_allclose(np.abs(labels), np.abs(batch["labels"]), atol=1e-5)
+
+
+def test_each_seed_learns_from_its_own_rounds(data, tmp_path):
+    problem = experiment.Driving(config(data=data, seeds=2))
+    states = problem.create_states()
+    problem.prepare(RunFolder(tmp_path), 1, states)
+    own = [set(problem.pools[seed].ravel().tolist()) for seed in (0, 1)]
+    assert own[0] & own[1] == set(range(20))
+    assert len(own[0] | own[1]) == len(problem.resident["speeds"]) == 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 8}, "--batch-size 4 decisions hold no --window of 8"),
+        ({"model": "gru", "window": 1}, "--window is 1; give 2 or more for --model gru"),
+        ({"shadow": 1.5}, "--shadow is 1.5"),
+        ({"tracks": 0}, "--tracks is 0"),
+    ],
+)
+def test_impossible_options_are_named(changes, message, tmp_path):
+    with pytest.raises(RunError, match=message):
+        run_driving(tmp_path / "run", tmp_path, **changes)
+
+
+def test_a_missing_simulator_is_reported_before_the_training(monkeypatch):
+    def missing(**keywords):
+        raise ImportError("driving needs gymnasium")
+
+    monkeypatch.setattr(driving, "RacingCar", missing)
+    with pytest.raises(RunError, match="driving needs gymnasium"):
+        experiment.check_options(config())

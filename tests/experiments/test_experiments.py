@@ -1,0 +1,313 @@
+"""The experiments from the outside: command line, run folder, resume, kills."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny_run import TINY, tiny
+
+import jaxnets as jn
+from experiments.classification import Config, ImageClassification
+from experiments.harness import command_line
+from experiments.harness.run_folder import RunError
+from experiments.harness.training import run
+from jaxnets.data import digits
+from jaxnets.training.checkpoint import latest_step
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    return out, tiny(out, seeds=3)
+
+
+def test_a_run_leaves_result_log_figures_and_configuration(finished):
+    out, result = finished
+    assert {"experiment", "metric", "value", "ci95", "seeds", "steps"} <= set(result)
+    assert {"train_seconds", "parameters_sha256"} <= set(result)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "config.json").read_text())["seeds"] == 3
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert all(len(row["loss"]) == 3 for row in rows)
+    assert "test/accuracy" in rows[1] and "test/accuracy" not in rows[0]
+    for figure in ("curves.png", "confusion.png", "mistakes.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+    assert result["value"] == pytest.approx(np.mean(result["values"]), abs=1e-6)
+
+
+class Staged(ImageClassification):
+    """Stops for something after 10 of 20 steps, and once more when it is resumed."""
+
+    stopped = True
+
+    @property
+    def stages(self):
+        return (10, 20)
+
+    def prepare(self, folder, stage, states):
+        assert int(states.step[0]) == 10 * (stage if Staged.stopped else 1)
+        if stage and Staged.stopped:
+            raise RunError("stopped between the stages")
+        return f"stage {stage}"
+
+
+@pytest.mark.slow
+def test_a_run_in_stages_prepares_each_and_ends_like_one_stage(finished, tmp_path, capsys):
+    def staged(**changes):
+        config = dataclasses.replace(TINY, out=tmp_path / "run", seeds=3, **changes)
+        return run("digits", config, lambda config: Staged(config, digits()))
+
+    with pytest.raises(RunError, match="between the stages"):
+        staged()
+    assert latest_step(tmp_path / "run" / "checkpoints") == 10
+    Staged.stopped = False
+    result = staged(resume=True)
+    assert capsys.readouterr().err.count("stage 0\nstage 1\n") == 1
+    assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+
+
+def test_running_a_finished_run_again_does_nothing(finished, capsys):
+    out, result = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert tiny(out, seeds=3) == result
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_another_run_in_the_same_folder_is_refused(finished):
+    with pytest.raises(RunError, match=r"learning_rate = 0\.002, not 0\.1; choose another folder"):
+        tiny(finished[0], seeds=3, learning_rate=0.1)
+
+
+@pytest.mark.slow
+def test_each_seed_of_a_population_is_its_run_alone(finished, tmp_path):
+    alone = tiny(tmp_path, seed=2)
+    assert alone["values"][0] == pytest.approx(finished[1]["values"][2], abs=1 / 360 + 1e-6)
+    assert alone["ci95"] is None
+    last = [
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        for folder in (tmp_path, finished[0])
+    ]
+    assert last[0]["loss"][0] == pytest.approx(last[1]["loss"][2], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_every_executor_trains_the_same_networks(tmp_path):
+    # Without dropout, whose masks differ between devices.
+    results = {
+        executor: tiny(tmp_path / executor, model="perceptron", seeds=2, executor=executor)
+        for executor in ("scan", "jit", "pmap", "sharded")
+    }
+    for result in results.values():
+        assert result["values"] == pytest.approx(results["scan"]["values"], abs=1 / 360 + 1e-6)
+        assert result["test_loss"] == pytest.approx(results["scan"]["test_loss"], rel=1e-4)
+
+
+def test_an_unfinished_run_wants_resume_and_then_ends_bitwise_the_same(
+    finished, tmp_path, monkeypatch
+):
+
+    def stop_at_ten(step, state, metrics):
+        if step == 10:
+            raise jn.Interrupted("a test")
+
+    every = jn.every
+    monkeypatch.setattr(
+        "experiments.harness.training.jn.every",
+        lambda steps, hook: every(5, stop_at_ten) if steps == 10 else every(steps, hook),
+    )
+    with pytest.raises(command_line.Stopped, match="go on with --resume"):
+        tiny(tmp_path, seeds=3)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="unfinished run; go on with --resume"):
+        tiny(tmp_path, seeds=3)
+    result = tiny(tmp_path, seeds=3, resume=True)
+    assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"batch_size": 5000}, "batch size 5000 is larger than the 1437 examples"),
+        ({"steps": -1}, "--steps is -1"),
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"average_decay": 1.0}, "decay is 1.0"),
+        pytest.param(
+            {"executor": "pmap", "batch_size": 30},
+            "batch size 30 is not divisible by 4 devices",
+            marks=pytest.mark.four_devices,
+        ),
+    ],
+)
+def test_impossible_options_are_named(changes, message, tmp_path):
+    with pytest.raises((RunError, ValueError), match=message):
+        tiny(tmp_path, **changes)
+
+
+def test_a_file_in_the_way_is_reported(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(RunError, match="is a file; choose another --out"):
+        tiny(tmp_path / "file")
+    with pytest.raises(RunError, match=r"cannot write|is a file"):
+        tiny(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="no /proc on this system")
+def test_a_folder_that_nobody_can_write_is_reported():
+    # Not even root can make a folder in /proc, as on a read-only disk.
+    with pytest.raises(RunError, match=r"cannot write to /proc/jaxnets: .*choose another --out"):
+        tiny(pathlib.Path("/proc/jaxnets"))
+
+
+def test_a_damaged_configuration_is_reported(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="not readable JSON"):
+        tiny(tmp_path)
+
+
+def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    from jaxnets import NonFiniteError
+
+    with pytest.raises(NonFiniteError, match=r"loss of member \d at steps \d+ to \d+"):
+        tiny(tmp_path, seeds=2, optimizer="sgd", learning_rate=1e30, steps=200)
+    assert not (tmp_path / "result.json").exists()
+    assert latest_step(tmp_path / "checkpoints") in (None, 10)
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+
+
+def command(*options):
+    return [sys.executable, "-m", "experiments.digits", *map(str, options)]
+
+
+def call(*options):
+    return subprocess.run(
+        command(*options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "transformer"), "invalid choice"),
+        (("--preset", "fastest"), "unknown preset 'fastest'; choose one of cnn, mlp"),
+        (("--learning-rat", "1"), "--learning-rat"),
+        (("--steps", "0", "--out", "nowhere"), "error: --steps is 0; give a number above 0"),
+    ],
+)
+def test_unknown_options_end_with_code_2_and_no_traceback(options, message):
+    outcome = call(*options)
+    assert outcome.returncode == 2
+    assert message in outcome.stderr + outcome.stdout
+    assert "Traceback" not in outcome.stderr
+
+
+def test_help_shows_every_option_and_its_default():
+    outcome = call("--model", "mlp", "--help")
+    text = " ".join(outcome.stdout.split())
+    assert outcome.returncode == 0
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert text.count("default:") >= len(dataclasses.fields(Config))
+
+
+KILLED = ("--model", "mlp", "--steps", 3000, "--steps-per-dispatch", 5, "--log-every", 50)
+KILLED = (*KILLED, "--checkpoint-every", 10, "--eval-every", 500, "--seeds", 2)
+
+
+def wait_for_a_new_checkpoint(process, folder, known):
+    while latest_step(folder / "checkpoints") == known:
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.005)
+
+
+def test_a_run_told_to_stop_saves_and_ends_with_code_3(tmp_path):
+    process = subprocess.Popen(
+        command(*KILLED, "--out", tmp_path), cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
+    wait_for_a_new_checkpoint(process, tmp_path, None)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert b"SIGTERM" in errors and b"go on with --resume" in errors
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_bitwise_as_one_uninterrupted_run(tmp_path, optimized_processes):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = json.loads(call(*KILLED, "--out", whole).stdout.splitlines()[-1])
+    moments = random.Random(0)
+    for index in range(20):
+        known = latest_step(killed / "checkpoints")
+        resume = ("--resume",) if (killed / "config.json").exists() else ()
+        process = subprocess.Popen(
+            command(*KILLED, "--out", killed, *resume),
+            cwd=ROOT,
+            env=environment(),
+            stderr=subprocess.DEVNULL,
+        )
+        if index % 5:  # most kills fall into training and saving, some into the start of a run
+            wait_for_a_new_checkpoint(process, killed, known)
+            time.sleep(moments.uniform(0.0, 0.3))
+        else:
+            time.sleep(moments.uniform(0.5, 5.0))
+        assert process.poll() is None, "the run ended before it was killed"
+        process.kill()
+        process.communicate()
+    result = json.loads(call(*KILLED, "--out", killed, "--resume").stdout.splitlines()[-1])
+    assert result["parameters_sha256"] == expected["parameters_sha256"]
+    assert result["values"] == expected["values"]
+    logs = [(folder / "metrics.jsonl").read_bytes() for folder in (whole, killed)]
+    assert logs[0] == logs[1]
+
+
+def test_a_data_file_cut_short_is_named_with_its_digest(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b cut short")
+    outcome = subprocess.run(
+        [sys.executable, "-m", "experiments.mnist", "--data", tmp_path, "--out", tmp_path / "run"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 2
+    assert "train-images-idx3-ubyte.gz" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_an_error_and_keeps_what_was_saved(tmp_path):
+    options = ("--model", "mlp", "--steps", 300, "--steps-per-dispatch", 10)
+    options = (*options, "--checkpoint-every", 10, "--eval-every", 300, "--out", tmp_path)
+    process = subprocess.Popen(
+        command(*options), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_a_new_checkpoint(process, tmp_path, None)
+    # From here on no file can grow past a few bytes, as on a disk without room.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, 64))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "error: " in errors and str(tmp_path) in errors and "Traceback" not in errors
+    kept = latest_step(tmp_path / "checkpoints")
+    assert kept is not None and 10 <= kept < 300
+    assert json.loads(call(*options, "--resume").stdout.splitlines()[-1])["steps"] == 300

@@ -1,0 +1,286 @@
+"""The experiments on sequences from the outside, tiny: addition and sentiment."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stopping import stopped_at_three
+
+import jaxnets as jn
+from experiments import addition, sentiment
+from experiments.harness.problem import Measured
+from experiments.harness.run_folder import RunError
+from experiments.harness.training import run
+from jaxnets.data.datasets.text import SentenceDataset, Sentences
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHORT = {
+    "steps": 6,
+    "steps_per_dispatch": 3,
+    "log_every": 3,
+    "eval_every": 6,
+    "checkpoint_every": 3,
+}
+
+
+ADDER = addition.Config(width=8, batch_size=16, digits=2, seeds=2, **SHORT)
+
+
+def add(out, **changes):
+    return run("addition", dataclasses.replace(ADDER, out=out, **changes), addition.Addition)
+
+
+def words(seed, count):
+    """Sentences whose class is that of their one telling word."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 2, count).astype(np.int32)
+    texts = []
+    for label in labels:
+        sentence = random.choice(["the", "film", "is", "and", "a"], random.integers(1, 9)).tolist()
+        sentence.insert(random.integers(0, len(sentence) + 1), ("bad", "good")[label])
+        texts.append(" ".join(sentence))
+    return Sentences(tuple(texts), labels)
+
+
+@pytest.fixture
+def reviews(monkeypatch):
+    dataset = SentenceDataset(
+        "reviews", words(0, 200), words(1, 30), words(2, 50), ("negative", "positive")
+    )
+    monkeypatch.setattr("jaxnets.data.sst2", lambda directory: dataset)
+    return dataset
+
+
+def judge(out, **changes):
+    config = sentiment.Config(
+        width=8, embedding=8, heads=2, batch_size=16, buckets=2, min_count=1, **SHORT
+    )
+    return run("sentiment", dataclasses.replace(config, out=out, **changes), sentiment.Sentiment)
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory):
+    out = tmp_path_factory.mktemp("added")
+    return out, add(out)
+
+
+def test_an_addition_run_leaves_result_curves_and_mistakes(added):
+    out, result = added
+    assert json.loads((out / "result.json").read_text()) == result
+    assert result["metric"] == "exact sums" and len(result["values"]) == 2
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # Six steps teach nothing: nearly all of the 2,000 sums are wrong, and told with the truth.
+    lines = (out / "mistakes.txt").read_text().splitlines()
+    assert len(lines) == round(2000 * (1 - result["values"][0])) > 1900
+    for line in lines:
+        question, truth = line.split(", not")[0].split(" = ")
+        assert sum(map(int, question.split("+"))) == int(truth)
+
+
+@pytest.mark.slow
+def test_a_stopped_addition_ends_bitwise_as_one_that_was_not(added, tmp_path, monkeypatch):
+    with stopped_at_three(monkeypatch):
+        add(tmp_path)
+    result = add(tmp_path, resume=True)
+    assert result["parameters_sha256"] == added[1]["parameters_sha256"]
+
+
+@pytest.mark.slow
+def test_every_executor_trains_the_same_adders():
+    losses, start = {}, None
+    for executor in ("scan", "jit", "pmap", "sharded"):
+        problem = addition.Addition(dataclasses.replace(ADDER, model="rnn", executor=executor))
+        start = problem.create_states() if start is None else start
+        states = jax.tree.map(jnp.copy, start)  # the step donates its argument
+        _, history = jn.fit(problem.executor(), states, problem.batches(), num_steps=6, log_every=3)
+        losses[executor] = [row["loss"] for row in history.rows]
+        np.testing.assert_allclose(losses[executor], losses["scan"], rtol=1e-4, err_msg=executor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
+def test_every_adder_runs(model, tmp_path):
+    assert add(tmp_path, model=model, seeds=1)["model"] == model
+
+
+def test_an_adder_that_is_always_right_scores_one(added, monkeypatch):
+    problem = addition.Addition(addition.Config(digits=2, width=8))
+    right = [str(a + b) for a, b in problem.pairs.tolist()]
+    monkeypatch.setattr(problem, "answers", lambda state: right)
+    states = problem.create_states()
+    assert problem.measure(states).values.tolist() == [1.0] and problem.mistakes == []
+    monkeypatch.setattr(problem, "answers", lambda state: ["-", *right[1:]])
+    assert problem.measure(states).values.tolist() == [1 - 1 / 2000]
+    assert len(problem.mistakes) == 1
+
+
+def test_sums_are_written_backwards_between_special_ids_and_read_back():
+    batch = addition.encode(np.array([[12, 9], [99, 99]]), 2)
+    assert batch["inputs"].tolist() == [[5, 6, 14, 13, 0], [13, 13, 14, 13, 13]]
+    assert batch["lengths"].tolist() == [4, 5]
+    assert batch["decoder_inputs"].tolist() == [[1, 5, 6, 0], [1, 12, 13, 5]]
+    assert batch["labels"].tolist() == [[5, 6, 2, 0], [12, 13, 5, 2]]
+    assert batch["label_lengths"].tolist() == [3, 4]
+    assert [addition.decode(row)[::-1] for row in batch["labels"]] == ["21", "198"]
+
+
+def test_sums_are_a_function_of_seed_and_step_and_never_those_of_the_test():
+    source = addition.Sums(digits=2, batch_size=64, seed=3)
+    batches = list(itertools.islice(source(0), 20))
+    for name, array in next(source(5)).items():
+        np.testing.assert_array_equal(array, batches[5][name])
+    other = next(addition.Sums(digits=2, batch_size=64, seed=4)(0))
+    assert (other["inputs"] != batches[0]["inputs"]).any()
+    trained = {tuple(row) for batch in batches for row in batch["inputs"].tolist()}
+    tested = addition.draw_pairs(np.random.default_rng(0), 200, 2, held_out=True)
+    assert trained.isdisjoint(map(tuple, addition.encode(tested, 2)["inputs"].tolist()))
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3, 9])
+def test_about_a_twentieth_of_the_sums_is_held_out(digits):
+    pairs = np.random.default_rng(0).integers(0, 10**digits, (20_000, 2))
+    assert np.mean(addition.is_held_out(pairs, digits)) == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"digits": 0}, "--digits is 0"),
+        ({"digits": 10}, "--digits is 10; give 1 to 9"),
+        ({"width": 0}, "--width is 0; give a number above 0"),
+        ({"model": "transformer", "width": 10}, "10 features do not split into 4 heads"),
+        pytest.param(
+            {"executor": "pmap", "batch_size": 6},
+            "batch size 6 is not divisible by 4 devices",
+            marks=pytest.mark.four_devices,
+        ),
+    ],
+)
+def test_impossible_options_of_addition_are_named(changes, message, tmp_path):
+    with pytest.raises((RunError, ValueError), match=message):
+        add(tmp_path, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
+def test_a_sentiment_run_leaves_result_figures_tokenizer_and_mistakes(reviews, model, tmp_path):
+    result = judge(tmp_path, model=model, seeds=2, executor="jit")
+    assert result["dataset"] == "reviews" and len(result["values"]) == 2
+    assert 0 <= result["validation_accuracy"] <= 1
+    for figure in ("curves.png", "confusion.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    tokenizer = jn.data.load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.vocabulary_size == result["vocabulary"] == 4 + 7
+    for line in (tmp_path / "mistakes.txt").read_text().splitlines():
+        verdict, text = line.split(": ")
+        said, truth = verdict.split()[0], verdict.split()[-1]
+        assert (
+            said != truth
+            and reviews.class_names[reviews.test.labels[reviews.test.texts.index(text)]] == truth
+        )
+
+
+@pytest.mark.slow
+def test_the_telling_words_are_learnt(reviews, tmp_path):
+    result = judge(
+        tmp_path,
+        executor="jit",
+        steps=60,
+        learning_rate=3e-2,
+        average_decay=0.9,
+        dropout=0.2,
+        log_every=60,
+        eval_every=60,
+        checkpoint_every=60,
+    )
+    assert result["value"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_stopped_sentiment_run_ends_bitwise_as_one_that_was_not(reviews, tmp_path, monkeypatch):
+    # What is measured and drawn at the end does not matter here, and takes longest.
+    monkeypatch.setattr(sentiment.Sentiment, "measure", lambda *_: Measured("nothing", np.zeros(1)))
+    monkeypatch.setattr(sentiment.Sentiment, "draw", lambda *_: None)
+    whole = judge(tmp_path / "whole", executor="jit")
+    with stopped_at_three(monkeypatch):
+        judge(tmp_path / "stopped", executor="jit")
+    result = judge(tmp_path / "stopped", executor="jit", resume=True)
+    assert result["parameters_sha256"] == whole["parameters_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["scan", "pmap"])
+def test_sentiment_is_trained_by_every_executor(reviews, executor, tmp_path):
+    result = judge(tmp_path, executor=executor, seeds=2, model="gru", buckets=1)
+    assert np.isfinite(result["test_loss"])
+
+
+def test_dropped_words_are_read_as_unknown_in_training_only(reviews):
+    problem = sentiment.Sentiment(sentiment.Config(word_dropout=0.5))
+    tokens = jnp.full((50, 40), 7)
+    drop = functools.partial(problem.drop_words, {"inputs": tokens}, jax.random.key(0))
+    assert (drop(train=False)["inputs"] == 7).all()
+    found = drop(train=True)["inputs"]
+    assert set(np.unique(found)) == {jn.data.UNKNOWN, 7}
+    assert np.mean(found == 7) == pytest.approx(0.5, abs=0.05)
+
+
+def test_probabilities_stand_in_the_order_of_the_sentences(reviews):
+    problem = sentiment.Sentiment(sentiment.Config(width=8, embedding=8, seeds=2, buckets=2))
+    states = problem.create_states()
+    found = problem.probabilities(states, reviews.test)
+    for index in (0, 17, 49):
+        ids = problem.tokenizer.encode(reviews.test.texts[index])[None]
+        alone = [
+            jax.nn.softmax(problem.module.apply({"params": params}, ids))[0]
+            for params in (jax.tree.map(lambda x, i=i: x[i], states.params) for i in range(2))
+        ]
+        np.testing.assert_allclose(found[index], np.mean(alone, axis=0), atol=1e-6)
+
+
+def test_the_most_confident_mistakes_come_first():
+    lines = sentiment.mistakes(
+        ["dull", "fine", "odd", "grand"],
+        np.array([0, 1, 1, 1]),
+        np.array([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1], [0.55, 0.45]]),
+        ("negative", "positive"),
+        num_shown=2,
+    )
+    assert lines == ["negative 90.0%, not positive: odd\n", "positive 80.0%, not negative: dull\n"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"word_dropout": 1.0}, r"--word-dropout is 1.0; give a number in \[0, 1\)"),
+        ({"dropout": 1.0}, "dropout rate 1.0"),
+        ({"min_count": 10_000}, "none of the 7 words of the texts occurs 10000 times"),
+        ({"tokens": "subwords", "vocabulary": 100}, "vocabulary_size=100"),
+        ({"batch_size": 1, "executor": "jit"}, "tokens_per_batch=6; raise it"),
+    ],
+)
+def test_impossible_options_of_sentiment_are_named(reviews, changes, message, tmp_path):
+    with pytest.raises((RunError, ValueError), match=message):
+        judge(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("module", ["addition", "sentiment"])
+def test_a_model_that_does_not_exist_ends_with_code_2_and_no_traceback(module):
+    outcome = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", "--model", "oracle"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 2
+    assert "invalid choice" in outcome.stderr + outcome.stdout
+    assert "Traceback" not in outcome.stderr

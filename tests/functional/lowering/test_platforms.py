@@ -1,0 +1,171 @@
+"""A choice by platform: what is computed, its derivatives, and what is left of it in a program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import normal
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxnets import functional
+from jaxnets.functional.channels import along_channels
+from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.training.executors import data_mesh
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def on_cpu_only(x, y):
+    return jnp.sin(x) * y**2
+
+
+def elsewhere(x, y):
+    return jnp.tan(x) - y
+
+
+def chosen(x, y):
+    return by_platform(x, y, cpu=on_cpu_only, default=elsewhere)
+
+
+# What contains a choice, and what it is on CPU.
+FUNCTIONS = {
+    "plain": (chosen, on_cpu_only),
+    "in a jit": (jax.jit(chosen), on_cpu_only),
+    "in a checkpoint": (jax.checkpoint(chosen), on_cpu_only),
+    "in a choice": (
+        lambda x, y: by_platform(x, y, cpu=lambda x, y: chosen(x, 2 * y), default=elsewhere),
+        lambda x, y: on_cpu_only(x, 2 * y),
+    ),
+}
+TRANSFORMS = {
+    "value": lambda f: f,
+    "gradients": lambda f: jax.grad(lambda x, y: f(x, y).sum(), (0, 1)),
+    "gradient of one": lambda f: jax.grad(lambda x, y: f(x, y).sum(), 1),
+    "forward": lambda f: lambda x, y: jax.jvp(lambda x: f(x, y), (x,), (y,))[1],
+    "hessian": lambda f: jax.hessian(lambda x, y: f(x, y).sum(), (0, 1)),
+    "backwards twice": lambda f: jax.jacrev(jax.jacrev(lambda x, y: f(x, y).sum(), 1), 0),
+    "mapped": lambda f: jax.vmap(f),
+    "mapped gradient": lambda f: jax.vmap(jax.grad(lambda x, y: f(x, y)[0], (0, 1)), (0, None)),
+}
+SHAPES = {"mapped gradient": ((4, 3), (3,))}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_is_that_of_the_function_for_this_platform(name, compiled, on_cpu):
+    transform, run = TRANSFORMS[name], jax.jit if compiled else lambda f: f
+    x, y = (normal(shape, i) for i, shape in enumerate(SHAPES.get(name, [(4, 3), (4, 3)])))
+    for function, plain in FUNCTIONS.values():
+        expected = jax.jit(transform(plain))(x, y)
+        found = run(transform(function))(x, y)
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_a_linear_choice_is_transposed(on_cpu):
+    kernel, x = normal((3, 5), 0), normal((3,), 1)
+
+    def apply(kernel, x):
+        return by_platform(kernel, x, cpu=lambda k, x: x @ k, default=lambda k, x: 2 * (x @ k))
+
+    (found,) = jax.linear_transpose(lambda x: apply(kernel, x), x)(normal((5,), 2))
+    np.testing.assert_allclose(found, kernel @ normal((5,), 2), rtol=1e-13)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, lambda f: jax.grad(lambda x, y: f(x, y).sum())])
+def test_a_program_holds_the_function_of_its_platform_and_no_choice(transform):
+    x = normal((4, 3), 0)
+    trace = jax.jit(transform(chosen)).trace(x, x)
+    texts = {p: trace.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+    there = {platform: "tan " in text for platform, text in texts.items()}
+    assert there == {"cpu": False, "tpu": True, "cuda": True}
+    assert not any("stablehlo.case" in text for text in texts.values())
+    # A program for several platforms has to ask.
+    both = trace.lower(lowering_platforms=("cpu", "tpu")).as_text()
+    assert "stablehlo.case" in both
+    assert "tan " in both
+
+
+@pytest.mark.four_devices
+def test_what_a_mesh_adds_up_is_added_up_outside_of_conditionals(on_cpu):
+    mesh = data_mesh(jax.devices("cpu")[:4])
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+    def loss(parameters, x):
+        kernel, bias, wide = parameters
+        y = functional.convolution(x, kernel)
+        y = functional.max_pool(jnp.tanh(y + along_channels(bias, y)), 2)
+        return jnp.sum(functional.convolution(y, wide) ** 2)
+
+    parameters = normal((3, 3, 2, 8), 0), normal((8,), 1), normal((3, 3, 8, 32), 2)
+    gradient = jax.jit(jax.grad(loss), in_shardings=(everywhere, split), out_shardings=everywhere)
+    text = gradient.lower(parameters, normal((8, 8, 8, 2), 3)).compile().as_text()
+    assert "all-reduce(" in text
+    assert "conditional(" not in text
+
+
+@pytest.mark.four_devices
+def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
+    def several(x):
+        return by_platform(x, cpu=jnp.sin, default=jnp.cos, partitioned=lambda x: 2 * jnp.tan(x))
+
+    x, mesh = normal((4, 3), 0), data_mesh(jax.devices("cpu")[:4])
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    jitted = jax.jit(jax.grad(lambda x: several(x).sum()))
+    np.testing.assert_allclose(jitted(x), jnp.cos(x), rtol=1e-13)
+    expected = 2 / jnp.cos(x) ** 2
+    np.testing.assert_allclose(jitted(jax.device_put(x, split)), expected, rtol=1e-13)
+    # Each device has a program of its own here.
+    np.testing.assert_allclose(jax.pmap(several)(x), jnp.sin(x), rtol=1e-13)
+    mapped = jax.shard_map(several, mesh=mesh, in_specs=split.spec, out_specs=split.spec)
+    np.testing.assert_allclose(jax.jit(mapped)(x), jnp.sin(x), rtol=1e-13)
+    with pytest.raises(TypeError, match="'partitioned' returns"):
+        by_platform(x, cpu=jnp.sin, default=jnp.cos, partitioned=jnp.sum)
+
+
+@pytest.mark.four_devices
+def test_it_is_mapped_over_devices_with_checked_axes(on_cpu):
+    mesh = data_mesh(jax.devices("cpu")[:4])
+    x, y = normal((4, 3), 0), normal((1, 3), 1)
+
+    def gradient(x, y):  # of what all devices share: it comes out summed over them
+        return jax.grad(lambda y: chosen(x, y).sum())(y)
+
+    axes = (PartitionSpec("data"), PartitionSpec())
+    per_device = jax.shard_map(gradient, mesh=mesh, in_specs=axes, out_specs=PartitionSpec())
+    expected = jax.grad(lambda y: sum(on_cpu_only(row[None], y).sum() for row in x))(y)
+    np.testing.assert_allclose(jax.jit(per_device)(x, y), expected, rtol=1e-13)
+
+
+def test_trees_of_arrays(on_cpu):
+    x = normal((4, 3), 0)
+
+    def sums(tree, absent):
+        assert absent is None
+        return {"sum": tree["x"].sum(), "rest": [2 * tree["x"]]}
+
+    def differences(tree, absent):
+        return {"sum": -tree["x"].sum(), "rest": [tree["x"]]}
+
+    def both(x):
+        return by_platform({"x": x**2}, None, cpu=sums, default=differences)
+
+    expected = {"sum": (x**2).sum(), "rest": [2 * x**2]}
+    found = both(x)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), found, expected)
+    gradient = jax.jit(jax.grad(lambda x: both(x)["sum"] + jnp.sum(both(x)["rest"][0] ** 2)))(x)
+    np.testing.assert_allclose(gradient, 2 * x + 16 * x**3, rtol=1e-12)
+    mapped = jax.vmap(both)(x)
+    np.testing.assert_allclose(mapped["sum"], (x**2).sum(1), rtol=1e-13)
+    with pytest.raises(TypeError, match="make them alike"):
+        by_platform(x, cpu=lambda x: [x], default=lambda x: (x,))
+
+
+def test_functions_that_return_other_arrays_are_an_error():
+    with pytest.raises(TypeError, match=r"'cpu' returns .*4,3.* the default .*\[3\]"):
+        by_platform(normal((4, 3), 0), cpu=lambda x: x, default=lambda x: x[0])

@@ -1,0 +1,52 @@
+"""Lengths that fit and that do not, and what lies beyond them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnets.functional.lengths import check_lengths, clear_padding, padding_mask
+
+
+def test_padding_is_cleared_whatever_stood_there():
+    x = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
+    x[0, 2:] = np.nan
+    cleared, valid = clear_padding(jnp.asarray(x), np.array([2, 0, 4]))
+    np.testing.assert_array_equal(valid.sum(axis=1), [2, 0, 4])
+    np.testing.assert_array_equal(cleared[0, :2], x[0, :2])
+    np.testing.assert_array_equal(cleared[0, 2:], 0)
+    np.testing.assert_array_equal(cleared[1], 0)
+    np.testing.assert_array_equal(cleared[2], x[2])
+
+
+def test_a_length_out_of_range_in_a_compiled_program_gives_nan_for_its_sequence_alone():
+    cleared, valid = jax.jit(clear_padding)(jnp.ones((4, 5, 2)), np.array([5, 6, -1, 2]))
+    assert np.isnan(cleared[1:3]).all() and np.isfinite(cleared[::3]).all()
+    assert valid[1:3].all()
+
+
+def test_vectors_and_images_over_time_are_cleared_too():
+    for shape in ((2, 3), (2, 3, 4, 5)):
+        cleared, _ = clear_padding(jnp.ones(shape), np.array([1, 3]))
+        assert cleared.sum() == 4 * np.prod(shape[2:])
+
+
+def test_without_lengths_all_steps_count():
+    x = jnp.ones((2, 3))
+    cleared, valid = clear_padding(x, None)
+    assert cleared is x and valid.shape == (2, 3) and valid.all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: padding_mask(np.array([3, 5]), (2, 4)), r"length 5 is not in \[0, 4\]"),
+        (lambda: padding_mask(np.array([-1]), (1, 4)), "length -1"),
+        (lambda: padding_mask(np.array([1.0]), (1, 4)), "float64.*one integer for each"),
+        (lambda: clear_padding(jnp.ones((3, 4, 2)), np.array([1])), r"\(1,\) .* do not fit 3"),
+        (lambda: check_lengths([0, 2], rows=2, most=2, least=1), r"length 0 is not in \[1, 2\]"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,75 @@
+"""The gradients of the norms against automatic differentiation of their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
+
+EPSILON = 0.1  # large, so that forgetting it would show
+
+
+def plain_layer_norm(x, scale, bias):
+    mean, variance = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+    return scale[None, None] * (x - mean) / jnp.sqrt(variance + EPSILON) + bias[None, None]
+
+
+def plain_rms_norm(x, scale):
+    return scale[None, None] * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + EPSILON)
+
+
+def joined_batch_norm(x, scale, bias, epsilon):
+    """The result, and the mean and variance, which a loss may use too."""
+    return jnp.concatenate([y.ravel() for y in batch_norm(x, scale, bias, epsilon=epsilon)])
+
+
+def plain_batch_norm(x, scale, bias):
+    mean, variance = jnp.mean(x, (0, 1)), jnp.var(x, (0, 1))
+    centred = x - mean[None, None]
+    y = scale[None, None] * centred / jnp.sqrt(variance + EPSILON)[None, None] + bias[None, None]
+    return jnp.concatenate([y.ravel(), mean, variance])
+
+
+@pytest.mark.parametrize(
+    ("own", "plain", "num_vectors"),
+    [
+        (layer_norm, plain_layer_norm, 2),
+        (rms_norm, plain_rms_norm, 1),
+        (joined_batch_norm, plain_batch_norm, 2),
+    ],
+)
+def test_first_and_second_derivatives_are_those_of_the_formula(own, plain, num_vectors):
+    random = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(random.normal(size=(2, 3, 5)) + 2)
+        vectors = [jnp.asarray(random.normal(size=5)) for _ in range(num_vectors)]
+        numbers = tuple(range(1 + num_vectors))
+
+        def slope(function, *operands):
+            return jnp.sum(jnp.cos(function(*operands)))
+
+        def curvature(function, *operands):
+            gradients = jax.grad(lambda *o: slope(function, *o), numbers)(*operands)
+            return sum(jnp.sum(jnp.sin(gradient)) for gradient in gradients)
+
+        for measure in (slope, curvature):
+            found, expected = (
+                jax.grad(lambda *o, f=function, m=measure: m(f, *o), numbers)(x, *vectors)
+                for function in (lambda *o: own(*o, epsilon=EPSILON), plain)
+            )
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+def batch_norm_of_pairs(x, scale):
+    y, *_ = batch_norm(jnp.stack([x[0], x[0] + 4]), scale, jnp.zeros_like(scale))
+    return y
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm, batch_norm_of_pairs])
+def test_statistics_are_float32_for_narrow_inputs(norm):
+    x = jnp.asarray(300.0 + np.arange(4.0)[None], jnp.float16)  # squares beyond its range
+    y = norm(x, jnp.ones(4))
+    assert y.dtype == jnp.float32
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(norm(x, jnp.ones(4)) ** 3))(x)).all()

@@ -1,0 +1,250 @@
+"""Two updates on one state: each network apart, every executor, populations, resume."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checkpoint_problem import assert_bitwise_equal
+from gan_problem import BATCH, DOUBLE, LARGER, RANDOM, TINY, as_double, plain, problem, without
+
+from jaxnets.core import Precision
+from jaxnets.models.gan import dcgan
+from jaxnets.objectives.adversarial import adversarial
+from jaxnets.training.equivalence import check_equivalence
+from jaxnets.training.executors import jit_step, population_step, scan_steps
+from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.loop import fit
+from jaxnets.training.optimizers import averaged_parameters, with_parameter_average
+from jaxnets.training.step import make_train_step
+
+
+@pytest.mark.parametrize(
+    ("fields", "loss", "penalties", "num_critics"),
+    [
+        ({"norm": "batch"}, "non_saturating", {}, 1),
+        ({"norm": "batch"}, "non_saturating", {}, 2),
+        ({"norm": "batch", "num_classes": 3}, "non_saturating", {}, 1),
+        ({"norm": "spectral", "num_classes": 3}, "non_saturating", {"r1": 0.1}, 1),
+    ],
+    ids=["batch", "two_critics", "conditional", "spectral_penalty"],
+)
+def test_an_update_of_one_network_leaves_the_other_bit_identical(
+    fields, loss, penalties, num_critics
+):
+    module = dcgan((16, 16, 1), **fields, **TINY)
+    objectives = adversarial(module, loss, **penalties)
+    updates, state = problem(objectives, module, num_critics=num_critics)
+    collections = sorted(state.model_state)
+    for index, name in ((0, "discriminator"), (-1, "generator")):
+        other = {"discriminator": "generator", "generator": "discriminator"}[name]
+        after, _ = jit_step(make_train_step([updates[index]] * num_critics))(state, LARGER)
+        own, now = (
+            [s.params[name], *(s.model_state[collection].get(name) for collection in collections)]
+            for s in (state, after)
+        )
+        still = [
+            jax.tree_util.keystr(path)
+            for (path, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(now), strict=True
+            )
+            if not np.any(a != b)
+        ]
+        # The singular vector of the head's one output is 1 or -1 for ever.
+        assert all(path.endswith("['head']['logit']['right']") for path in still), still
+        for tree in ("params", "opt_state"):
+            assert_bitwise_equal(getattr(after, tree)[other], getattr(state, tree)[other])
+        for collection in state.model_state:
+            before = state.model_state[collection].get(other)
+            assert_bitwise_equal(after.model_state[collection].get(other), before)
+
+
+def test_power_iteration_moves_in_the_discriminators_update_only():
+    module = dcgan((8, 8, 1), norm="spectral", **TINY)
+    updates, state = problem(adversarial(module, "hinge"), module)
+    vectors = []
+    for update in updates:
+        state, _ = jit_step(make_train_step(update))(state, without(BATCH, "latents"))
+        vectors.append(state.model_state["spectral_norm"]["discriminator"]["conv_1"]["right"])
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+    assert not np.allclose(
+        vectors[0],
+        problem(adversarial(module), module)[1].model_state["spectral_norm"]["discriminator"][
+            "conv_1"
+        ]["right"],
+    )
+
+
+@pytest.fixture
+def one_share(monkeypatch):
+    """Mix all images at the same share: executors that split a batch draw other shares."""
+    # The package has a function of the module's name.
+    module = sys.modules["jaxnets.objectives.adversarial"]
+    monkeypatch.setattr(module, "mix", lambda real, fake, rng: 0.3 * real + 0.7 * fake)
+
+
+# name -> (precision -> module, batch, loss, penalties, critics, executors that normalise otherwise)
+PROBLEMS = {
+    "r3gan": (plain, BATCH, "relativistic", {"r1": 0.1, "r2": 0.1}, 1, set()),
+    "wgan_gp": (plain, BATCH, "wasserstein", {"gradient_penalty": 0.1}, 2, set()),
+    "dcgan": (
+        # Microbatches have batch statistics of their own.
+        lambda precision: dcgan((16, 16, 1), norm="batch", precision=precision, **TINY),
+        LARGER,
+        "non_saturating",
+        {},
+        1,
+        {"microbatched"},
+    ),
+    "spectral": (
+        # Each microbatch moves the singular vectors on.
+        lambda precision: dcgan((8, 8, 1), norm="spectral", precision=precision, **TINY),
+        BATCH,
+        "hinge",
+        {},
+        1,
+        {"microbatched"},
+    ),
+}
+
+
+def built(name, precision, optimizers=None, seed=0):
+    """Return the updates, the state, the batch and the executors that differ."""
+    make, batch, loss, penalties, num_critics, others = PROBLEMS[name]
+    module = make(precision)
+    objectives = adversarial(module, loss, **penalties)
+    return *problem(objectives, module, optimizers, num_critics, seed), batch, others
+
+
+@pytest.mark.slow
+# Behind the norms of the tiny dcgan gradients are larger than 1, and rounding than the tolerance.
+@pytest.mark.parametrize("name", ["r3gan", "wgan_gp"])
+def test_executors_agree_in_float32_under_momentum(name, one_share):
+    check_executors(*built(name, Precision()), tolerance=1e-6)
+
+
+@pytest.mark.slow
+def test_executors_that_split_a_batch_mix_at_shares_of_their_own():
+    updates, state, batch, _ = built("wgan_gp", Precision())
+    check_executors(updates, state, batch, {"microbatched", "pmap"}, tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_executors_agree_in_float64_under_adam(name, one_share, enable_x64):
+    optimizers = (optax.adam(1e-2, b1=0.5), optax.adam(2e-2, b1=0.5))
+    updates, state, batch, others = built(name, DOUBLE, optimizers)
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype for x in floats} == {jnp.dtype("float64")}
+    check_executors(updates, state, as_double(batch), others, tolerance=1e-10)
+
+
+def check_executors(updates, state, batch, others, *, tolerance):
+    step = make_train_step(updates)
+    report = check_equivalence(step, state, batch, num_steps=2, reference="jit")
+    expected = {"scan", "pmap", "replicated", "fsdp", "microbatched"}
+    assert set(report.differences) == expected, report.skipped
+    assert report.num_devices == jax.device_count()
+    for name in expected - others:
+        assert max(report.differences[name].values()) < tolerance, report.table()
+    for name in others:  # What is left out differs, or it should not be left out.
+        assert max(report.differences[name].values()) > tolerance
+
+
+RUNS = [
+    pytest.param(name, loop, marks=[pytest.mark.slow] * slow)
+    for name, loop, slow in [
+        *[("spectral", "map", False), ("wgan_gp", "vmap", True), ("spectral", "vmap", True)],
+        *[("wgan_gp", "map", True), ("r3gan", "map", True), ("r3gan", "vmap", True)],
+    ]
+]
+
+
+@pytest.mark.parametrize(("name", "loop"), RUNS)
+def test_each_member_of_a_population_equals_its_solo_run(name, loop):
+    updates, _, batch, _ = built(name, Precision())
+    states = [built(name, Precision(), seed=seed)[1] for seed in (0, 1)]
+    check_members(updates, states, batch, loop, tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["map", "vmap"])
+def test_each_member_with_a_batch_norm_equals_its_solo_run(loop, enable_x64):
+    # In float64, for the reason given above.
+    updates, _, batch, _ = built("dcgan", DOUBLE)
+    states = [built("dcgan", DOUBLE, seed=seed)[1] for seed in (0, 1)]
+    check_members(updates, states, as_double(batch), loop, tolerance=1e-10)
+
+
+def check_members(updates, states, batch, loop, *, tolerance):
+    states = [
+        dataclasses.replace(state, rng=jax.random.key(seed)) for seed, state in enumerate(states)
+    ]
+    batch = without(batch, "latents")
+    step = make_train_step(updates)
+    population = jit_step(scan_steps(population_step(step, loop=loop)))
+    members, metrics = population(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
+        jax.tree.map(lambda x: np.stack([x] * 2), batch),
+    )
+    assert metrics["generator/loss"].count.shape == (2,)
+    solo = jit_step(step)
+    for member, alone in enumerate(states):
+        for _ in range(2):
+            alone, _ = solo(alone, batch)
+        for tree in ("params", "model_state", "opt_state"):
+            one, all_of_them = (jax.tree.leaves(getattr(s, tree)) for s in (alone, members))
+            for single, several in zip(one, all_of_them, strict=True):
+                np.testing.assert_allclose(several[member], single, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spectral",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in PROBLEMS if name != "spectral"),
+    ],
+)
+def test_a_run_of_two_optimizers_and_an_average_resumes_bitwise(name, tmp_path):
+    optimizers = (optax.adam(1e-3, b1=0.5), with_parameter_average(optax.adam(1e-3), 0.9))
+    updates, state, batch, _ = built(name, Precision(), optimizers)
+    step = jit_step(make_train_step(updates))
+
+    def source(first):
+        for index in range(first, 100):
+            rolled = np.roll(batch["inputs"], index, axis=0)
+            yield {**without(batch, "latents"), "inputs": rolled}
+
+    whole, _ = fit(step, state, source, num_steps=7)
+    fit(step, state, source, num_steps=4, hooks=[Checkpointing(tmp_path, every=4)])
+    other = built(name, Precision(), optimizers, seed=3)[1]
+    resumed, history = resume(tmp_path, other)
+    assert history.step == int(resumed.step) == 4
+    resumed, _ = fit(step, resumed, source, num_steps=7, history=history)
+    assert_bitwise_equal(resumed, whole)
+    average = averaged_parameters(resumed)
+    assert jax.tree.structure(average) == jax.tree.structure(resumed.params["generator"])
+
+
+def test_a_generator_learns_a_point():
+    # Every real image is the same: the generator has to forget its latents.
+    module = plain()
+    objectives = adversarial(module, "relativistic", r1=1.0, r2=1.0)
+    updates, state = problem(
+        objectives, module, (optax.adam(1e-2, b1=0.0), optax.adam(1e-2, b1=0.0))
+    )
+    point = np.full((8, 8, 8, 1), 0.6, np.float32)
+    batch = {"inputs": point, "labels": BATCH["labels"]}
+    run = jit_step(scan_steps(make_train_step(updates)))
+    latents = jnp.asarray(RANDOM.normal(size=(8, 5)), jnp.float32)
+
+    def distance(state):
+        made = module.apply(state.variables, latents, BATCH["labels"], method="generate")
+        return float(jnp.mean(jnp.abs(made - 0.6)))
+
+    before = distance(state)
+    state, _ = run(state, jax.tree.map(lambda x: np.stack([x] * 300), batch))
+    assert distance(state) < 0.3 * before

@@ -1,0 +1,132 @@
+"""The multilayer perceptron and the MLP-Mixer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import check_module, check_preset, count_parameters, shapes_of
+
+from jaxnets.core import capture
+from jaxnets.models import feedforward
+from jaxnets.models.feedforward import MLP, MLPMixer
+
+TINY_MIXER = {
+    "patch_size": 4,
+    "hidden_size": 6,
+    "num_layers": 2,
+    "token_width": 5,
+    "channel_width": 8,
+    "num_outputs": 3,
+}
+
+
+def images(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({"features": ()}, 64 * 3 + 3),
+        ({"features": (8, 8), "activation": "tanh"}, 64 * 8 + 8 + 72 + 27),
+        ({"features": (8, 8), "norm": "batch", "dropout_rate": 0.1}, 512 + 16 + 64 + 16 + 27),
+        ({"features": (8, 8), "norm": "layer", "residual": True}, 512 + 16 + 64 + 16 + 27),
+    ],
+    ids=["perceptron", "plain", "batch_norm", "residual"],
+)
+def test_an_mlp_passes_every_check(fields, parameters):
+    module = MLP(num_outputs=3, **fields)
+    check_module(module, images(6, 8, 8, 1), num_parameters=parameters)
+
+
+def test_a_mixer_passes_every_check():
+    block = (4 * 5 + 5 + 5 * 4 + 4) + (6 * 8 + 8 + 8 * 6 + 6) + 4 * 6
+    parameters = 16 * 6 + 6 + 2 * block + 2 * 6 + 6 * 3 + 3
+    module = MLPMixer(dropout_rate=0.2, **TINY_MIXER)
+    check_module(module, images(8, 8, 8, 1), num_parameters=parameters)
+
+
+def test_an_mlp_equals_its_formula():
+    x = images(4, 2, 3)
+    module = MLP(features=(5,), num_outputs=2, activation="tanh")
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    params = jax.tree.map(np.asarray, variables["params"])
+    hidden, head = params["hidden_0"], params["head"]
+    features = np.tanh(x.reshape(4, 6) @ hidden["kernel"] + hidden["bias"])
+    output, recorded = capture(module, variables, x)
+    np.testing.assert_allclose(recorded["features"], features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        output, features @ head["kernel"] + head["bias"], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_residual_mlp_with_silent_layers_passes_its_input_through():
+    x = images(4, 8)
+    module = MLP(features=(8, 8), residual=True)
+    silent = jax.tree.map(jnp.zeros_like, jax.jit(module.init)(jax.random.key(0), x))
+    np.testing.assert_array_equal(capture(module, silent, x)[1]["features"], x)
+
+
+def test_layers_in_front_of_a_norm_have_no_bias():
+    for norm in ("batch", "layer"):
+        params = shapes_of(MLP(norm=norm), images(2, 8))[0]["params"]
+        assert set(params["hidden_0"]) == {"kernel"}
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "total"),
+    [
+        ("mixer_s32", 19, 19_104_624),
+        ("mixer_s16", 18, 18_528_264),
+        ("mixer_b32", 60, 60_293_428),
+        ("mixer_b16", 59, 59_880_472),
+        ("mixer_l32", 206, 206_939_264),
+        ("mixer_l16", 207, 208_196_168),
+        ("mixer_h14", 431, 432_350_952),
+    ],
+)
+def test_a_mixer_preset_has_the_published_number_of_parameters(name, table, total):
+    module = getattr(feedforward, name)()
+    shape = (2, 224, 224, 3)
+    check_preset(module, shape, num_parameters=total, output_shape=(2, 1000))
+    variables, _ = shapes_of(module, jax.ShapeDtypeStruct(shape, jnp.float32))
+    head = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["head"]))
+    assert round((count_parameters(variables) - head) / 1e6) == table
+
+
+def test_a_preset_can_be_changed():
+    module = feedforward.mixer_s16(10, patch_size=4, num_layers=1)
+    assert (module.num_outputs, module.patch_size, module.num_layers) == (10, 4, 1)
+    assert module.hidden_size == 512
+
+
+def test_a_mixer_mixes_both_patches_and_channels():
+    x, block = images(1, 4, 3), feedforward.MixerBlock(token_width=5, channel_width=6)
+    variables = jax.jit(block.init)(jax.random.key(0), x)
+    influence = jax.jit(jax.jacobian(lambda x: block.apply(variables, x)))(x)
+    assert np.abs(influence).min() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MLP(features=(8, 0)), r"features=\(8, 0\)"),
+        (lambda: MLP(num_outputs=-1), "num_outputs=-1"),
+        (lambda: MLP(dropout_rate=1.5), r"dropout rate 1.5"),
+        (lambda: MLP(norm="group"), "'group'"),
+        (lambda: MLP(activation="rleu"), "'rleu'"),
+        (lambda: MLPMixer(num_layers=0), "num_layers=0"),
+        (lambda: shapes_of(MLP(), jnp.ones(3)), r"\(3,\)"),
+        (
+            lambda: shapes_of(MLPMixer(), jnp.ones((2, 28, 28))),
+            r"\(2, 28, 28\).*inputs\[\.\.\., None\]",
+        ),
+        (
+            lambda: shapes_of(MLPMixer(patch_size=5), jnp.ones((1, 28, 28, 1))),
+            "5x5 do not tile",
+        ),
+    ],
+)
+def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

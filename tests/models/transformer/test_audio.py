@@ -1,0 +1,60 @@
+"""The transformer over the frames of a sound."""
+
+import numpy as np
+import pytest
+from checks import check_module
+from transformer_problem import (
+    BLOCK,
+    DROPPING,
+    NORM,
+    check_padding,
+    check_wrong_lengths,
+    close,
+    config,
+    floats,
+    made,
+)
+
+from jaxnets.models.transformer import AudioTransformer
+
+FRAMES, LENGTHS = floats(3, 13, 5), np.array([13, 6, 0], np.int32)
+AUDIO = AudioTransformer(3, num_layers=1, config=config(positions="sinusoidal", **DROPPING))
+
+
+def test_an_audio_transformer_passes_every_check():
+    num_parameters = 3 * 5 * 8 + 8 + 3 * 64 + 8 + BLOCK + NORM + 27
+    check_module(AUDIO, FRAMES, LENGTHS, num_parameters=num_parameters)
+
+
+@pytest.mark.parametrize("more", [1, 2])
+def test_padding_of_a_sound_changes_neither_output_nor_gradients(more):
+    """Also where it makes an odd number of frames even."""
+    check_padding(AUDIO, FRAMES, LENGTHS, more=more)
+
+
+def test_a_sound_alone_and_cut_to_its_length_gives_its_answer_in_the_batch():
+    variables = made(AUDIO, FRAMES)
+    batched = AUDIO.apply(variables, FRAMES, LENGTHS)
+    close(AUDIO.apply(variables, FRAMES[1:2, :6]), batched[1:2])
+
+
+def test_a_wrong_length_in_a_compiled_program_gives_nan_for_its_sound_alone():
+    check_wrong_lengths(AUDIO, FRAMES)
+
+
+def apply(*inputs):
+    return AUDIO.apply(made(AUDIO, FRAMES), *inputs)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AudioTransformer(strides=(2, 0)), "strides="),
+        (lambda: apply(floats(2, 0, 5)), "no frame"),
+        (lambda: apply(FRAMES[0]), r"\(13, 5\)"),
+        (lambda: apply(FRAMES, LENGTHS + 1), r"length 14 is not in \[0, 13\]"),
+    ],
+)
+def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,195 @@
+"""Appending to a history = the whole sequence at once, for every kind of attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformer_problem import config, made, tokens
+
+from jaxnets.core import Precision
+from jaxnets.generation.beam_search import beam_search
+from jaxnets.generation.generate import generate
+from jaxnets.models.transformer import TransformerLM, TransformerTranslator
+
+CONFIGS = {
+    "learned": {"positions": "learned", "activation": "swiglu"},
+    "learned_post_norm": {"positions": "learned", "norm_first": False},
+    "sinusoidal_multi_query": {"positions": "sinusoidal", "num_key_value_heads": 1},
+    "rotary_grouped": {
+        "positions": "rotary",
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "norm": "rms",
+    },
+    "rotary_window_qk_norm": {"positions": "rotary", "window": 3, "qk_norm": True},
+    "alibi_window": {"positions": "alibi", "window": 4},
+    "alibi_three_heads": {"positions": "alibi", "num_heads": 3, "head_size": 5},
+    "relative": {"positions": "relative", "key_bias": True},
+    "no_positions": {"positions": None},
+    "scanned": {"positions": "rotary", "scan_layers": True, "num_key_value_heads": 1},
+    "scanned_relative": {"positions": "relative", "scan_layers": True, "remat": True},
+}
+# Prompts of different length in two pieces, one row pausing, then tokens one by one.
+PIECES = np.array([[3, 1, 2], [1, 3, 0], [1, 1, 1], [1, 1, 1], [0, 1, 3]])
+GARBAGE = 99  # outside the vocabulary
+
+
+def piece_by_piece(extend, variables, carry, sequence, pieces):
+    """Append pieces to each row; return the logits where each token was appended."""
+    position, found = np.zeros(len(sequence), int), np.full((*sequence.shape, 11), np.nan)
+    for lengths in pieces:
+        piece = np.full((len(sequence), 3), GARBAGE, np.int32)
+        for row, (start, length) in enumerate(zip(position, lengths, strict=True)):
+            piece[row, :length] = sequence[row, start : start + length]
+        logits, carry = extend(variables, piece, carry, lengths)
+        for row, (start, length) in enumerate(zip(position, lengths, strict=True)):
+            found[row, start : start + length] = logits[row, :length]
+        position += lengths
+        np.testing.assert_array_equal(carry["position"], position)
+    return found, position, carry
+
+
+def compiled_extend(module):
+    return jax.jit(lambda v, x, carry, lengths: module.apply(v, x, carry, lengths, method="extend"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ragged_pieces_of_a_text_give_the_logits_of_the_whole(name):
+    module, sequence = TransformerLM(11, 2, config(**CONFIGS[name]), max_length=9), tokens()
+    variables = made(module, sequence)
+    whole = jax.jit(module.apply)(variables, sequence)
+    carry = module.apply(variables, 3, 8, method="start")
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {3}
+    assert module.room(carry) == 8
+    found, position, _ = piece_by_piece(compiled_extend(module), variables, carry, sequence, PIECES)
+    for row, end in enumerate(position):
+        np.testing.assert_allclose(found[row, :end], whole[row, :end], atol=2e-5)
+    assert np.ptp(whole) > 0.1
+
+
+@pytest.mark.parametrize("name", ["sinusoidal_multi_query", "scanned_relative"])
+def test_ragged_pieces_of_a_translation_give_the_logits_of_the_whole(name):
+    fields = CONFIGS[name] | {"norm_first": name != "sinusoidal_multi_query"}
+    module = TransformerTranslator(11, num_layers=2, num_decoder_layers=1, config=config(**fields))
+    source, sequence, lengths = tokens(time=5, seed=1), tokens(), np.array([5, 2, 0])
+    variables = made(module, source, sequence)
+    whole = jax.jit(module.apply)(variables, source, sequence, lengths)
+    carry = module.apply(variables, source, lengths, 8, method="start")
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {3}
+    assert module.room(carry) == 8
+    found, position, _ = piece_by_piece(compiled_extend(module), variables, carry, sequence, PIECES)
+    for row, end in enumerate(position):
+        np.testing.assert_allclose(found[row, :end], whole[row, :end], atol=2e-5)
+    assert np.abs(whole[0] - whole[1]).max() > 0.02
+
+
+LM = TransformerLM(11, 1, config(), max_length=9)
+VARIABLES = made(LM, tokens())
+extend = compiled_extend(LM)
+
+
+def test_single_tokens_in_a_compiled_loop_give_the_logits_of_the_whole():
+    sequence = tokens()
+
+    @jax.jit
+    def one_by_one(variables, sequence):
+        def step(carry, now):
+            logits, carry = LM.apply(variables, now[:, None], carry, method="extend")
+            return carry, logits[:, 0]
+
+        carry = LM.apply(variables, 3, 9, method="start")
+        return jax.lax.scan(step, carry, sequence.T)
+
+    carry, logits = one_by_one(VARIABLES, sequence)
+    np.testing.assert_array_equal(carry["position"], 7)
+    np.testing.assert_allclose(np.swapaxes(logits, 0, 1), LM.apply(VARIABLES, sequence), atol=2e-5)
+
+
+def test_rows_of_a_carry_can_be_gathered():
+    """As beam search does it: every leaf has the rows in front."""
+    sequence, rows = tokens(), np.array([2, 0, 2])
+    carry = LM.apply(VARIABLES, 3, 9, method="start")
+    ends = np.array([3, 2, 1])
+    _, carry = extend(VARIABLES, sequence[:, :3], carry, ends)
+    carry = jax.tree.map(lambda leaf: leaf[rows], carry)
+    found, _ = extend(VARIABLES, sequence[:, 3:6], carry, np.full(3, 3))
+    for row, old in enumerate(rows):
+        history = np.concatenate([sequence[old, : ends[old]], sequence[row, 3:6]])[None]
+        whole = LM.apply(VARIABLES, history)
+        np.testing.assert_allclose(found[row], whole[0, -3:], atol=2e-5)
+
+
+def test_tokens_beyond_the_capacity_give_nan_and_leave_the_history_as_it_is():
+    sequence = tokens()
+    carry = LM.apply(VARIABLES, 3, 4, method="start")
+    _, carry = extend(VARIABLES, sequence[:, :3], carry, np.array([3, 2, 1]))
+    logits, after = extend(VARIABLES, sequence[:, 3:6], carry, np.array([3, 2, 3]))
+    finite = np.isfinite(logits).all(-1)
+    np.testing.assert_array_equal(finite, [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    for name, kept in carry["layer_0"].items():
+        for row, end in enumerate([3, 2, 1]):
+            np.testing.assert_array_equal(after["layer_0"][name][row, :end], kept[row, :end])
+
+
+def test_wrong_lengths_and_tokens_in_a_compiled_program_give_nan_for_their_row_alone():
+    sequence, carry = tokens(time=3), LM.apply(VARIABLES, 3, 9, method="start")
+    logits, carry = extend(VARIABLES, sequence, carry, np.array([3, 4, -1]))
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1:]).all()
+    logits, _ = extend(VARIABLES, sequence, carry, np.array([3, 1, 1]))
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1:, 0]).all()
+    sequence[1, 1] = 11
+    logits = jax.jit(LM.apply)(VARIABLES, sequence)
+    assert np.isfinite(logits[::2]).all() and np.isnan(logits[1]).any()
+
+
+def test_the_cache_is_kept_in_the_compute_dtype():
+    module = LM.clone(precision=Precision(compute=jnp.bfloat16))
+    carry = jax.eval_shape(lambda: module.apply(VARIABLES, 3, 4, method="start"))
+    assert carry["layer_0"]["key"].dtype == jnp.bfloat16
+    logits, after = jax.eval_shape(
+        compiled_extend(module), VARIABLES, tokens(), carry, np.ones(3, int)
+    )
+    assert logits.dtype == jnp.float32 and after["layer_0"]["key"].dtype == jnp.bfloat16
+
+
+def test_a_carry_without_room_for_prompts_and_new_tokens_is_refused_with_the_numbers():
+    carry, key = LM.apply(VARIABLES, 3, 4, method="start"), jax.random.key(0)
+
+    def write(carry, num_tokens, lengths=None):
+        options = {"num_tokens": num_tokens, "rng": key, "lengths": lengths, "carry": carry}
+        return generate(LM, VARIABLES, tokens(time=3), **options).log_probabilities
+
+    message = "3 tokens and 2 new ones .* room for 4; start it with a capacity of 5 or more"
+    for run in (write, jax.jit(write, static_argnums=1)):
+        with pytest.raises(ValueError, match=message):
+            run(carry, 2)
+    with pytest.raises(ValueError, match=message):
+        beam_search(
+            *(LM, VARIABLES, tokens(time=3)),
+            **{"num_tokens": 2, "num_beams": 2, "stop_token": None, "carry": carry},
+        )
+    assert np.isfinite(write(carry, 1)).all()
+    # Padding takes no room.
+    assert np.isfinite(write(carry, 2, np.array([1, 2, 2]))).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LM.apply(VARIABLES, 3, 10, method="start"), "capacity of 10 .* 9 learned"),
+        (lambda: LM.apply(VARIABLES, 3, 0, method="start"), "capacity=0"),
+        (
+            lambda: LM.apply(
+                VARIABLES,
+                tokens(),
+                LM.apply(VARIABLES, 3, 9, method="start"),
+                np.array([8, 1, 1]),
+                method="extend",
+            ),
+            r"length 8 is not in \[0, 7\]",
+        ),
+    ],
+)
+def test_a_history_that_does_not_fit_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,127 @@
+"""The encoder, and the classifier and the masked language model made of it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import check_module, check_preset
+from transformer_problem import (
+    BLOCK,
+    DROPPING,
+    LENGTHS,
+    NORM,
+    check_padding,
+    check_wrong_lengths,
+    close,
+    config,
+    made,
+    tokens,
+)
+
+from jaxnets import transformer
+from jaxnets.models.transformer import MaskedLM, TransformerClassifier, TransformerEncoder
+
+BERT = TransformerClassifier(
+    11,
+    1,
+    config(norm_first=False, **DROPPING),
+    7,
+    num_segments=2,
+    embedding_norm=True,
+    num_outputs=3,
+)
+MEAN = TransformerClassifier(
+    11, 1, config(positions="relative", window=3), num_outputs=3, pool="mean"
+)
+MASKED = MaskedLM(11, 1, config(positions="alibi"))
+
+
+@pytest.mark.parametrize(
+    ("module", "num_parameters"),
+    [
+        pytest.param(BERT, (11 + 7 + 2) * 8 + NORM + BLOCK + 72 + 27, marks=pytest.mark.slow),
+        (MEAN, 11 * 8 + 32 * 2 + BLOCK + NORM + 27),
+        (MASKED, 11 * 8 + BLOCK + NORM + 72 + NORM + 11),
+    ],
+    ids=["bert", "mean_relative", "masked"],
+)
+def test_an_encoder_passes_every_check(module, num_parameters):
+    check_module(module, tokens(), LENGTHS, num_parameters=num_parameters)
+
+
+@pytest.mark.parametrize("module", [BERT, MEAN, MASKED], ids=["bert", "mean_relative", "masked"])
+def test_what_lies_beyond_a_length_changes_neither_output_nor_gradients(module):
+    longer = module.clone(max_length=10)
+    check_padding(longer, tokens(), LENGTHS, more=3, stepwise=isinstance(module, MaskedLM))
+
+
+def test_a_wrong_length_in_a_compiled_program_gives_nan_for_its_text_alone():
+    check_wrong_lengths(BERT, tokens())
+
+
+def test_an_encoder_sees_the_whole_text_and_returns_zero_beyond_it():
+    module, text = TransformerEncoder(11, 1, config(), max_length=7), tokens()
+    variables = made(module, text)
+    other = text.copy()
+    other[:, 6] = (other[:, 6] + 1) % 11
+    features, moved = (module.apply(variables, x) for x in (text, other))
+    assert (np.abs(features - moved).max((0, 2)) > 1e-4).all()
+    features = module.apply(variables, text, LENGTHS)
+    assert np.any(features[1, 2])
+    np.testing.assert_array_equal(features[1, 3:], 0)
+
+
+def test_segments_are_zero_by_default_and_change_the_features():
+    module, text = TransformerEncoder(11, 1, config(), 7, num_segments=2), tokens()
+    variables = made(module, text)
+    segments = np.zeros_like(text)
+    plain = module.apply(variables, text)
+    close(module.apply(variables, text, segments=segments), plain)
+    segments[:, 4:] = 1
+    assert np.abs(module.apply(variables, text, segments=segments) - plain).max() > 1e-2
+
+
+def test_the_classifier_holds_the_encoder_under_the_same_names():
+    text = tokens()
+    encoder = TransformerEncoder(11, 1, config(), 7)
+    classifier = TransformerClassifier(11, 1, config(), 7, num_outputs=None, pool="mean")
+    variables = made(classifier, text)
+    features = encoder.apply(variables, text)
+    close(classifier.apply(variables, text), features.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"), [("bert_base", 109_482_240), ("bert_large", 335_141_888)]
+)
+def test_a_preset_has_the_published_number_of_parameters(name, num_parameters):
+    module = getattr(transformer, name)(scan_layers=True)
+    check_preset(
+        module,
+        (1, 16),
+        num_parameters=num_parameters,
+        output_shape=(1, module.config.features),
+        dtype=jnp.int32,
+    )
+
+
+def apply(module, *inputs, **keywords):
+    return module.apply(made(module, tokens()), *inputs, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TransformerClassifier(11, pool="max"), "'max'"),
+        (lambda: TransformerClassifier(11, num_outputs=0), "num_outputs=0"),
+        (lambda: apply(MEAN, tokens(), segments=tokens()), "num_segments"),
+        (lambda: apply(BERT, tokens(), segments=tokens()), "outside the vocabulary of 2"),
+        (
+            lambda: apply(BERT, tokens(), segments=np.zeros((1, 7), int)),
+            r"segments of shape \(1, 7\) do not fit tokens of shape \(3, 7\); give one for each",
+        ),
+        (lambda: apply(BERT, tokens(time=8)), "8 steps .* 7 learned positions"),
+        (lambda: apply(BERT, tokens(), LENGTHS + 1), "length 8"),
+    ],
+)
+def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

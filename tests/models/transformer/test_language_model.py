@@ -1,0 +1,233 @@
+"""The language model and the stack of blocks: what may influence what, layouts, presets."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import check_module, check_preset, shapes_of
+from transformer_problem import (
+    BLOCK,
+    DROPPING,
+    LENGTHS,
+    NORM,
+    check_padding,
+    check_wrong_lengths,
+    close,
+    config,
+    made,
+    tokens,
+)
+
+from jaxnets import transformer
+from jaxnets.core import Precision
+from jaxnets.models.transformer import Stack, TransformerLM, stack_layers, unstack_layers
+
+GPT = TransformerLM(11, 1, config(**DROPPING, activation="gelu_tanh"), max_length=7)
+LLAMA = TransformerLM(
+    11,
+    2,
+    config(
+        positions="rotary",
+        num_key_value_heads=1,
+        norm="rms",
+        activation="swiglu",
+        use_bias=False,
+        qk_norm=True,
+        scan_layers=True,
+        remat=True,
+        stochastic_depth_rate=0.2,
+        **DROPPING,
+    ),
+    tied=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "num_parameters"),
+    [
+        (GPT, 11 * 8 + 7 * 8 + BLOCK + NORM),
+        (LLAMA, 2 * 11 * 8 + 2 * (2 * 8 + 2 * 64 + 2 * 32 + 2 * 4 + 3 * 96) + 8),
+    ],
+    ids=["gpt", "llama"],
+)
+def test_a_language_model_passes_every_check(module, num_parameters):
+    check_module(module, tokens(), LENGTHS, num_parameters=num_parameters)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_future_tokens_do_not_change_past_logits(window):
+    module, text = TransformerLM(11, 2, config(window=window)), tokens()
+    variables, run = made(module, text), jax.jit(module.apply)
+    other = text.copy()
+    other[:, 4] = (other[:, 4] + 1) % 11
+    before, after = run(variables, text), run(variables, other)
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert (np.abs(before - after)[:, 4:].max((0, 2)) > 1e-4).all()
+
+
+def test_a_window_reaches_back_as_far_as_the_blocks_allow():
+    module, text = TransformerLM(11, 2, config(window=2, positions="rotary")), tokens()
+    variables, run = made(module, text), jax.jit(module.apply)
+    other = text.copy()
+    other[:, 1] = (other[:, 1] + 1) % 11
+    changed = np.abs(run(variables, text) - run(variables, other)).max((0, 2)) > 0
+    np.testing.assert_array_equal(changed, [0, 1, 1, 1, 0, 0, 0])
+
+
+def test_what_lies_beyond_a_length_changes_neither_logits_nor_gradients():
+    check_padding(GPT.clone(max_length=10), tokens(), LENGTHS, more=3, stepwise=True)
+
+
+def test_a_wrong_length_in_a_compiled_program_gives_nan_for_its_text_alone():
+    check_wrong_lengths(GPT, tokens())
+
+
+def test_a_bias_of_the_keys_changes_nothing_without_rotary_positions():
+    module, text = TransformerLM(11, 1, config(key_bias=True), 7), tokens()
+    variables = made(module, text)
+    plain = module.apply(variables, text)
+    variables["params"]["stack"]["layer_0"]["attention"]["key"]["bias"] += 1.0
+    close(module.apply(variables, text), plain)
+
+
+def test_scanned_layers_equal_unrolled_ones_and_remat_changes_nothing():
+    text, fields = tokens(), {"positions": "rotary", "window": 5}
+    module = TransformerLM(11, 2, config(**fields))
+    variables = made(module, text)
+    stacked = {"params": stack_layers(variables["params"])}
+    close(unstack_layers(stacked["params"]), variables["params"], 0)
+
+    def run(**changed):
+        other = module.clone(config=config(**fields, **changed))
+        scanned = changed.get("scan_layers", False)
+
+        def loss(variables):
+            y = other.apply(variables, text)
+            return jnp.sum(jnp.square(y)), y
+
+        gradient, y = jax.jit(jax.grad(loss, has_aux=True))(stacked if scanned else variables)
+        return (unstack_layers(gradient) if scanned else gradient), y
+
+    expected = run()
+    close(run(scan_layers=True), expected)
+    close(run(remat=True), expected)
+
+
+def test_a_scanned_network_starts_with_layers_that_differ_and_of_the_same_shapes():
+    text, scanned = tokens(), TransformerLM(11, 3, config(scan_layers=True))
+    variables = jax.jit(scanned.init)(jax.random.key(0), text)
+    shapes, _ = shapes_of(scanned.clone(config=config()), text)
+    unstacked = unstack_layers(variables["params"])
+    assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(jnp.shape, shapes["params"])
+    kernels = variables["params"]["stack"]["layers"]["attention"]["query"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+
+
+def test_branches_end_with_smaller_matrices():
+    module = TransformerLM(11, 8, config(features=64, num_heads=2, scan_layers=True))
+    layers = jax.jit(module.init)(jax.random.key(0), tokens())["params"]["stack"]["layers"]
+    assert np.std(layers["attention"]["query"]["kernel"]) == pytest.approx(0.02, rel=0.05)
+    for name in ("attention", "feed_forward"):
+        assert np.std(layers[name]["output"]["kernel"]) == pytest.approx(0.02 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_stochastic_depth_rises_linearly_and_keeps_the_mean(scan_layers):
+    """The first block adds 1 to feature 0, the second to feature 1, where they are kept."""
+    stack = Stack(config(stochastic_depth_rate=0.6, scan_layers=scan_layers), 2)
+    x = np.zeros((4000, 1, 8), np.float32)
+    shapes, _ = shapes_of(stack.clone(config=config()), x)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes["params"])
+    for index in range(2):
+        params[f"layer_{index}"]["feed_forward"]["output"]["bias"][index] = 1
+    params["norm"]["scale"][...] = 1
+    variables = {"params": stack_layers(params) if scan_layers else params}
+
+    @jax.jit
+    def train(variables, key):
+        return stack.apply(variables, x, train=True, rngs={"dropout": key})[:, 0]
+
+    y = np.asarray(train(variables, jax.random.key(0)))
+    added = y[:, :2] - y[:, 2:3]  # up to the scale of the last norm
+    np.testing.assert_allclose((added > 0).mean(0), [0.7, 0.4], atol=0.03)
+    both = added[(added > 0).all(1)]
+    np.testing.assert_allclose(both[:, 1] / both[:, 0], 0.7 / 0.4, rtol=1e-4)
+
+
+def test_dropout_is_drawn_in_training_only():
+    variables = made(GPT, tokens())
+
+    @jax.jit
+    def train(key):
+        return GPT.apply(variables, tokens(), train=True, rngs={"dropout": key})
+
+    assert np.abs(train(jax.random.key(0)) - train(jax.random.key(1))).max() > 1e-2
+
+
+PRESETS = {
+    "gpt2_small": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "tinyllama": 1_100_048_384,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    # One block stands for all: the same parameters, and far less to trace.
+    module = getattr(transformer, name)(scan_layers=True)
+    check_preset(
+        module,
+        (1, 16),
+        num_parameters=PRESETS[name],
+        output_shape=(1, 16, module.vocabulary_size),
+        dtype=jnp.int32,
+    )
+
+
+def test_a_preset_takes_fields_of_its_own_and_of_its_config():
+    module = transformer.gpt2_small(num_layers=2, dropout_rate=0.0, precision=Precision())
+    assert module.num_layers == 2 and module.config.dropout_rate == 0
+    assert module.config.features == 768
+    assert transformer.gpt2_small() == transformer.gpt2_small()
+    assert hash(module.config) == hash(dataclasses.replace(module.config))
+
+
+def apply(*inputs, **keywords):
+    return GPT.apply(made(GPT, tokens()), *inputs, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: config(num_heads=3), "8 features do not split into 3 heads"),
+        (lambda: config(num_key_value_heads=3), "2 heads do not share 3"),
+        (lambda: config(positions="rotary", head_size=3), "head size 3 is odd"),
+        (lambda: config(positions="rope"), "'rope'; choose one of .*'rotary'"),
+        (lambda: config(norm="batch"), "'batch'"),
+        (lambda: config(activation="swish"), "'swish'"),
+        (lambda: config(window=0), "window=0"),
+        (lambda: config(norm_epsilon=-1.0), "norm_epsilon is -1.0; give a positive number"),
+        (lambda: config(rotary_base=-1), "rotary_base is -1; give a positive number"),
+        (lambda: config(rotary_base=float("nan")), "rotary_base is nan"),
+        (lambda: config(dropout_rate=1.0), "dropout rate 1.0"),
+        (lambda: config(features=0), "features=0"),
+        (lambda: TransformerLM(0), "vocabulary_size=0"),
+        (lambda: shapes_of(GPT.clone(num_layers=0), tokens()), "num_layers=0"),
+        (lambda: apply(tokens(time=8)), "8 steps .* 7 learned positions"),
+        (lambda: apply(tokens(vocabulary=99)), "outside the vocabulary of 11"),
+        (lambda: apply(tokens()[0]), r"\(7,\).*\[batch, time\]"),
+        (lambda: apply(tokens()[:, :0]), r"\(3, 0\) hold none"),
+        (lambda: apply(tokens() * 1.0), "float"),
+        (lambda: apply(tokens(), LENGTHS + 1), r"length 8 is not in \[0, 7\]"),
+        (lambda: apply(tokens(), LENGTHS[:2]), r"\(2,\) .* do not fit 3"),
+    ],
+)
+def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,68 @@
+"""The transformer over the patches of an image."""
+
+import jax
+import numpy as np
+import pytest
+from checks import check_module, check_preset
+from transformer_problem import (
+    BLOCK,
+    DROPPING,
+    NORM,
+    close,
+    config,
+    floats,
+    made,
+)
+
+from jaxnets import transformer
+from jaxnets.models.transformer import VisionTransformer
+
+IMAGES = floats(2, 4, 6, 3)
+TOKEN = VisionTransformer(3, patch_size=2, num_layers=1, config=config(**DROPPING))
+MEAN = VisionTransformer(3, 2, num_layers=1, config=config(positions=None), pool="mean")
+
+
+def test_a_vision_transformer_passes_every_check():
+    num_parameters = 12 * 8 + 8 + 8 + 7 * 8 + BLOCK + NORM + 27
+    check_module(TOKEN, IMAGES, num_parameters=num_parameters)
+
+
+def test_a_patch_holds_the_pixels_of_one_square():
+    """Without positions the mean over the patches does not see their order, but their pixels."""
+    variables, run = made(MEAN, IMAGES), jax.jit(MEAN.apply)
+    swapped, mixed = IMAGES.copy(), IMAGES.copy()
+    swapped[:, :2, :2], swapped[:, 2:, 4:] = IMAGES[:, 2:, 4:], IMAGES[:, :2, :2]
+    close(run(variables, swapped), run(variables, IMAGES))
+    mixed[:, 0, 1], mixed[:, 0, 2] = IMAGES[:, 0, 2], IMAGES[:, 0, 1]
+    assert np.abs(run(variables, mixed) - run(variables, IMAGES)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("vit_tiny16", 5_717_416),
+        ("vit_small16", 22_050_664),
+        ("vit_base16", 86_567_656),
+        ("vit_large16", 304_326_632),
+    ],
+)
+def test_a_preset_has_the_published_number_of_parameters(name, num_parameters):
+    module = getattr(transformer, name)(scan_layers=True)
+    check_preset(module, (1, 224, 224, 3), num_parameters=num_parameters, output_shape=(1, 1000))
+
+
+def apply(images):
+    return TOKEN.apply(made(TOKEN, IMAGES), images)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VisionTransformer(pool="max"), "'max'"),
+        (lambda: apply(floats(2, 5, 6, 3)), "5 x 6 .* 2 x 2"),
+        (lambda: apply(floats(4, 6, 3)), r"\(4, 6, 3\).*inputs\[None\]"),
+    ],
+)
+def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,248 @@
+"""Adversarial losses by hand, penalties against closed forms and differences, spectral norms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnets.core import Precision
+from jaxnets.layers import Convolution, Dense, SpectralNorm, largest_singular_value
+from jaxnets.models.gan.dcgan import DCGANDiscriminator
+from jaxnets.objectives.adversarial_losses import (
+    ADVERSARIAL_LOSSES,
+    discriminator_accuracy,
+    discriminator_loss,
+    generator_loss,
+    logits_and_gradients,
+    mix,
+    one_centred_penalty,
+    zero_centred_penalty,
+)
+
+DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
+REAL, FAKE = np.array([0.0, 2.0, -1.0], np.float32), np.array([0.0, -0.5, 3.0], np.float32)
+# ln(1 + e^x), computed by hand at the numbers that occur.
+SOFTPLUS = {
+    **{0.0: 0.693147, -2.0: 0.126928, 1.0: 1.313262, -0.5: 0.474077, 3.0: 3.048587},
+    **{0.5: 0.974077, -3.0: 0.048587, -2.5: 0.078889, 2.5: 2.578889},
+    **{4.0: 4.018150, -4.0: 0.018150},
+}
+CROSS_ENTROPIES = [2 * 0.693147, 0.126928 + 0.474077, 1.313262 + 3.048587]
+BY_HAND = {
+    "non_saturating": (CROSS_ENTROPIES, [0.693147, 0.974077, 0.048587]),
+    "minimax": (CROSS_ENTROPIES, [-0.693147, -0.474077, -3.048587]),
+    "hinge": ([2.0, 0.5, 6.0], [0.0, 0.5, -3.0]),
+    "least_squares": ([0.5, 0.625, 6.5], [0.5, 1.125, 2.0]),
+    "wasserstein": ([0.0, -2.5, 4.0], [0.0, 0.5, -3.0]),
+    "relativistic": ([0.693147, 0.078889, 4.018150], [0.693147, 2.578889, 0.018150]),
+}
+
+
+# What is right about pairs of logits (0.7, 0.2), (0.2, 0.7), (0.7, 0.6), (0.3, -0.3), (0.1, 0.1).
+_ABOVE_ZERO = [0.5, 0.5, 0.5, 1.0, 0.5]
+_PAIRS = [1.0, 0.0, 1.0, 1.0, 0.0]
+RIGHT = {
+    **dict.fromkeys(["non_saturating", "minimax", "hinge"], _ABOVE_ZERO),
+    "least_squares": [1.0, 0.0, 0.5, 0.5, 0.5],
+    **dict.fromkeys(["wasserstein", "relativistic"], _PAIRS),
+}
+
+
+def test_every_loss_is_computed_by_hand():
+    assert set(BY_HAND) == set(RIGHT) == set(ADVERSARIAL_LOSSES)
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_the_accuracy_asks_what_the_loss_asks(loss):
+    real, fake = jnp.array([0.7, 0.2, 0.7, 0.3, 0.1]), jnp.array([0.2, 0.7, 0.6, -0.3, 0.1])
+    np.testing.assert_array_equal(discriminator_accuracy(real, fake, loss=loss), RIGHT[loss])
+    if loss in ("wasserstein", "relativistic"):  # which move all logits as they like
+        moved = discriminator_accuracy(real + 9, fake + 9, loss=loss)
+        np.testing.assert_array_equal(moved, RIGHT[loss])
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_a_loss_equals_the_numbers_computed_by_hand(loss):
+    critic, artist = BY_HAND[loss]
+    found = discriminator_loss(jnp.asarray(REAL), jnp.asarray(FAKE), loss=loss)
+    np.testing.assert_allclose(found, critic, atol=2e-6)
+    found = generator_loss(jnp.asarray(FAKE), loss=loss, real_logits=jnp.asarray(REAL))
+    np.testing.assert_allclose(found, artist, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_losses_of_bfloat16_logits_are_float32_and_stay_finite_far_out(loss):
+    far = jnp.array([300.0, -300.0], jnp.bfloat16)
+    losses = [
+        discriminator_loss(far, -far, loss=loss),
+        generator_loss(far, loss=loss, real_logits=-far),
+    ]
+    for found in losses:
+        assert found.dtype == jnp.float32 and np.isfinite(found).all()
+
+
+def test_descending_the_generators_loss_raises_the_logits_of_its_images():
+    logits = jnp.asarray(FAKE)
+    for loss in ADVERSARIAL_LOSSES:
+        slope = jax.grad(
+            lambda x, loss=loss: jnp.sum(generator_loss(x, loss=loss, real_logits=logits))
+        )(logits)
+        expected = slope < 0 if loss != "least_squares" else np.sign(slope) == np.sign(logits - 1)
+        assert np.all(expected), loss
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: discriminator_loss(x, x, loss="hings"), "'hings'.*non_saturating.*hinge"),
+        (lambda x: generator_loss(x, loss="gan"), "unknown loss 'gan'"),
+        (lambda x: generator_loss(x, loss="relativistic"), "'relativistic'.*give real_logits"),
+    ],
+)
+def test_what_makes_no_loss_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros(2))
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(AssertionError):
+        discriminator_loss(jnp.zeros(2), jnp.zeros(3))
+
+
+def test_penalties_of_a_linear_discriminator_have_a_closed_form():
+    weights = np.random.default_rng(0).normal(size=(4, 3, 1)).astype(np.float32)
+    images = np.random.default_rng(1).normal(size=(5, 4, 3, 1)).astype(np.float32)
+
+    def judge(x):
+        return 2 * jnp.sum(x * weights[None], axis=(1, 2, 3)) + 1, "kept"
+
+    logits, aux, gradients = logits_and_gradients(judge, jnp.asarray(images))
+    np.testing.assert_allclose(logits, judge(images)[0], rtol=1e-6)
+    assert aux == "kept"
+    length = 2 * np.sqrt(np.sum(weights**2))
+    np.testing.assert_allclose(gradients, np.broadcast_to(2 * weights, images.shape), rtol=1e-6)
+    np.testing.assert_allclose(zero_centred_penalty(gradients), [length**2 / 2] * 5, rtol=1e-5)
+    np.testing.assert_allclose(one_centred_penalty(gradients), [(length - 1) ** 2] * 5, rtol=1e-5)
+
+
+def test_the_one_centred_penalty_has_a_gradient_where_the_discriminator_is_flat():
+    value, slope = jax.value_and_grad(lambda g: jnp.sum(one_centred_penalty(g)))(jnp.zeros((2, 3)))
+    assert value == 2 and np.isfinite(slope).all()
+
+
+def test_mixtures_lie_between_their_two_images_each_at_its_own_share():
+    real, fake = jnp.ones((64, 2, 2, 1)), jnp.zeros((64, 2, 2, 1))
+    mixed = np.asarray(mix(real, fake, jax.random.key(0)))
+    assert np.all(mixed == mixed[:, :1, :1]) and np.all((mixed >= 0) & (mixed <= 1))
+    assert len(np.unique(mixed)) == 64 and abs(mixed.mean() - 0.5) < 0.15
+
+
+@pytest.mark.parametrize("penalty", [zero_centred_penalty, one_centred_penalty])
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_gradients_of_a_penalty_through_the_networks_layers_equal_differences(
+    penalty, norm, enable_x64
+):
+    module = DCGANDiscriminator(
+        width=2, norm=norm, kernel_init=jax.nn.initializers.he_normal(), precision=DOUBLE
+    )
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 1)))
+    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
+
+    @jax.jit
+    def total(params):
+        _, _, gradients = logits_and_gradients(
+            lambda x: (module.apply({"params": params}, x, train=True), None), images
+        )
+        return jnp.sum(penalty(gradients))
+
+    slopes = jax.jit(jax.grad(total))(params)
+    random = np.random.default_rng(1)
+    direction = jax.tree.map(lambda x: random.normal(size=x.shape), params)
+    step = 1e-6
+    ahead, behind = (
+        total(jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction))
+        for sign in (1, -1)
+    )
+    along = sum(
+        jnp.vdot(a, b)
+        for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(direction), strict=True)
+    )
+    assert abs(along) > 1e-3
+    np.testing.assert_allclose(along, (ahead - behind) / (2 * step), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_penalty_is_differentiated_in_every_compute_dtype(dtype):
+    module = DCGANDiscriminator(width=2, norm=None, precision=Precision(compute=dtype))
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)), jnp.float32)
+    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
+
+    def total(params):
+        gradients = logits_and_gradients(
+            lambda x: (module.apply({"params": params}, x), None), images
+        )[2]
+        return jnp.sum(zero_centred_penalty(gradients))
+
+    slopes = jax.jit(jax.grad(total))(params)
+    for name in ("conv_1", "head"):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes[name]))
+    assert np.any(slopes["conv_1"]["kernel"])
+
+
+def test_power_iteration_finds_the_singular_value_of_numpy():
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(12, 5)), jnp.float32)
+    exact = np.linalg.svd(matrix, compute_uv=False)[0]
+    right = jnp.ones(5)
+    estimates = []
+    for _ in range(40):
+        value, right = largest_singular_value(matrix, right)
+        estimates.append(float(value))
+    assert estimates[0] < exact * (1 - 1e-3)
+    assert np.all(np.diff(estimates) > -1e-5)
+    np.testing.assert_allclose(estimates[-1], exact, rtol=1e-5)
+    _, right_vectors = np.linalg.svd(matrix)[1:]
+    np.testing.assert_allclose(np.abs(right), np.abs(right_vectors[0]), atol=1e-3)
+
+
+def test_the_gradient_of_the_singular_value_is_that_of_numpys_vectors():
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    left, _, right = np.linalg.svd(matrix)
+    slope = jax.grad(lambda w: largest_singular_value(w, jnp.ones(4), num_iterations=100)[0])(
+        matrix
+    )
+    np.testing.assert_allclose(slope, np.outer(left[:, 0], right[0]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: Dense(5, use_bias=False, parent=None), (3, 7)),
+        (lambda: Convolution(5, 3, strides=2, use_bias=False, parent=None), (3, 6, 6, 2)),
+    ],
+    ids=["dense", "convolution"],
+)
+def test_a_normalised_layer_has_a_kernel_of_singular_value_one(layer, shape):
+    module = SpectralNorm(layer(), use_bias=True)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    kernel = np.asarray(variables["params"]["layer"]["kernel"])
+    largest = np.linalg.svd(kernel.reshape(-1, 5), compute_uv=False)[0]
+
+    @jax.jit
+    def train(variables):
+        return module.apply(variables, x, train=True, mutable=["spectral_norm"])
+
+    before = variables["spectral_norm"]["right"]
+    for _ in range(60):
+        y, changed = train(variables)
+        variables = {**variables, **changed}
+    assert np.any(before != variables["spectral_norm"]["right"])
+    plain = layer().apply({"params": {"kernel": jnp.asarray(kernel)}}, x)
+    np.testing.assert_allclose(y, plain / largest, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(module.apply(variables, x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_with_a_bias_of_its_own_is_refused():
+    module = SpectralNorm(Dense(5, parent=None))
+    with pytest.raises(ValueError, match=r"Dense of 2 parameters.*use_bias=False"):
+        module.init(jax.random.key(0), jnp.ones((2, 3)))

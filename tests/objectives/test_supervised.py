@@ -1,0 +1,192 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from scipy.special import log_softmax
+
+from jaxnets.core import rng_streams
+from jaxnets.metrics import supervised
+from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_error, squared_error
+from jaxnets.objectives.supervised import classification, regression, with_batch_transform
+
+
+class Identity(nn.Module):
+    @nn.compact
+    def __call__(self, inputs, *, train=False):
+        return inputs * self.param("scale", nn.initializers.ones, ())
+
+
+@pytest.fixture
+def logits():
+    return np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+
+
+LABELS = np.array([0, 3, 2, 2, 1, 0])
+
+
+def test_cross_entropy_equals_scipy(logits):
+    expected = -log_softmax(logits, axis=1)[np.arange(6), LABELS]
+    np.testing.assert_allclose(cross_entropy(logits, LABELS), expected, rtol=1e-5)
+
+
+def test_label_smoothing_mixes_with_the_uniform_distribution(logits):
+    log_p = log_softmax(logits, axis=1)
+    expected = -0.9 * log_p[np.arange(6), LABELS] - 0.1 * log_p.mean(1)
+    found = cross_entropy(logits, LABELS, label_smoothing=0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_probabilities_as_labels_equal_integers(logits):
+    one_hot = jax.nn.one_hot(LABELS, 4)
+    np.testing.assert_allclose(cross_entropy(logits, one_hot), cross_entropy(logits, LABELS))
+
+
+def test_a_label_out_of_range_is_nan_not_another_class(logits):
+    losses = cross_entropy(logits, jnp.array([0, 4, 2, -1, 1, 0]))
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False, True, False, False])
+
+
+def test_labels_of_a_wrong_shape_are_refused(logits):
+    with pytest.raises(ValueError, match=r"labels of shape \(6, 1\)"):
+        cross_entropy(logits, LABELS[:, None])
+    with pytest.raises(ValueError, match="give integers"):
+        cross_entropy(logits, LABELS.astype(np.float32))
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.5"):
+        cross_entropy(logits, LABELS, label_smoothing=1.5)
+
+
+def test_losses_are_computed_in_float32():
+    logits = jnp.array([[8.0, -8.0]], jnp.bfloat16)
+    assert cross_entropy(logits, jnp.array([0])).dtype == jnp.float32
+    assert squared_error(logits, logits).dtype == jnp.float32
+
+
+def test_regression_losses_by_hand():
+    predictions, labels = jnp.array([0.0, 3.0]), jnp.array([0.5, 0.0])
+    np.testing.assert_allclose(squared_error(predictions, labels), [0.25, 9.0])
+    np.testing.assert_allclose(absolute_error(predictions, labels), [0.5, 3.0])
+    np.testing.assert_allclose(huber_error(predictions, labels), [0.125, 2.5])
+
+
+def test_losses_refuse_shapes_that_would_broadcast():
+    with pytest.raises(AssertionError):
+        squared_error(jnp.ones((4, 1)), jnp.ones(4))
+
+
+def run(objective, batch, train=False):
+    return objective({"scale": jnp.ones(())}, {}, batch, jax.random.key(0), train=train)
+
+
+def test_classification_sums_and_does_not_smooth_in_evaluation(logits):
+    objective = classification(Identity(), label_smoothing=0.2)
+    output = run(objective, {"inputs": logits, "labels": LABELS})
+    np.testing.assert_allclose(output.loss.total, cross_entropy(logits, LABELS).sum(), rtol=1e-6)
+    assert float(output.loss.count) == 6
+    smoothed = run(objective, {"inputs": logits, "labels": LABELS}, train=True)
+    assert smoothed.loss.total != output.loss.total
+
+
+def test_regression_averages_over_the_numbers_of_an_example():
+    batch = {"inputs": jnp.ones((2, 4)), "labels": jnp.zeros((2, 4))}
+    output = run(regression(Identity()), batch)
+    assert (float(output.loss.total), float(output.loss.count)) == (2.0, 2.0)
+    assert float(output.metrics["absolute_error"].compute()) == 1.0
+    with pytest.raises(ValueError, match="choose one of"):
+        regression(Identity(), loss="cubic")
+
+
+def test_a_batch_with_wrong_names_or_lengths_is_refused(logits):
+    with pytest.raises(ValueError, match=r"lacks \['labels'\]"):
+        run(classification(Identity()), {"inputs": logits, "targets": LABELS})
+    with pytest.raises(ValueError, match="differ in their number of examples"):
+        run(classification(Identity()), {"inputs": logits, "labels": LABELS[:5]})
+
+
+def test_a_transform_draws_from_the_augmentation_stream(logits):
+    seen = []
+
+    def transform(batch, rng, train):
+        seen.append((rng, train))
+        return {**batch, "inputs": batch["inputs"] * 0}
+
+    output = run(
+        with_batch_transform(classification(Identity()), transform),
+        {"inputs": logits, "labels": LABELS},
+        train=True,
+    )
+    np.testing.assert_allclose(output.loss.compute(), np.log(4), rtol=1e-6)
+    expected = rng_streams(jax.random.key(0), "augmentation")["augmentation"]
+    assert jnp.array_equal(jax.random.key_data(seen[0][0]), jax.random.key_data(expected))
+    assert seen[0][1] is True
+
+
+def test_nested_transforms_draw_from_streams_of_their_own(logits):
+    keys = []
+
+    def transform(batch, rng, train):
+        keys.append(jax.random.key_data(rng).tolist())
+        return batch
+
+    objective = classification(Identity())
+    for _ in range(3):
+        objective = with_batch_transform(objective, transform)
+    run(objective, {"inputs": logits, "labels": LABELS}, train=True)
+    names = ("augmentation_2", "augmentation_1", "augmentation")  # from the outermost inwards
+    streams = rng_streams(jax.random.key(0), *names)
+    assert keys == [jax.random.key_data(streams[name]).tolist() for name in names]
+    assert len(set(map(tuple, keys))) == 3
+
+
+def test_measures_equal_scikit_learn():
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(50, 5)), rng.integers(0, 4, 50)
+    logits[:, 3] = -10  # class 3 is never predicted, class 4 never occurs
+    weights = rng.uniform(size=50)
+    predicted = logits.argmax(1)
+    matrix = supervised.confusion_matrix(jnp.array(logits), labels, jnp.array(weights))
+    expected = confusion_matrix(labels, predicted, sample_weight=weights, labels=range(5))
+    np.testing.assert_allclose(matrix.total, expected, rtol=1e-5)
+    found = supervised.precision_recall_f1(matrix)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predicted, sample_weight=weights, labels=range(5), zero_division=0
+    )
+    np.testing.assert_allclose(found["precision"], precision, rtol=1e-5)
+    np.testing.assert_allclose(found["recall"], recall, rtol=1e-5)
+    np.testing.assert_allclose(found["f1"], f1, rtol=1e-5)
+    macro = f1_score(labels, predicted, sample_weight=weights, labels=range(5), average="macro")
+    np.testing.assert_allclose(found["macro_f1"], macro, rtol=1e-5)
+
+
+def test_top_k_accuracy_equals_scikit_learn(logits):
+    from sklearn.metrics import top_k_accuracy_score
+
+    for k in (1, 2, 3):
+        found = supervised.top_k_accuracy(jnp.array(logits), LABELS, k=k).compute()
+        np.testing.assert_allclose(found, top_k_accuracy_score(LABELS, logits, k=k), rtol=1e-6)
+    with pytest.raises(ValueError, match="k is 5"):
+        supervised.top_k_accuracy(jnp.array(logits), LABELS, k=5)
+
+
+def test_calibration_error_by_hand_and_over_splits():
+    # Confidence 0.9 twice, once right: gap 0.4; confidence 0.6 once, right: gap 0.4.
+    p = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
+    logits, labels = jnp.log(p), jnp.array([0, 1, 1])
+    whole = supervised.calibration(logits, labels, num_bins=10)
+    error = supervised.expected_calibration_error(whole)
+    np.testing.assert_allclose(error, (2 * abs(0.5 - 0.9) + abs(1 - 0.6)) / 3, rtol=1e-5)
+    split = supervised.calibration(logits[:1], labels[:1], num_bins=10) + supervised.calibration(
+        logits[1:], labels[1:], num_bins=10
+    )
+    np.testing.assert_allclose(split.total, whole.total, rtol=1e-6)
+
+
+def test_the_interval_is_students():
+    values = np.array([0.90, 0.92, 0.97])
+    mean, half = supervised.confidence_interval(values)
+    expected = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx(expected)
+    assert supervised.confidence_interval([0.5]) == (0.5, None)

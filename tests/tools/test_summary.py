@@ -1,0 +1,326 @@
+"""The summary of a network: counts, shapes, sharing, cost, and that nothing is allocated."""
+
+import dataclasses
+import json
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checks import count_parameters, shapes_of
+from published_sizes import PUBLISHED, PUBLISHED_FOR_CIFAR
+
+import jaxnets as jn
+from jaxnets.__main__ import main
+from jaxnets.models import registry
+from jaxnets.tools import summary
+from jaxnets.tools.summary import summarize, summarize_model
+
+SEQUENCES = {
+    "gpt2_small": 124_439_808,
+    "tinyllama": 1_100_048_384,
+    "bert_base": 109_482_240 + 768 * 2 + 2,
+    "transformer_base": 63_073_280,
+    "vit_tiny16": 5_717_416,
+    "mae_vit_base16": 111_907_840,
+}
+# Deep ones, whose counts are checked with the networks themselves.
+DEEP = {"gpt2_medium", "gpt2_large", "gpt2_xl", "llama2_7b", "llama3_8b", "bert_large"}
+DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16", "mae_vit_large16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        *PUBLISHED.items(),
+        *PUBLISHED_FOR_CIFAR.items(),
+        *SEQUENCES.items(),
+        ("lenet5", 61_706),
+        ("pilotnet", 252_219),
+        ("mixer_b16", 59_880_472),
+        ("mixer_h14", 432_350_952),
+    ],
+)
+def test_a_named_model_has_the_published_number_of_parameters(name, parameters):
+    result = summarize_model(name, compiled=False)
+    assert result.num_parameters == result.layers[0].num_parameters == parameters
+    assert result.parameter_bytes == 4 * parameters
+
+
+@pytest.mark.slow
+def test_the_number_of_parameters_of_the_other_named_models_is_that_of_their_variables():
+    known = {*PUBLISHED, *PUBLISHED_FOR_CIFAR, *SEQUENCES, *DEEP}
+    for name in registry.MODELS.keys() - known:
+        model = registry.MODELS[name]
+        batch = model.task.batch(2, model.input_shape)
+        inputs = [batch[entry] for entry in model.task.inputs]
+        variables, output = shapes_of(model.network(7), *inputs)
+        result = summarize_model(name, batch_size=2, num_outputs=7, compiled=False)
+        assert result.num_parameters == count_parameters(variables), name
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(output))
+        assert result.layers[0].output == shapes, name
+        assert (shapes[0][0], shapes[0][-1]) == (2, 7), name
+
+
+def test_every_network_and_preset_of_the_families_has_a_name():
+    facades = (jn.convolutional, jn.recurrent, jn.transformer)
+    preset_names = {name for facade in facades for name in facade.__all__ if name.islower()}
+    preset_names |= {name for name in vars(jn.feedforward) if name.startswith("mixer_")}
+    helpers = {"paint", "stack_layers", "unstack_layers", "recurrent_scan"}
+    helpers |= {"patch_whitening", "with_whitening"}
+    assert preset_names - helpers <= set(registry.MODELS)
+    classes = {type(model.network()) for model in registry.MODELS.values()}
+    convolutional = {getattr(jn.convolutional, name) for name in jn.convolutional.__all__}
+    networks = {value for value in convolutional if isinstance(value, type)}
+    networks |= {jn.MLP, jn.MLPMixer}
+    networks |= {
+        getattr(facade, name)
+        for facade, names in (
+            (jn.recurrent, "SequenceClassifier TextClassifier RecurrentLM RecurrentTranslator"),
+            (jn.recurrent, "SpeechRecognizer"),
+            (jn.transformer, "TransformerLM TransformerClassifier TransformerTranslator"),
+            (jn.transformer, "VisionTransformer AudioTransformer MaskedAutoencoder"),
+        )
+        for name in names.split()
+    }
+    assert classes == networks
+
+
+def test_a_layer_shows_what_its_call_returns_whatever_ran_before():
+    # The embedding asks a method of its own for a scale while it is set up.
+    layers = summarize_model("transformer_lm", input_shape=(6,), compiled=False).layers
+    assert {layer.path: layer.output for layer in layers}["embedding"] == ((32, 6, 128),)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "outputs", "inputs"),
+    [
+        ("transformer_lm", (6,), 11, ("int32[2, 6]",)),
+        ("recurrent_translator", (5,), 11, ("int32[2, 5]", "int32[2, 5]")),
+        ("text_classifier", (5,), 3, ("int32[2, 5]",)),
+        ("speech_recognizer", (32, 4), 5, ("float32[2, 32, 4]",)),
+    ],
+)
+def test_a_training_step_of_each_task_is_measured(name, shape, outputs, inputs):
+    result = summarize_model(name, input_shape=shape, num_outputs=outputs, batch_size=2)
+    assert result.inputs == inputs
+    assert result.train_step.flops > 2 * result.forward.flops > 0
+
+
+def test_parameters_inside_add_up_to_those_of_the_module_around_them():
+    layers = summarize_model("resnet18", compiled=False).layers
+    paths = [layer.path for layer in layers]
+    assert paths[0] == "" and len(set(paths)) == len(paths)
+    for layer in layers:
+        prefix = f"{layer.path}/" if layer.path else ""
+        inside = [
+            other.num_parameters
+            for other in layers
+            if other.depth == layer.depth + 1 and other.path.startswith(prefix)
+        ]
+        own = sum(math.prod(shape) for shape in layer.shapes.values())
+        assert layer.num_parameters == own + sum(inside), layer.path
+
+
+def test_the_shapes_of_layers_are_those_of_the_network():
+    layers = {layer.path: layer for layer in summarize_model("lenet5", compiled=False).layers}
+    assert layers["conv_1"].output == ((32, 10, 10, 16),)
+    assert layers["conv_1"].shapes == {"kernel": (5, 5, 6, 16), "bias": (16,)}
+    assert layers["conv_1"].kind == "Convolution"
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, carry, _):
+        return nn.Dense(4, name="inner")(carry), carry
+
+
+class Composite(nn.Module):
+    """A shared layer, a scanned one, a rematerialised one, and a parameter of its own."""
+
+    def setup(self):
+        self.shared = nn.Dense(4)
+        self.gain = self.param("gain", nn.initializers.ones, (3,))
+        self.scanned = nn.scan(
+            Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )()
+        self.again = nn.remat(nn.Dense)(4)
+
+    def __call__(self, x):
+        x = self.shared(self.shared(x))
+        x, stacked = self.scanned(x, None)
+        return self.again(x), stacked, self.helper(x)
+
+    def helper(self, x):
+        return jnp.sum(x) * self.gain
+
+
+def test_shared_scanned_and_rematerialised_layers_count_once():
+    result = summarize(Composite(), (2, 4), compiled=False)
+    layers = {layer.path: layer for layer in result.layers}
+    assert result.num_parameters == 20 + 3 + 3 * 20 + 20
+    assert {path: layer.num_parameters for path, layer in layers.items()} == {
+        "": 103,
+        "shared": 20,
+        "scanned": 60,
+        "scanned/inner": 60,
+        "again": 20,
+    }
+    assert layers[""].output == ((2, 4), (3, 2, 4), (3,))
+    assert layers[""].shapes == {"gain": (3,)}
+    assert layers["scanned/inner"].shapes == {"kernel": (3, 4, 4), "bias": (3, 4)}
+
+
+def test_boxed_parameters_count_like_plain_ones():
+    init = nn.with_partitioning(nn.initializers.ones, ("rows", None))
+    result = summarize(nn.Dense(4, kernel_init=init), (2, 3))
+    assert result.layers[0].shapes == {"kernel": (3, 4), "bias": (4,)}
+    assert result.num_parameters == 16
+
+
+def test_a_network_larger_than_any_memory_is_summarized_and_nothing_is_allocated():
+    module = jn.MLP(features=(1_000_000, 1_000_000), num_outputs=10)
+    update = jn.Update(jn.classification(module), optax.adamw(1e-3))
+    before = {id(array) for array in jax.live_arrays()}
+    result = summarize(module, (8, 4), update=update)
+    assert {id(array) for array in jax.live_arrays()} <= before
+    parameters = 5_000_000 + 1_000_001_000_000 + 10_000_010
+    assert result.num_parameters == parameters
+    assert result.train_step.peak_bytes > 3 * 4 * parameters  # with the two moments of Adam
+
+
+def test_the_cost_of_a_dense_layer_is_known_by_hand():
+    result = summarize(jn.layers.Dense(64, use_bias=False), (32, 128))
+    assert result.forward.flops == 2 * 32 * 128 * 64
+    assert result.forward.argument_bytes == 4 * (32 * 128 + 128 * 64)
+    assert result.forward.output_bytes == 4 * 32 * 64
+    assert result.train_step is None
+
+
+def test_a_training_step_counts_parameters_moments_and_batch_as_arguments():
+    result = summarize_model("mlp", batch_size=4, optimizer="adam")
+    expected = 3 * result.parameter_bytes + 4 * (4 * 784 + 4)
+    # Beside them step counters and the key.
+    assert expected <= result.train_step.argument_bytes <= expected + 64
+    assert result.train_step.alias_bytes >= 3 * result.parameter_bytes
+    # The metrics, and XLA's table of the outputs.
+    assert 0 < result.train_step.output_bytes - result.train_step.alias_bytes < 1024
+
+
+def test_the_operations_of_a_training_step_are_known_by_hand():
+    result = summarize_model("mlp", batch_size=256, optimizer="sgd")
+    first, others = 784 * 128, 128 * 128 + 128 * 10
+    # One product forward, one for the gradient of the kernel and, but for the first layer, one
+    # for that of the input; biases, activations and the update come on top.
+    products = 2 * 256 * (2 * first + 3 * others)
+    assert products < result.train_step.flops < 1.03 * products
+
+
+def test_running_averages_are_state_and_not_trainable():
+    result = summarize(jn.ConvNet(features=(4,), norm="batch"), (2, 8, 8, 1), compiled=False)
+    assert result.num_state == 2 * (4 + 128)
+    assert result.state_bytes == 4 * result.num_state
+
+
+def test_tokens_a_custom_batch_and_keywords_are_taken():
+    class Lookup(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, *, scale=1.0, train=False):
+            return scale * nn.Embed(11, 5, name="table")(tokens)
+
+    module = Lookup()
+    inputs = np.zeros((2, 3), np.int32)
+    batch = {"inputs": inputs, "labels": jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)}
+    update = jn.Update(jn.regression(module), optax.sgd(0.1))
+    result = summarize(module, inputs, update=update, batch=batch, scale=2.0)
+    assert result.inputs == ("int32[2, 3]",)
+    assert result.num_parameters == 55
+    assert result.train_step.flops > 0
+
+
+def test_the_table_hides_deep_layers_and_says_so():
+    result = summarize_model("resnet18", compiled=False)
+    table = result.table(depth=1)
+    assert "stage_1_block_1" in table and "shortcut_conv" not in table
+    shown = sum(layer.depth <= 1 for layer in result.layers)
+    assert f"({len(result.layers) - shown} modules inside these are not shown)" in table
+    assert "shortcut_conv" in str(result) and "not shown" not in str(result)
+    assert "kernel [7, 7, 3, 64]" in result.table(shapes=True)
+
+
+def test_a_notebook_shows_the_table():
+    class Printer:
+        def text(self, value):
+            self.shown = value
+
+    printer, result = Printer(), summarize(jn.MLP(), (2, 3), compiled=False)
+    result._repr_pretty_(printer, False)
+    assert printer.shown == str(result)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**41, "6.0 TiB")]
+)
+def test_sizes_are_written_in_powers_of_1024(size, text):
+    assert summary._binary(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(12.0, "12 FLOP"), (2.5e9, "2.5 GFLOP"), (3e18, "3000 PFLOP")]
+)
+def test_operations_are_written_in_powers_of_1000(count, text):
+    assert summary._decimal(count, "FLOP") == text
+
+
+def test_the_command_prints_the_table(capsys):
+    assert main(["summary", "mlp", "--input", "5", "--batch", "3", "--outputs", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "MLP of float32[3, 5]" in output
+    assert "17,796 trainable" in output  # 5 * 128 + 128 + 128 * 128 + 128 + 128 * 4 + 4
+    assert "peak memory" in output and "compiled in" in output
+
+
+def test_the_command_prints_one_json_object(capsys):
+    assert main(["summary", "resnet50", "--no-compile", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_parameters"] == 25_557_032
+    assert result["forward"] is None
+    assert result["layers"][1]["shapes"] == {"kernel": [7, 7, 3, 64]}
+
+
+def test_unknown_costs_are_null_in_json_and_named_in_the_table(monkeypatch):
+    result = summarize(jn.MLP(features=()), (2, 3))
+    unknown = dataclasses.replace(result.forward, flops=math.nan)
+    result = dataclasses.replace(result, forward=unknown)
+    assert json.loads(json.dumps(result.to_json()))["forward"]["flops"] is None
+    assert "unknown" in result.table()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet51"], "unknown model 'resnet51'; choose from mlp, .*resnet50"),
+        (["mlp", "--optimizer", "adm"], "unknown optimizer 'adm'; choose from sgd, .*adamw"),
+        (["mlp", "--batch", "0"], "batch_size=0 must be made of positive"),
+        (["mlp", "--outputs", "0"], "num_outputs=0 must be made of positive"),
+        (["mae_vit_base16", "--outputs", "5"], "num_outputs is 5, and .* leave it out"),
+        (["mlp", "--input", "8", "-1"], r"input_shape=\(8, -1\) must be made of positive"),
+        (["lenet5", "--input", "30", "30", "1"], "LeNet5 got images of"),
+        (["resnet18", "--input", "30"], "ResNet got inputs of shape"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["summary", *arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_every_named_optimizer_makes_a_training_step():
+    for name in summary.OPTIMIZERS:
+        result = summarize_model("mlp", input_shape=(4,), batch_size=2, optimizer=name)
+        assert result.train_step.flops > 0, name

@@ -1,0 +1,277 @@
+"""Checkpoints: bitwise, atomic, strict, checked, pruned; resume after kills."""
+
+import asyncio
+import dataclasses
+import errno
+import hashlib
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_problem import (
+    abstract,
+    assert_bitwise_equal,
+    at_step,
+    flip,
+    make_state,
+)
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxnets.training import checkpoint
+from jaxnets.training.checkpoint import (
+    CheckpointError,
+    all_steps,
+    latest_step,
+    prune,
+    restore,
+    save,
+)
+from jaxnets.training.hooks import resume
+
+
+def test_every_kind_of_leaf_comes_back_bit_for_bit_with_the_metadata(tmp_path):
+    state = at_step(12, seed=3)
+    folder = save(tmp_path, state, metadata={"note": [1, 0.1, None]})
+    assert folder == tmp_path / "step_00000012"
+    for template in (make_state(9), abstract(state), jax.eval_shape(make_state)):
+        restored, metadata = restore(tmp_path, template)
+        assert_bitwise_equal(restored, state)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+        assert metadata == {"note": [1, 0.1, None]}
+    assert jax.random.key_impl(restored.model_state["mixed"]["fast"]) == "rbg"
+
+
+def test_numpy_leaves_stay_numpy(tmp_path):
+    state = {"wide": np.arange(3, dtype=np.float64), "number": np.float64(0.1)}
+    save(tmp_path, state, step=1)
+    restored, _ = restore(tmp_path, jax.tree.map(np.asarray, state))
+    assert isinstance(restored["wide"], np.ndarray) and restored["wide"].dtype == np.float64
+    assert restored["number"] == 0.1
+
+
+def test_a_state_moves_to_another_number_of_devices_and_back(tmp_path):
+    devices = np.asarray(jax.devices())
+    wide = jax.sharding.Mesh(devices[:4], ("data",))
+    narrow = jax.sharding.Mesh(devices[:2], ("data",))
+    state = make_state(1)
+
+    def place(leaf, mesh):
+        split = leaf.ndim == 2 and leaf.shape[0] == 8
+        return NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec())
+
+    def templates(mesh):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf, mesh)),
+            state,
+        )
+
+    save(tmp_path, jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf, wide)), state))
+    for mesh in (narrow, wide):
+        restored, _ = restore(tmp_path, templates(mesh))
+        assert_bitwise_equal(restored, state)
+        assert restored.params["linear"]["kernel"].sharding == place(jnp.ones((8, 2)), mesh)
+        assert restored.rng.sharding.is_equivalent_to(place(state.rng, mesh), 0)
+    alone, _ = restore(tmp_path, abstract(state))
+    assert_bitwise_equal(alone, state)
+    assert not alone.params["linear"]["kernel"].committed
+    save(tmp_path, alone, step=1)
+    spread, _ = restore(tmp_path, restored)
+    assert spread.params["linear"]["kernel"].sharding.mesh == wide
+
+
+@pytest.mark.four_devices
+def test_a_restored_state_is_free_to_go_to_a_mesh_where_its_template_was(tmp_path):
+    save(tmp_path, make_state())
+    restored, _ = restore(tmp_path, make_state())
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    doubled = jax.jit(lambda x: 2 * x, in_shardings=everywhere)(restored.params["linear"]["bias"])
+    assert len(doubled.sharding.device_set) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"params": {"linear": {"kernel": jnp.ones((8, 3)), "bias": jnp.zeros(2)}}},
+            r"params/linear/kernel is float32\[8, 2\] in .* but float32\[8, 3\] in the template",
+        ),
+        (
+            {"params": {"linear": {"kernel": jnp.ones((8, 2), jnp.bfloat16), "bias": jnp.ones(2)}}},
+            r"params/linear/kernel is float32\[8, 2\] in .* but bfloat16\[8, 2\]",
+        ),
+        ({"params": {"linear": {"kernel": jnp.ones((8, 2))}}}, "params/linear/bias is in the chec"),
+        ({"model_state": make_state().model_state | {"new": jnp.ones(1)}}, "model_state/new is in"),
+        ({"rng": jax.random.key(0, impl="rbg")}, r"rng is key<fry>\[\] in .* but key<rbg>\[\]"),
+    ],
+)
+def test_a_template_of_another_kind_is_refused_naming_the_leaf(tmp_path, change, message):
+    save(tmp_path, make_state())
+    with pytest.raises(ValueError, match=message):
+        restore(tmp_path, dataclasses.replace(make_state(), **change))
+
+
+def payload_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")]
+)
+def test_damage_to_any_file_is_reported_and_the_checkpoint_before_it_is_used(tmp_path, damage):
+    save(tmp_path, at_step(1, seed=1))
+    whole = save(tmp_path, at_step(2, seed=2))
+    pristine = tmp_path / "pristine"
+    shutil.copytree(whole, pristine)
+    for path in payload_files(whole):
+        if path.name == "manifest.json" and damage is Path.unlink:
+            continue  # without its manifest there is no checkpoint
+        damage(path)
+        with pytest.warns(UserWarning, match=path.name) as caught:
+            restored, _ = restore(tmp_path, make_state())
+        assert len(caught) == 1 and "damaged" in str(caught[0].message)
+        assert_bitwise_equal(restored, at_step(1, seed=1))
+        with pytest.raises(CheckpointError, match=path.name):
+            restore(tmp_path, make_state(), step=2)
+        shutil.rmtree(whole)
+        shutil.copytree(pristine, whole)
+    assert int(restore(tmp_path, make_state())[0].step) == 2
+
+
+def test_nothing_intact_is_an_error_and_never_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        flip(save(tmp_path, at_step(step)) / "manifest.json")
+    with (
+        pytest.warns(UserWarning, match="step_00000002"),
+        pytest.raises(CheckpointError, match="step_00000001"),
+    ):
+        resume(tmp_path, make_state())
+
+
+def test_a_missing_checkpoint_says_what_there_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: there is none"):
+        restore(tmp_path / "nowhere", make_state())
+    save(tmp_path, at_step(4))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 in .* steps \[4\]"):
+        restore(tmp_path, make_state(), step=5)
+    assert latest_step(tmp_path / "nowhere") is None and latest_step(tmp_path) == 4
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of ours may run after it."""
+
+
+@pytest.mark.parametrize("victim", ["_write_arrays", "_digest", "_write_manifest", "replace"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_save_killed_at_any_point_leaves_the_checkpoints_before(
+    tmp_path, monkeypatch, victim, step
+):
+    """Also where the save replaces a checkpoint of the same step."""
+
+    def kill(*args, **keywords):
+        raise Killed
+
+    save(tmp_path, at_step(1, seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os if victim == "replace" else checkpoint, victim, kill)
+        with pytest.raises(Killed):
+            save(tmp_path, at_step(step, seed=2))
+    assert all_steps(tmp_path) == [1]
+    assert_bitwise_equal(restore(tmp_path, make_state())[0], at_step(1, seed=1))
+    save(tmp_path, at_step(3, seed=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+    save(tmp_path, at_step(1, seed=4))
+    assert len(list((tmp_path / "step_00000001").iterdir())) == 2
+    assert_bitwise_equal(restore(tmp_path, make_state(), step=1)[0], at_step(1, seed=4))
+
+
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
+    """With a limit on file size the operating system itself refuses the write."""
+    save(tmp_path, at_step(1, seed=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(CheckpointError, match=f"cannot save step 2 in {tmp_path}: free some"):
+            save(tmp_path, at_step(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            save(tmp_path, at_step(2))
+    assert all_steps(tmp_path) == [1]
+    assert_bitwise_equal(restore(tmp_path, make_state())[0], at_step(1, seed=1))
+
+
+def test_a_file_in_the_way_of_the_directory_is_reported(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"cannot save step 0 in .*taken"):
+        save(tmp_path / "taken", make_state())
+
+
+def test_what_is_no_array_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match=r"params/scale is 3\.0, not an array"):
+        save(tmp_path, {"params": {"scale": 3.0}}, step=1)
+    with pytest.raises(ValueError, match="same path"):
+        save(tmp_path, {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)}, step=1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(tmp_path, make_state(), metadata={"x": jnp.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_and_restoring_work_inside_a_running_event_loop(tmp_path):
+    async def notebook():
+        save(tmp_path, at_step(1))
+        return restore(tmp_path, make_state())[0]
+
+    assert_bitwise_equal(asyncio.run(notebook()), at_step(1))
+
+
+def test_nothing_written_or_read_is_a_pickle(tmp_path, monkeypatch):
+    import pickle
+
+    def refuse(*args, **keywords):
+        raise AssertionError("pickle")
+
+    for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    folder = save(tmp_path, at_step(1))
+    restore(tmp_path, make_state())
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".npy", ".pickle")]
+
+
+def test_prune_keeps_the_newest_and_the_protected(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, {"x": jnp.ones(1)}, step=step)
+    assert prune(tmp_path, keep=2, protect=[2]) == [1, 3, 4]
+    assert all_steps(tmp_path) == [2, 5, 6]
+    assert prune(tmp_path, keep=9) == []
+
+
+def test_the_parameter_digest_depends_on_path_dtype_shape_and_bits_only():
+    params = {"b": jnp.arange(4.0), "a": {"c": jnp.ones((2, 2))}}
+    digest = checkpoint.parameters_sha256(params)
+    content = b"a/c float32 (2, 2)\n" + np.ones(4, "<f4").tobytes()
+    content += b"b float32 (4,)\n" + np.arange(4, dtype="<f4").tobytes()
+    assert digest == hashlib.sha256(content).hexdigest()
+    assert digest == checkpoint.parameters_sha256(jax.tree.map(np.asarray, params))
+    for other in (
+        {**params, "b": jnp.arange(4.0).at[0].set(-0.0)},
+        {**params, "b": jnp.arange(4)},
+        {**params, "b": jnp.arange(4.0)[None]},
+        {"d": params["b"], "a": params["a"]},
+    ):
+        assert checkpoint.parameters_sha256(other) != digest

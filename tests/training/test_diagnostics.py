@@ -1,0 +1,97 @@
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnets.core import Update
+from jaxnets.objectives.supervised import classification, regression
+from jaxnets.training.diagnostics import find_learning_rate, overfit_one_batch
+
+
+class Network(nn.Module):
+    dead: bool = False
+
+    @nn.compact
+    def __call__(self, inputs, *, train=False):
+        hidden = nn.relu(nn.Dense(32)(inputs))
+        return nn.Dense(3)(hidden * 0 if self.dead else hidden)
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(16, 6)).astype(np.float32)
+    return {"inputs": inputs, "labels": rng.integers(0, 3, 16).astype(np.int32)}
+
+
+def source(batch):
+    return lambda first_step: itertools.repeat(batch)
+
+
+def test_a_sound_network_learns_a_batch_and_a_dead_one_does_not(batch):
+    for dead in (False, True):
+        module = Network(dead)
+        update = Update(classification(module), optax.adam(1e-2))
+        variables = module.init(jax.random.key(0), batch["inputs"])
+        report = overfit_one_batch(update, variables, batch, rng=jax.random.key(0))
+        assert report.passed is not dead
+        assert ("did NOT learn" in str(report)) is dead
+        assert report.losses.shape == (200,)
+
+
+def test_the_best_rate_is_the_one_that_a_loop_over_rates_finds(batch):
+    module = Network()
+    variables = module.init(jax.random.key(0), batch["inputs"])
+    rates = [1e-4, 1e-2, 3.0, 1e3]
+    found = find_learning_rate(
+        classification(module),
+        optax.sgd,
+        variables,
+        source(batch),
+        rng=jax.random.key(0),
+        learning_rates=rates,
+        num_steps=20,
+    )
+    losses = []
+    for rate in rates:
+        update = Update(classification(module), optax.sgd(rate))
+        solo = overfit_one_batch(update, variables, batch, rng=jax.random.key(0), num_steps=20)
+        losses.append(solo.losses[-2:].mean())
+    assert found.losses.shape == (20, 4)
+    assert found.best == rates[int(np.nanargmin(losses))]
+    assert "<- best" in str(found)
+
+
+def test_a_rate_that_diverges_does_not_hide_the_others():
+    inputs = np.ones((4, 2), np.float32)
+    batch = {"inputs": inputs, "labels": np.ones((4, 3), np.float32)}
+    module = Network()
+    variables = module.init(jax.random.key(0), inputs)
+    search = find_learning_rate(
+        regression(module),
+        optax.sgd,
+        variables,
+        source(batch),
+        rng=jax.random.key(0),
+        learning_rates=[1e-2, 1e6],
+        num_steps=30,
+    )
+    assert search.best == pytest.approx(1e-2)
+    assert not np.isfinite(search.losses[-1, 1])
+
+
+def test_nan_inputs_and_impossible_rates_are_named(batch):
+    module = Network()
+    variables = module.init(jax.random.key(0), batch["inputs"])
+    bad = {**batch, "inputs": jnp.full_like(batch["inputs"], jnp.nan)}
+    arguments = (classification(module), optax.sgd, variables)
+    with pytest.raises(ValueError, match="not finite at any learning rate"):
+        find_learning_rate(*arguments, source(bad), rng=jax.random.key(0), num_steps=2)
+    with pytest.raises(ValueError, match="rates above 0"):
+        find_learning_rate(
+            *arguments, source(batch), rng=jax.random.key(0), learning_rates=[0.0, 0.1]
+        )

@@ -1,0 +1,374 @@
+"""The training loop: rows, sums, hooks, writers, populations, signals, errors."""
+
+import dataclasses
+import json
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loop_problem import (
+    Chunked,
+    assert_bitwise_equal,
+    eval_step,
+    make_batch,
+    make_state,
+    population,
+    reference_losses,
+    scanned_step,
+    source,
+    train_step,
+)
+
+from jaxnets.core import Mean
+from jaxnets.training.history import History, NonFiniteError
+from jaxnets.training.hooks import Checkpointing, evaluation, every
+from jaxnets.training.loop import evaluate, first_nonfinite, fit
+from jaxnets.training.writers import jsonl_writer
+
+
+def test_rows_hold_the_exact_means_since_the_row_before():
+    expected, pairs = reference_losses(10)
+    state, history = fit(train_step, make_state(), source, num_steps=10, log_every=4)
+    assert_bitwise_equal(state, expected)
+    steps, losses = history.column("loss")
+    assert steps == [4, 8, 10]
+    for loss, interval in zip(losses, (pairs[:4], pairs[4:8], pairs[8:]), strict=True):
+        total, count = np.sum(np.asarray(interval, np.float64), axis=0)
+        assert loss == total / count
+    assert not any("outer" in row for row in history.rows)
+    assert history.sums == {} and history.step == 10 and history.stopped is None
+
+
+def test_a_finished_run_calls_nothing_and_touches_no_file(tmp_path):
+    def forbidden(*args):
+        raise AssertionError("called")
+
+    state = dataclasses.replace(make_state(), step=jnp.int32(7))
+    path = tmp_path / "metrics.jsonl"
+    hook, writer = Checkpointing(tmp_path / "c", every=1), jsonl_writer(path)
+    same, history = fit(forbidden, state, forbidden, num_steps=7, hooks=[hook], writers=[writer])
+    assert same is state and history.rows == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_called_with_the_first_step_and_closed():
+    seen = []
+
+    def watched(first):
+        seen.append(first)
+        try:
+            yield from source(first)
+        finally:
+            seen.append("closed")
+
+    state, _ = fit(train_step, make_state(), watched, num_steps=3)
+    fit(train_step, state, watched, num_steps=5)
+    assert seen == [0, "closed", 3, "closed"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 50])
+def test_chunks_of_steps_end_exactly_at_num_steps(size):
+    expected, pairs = reference_losses(10)
+    state, history = fit(scanned_step, make_state(), Chunked(size), num_steps=10, log_every=4)
+    assert int(state.step) == 10
+    np.testing.assert_allclose(
+        state.params["linear"]["kernel"], expected.params["linear"]["kernel"], rtol=1e-5
+    )
+    steps, losses = history.column("loss")
+    cuts = [now for now in (*range(size, 10, size), 10) if now // 4 > max(now - size, 0) // 4]
+    assert steps == sorted({*cuts, 10})
+    for loss, first, last in zip(losses, [0, *steps], steps, strict=False):
+        total, count = np.sum(pairs[first:last], axis=0)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_step_that_does_not_fit_its_source_is_refused():
+    with pytest.raises(ValueError, match=r"made 1 steps where the source gives 2 in a batch"):
+        fit(
+            lambda state, batch: train_step(state, jax.tree.map(lambda x: x[0], batch)),
+            make_state(),
+            Chunked(2),
+            num_steps=10,
+        )
+    with pytest.raises(ValueError, match=r"made 4 steps where the source gives 1"):
+        chunks = Chunked(4)
+        fit(scanned_step, make_state(), lambda first: chunks(first), num_steps=10)
+
+
+def test_a_source_that_ends_early_is_reported():
+    with pytest.raises(ValueError, match="ended at step 2 of 5"):
+        fit(train_step, make_state(), lambda first: iter([make_batch(0)] * 2), num_steps=5)
+    with pytest.raises(ValueError, match="ended at step 0 of 5"):
+        fit(train_step, make_state(), lambda first: iter([]), num_steps=5)
+
+
+def test_the_loop_does_not_read_what_is_younger_than_a_log_interval():
+    """The rows known at a hook lag a whole interval: nothing newer was fetched."""
+    known = []
+    history = History()
+
+    def hook(step, state, metrics):
+        known.append((step, [row["step"] for row in history.rows]))
+
+    fit(train_step, make_state(), source, num_steps=12, log_every=4, hooks=[hook], history=history)
+    assert known[7] == (8, [])  # at the call of step 8, the calls up to 4 are still queued
+    assert known[8] == (9, [4])
+    assert history.column("loss")[0] == [4, 8, 12]
+
+
+def test_hook_results_join_the_row_of_their_step_in_step_order():
+    written = []
+    hooks = [
+        every(3, lambda step, state, metrics: {"a/three": step}),
+        every(2, lambda step, state, metrics: {"b/saw": float("a/three" in metrics)}),
+    ]
+    _, history = fit(
+        train_step,
+        make_state(),
+        source,
+        num_steps=7,
+        log_every=4,
+        hooks=hooks,
+        writers=[written.append],
+    )
+    assert written == history.rows
+    rows = {row["step"]: {n: v for n, v in row.items() if n[1] == "/"} for row in written}
+    assert list(rows) == [2, 3, 4, 6, 7]
+    assert rows[2] == {"b/saw": 0.0} and rows[3] == {"a/three": 3.0} and rows[7] == {}
+    assert rows[6] == {"a/three": 6.0, "b/saw": 1.0}
+    assert [row["step"] for row in written if "loss" in row] == [4, 7]
+
+
+def test_a_hook_may_not_overwrite_what_is_measured():
+    with pytest.raises(ValueError, match=r"\['loss'\], which is measured already; add a prefix"):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=2,
+            hooks=[lambda step, state, metrics: {"loss": 1.0}],
+        )
+
+
+def test_hooks_and_writers_are_started_before_and_closed_after_an_error_too():
+    calls = []
+
+    class Watched:
+        def start(self, history, step):
+            calls.append(("start", step))
+
+        def __call__(self, *args):
+            if len(args) == 3:
+                raise RuntimeError("broken hook")
+
+        def close(self):
+            calls.append("close")
+
+    with pytest.raises(RuntimeError, match="broken hook"):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=2,
+            hooks=[Watched()],
+            writers=[Watched()],
+        )
+    assert calls == [("start", 0), ("start", 0), "close", "close"]
+
+
+def test_members_of_a_population_get_the_rows_of_their_solo_runs():
+    states = [make_state(seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    hooks = [every(3, evaluation(jax.vmap(eval_step, (0, None)), [make_batch(99)]))]
+    state, history = fit(population, stacked, source, num_steps=7, log_every=3, hooks=hooks)
+    assert state.step.tolist() == [7, 7]
+    for member, solo in enumerate(states):
+        hooks = [every(3, evaluation(eval_step, [make_batch(99)]))]
+        _, alone = fit(train_step, solo, source, num_steps=7, log_every=3, hooks=hooks)
+        assert [sorted(row) for row in alone.rows] == [sorted(row) for row in history.rows]
+        for row, other in zip(history.rows, alone.rows, strict=True):
+            for name, value in other.items():
+                got = row[name] if name == "step" else row[name][member]
+                assert got == pytest.approx(value, rel=1e-5)
+
+
+def test_members_at_different_steps_are_refused():
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), make_state())
+    state = dataclasses.replace(state, step=jnp.array([1, 2]))
+    with pytest.raises(ValueError, match=r"different steps \[1, 2\]"):
+        fit(population, state, source, num_steps=3)
+
+
+def test_history_survives_json_exactly_and_continues_its_sums():
+    kept = []
+
+    class Keep:
+        def start(self, history, step):
+            self.history = history
+
+        def __call__(self, step, state, metrics):
+            return None
+
+        def commit(self, step, state, *, last):
+            kept.append((state, json.loads(json.dumps(self.history.to_json()))))
+
+    hook = every_two = every(2, lambda step, state, metrics: {"x/y": 1 / (step + 0.3)})
+    final, whole = fit(
+        train_step, make_state(), source, num_steps=11, log_every=4, hooks=[hook, Keep()]
+    )
+    for state, content in kept:
+        history = History.from_json(content)
+        assert history.step == int(state.step)
+        assert json.loads(json.dumps(history.to_json())) == content
+        again, history = fit(
+            train_step,
+            state,
+            source,
+            num_steps=11,
+            log_every=4,
+            history=history,
+            hooks=[every_two],
+        )
+        assert history.rows == whole.rows
+        assert_bitwise_equal(again, final)
+
+
+def test_a_history_of_another_step_is_refused():
+    with pytest.raises(ValueError, match="history ends at step 5 and the state is at step 0"):
+        fit(train_step, make_state(), source, num_steps=9, history=History(step=5))
+
+
+def test_a_non_finite_loss_names_step_metric_and_parameter_and_keeps_the_rows_before():
+    def poisoned(first):
+        for step, batch in enumerate(source(first), first):
+            yield {**batch, "inputs": batch["inputs"] * (np.nan if step == 6 else 1)}
+
+    written = []
+    with pytest.raises(NonFiniteError) as caught:
+        fit(
+            train_step,
+            make_state(),
+            poisoned,
+            num_steps=50,
+            log_every=2,
+            writers=[written.append],
+        )
+    message = str(caught.value)
+    assert message.startswith("loss at step 7 is not finite")
+    assert "parameter linear/kernel is NaN" in message and "learning rate" in message
+    assert isinstance(caught.value, FloatingPointError)
+    assert [row["step"] for row in written] == [2, 4, 6]
+
+
+def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), make_state(0), make_state(1))
+    params = {"linear": {"kernel": stacked.params["linear"]["kernel"].at[1].set(jnp.inf)}}
+    with pytest.raises(NonFiniteError, match="loss of member 1 at step 1 "):
+        fit(population, dataclasses.replace(stacked, params=params), source, num_steps=3)
+    bad = dataclasses.replace(make_state(), params={"linear": {"kernel": jnp.full(3, jnp.nan)}})
+    with pytest.raises(NonFiniteError, match="loss at steps 1 to 3 is not finite"):
+        fit(scanned_step, bad, Chunked(3), num_steps=3)
+
+
+def test_first_nonfinite_passes_over_integers():
+    assert first_nonfinite({"a": jnp.arange(3), "b": jnp.ones(2)}) is None
+    assert first_nonfinite({"a": jnp.arange(3), "b": {"c": jnp.array([1, jnp.inf])}}) == "b/c"
+
+
+def test_evaluation_is_exact_with_padding_and_uneven_batches():
+    state = make_state()
+    big = jax.tree.map(lambda *leaves: np.concatenate(leaves), make_batch(0, 5), make_batch(1, 2))
+    loss_only = lambda state, batch: {"loss": eval_step(state, batch)["loss"]}  # noqa: E731
+    result = evaluate(loss_only, state, [make_batch(0, 5), make_batch(1, 2)])
+    kernel = np.asarray(state.params["linear"]["kernel"], np.float64)
+    residual = big["inputs"] @ kernel - big["targets"]
+    expected = np.average(residual**2, weights=big["weights"])
+    assert isinstance(result["loss"], float)
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+    several = evaluate(eval_step, state, lambda first: iter([make_batch(first)] * 2))
+    assert several["outer"].shape == (4, 4) and several["outer"].dtype == np.float64
+    with pytest.raises(ValueError, match="no batches to evaluate"):
+        evaluate(eval_step, state, iter([]))
+
+
+def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    fit(train_step, make_state(), source, num_steps=8, log_every=2, writers=[jsonl_writer(path)])
+    whole = path.read_bytes()
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [2, 4, 6, 8]
+    state, history = fit(train_step, make_state(), source, num_steps=4, log_every=2)
+    path.write_bytes(whole + b'{"step": 10, "lo')
+    fit(
+        train_step,
+        state,
+        source,
+        num_steps=8,
+        log_every=2,
+        history=history,
+        writers=[jsonl_writer(path)],
+    )
+    assert path.read_bytes() == whole
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys):
+    fit(train_step, make_state(), source, num_steps=40, log_every=2)
+    assert capsys.readouterr().err == ""
+    fit(train_step, make_state(), source, num_steps=40, log_every=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "40/40" in shown and "loss" in shown and "examples/s" in shown
+    assert re.match(r"compiling the step \.\.\. \d+\.\d s\n", shown)
+
+
+def test_a_resumed_run_says_how_long_compiling_took(capsys):
+    history = History(first_call_seconds=8.3)
+    fit(train_step, make_state(), source, num_steps=2, history=history, progress=True)
+    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ... ")
+
+
+def test_compiling_again_for_the_last_steps_is_announced(capsys):
+    fit(scanned_step, make_state(), Chunked(4), num_steps=10, progress=True)
+    assert "compiling the step for the last 2" in capsys.readouterr().err
+
+
+def test_a_run_of_one_call_has_no_bar(capsys):
+    fit(scanned_step, make_state(), Chunked(4), num_steps=4, progress=True)
+    assert re.fullmatch(r"compiling the step \.\.\. \d+\.\d s\n", capsys.readouterr().err)
+
+
+def test_a_step_that_fails_while_compiling_leaves_a_whole_line(capsys):
+    def fails(state, batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(fails, make_state(), source, num_steps=2, progress=True)
+    assert capsys.readouterr().err == "compiling the step ...\n"
+
+
+def test_time_is_measured_beside_the_rows():
+    _, history = fit(train_step, make_state(), source, num_steps=3)
+    assert history.first_call_seconds > 0 and history.seconds > 0
+    assert not any("seconds" in name for row in history.rows for name in row)
+
+
+def test_waiting_evaluating_and_saving_are_counted_apart_and_survive_a_resume(tmp_path):
+    def slow_source(step):
+        for batch in source(step):
+            time.sleep(0.02)
+            yield batch
+
+    def slow_eval(state, batch):
+        time.sleep(0.03)
+        return {"loss": Mean.of(jnp.ones(1))}
+
+    hooks = [evaluation(slow_eval, [{}]), Checkpointing(tmp_path, every=2)]
+    _, history = fit(train_step, make_state(), slow_source, num_steps=3, hooks=hooks)
+    spent = history.spent
+    assert set(spent) == {"batches", "evaluation", "checkpoints"}
+    assert spent["batches"] >= 2 * 0.02  # the first batch counts with the first call
+    assert spent["evaluation"] >= 3 * 0.03
+    assert sum(spent.values()) <= history.seconds
+    assert History.from_json(json.loads(json.dumps(history.to_json()))).spent == spent

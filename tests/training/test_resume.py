@@ -1,0 +1,239 @@
+"""Resuming: bitwise, past damage, after kills, as a population, by several processes."""
+
+import dataclasses
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_problem import assert_bitwise_equal, flip, make_state, source, train_step
+
+from jaxnets.training.checkpoint import all_steps, latest_step, restore
+from jaxnets.training.history import History, NonFiniteError
+from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.loop import fit
+from jaxnets.training.writers import jsonl_writer
+
+
+@pytest.mark.parametrize("stop", [5, 6, 9])
+def test_ten_steps_are_bitwise_those_before_and_after_a_resume(tmp_path, stop):
+    expected, _ = fit(
+        train_step,
+        make_state(),
+        source,
+        num_steps=10,
+        log_every=4,
+        writers=[jsonl_writer(tmp_path / "whole.jsonl")],
+    )
+
+    def killed(step, state, metrics):
+        if step == stop:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(
+            train_step,
+            make_state(),
+            source,
+            num_steps=10,
+            log_every=4,
+            hooks=[killed, Checkpointing(tmp_path / "run", every=3)],
+            writers=[jsonl_writer(tmp_path / "run.jsonl")],
+        )
+    state, history = resume(tmp_path / "run", make_state(7))
+    assert history.step == int(state.step) == (stop - 1) // 3 * 3
+    state, _ = fit(
+        train_step,
+        state,
+        source,
+        num_steps=10,
+        log_every=4,
+        history=history,
+        writers=[jsonl_writer(tmp_path / "run.jsonl")],
+    )
+    assert_bitwise_equal(state, expected)
+    assert (tmp_path / "run.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def scripted(values):
+    return lambda step, state, metrics: {"validation/accuracy": values[step - 1]}
+
+
+def test_checkpointing_keeps_the_newest_the_best_and_the_last(tmp_path):
+    values = [0.1, 0.9, 0.3, 0.8, 0.2, 0.9, 0.4, 0.1, 0.2, 0.3, 0.3]
+    hook = Checkpointing(
+        tmp_path, every=4, keep=2, best=("validation/accuracy", "max"), keep_best=2
+    )
+    fit(train_step, make_state(), source, num_steps=11, hooks=[scripted(values), hook])
+    assert hook.best_steps() == [2, 6]  # of equals, the earlier one is the better
+    assert all_steps(tmp_path) == [2, 6, 8, 11]
+    state, metadata = restore(tmp_path, make_state(), step=6)
+    history = History.from_json(metadata["history"])
+    assert int(state.step) == 6 and history.rows[-1]["validation/accuracy"] == 0.9
+
+
+def test_best_checkpoints_are_known_again_after_a_resume(tmp_path):
+    values = [0.5, 0.1, 0.7, 0.2, 0.1, 0.6]
+
+    def hooks():
+        best = Checkpointing(tmp_path, every=2, keep=1, best=("validation/accuracy", "max"))
+        return [scripted(values), best]
+
+    fit(train_step, make_state(), source, num_steps=4, hooks=hooks())
+    state, history = resume(tmp_path, make_state())
+    fit(train_step, state, source, num_steps=6, hooks=hooks(), history=history)
+    assert all_steps(tmp_path) == [3, 6]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    @jax.jit
+    def exploding(state, batch):
+        state, metrics = train_step(state, batch)
+        bias = jnp.where(state.step == 5, jnp.nan, state.params["linear"]["bias"])
+        params = {"linear": {**state.params["linear"], "bias": bias}}
+        return dataclasses.replace(state, params=params), metrics
+
+    with pytest.raises(NonFiniteError, match=r"state at step 5 .*parameter linear/bias is NaN"):
+        fit(
+            exploding,
+            make_state(),
+            source,
+            num_steps=9,
+            hooks=[Checkpointing(tmp_path, every=1)],
+        )
+    state, _ = resume(tmp_path, make_state())
+    assert int(state.step) == 4 and np.isfinite(state.params["linear"]["bias"]).all()
+
+
+def test_a_fresh_run_into_a_folder_that_is_ahead_of_it_is_refused(tmp_path):
+    hooks = [Checkpointing(tmp_path, every=3)]
+    fit(train_step, make_state(), source, num_steps=3, hooks=hooks)
+    with pytest.raises(ValueError, match="checkpoint of step 3, but the run starts at step 0"):
+        fit(train_step, make_state(), source, num_steps=3, hooks=hooks)
+
+
+def test_a_run_goes_on_past_a_damaged_checkpoint_and_replaces_it(tmp_path):
+    hooks = [Checkpointing(tmp_path, every=2, keep=3)]
+    expected, whole = fit(train_step, make_state(), source, num_steps=6, hooks=hooks)
+    flip(tmp_path / "step_00000006" / "manifest.json")
+    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+        state, history = resume(tmp_path, make_state())
+    assert int(state.step) == 4
+    fit(train_step, state, source, num_steps=6, hooks=hooks, history=history)
+    state, history = resume(tmp_path, make_state())
+    assert_bitwise_equal(state, expected)
+    assert history.rows == whole.rows
+
+
+def test_a_population_is_saved_with_its_lists(tmp_path):
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), make_state(0), make_state(1))
+    step = jax.jit(jax.vmap(train_step, in_axes=(0, None)))
+    options = {"num_steps": 5, "log_every": 2}
+    expected, whole = fit(step, stacked, source, **options)
+    fit(
+        step,
+        stacked,
+        source,
+        **{**options, "num_steps": 3},
+        hooks=[Checkpointing(tmp_path, every=3)],
+    )
+    state, history = resume(tmp_path, stacked)
+    assert len(history.rows[0]["loss"]) == 2
+    _, metadata = restore(tmp_path, stacked)
+    assert metadata["history"]["step"] == 3
+    state, _ = fit(step, state, source, **options)
+    assert_bitwise_equal(state, expected)
+    assert whole.rows[-1]["step"] == 5
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxnets.checkpoint import prune, restore, save
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec("data"))
+for step in (1, 2):
+    state = jax.jit(lambda: {"w": step * jnp.arange(8.0)}, out_shardings=split)()
+    save(sys.argv[3], state, step=step)
+assert prune(sys.argv[3], keep=1) == [1]
+restored, _ = restore(sys.argv[3], state)
+assert restored["w"].sharding == split
+for shard in restored["w"].addressable_shards:
+    assert shard.data.tolist() == (2.0 * jnp.arange(8.0))[shard.index].tolist()
+"""
+
+
+def test_several_processes_save_and_restore_one_sharded_state(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_PLATFORMS": "cpu",  # they have two devices each
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(index), str(tmp_path)],
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    state, _ = restore(tmp_path, {"w": jnp.zeros(8)})
+    assert state["w"].tolist() == (2.0 * jnp.arange(8.0)).tolist()
+
+
+def start_run(folder, num_steps):
+    script = Path(__file__).parents[1] / "killed_run.py"
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(script), str(folder), str(num_steps)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(run):
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0
+    return output
+
+
+def check_kills(folder, num_kills, num_steps):
+    """Kill a run at random moments of its training, saves included, and compare its end."""
+    digest = finish(start_run(folder / "whole", num_steps))
+    moments = random.Random(num_kills)
+    for _ in range(num_kills):
+        run = start_run(folder / "killed", num_steps)
+        known = latest_step(folder / "killed" / "checkpoints")
+        while latest_step(folder / "killed" / "checkpoints") == known:
+            assert run.poll() is None
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.1))
+        assert run.poll() is None
+        run.kill()
+        run.communicate()
+    assert finish(start_run(folder / "killed", num_steps)) == digest
+    logs = [(folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    steps = [json.loads(line)["step"] for line in logs[0].splitlines()]
+    assert steps == [*range(7, num_steps, 7), num_steps]
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path):
+    check_kills(tmp_path, num_kills=3, num_steps=60)
