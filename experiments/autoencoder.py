@@ -6,7 +6,7 @@
     python -m experiments.autoencoder --kind vq-vae --dataset fashion_mnist
 
 Reference: the VAE of PyTorch's and Flax's examples (the preset pytorch-example; Flax has 500
-hidden units): PyTorch's ends at 105.3 nats per image on MNIST, with grey levels as probabilities.
+hidden units): PyTorch's ends at 105.3 nats per image on MNIST, with gray levels as probabilities.
 The preset differs in that it evaluates the moving average of the parameters.
 """
 
@@ -71,7 +71,7 @@ class Config(Options):
     conditional: bool = False
     """The class is given to encoder and decoder (vae, beta-vae)."""
     binarize: bool = False
-    """Pixels are drawn black or white, with the grey level as probability; anew at each step in
+    """Pixels are drawn black or white, with the gray level as probability; anew at each step in
     training, once and for all for what is measured."""
     noise: float = 0.3
     """Standard deviation of the noise, with pixels in [0, 1] (denoising)."""
@@ -98,7 +98,7 @@ class Config(Options):
     bound_images: int = 1000
     """Test images of that bound."""
     probe_labels: int = 1000
-    """Labelled training images of the linear classifiers."""
+    """Labeled training images of the linear classifiers."""
     pictures_every: int | None = None
     """Steps between pictures of the progress; by default once an epoch."""
 
@@ -158,7 +158,7 @@ class ImageAutoencoder(Problem):
     def _make_module(self) -> Any:
         config, dataset = self.config, self.dataset
         convolutional = config.coder == "conv"
-        coder = jn.CoderConfig(
+        coder = jn.EncoderDecoderConfig(
             dataset.image_shape,
             "convolutional" if convolutional else "dense",
             config.widths or ((32, 64) if convolutional else (512, 256)),
@@ -207,7 +207,7 @@ class ImageAutoencoder(Problem):
         return jn.reconstruction(module)
 
     def scaled(self, batch: jn.Batch, rng: jax.Array | None, train: bool) -> jn.Batch:
-        """Bring grey levels into the range of the likelihood."""
+        """Bring gray levels into the range of the likelihood."""
         images = batch["inputs"] / jnp.float32(255)
         if train and rng is not None and self.config.binarize:
             images = jax.random.bernoulli(rng, images).astype(images.dtype)
@@ -323,7 +323,7 @@ class ImageAutoencoder(Problem):
 
 
 def drawn(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Make the pixels of a part of the data black or white, with grey levels as probabilities."""
+    """Make the pixels of a part of the data black or white, with gray levels as probabilities."""
     rng = np.random.default_rng(0)
     images = part["inputs"]
     white = rng.uniform(size=images.shape).astype(np.float32) < images / np.float32(255)

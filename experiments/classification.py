@@ -34,7 +34,7 @@ class Config(Options):
     flip: Literal["none", "random", "alternating"] = "none"
     """Horizontal flips: drawn for each image, or each image mirrored in every other epoch."""
     cutout: int = 0
-    """Side of a random square set to the mean colour."""
+    """Side of a random square set to the mean color."""
     mixup: float = 0.0
     """Alpha of mixup; 0 is off."""
     flip_test: bool = False
@@ -166,12 +166,12 @@ class ImageClassification(Problem):
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate the final networks on the test set: per seed, and the confusion of all."""
-        measures = {
+        metrics = {
             "accuracy": jn.metrics.accuracy,
             "confusion": jn.metrics.confusion_matrix,
             "calibration": jn.metrics.calibration,
         }
-        members = self.evaluate(states, self.eval_batches, self._classification(measures=measures))
+        members = self.evaluate(states, self.eval_batches, self._classification(metrics=metrics))
         self.confusion = np.mean([m["confusion"].total for m in members], axis=0)
 
         def mean(value: Callable[[jn.Metrics], Any]) -> float:
@@ -228,7 +228,7 @@ class ImageClassification(Problem):
         return f" over {taken}" if taken else ""
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        """Normalise, and augment while training."""
+        """Normalize, and augment while training."""
         config, data = self.config, jn.data
         images, labels = batch["inputs"], batch["labels"]
         keys = jax.random.split(rng, 4)
@@ -239,7 +239,7 @@ class ImageClassification(Problem):
         if train and config.flip == "alternating":
             images = data.alternating_flip(images, batch["numbers"], batch["epochs"])
         images = data.normalize(images, self.dataset.mean, self.dataset.std)
-        if train and config.cutout:  # after normalisation: zero is the mean colour
+        if train and config.cutout:  # after normalization: zero is the mean color
             images = data.cutout(keys[2], images, config.cutout)
         if train and config.mixup:
             one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)

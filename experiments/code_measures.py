@@ -41,7 +41,7 @@ def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
 
 
 def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
-    """Measure how much of the noise a denoising autoencoder removes from test images.
+    """Metric how much of the noise a denoising autoencoder removes from test images.
 
     Args:
         problem: the autoencoder's.
@@ -79,19 +79,19 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
     """
     config, train, test = problem.config, problem.train, problem.test
     order = np.random.default_rng(0).permutation(len(train["labels"]))[: config.probe_labels]
-    labelled = {name: array[order] for name, array in train.items()}
+    labeled = {name: array[order] for name, array in train.items()}
 
     def probe(few: np.ndarray, all_of_test: np.ndarray) -> float:
-        return probes.linear_probe(few, labelled["labels"], all_of_test, test["labels"])
+        return probes.linear_probe(few, labeled["labels"], all_of_test, test["labels"])
 
     found, size = [], 0
     for index in range(config.seeds):
         state = member(problem.evaluated(states), index)
-        few, all_of_test = problem.codes(state, labelled), problem.codes(state, test)
+        few, all_of_test = problem.codes(state, labeled), problem.codes(state, test)
         size = few.shape[1]
         found.append(probe(few, all_of_test))
     pixels, few, all_of_test = (
-        problem.images(part).reshape(len(part["labels"]), -1) for part in (train, labelled, test)
+        problem.images(part).reshape(len(part["labels"]), -1) for part in (train, labeled, test)
     )
     size = min(size, pixels.shape[1])
     mean, components = probes.principal_components(pixels, size)

@@ -1,4 +1,4 @@
-"""Strings of 3 to 7 spoken digits, recognised as a whole by connectionist temporal classification.
+"""Strings of 3 to 7 spoken digits, recognized as a whole by connectionist temporal classification.
 
     python -m experiments.digit_strings --model gru --seeds 3
 
@@ -60,7 +60,7 @@ class Config(SoundOptions):
 
 
 class DigitStrings(Problem):
-    """Strings of digits, a network that recognises them, and how it is trained."""
+    """Strings of digits, a network that recognizes them, and how it is trained."""
 
     steps_per_epoch = 100  # there is no last string; an evaluation and a checkpoint every so often
 
@@ -115,7 +115,7 @@ class DigitStrings(Problem):
         )
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Recognise the test strings by prefix beam search, and by the best path."""
+        """Recognize the test strings by prefix beam search, and by the best path."""
         said = self.words(self.test["labels"], self.test["label_lengths"])
         found = self.recognize(states)
         rates = {

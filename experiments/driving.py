@@ -8,7 +8,7 @@
     python -m experiments.driving --model gru --no-speedometer
 
 An expert that sees the track drives and is recorded; the network learns its controls from the
-camera and the speed (behaviour cloning). Then, round by round, the network drives on new tracks
+camera and the speed (behavior cloning). Then, round by round, the network drives on new tracks
 and the expert says what it would have done (DAgger: Ross, Gordon and Bagnell 2011,
 arXiv:1011.0686, algorithm 3.1, with the expert driving in the first round only). The result is
 the mean score in closed loop on 50 tracks that nothing was trained or tuned on; --held-out
@@ -82,9 +82,9 @@ class Config(Options):
     test_tracks: int = 50
     """Tracks for the result."""
     held_out: bool = False
-    """Measure on tracks for tuning instead of the test tracks."""
+    """Metric on tracks for tuning instead of the test tracks."""
     shift: float = 1.0
-    """Pictures are moved by up to this many metres to either side, with corrected controls."""
+    """Pictures are moved by up to this many meters to either side, with corrected controls."""
     turn: float = 0.1
     """Pictures are turned by up to this many radians."""
     mirror: bool = True

@@ -22,7 +22,7 @@ HeadName = Literal["gaussian", "discretized"]
 #: What the outputs mean, in the order of the controls.
 CONTROL_NAMES = ("steering", "gas", "brake")
 _RANGES = ((-driving.FULL_LOCK, driving.FULL_LOCK), (0.0, 1.0), (0.0, 1.0))
-# Speeds are given to the network in units of this, in metres per second.
+# Speeds are given to the network in units of this, in meters per second.
 _SPEED_UNIT = 50.0
 _NUM_FEATURES = 50
 
@@ -57,7 +57,7 @@ class DrivingNetwork(nn.Module):
 
         Args:
             frames: floating [batch, time, height, width, channels].
-            speeds: in metres per second, [batch, time].
+            speeds: in meters per second, [batch, time].
             memory: of an earlier call; by default nothing has been seen.
             train: training mode.
 

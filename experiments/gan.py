@@ -148,7 +148,7 @@ class Adversaries(Problem):
         return jax.random.normal(key, (*shape, self.config.latent_size))
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        return {**batch, "inputs": centred(batch["inputs"])}
+        return {**batch, "inputs": centered(batch["inputs"])}
 
     @property
     def update(self) -> Sequence[jn.Update]:
@@ -204,7 +204,7 @@ class Adversaries(Problem):
             size = _SETTLING[0] * _SETTLING[1]
             labels = (jnp.arange(size) % self.dataset.num_classes).reshape(_SETTLING)
         variables = {**state.variables, "params": params}
-        return jn.gan.settle_statistics(self.module, variables, self.settling, labels)
+        return jn.gan.recalibrate_batch_norm(self.module, variables, self.settling, labels)
 
     def fixed_images(self, variables: Mapping[str, Any]) -> np.ndarray:
         """Return the uint8 images of the fixed latents, a row for each class if there are."""
@@ -287,7 +287,7 @@ def _sheet(images: np.ndarray, path: Path) -> None:
     grids.grid(grids.arrange(images, _COLUMNS), path)
 
 
-def centred(images: jax.Array) -> jax.Array:
+def centered(images: jax.Array) -> jax.Array:
     """Map uint8 images to [-1, 1]."""
     halves = (0.5,) * images.shape[-1]
     return jn.data.normalize(images, halves, halves)

@@ -30,7 +30,7 @@ RECURRENT = ("rnn", "lstm", "gru", "mgu", "mingru", "minlstm")
 
 @dataclasses.dataclass(frozen=True)
 class Config(Options):
-    """Options of the language modelling experiment."""
+    """Options of the language modeling experiment."""
 
     model: Literal["transformer", "rnn", "lstm", "gru", "mgu", "mingru", "minlstm"] = "transformer"
     """Network; its recipe sets the defaults shown here."""
@@ -88,7 +88,7 @@ class LanguageModel(Problem):
         self.validation = self.tokenizer.encode(text.validation)
         self.module = self._make_module()
         self.carries = config.carry and config.model in RECURRENT
-        self.objective = jn.language_modelling(self.module, carry_across_batches=self.carries)
+        self.objective = jn.language_modeling(self.module, carry_across_batches=self.carries)
         self.steps_per_epoch = max(len(self.train) // (config.batch_size * config.context), 1)
         windows = self._evaluation_windows()
         every = max(len(windows) // 8, 1)  # a sample of the text, for the curves
@@ -111,7 +111,7 @@ class LanguageModel(Problem):
         if config.style == "llama":
             block |= {"positions": "rotary", "norm": "rms", "activation": "swiglu"}
             # Two thirds of 4 x width, so that three matrices cost what two do without a gate.
-            block |= {"hidden_size": 8 * config.width // 3 // 8 * 8, "use_bias": False}
+            block |= {"mlp_dim": 8 * config.width // 3 // 8 * 8, "use_bias": False}
         return jn.TransformerLM(
             size,
             num_layers=config.layers,

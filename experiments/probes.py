@@ -18,18 +18,18 @@ def principal_components(vectors: np.ndarray, num_components: int) -> tuple[np.n
         [numbers], and orthonormal rows [num_components, numbers].
     """
     mean = vectors.mean(axis=0)
-    centred = vectors - mean
-    _, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+    centered = vectors - mean
+    _, directions = np.linalg.eigh((centered.T @ centered).astype(np.float64))
     return mean, directions[:, ::-1][:, :num_components].T.astype(vectors.dtype)
 
 
 def linear_probe(
     codes: np.ndarray, labels: np.ndarray, test_codes: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Train a logistic regression on labelled codes.
+    """Train a logistic regression on labeled codes.
 
-    The numbers of the codes are standardised; the strength of the L2 penalty is the one that does
-    best on a fifth of the labelled examples when trained on the others.
+    The numbers of the codes are standardized; the strength of the L2 penalty is the one that does
+    best on a fifth of the labeled examples when trained on the others.
 
     Args:
         codes: [examples, numbers].

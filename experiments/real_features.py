@@ -26,7 +26,7 @@ class RealFeatures:
     Attributes:
         module: the classifier.
         variables: its parameters and running statistics.
-        dataset: the images, with the numbers that normalise them.
+        dataset: the images, with the numbers that normalize them.
         train: features and logits of training images.
         test: features and logits of as many test images.
         test_labels: classes of the latter.

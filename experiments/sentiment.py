@@ -56,7 +56,7 @@ class Config(Options):
 
 
 class Sentiment(SentenceProblem):
-    """Labelled sentences, a classifier and how it is trained; batch_size counts sentences."""
+    """Labeled sentences, a classifier and how it is trained; batch_size counts sentences."""
 
     eval_name = "validation"
     tokens_per_pass = 4096
@@ -132,12 +132,12 @@ class Sentiment(SentenceProblem):
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate on the test sentences: per seed, and the confusion of all."""
-        measures = {
+        metrics = {
             "accuracy": jn.metrics.accuracy,
             "confusion": jn.metrics.confusion_matrix,
             "calibration": jn.metrics.calibration,
         }
-        objective = jn.classification(self.module, measures=measures)
+        objective = jn.classification(self.module, metrics=metrics)
         test = self.one_pass(self._encode(self.dataset.test))
         members = self.evaluate(states, test, objective)
         validation = self.evaluate(states, self.eval_batches, objective)

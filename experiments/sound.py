@@ -20,7 +20,7 @@ class SoundOptions(Options):
     """Options of an experiment on sound; how sound is changed, it is changed in training only."""
 
     held_out: bool = False
-    """Measure on a ninth of the training recordings, kept out of training, to choose options by."""
+    """Metric on a ninth of the training recordings, kept out of training, to choose options by."""
     mels: int = 40
     """Features per frame; frames are 25 ms long and 10 ms apart."""
     shift: float = 0.0
@@ -42,7 +42,7 @@ _MAX_NOISE_RATIO = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class SoundTransform:
-    """Turn recordings into standardised log-mel features, changed at random in training.
+    """Turn recordings into standardized log-mel features, changed at random in training.
 
     Attributes:
         options: what is changed, and by how much.
@@ -57,7 +57,7 @@ class SoundTransform:
 
     @property
     def log_mel(self) -> jn.data.LogMel:
-        """The features before they are standardised."""
+        """The features before they are standardized."""
         return jn.data.LogMel(self.sample_rate, num_mels=self.options.mels)
 
     def __call__(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
@@ -95,7 +95,7 @@ class SoundTransform:
                 lengths,
                 max_time_mask=options.time_mask,
                 max_frequency_mask=options.frequency_mask,
-                max_time_fraction=0.2,  # short recordings stay recognisable
+                max_time_fraction=0.2,  # short recordings stay recognizable
             )
         return {**batch, "inputs": features, "lengths": lengths}
 

@@ -3,9 +3,9 @@
     python -m experiments.translation --model transformer
     python -m experiments.translation --model gru
 
-The result is BLEU on test2016 as sacrebleu computes it by default (mixed case, tokenisation 13a)
-on sentences as they stand in the files: no lower case, no tokenisation of ours. Numbers in papers
-on Multi30k are mostly of lower-cased, tokenised text, where the same translations score higher:
+The result is BLEU on test2016 as sacrebleu computes it by default (mixed case, tokenization 13a)
+on sentences as they stand in the files: no lower case, no tokenization of ours. Numbers in papers
+on Multi30k are mostly of lower-cased, tokenized text, where the same translations score higher:
 38.3 for a recurrent network with attention (Caglayan et al. 2017, arXiv:1707.04481), 41.0 for a
 transformer of 2.6 M parameters (Wu et al. 2021, arXiv:2105.14462).
 """
@@ -61,7 +61,7 @@ class Config(Options):
     beams: int = 5
     """Width of the beam search."""
     length_penalty: float = 1.0
-    """Exponent of the length normalisation in the beam search."""
+    """Exponent of the length normalization in the beam search."""
 
 
 class Translation(SentenceProblem):

@@ -20,12 +20,12 @@ from .core import (
     capture,
     rng_streams,
 )
-from .functional.patches import join_patches, split_patches
+from .functional.patches import patchify, unpatchify
 from .generation.beam_search import beam_search
 from .generation.ctc import ctc_beam_search, ctc_greedy
 from .generation.generate import generate
 from .generation.sampling import Sampling
-from .host import keep_memory
+from .host import keep_freed_memory
 from .layers.spectral_norm import SpectralNorm
 from .metrics.generative import (
     class_coverage,
@@ -34,7 +34,7 @@ from .metrics.generative import (
     precision_recall,
 )
 from .models import autoencoder, convolutional, feedforward, gan, recurrent, transformer
-from .models.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
+from .models.autoencoder import VAE, VQVAE, Autoencoder, EncoderDecoderConfig
 from .models.convolutional import (
     ConvNet,
     ConvNeXt,
@@ -78,7 +78,7 @@ from .objectives import (
     absolute_error,
     classification,
     cross_entropy,
-    huber_error,
+    huber_loss,
     regression,
     squared_error,
     with_batch_transform,
@@ -101,7 +101,7 @@ from .objectives.reconstruction import (
     reconstruction,
     sparse_reconstruction,
 )
-from .objectives.sequence import ctc, language_modelling, sequence_to_sequence, with_carry
+from .objectives.sequence import ctc, language_modeling, sequence_to_sequence, with_carry
 from .tools.saliency import input_gradient, visual_backprop
 from .tools.summary import Summary, summarize, summarize_model
 from .training import checkpoint
@@ -121,9 +121,9 @@ from .training.executors import (
 )
 from .training.histograms import gradient_histograms, parameter_histograms
 from .training.history import History, NonFiniteError
-from .training.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from .training.hooks import Checkpointing, EarlyStopping, every, resume, validation
 from .training.loop import Hook, Interrupted, StopTraining, evaluate, fit
-from .training.media import Histogram, Picture
+from .training.media import Histogram, Image
 from .training.optimizers import (
     averaged_parameters,
     decay_mask,
@@ -150,7 +150,6 @@ __all__ = [
     "BlockConfig",
     "CheckpointError",
     "Checkpointing",
-    "CoderConfig",
     "ConvNeXt",
     "ConvNet",
     "DCGANDiscriminator",
@@ -158,12 +157,14 @@ __all__ = [
     "DiscretizedHead",
     "DiscretizedLogistic",
     "EarlyStopping",
+    "EncoderDecoderConfig",
     "Executor",
     "Gaussian",
     "GaussianHead",
     "Histogram",
     "History",
     "Hook",
+    "Image",
     "Interrupted",
     "LeNet5",
     "MLPMixer",
@@ -175,7 +176,6 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Params",
-    "Picture",
     "PilotNet",
     "PopulationExecutor",
     "Precision",
@@ -231,7 +231,6 @@ __all__ = [
     "decay_mask",
     "denoising",
     "evaluate",
-    "evaluation",
     "every",
     "feedforward",
     "find_learning_rate",
@@ -244,15 +243,14 @@ __all__ = [
     "generate_images",
     "gradient_histograms",
     "head_regression",
-    "huber_error",
+    "huber_loss",
     "importance_weighted",
     "importance_weighted_bound",
     "input_gradient",
     "jit_step",
-    "join_patches",
     "jsonl_writer",
-    "keep_memory",
-    "language_modelling",
+    "keep_freed_memory",
+    "language_modeling",
     "layers",
     "make_eval_step",
     "make_train_step",
@@ -263,6 +261,7 @@ __all__ = [
     "overfit_one_batch",
     "parameter_histograms",
     "parameters_sha256",
+    "patchify",
     "pmap_step",
     "population_step",
     "precision_recall",
@@ -279,13 +278,14 @@ __all__ = [
     "sequence_to_sequence",
     "sharded_step",
     "sparse_reconstruction",
-    "split_patches",
     "squared_error",
     "summarize",
     "summarize_model",
     "tensorboard_writer",
     "transformer",
+    "unpatchify",
     "vae",
+    "validation",
     "visual_backprop",
     "vq_vae",
     "wandb_writer",

@@ -58,7 +58,7 @@ def capture(
     return output, dict(state.get("intermediates", {}))
 
 
-#: Name of the mapped axis over which executors split a batch. Batch normalisation and the
+#: Name of the mapped axis over which executors split a batch. Batch normalization and the
 #: train step reduce over this axis where an executor has bound it.
 DATA_AXIS = "data"
 

@@ -21,7 +21,7 @@ _LONG = 0.5
 
 
 @functools.cache
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Keep freed memory in this process, which makes large steps on CPU faster.
 
     XLA allocates its temporary memory anew for every call. By default the C library takes large
@@ -45,9 +45,9 @@ def keep_memory() -> bool:
 
     Example:
         >>> _ = jax.numpy.zeros(1)
-        >>> keep_memory()  # doctest: +ELLIPSIS
+        >>> keep_freed_memory()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        RuntimeError: keep_memory comes too late: JAX has begun to compute; call it first...
+        RuntimeError: keep_freed_memory comes too late: JAX has begun to compute; call it first...
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -58,8 +58,8 @@ def keep_memory() -> bool:
         return False
     if xla_bridge.backends_are_initialized():
         raise RuntimeError(
-            "keep_memory comes too late: JAX has begun to compute; call it first, in a notebook "
-            "after a restart of its kernel"
+            "keep_freed_memory comes too late: JAX has begun to compute; call it first, in a "
+            "notebook after a restart of its kernel"
         )
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 

@@ -39,9 +39,14 @@ def as_double(batch):
 
 
 def problem(objectives, module, optimizers=None, num_critics=1, seed=0):
-    critic, artist = optimizers or (optax.sgd(0.05, momentum=0.9), optax.sgd(0.02, momentum=0.9))
-    updates = [Update(objectives.discriminator, critic, wrt="discriminator")] * num_critics
-    updates.append(Update(objectives.generator, artist, wrt="generator"))
+    discriminator_update, generator_update = optimizers or (
+        optax.sgd(0.05, momentum=0.9),
+        optax.sgd(0.02, momentum=0.9),
+    )
+    updates = [
+        Update(objectives.discriminator, discriminator_update, wrt="discriminator")
+    ] * num_critics
+    updates.append(Update(objectives.generator, generator_update, wrt="generator"))
     latents = jnp.zeros((1, module.latent_size), jnp.result_type(float))
     labels = None if module.num_classes is None else jnp.zeros(1, jnp.int32)
     variables = jax.jit(module.init)(jax.random.key(seed), latents, labels)

@@ -12,7 +12,7 @@ import pytest
 from jaxnets import host
 
 pytestmark = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="keep_memory is for glibc, which is not here"
+    platform.libc_ver()[0] != "glibc", reason="keep_freed_memory is for glibc, which is not here"
 )
 
 #: Counts the page faults of each of nine calls that need 128 MiB for a while. Nearly all tell, and
@@ -24,7 +24,7 @@ import jax, jax.numpy as jnp
 import jaxnets as jn
 
 if sys.argv[1] == "kept":
-    assert jn.keep_memory()
+    assert jn.keep_freed_memory()
 
 @jax.jit
 def f(x):
@@ -42,7 +42,7 @@ for call in range(24):
     value = float(f(x))
     counts.append(faults() - before)
 if sys.argv[1] == "kept":
-    assert jn.keep_memory()  # again, which changes nothing
+    assert jn.keep_freed_memory()  # again, which changes nothing
 print(json.dumps({"faults": statistics.median(counts[15:]), "value": value}))
 """
 
@@ -56,7 +56,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
 
-assert jn.keep_memory()
+assert jn.keep_freed_memory()
 before = resident()
 filled = np.ones(2**25)
 del filled

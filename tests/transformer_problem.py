@@ -14,7 +14,7 @@ BLOCK = 2 * NORM + ATTENTION + FEED_FORWARD
 
 
 def config(**fields):
-    return BlockConfig(**({"features": 8, "num_heads": 2, "hidden_size": 12} | fields))
+    return BlockConfig(**({"features": 8, "num_heads": 2, "mlp_dim": 12} | fields))
 
 
 def tokens(batch=3, time=7, vocabulary=11, seed=0):

@@ -63,7 +63,7 @@ COMPETITORS: dict[str, Competitor] = {
     competitor.name: competitor
     for competitor in (
         _side(REFERENCE, "jaxnets_side", _ALL, "", "jaxnets"),
-        # With jaxnets.keep_memory, which is the user's choice.
+        # With jaxnets.keep_freed_memory, which is the user's choice.
         _side("jaxnets-kept", "jaxnets_side", _ALL - {"positions"}, "kept", "jaxnets"),
         # The same with the float32 products of dense layers as three of bfloat16.
         _side(ON_REQUEST, "jaxnets_side", frozenset({"train"}), "split", "jaxnets"),

@@ -21,7 +21,7 @@ def create(workload: Workload) -> tuple[jn.TrainState, jn.StepFn]:
     module: jn.VAE | jn.GAN
     match network := workload.network:
         case VariationalAutoencoder():
-            coder = jn.CoderConfig(network.image, features=(network.hidden,))
+            coder = jn.EncoderDecoderConfig(network.image, features=(network.hidden,))
             module = jn.VAE(coder, network.latent)
             updates = [jn.Update(jn.vae(module), optax.adam(LEARNING_RATE))]
             example = workload.inputs()[:1]

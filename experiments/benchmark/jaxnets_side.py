@@ -36,7 +36,7 @@ LIBRARIES = ("jaxnets", "jax", "flax", "optax")
 def prepare(settings: Settings) -> Prepared:
     """Build a workload; the variant "kept" keeps freed memory, "split" splits products, too."""
     if settings.variant in ("kept", "split"):
-        jn.keep_memory()
+        jn.keep_freed_memory()
     if settings.variant == "split":
         jax.config.update("jax_default_matmul_precision", "BF16_BF16_F32_X3")
     workload = settings.workload
@@ -112,8 +112,8 @@ def _module(workload: Workload) -> Any:
 
 
 def _update(workload: Workload, module: Any) -> jn.Update:
-    make = jn.language_modelling if workload.network.reads_tokens else jn.classification
-    return jn.Update(make(module, measures={}), optax.adam(LEARNING_RATE))
+    make = jn.language_modeling if workload.network.reads_tokens else jn.classification
+    return jn.Update(make(module, metrics={}), optax.adam(LEARNING_RATE))
 
 
 def _create(workload: Workload, module: Any, update: jn.Update, seed: Any) -> jn.TrainState:

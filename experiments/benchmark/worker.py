@@ -41,7 +41,7 @@ class Timer:
         imported = time.perf_counter()
         self.libraries = side.LIBRARIES
         self.prepared = side.prepare(self.settings)
-        # Not in front of it: that would start JAX, which `jaxnets.keep_memory` has to precede.
+        # After `prepare`: this starts JAX, and `jaxnets.keep_freed_memory` has to precede that.
         check_platform(self.settings.platform, sys.modules.get("jax"))
         return {
             "import_seconds": imported - began,

@@ -51,8 +51,8 @@ class Options:
     """Decay of the averaged parameters that are evaluated; 0 evaluates the last ones."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations."""
-    keep_memory: bool = True
-    """Keep freed memory in the process: faster steps on CPU, see jaxnets.keep_memory."""
+    keep_freed_memory: bool = True
+    """Keep freed memory in the process: faster steps on CPU, see jaxnets.keep_freed_memory."""
     log_every: int = 50
     """Steps between rows of the log."""
     eval_every: int | None = None

@@ -63,7 +63,7 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def example(self) -> tuple[Any, ...]:
-        """Return inputs with which the network is initialised."""
+        """Return inputs with which the network is initialized."""
 
     @abc.abstractmethod
     def member_source(self, seed: int) -> jn.BatchSource:
@@ -80,7 +80,7 @@ class Problem(abc.ABC):
         """Write figures and samples into the run folder."""
 
     def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
-        """Initialise one network."""
+        """Initialize one network."""
         return self.module.init(key, *self.example())
 
     @property
@@ -124,7 +124,7 @@ class Problem(abc.ABC):
         return np.arange(self.options.seed, self.options.seed + self.options.seeds)
 
     def create_states(self) -> jn.TrainState:
-        """Initialise the population: every leaf has a leading axis of seeds."""
+        """Initialize the population: every leaf has a leading axis of seeds."""
 
         def create(seed: jax.Array) -> jn.TrainState:
             keys = jn.rng_streams(jax.random.key(seed), "params", "run")

@@ -22,7 +22,7 @@ import jax
 
 #: Options that say where or how a run is computed, not what it computes.
 NOT_PART_OF_THE_RUN = (
-    *("out", "resume", "data", "checkpoint_every", "keep_memory", "tensorboard", "workers"),
+    *("out", "resume", "data", "checkpoint_every", "keep_freed_memory", "tensorboard", "workers"),
 )
 
 
@@ -51,7 +51,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def open(self, config: Any, *, resume: bool) -> dict[str, Any] | None:
-        """Begin, continue or recognise a run.
+        """Begin, continue or recognize a run.
 
         Args:
             config: dataclass of options.

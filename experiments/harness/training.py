@@ -38,8 +38,8 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
         for key, recipe in recipes.items()
     }
     options = command_line.parse(name, recipes)
-    if options.keep_memory:  # of this process, which is ours
-        jn.keep_memory()
+    if options.keep_freed_memory:  # of this process, which is ours
+        jn.keep_freed_memory()
     with command_line.errors_without_traceback():
         result = run(name, options, make_problem)
     if not sys.stdout.isatty():
@@ -111,7 +111,7 @@ def _train(
     hooks = [
         jn.every(
             options.eval_every or problem.steps_per_epoch,
-            jn.evaluation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
+            jn.validation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
         ),
         *problem.hooks(folder),
         *drawn,

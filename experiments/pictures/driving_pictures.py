@@ -122,7 +122,7 @@ def film(driver: NetworkDriver, drive: driving.Drive, path: Path, *, seconds: fl
         panels.append(
             _panel(picture, drive.arrays["controls"][index], drive.arrays["speeds"][index])
         )
-    # One palette for all, or else the colours flicker; made of enough panels to hold every colour.
+    # One palette for all, or else the colors flicker; made of enough panels to hold every color.
     chosen = [panels[i] for i in np.linspace(0, len(panels) - 1, 6).astype(int)]
     palette = Image.fromarray(np.concatenate(chosen)).quantize(128, Image.Quantize.MAXCOVERAGE)
     reduced = [panel.quantize(palette=palette, dither=Image.Dither.NONE) for panel in panels]

@@ -25,9 +25,7 @@ class NewPictures:
         self._folder = folder
         self._known = self._drawn()
 
-    def __call__(
-        self, step: int, state: Any, metrics: Mapping[str, Any]
-    ) -> Mapping[str, jn.Picture]:
+    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, jn.Image]:
         drawn = self._drawn()
         new = sorted(path for path, _ in drawn - self._known)
         self._known = drawn
@@ -53,7 +51,7 @@ def show_last(writer: Any, folder: Path, history: jn.History, step: int) -> None
     writer.close()
 
 
-def _read(path: Path) -> jn.Picture:
+def _read(path: Path) -> jn.Image:
     with Image.open(path) as opened:
         kept = opened if opened.mode in ("L", "RGB", "RGBA") else opened.convert("RGB")
-        return jn.Picture(np.asarray(kept))
+        return jn.Image(np.asarray(kept))

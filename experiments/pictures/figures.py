@@ -43,7 +43,7 @@ def curves(history: History, panels: dict[str, Sequence[str]], path: Path) -> No
 
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix, coloured by the share of each true class.
+    """Draw a confusion matrix, colored by the share of each true class.
 
     Args:
         counts: [true class, predicted class].
@@ -117,7 +117,7 @@ def attention(
     """
     size = 1.5 + 0.3 * len(source), 1.2 + 0.3 * len(target)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    axis.imshow(weights, cmap="Grays", vmin=0, vmax=1, aspect="auto")
     axis.set_xticks(range(len(source)), source, rotation=90)
     axis.set_yticks(range(len(target)), target)
     axis.xaxis.tick_top()

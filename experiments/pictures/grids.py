@@ -28,7 +28,7 @@ def grid(images: np.ndarray, path: Path) -> None:
 
     Args:
         images: [rows, columns, height, width, channels], uint8, or floats in [0, 1]; one channel
-            is grey.
+            is gray.
         path: PNG file; its folder is made.
     """
     rows, columns, height, width, channels = images.shape
@@ -81,7 +81,7 @@ def film(frames: Sequence[Path], path: Path, *, seconds: float = 0.25) -> None:
 
 
 def code_map(codes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw codes as points of a plane, coloured by class.
+    """Draw codes as points of a plane, colored by class.
 
     Codes of more than two numbers are shown by their first two principal components.
 
@@ -93,9 +93,9 @@ def code_map(codes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], 
     """
     names = ("first number", "second number")
     if codes.shape[1] != 2:
-        centred = codes - codes.mean(axis=0)
-        _, _, components = np.linalg.svd(centred, full_matrices=False)
-        flat = centred @ components[:2].T
+        centered = codes - codes.mean(axis=0)
+        _, _, components = np.linalg.svd(centered, full_matrices=False)
+        flat = centered @ components[:2].T
         codes = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
         names = ("first principal component", "second principal component")
     figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Line charts as SVG text, coloured by the style sheet of the page they stand in."""
+"""Line charts as SVG text, colored by the style sheet of the page they stand in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Colours that the page defines: var(--series-0), var(--series-1), ...
+#: Colors that the page defines: var(--series-0), var(--series-1), ...
 NUM_COLORS = 6
 
 _WIDTH, _HEIGHT = 460, 250
@@ -115,7 +115,7 @@ def _finite(points: Series) -> Series:
 
 
 def _thinned(points: Series) -> Series:
-    """Average neighbours, so that a long run draws no more points than a screen shows."""
+    """Average neighbors, so that a long run draws no more points than a screen shows."""
     count = len(points.steps)
     if count <= _MOST_POINTS:
         return points

@@ -4,10 +4,10 @@ from jaxnets.functional.activations import Activation, activation
 from jaxnets.functional.attention import (
     alibi_bias,
     alibi_slopes,
-    attention,
     attention_weights,
     causal_mask,
     distances,
+    dot_product_attention,
     relative_buckets,
     rotary,
     sinusoidal_positions,
@@ -23,7 +23,7 @@ from jaxnets.functional.lengths import (
 )
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
-from jaxnets.functional.patches import join_patches, split_patches
+from jaxnets.functional.patches import patchify, unpatchify
 from jaxnets.functional.pooling import average_pool, global_average_pool, max_pool
 from jaxnets.functional.recurrence import (
     Cell,
@@ -40,13 +40,12 @@ from jaxnets.functional.recurrence import (
     recurrent_scan,
     split_gates,
 )
-from jaxnets.functional.windows import Extent, Padding
+from jaxnets.functional.windows import Padding, Size
 
 __all__ = [
     "Activation",
     "Cell",
     "ElmanCell",
-    "Extent",
     "GRUCell",
     "LSTMCell",
     "MinGRUCell",
@@ -54,10 +53,10 @@ __all__ = [
     "MinimalGatedCell",
     "Padding",
     "ParallelCell",
+    "Size",
     "activation",
     "alibi_bias",
     "alibi_slopes",
-    "attention",
     "attention_weights",
     "average_pool",
     "batch_norm",
@@ -67,8 +66,8 @@ __all__ = [
     "clear_tokens",
     "convolution",
     "distances",
+    "dot_product_attention",
     "global_average_pool",
-    "join_patches",
     "keep",
     "layer_norm",
     "linear",
@@ -77,12 +76,13 @@ __all__ = [
     "max_pool",
     "mean_over_time",
     "padding_mask",
+    "patchify",
     "recurrent_scan",
     "relative_buckets",
     "rms_norm",
     "rotary",
     "sinusoidal_positions",
     "split_gates",
-    "split_patches",
+    "unpatchify",
     "window_mask",
 ]

@@ -1,7 +1,7 @@
 """Vectors of channels beside arrays [..., channels], and the sums that are their gradients.
 
 XLA's CPU program for a sum over several leading axes adds one element after the other, as soon as
-something is computed on the way. The same sum in two steps, first over all but some neighbouring
+something is computed on the way. The same sum in two steps, first over all but some neighboring
 positions, adds whole vectors: 3 to 4 times as fast in a batch norm.
 
 Both functions are compiled ones inside, so that they and their gradients are traced once for all
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional.lowering import layout
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.platforms import platform_dependent
 
 # About so many numbers are summed side by side.
 _COLUMNS = 4096
@@ -55,7 +55,7 @@ def _sum_positions(x: jax.Array) -> jax.Array:
 
 
 def _wide_sum(x: jax.Array) -> jax.Array:
-    together = _neighbours(x.shape)
+    together = _neighbors(x.shape)
     if together == 1:
         return _plain_sum(x)
 
@@ -66,7 +66,7 @@ def _wide_sum(x: jax.Array) -> jax.Array:
         rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
         return jnp.sum(rows.reshape(together, channels), axis=0)
 
-    return by_platform(x, cpu=in_two_steps, default=_plain_sum)
+    return platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -77,7 +77,7 @@ def _repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _wide_repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    together = _neighbours(shape)
+    together = _neighbors(shape)
 
     def plain(vector: jax.Array) -> jax.Array:
         return jnp.broadcast_to(vector.reshape((1,) * (len(shape) - 1) + vector.shape), shape)
@@ -92,20 +92,20 @@ def _wide_repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         row = jnp.broadcast_to(vector[None], (together, vector.size)).reshape(1, -1)
         return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
 
-    return by_platform(vector, cpu=in_two_steps, default=plain)
+    return platform_dependent(vector, cpu=in_two_steps, default=plain)
 
 
 def _has_batch_innermost(shape: tuple[int, ...]) -> bool:
     # Images only: what else has few channels comes from products, which write channels innermost.
-    return len(shape) == 4 and layout.are_few(shape[-1])
+    return len(shape) == 4 and layout.is_few(shape[-1])
 
 
 def _plain_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
 
 
-def _neighbours(shape: tuple[int, ...]) -> int:
-    """Return how many neighbouring positions are summed side by side, 1 where it gains nothing."""
+def _neighbors(shape: tuple[int, ...]) -> int:
+    """Return how many neighboring positions are summed side by side, 1 where it gains nothing."""
     if len(shape) < 3 or 0 in shape:
         return 1
     width, channels = shape[-2:]

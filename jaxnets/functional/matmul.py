@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.functional.lowering.layout import computed_once, laid_out
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.layout import materialize, row_major
+from jaxnets.functional.lowering.platforms import platform_dependent
 
 # Turned round, a kernel's gradient pays for the copies of cotangents and result where features are
 # few, and rows and channels so many times as many: it takes 0.02 to 0.9 of the time (JAX 0.10 and
@@ -78,14 +78,14 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         [channels, features], float32 or wider.
     """
     if x.dtype == jnp.float32 and _better_turned(x.shape, dy.shape[-1]):
-        return computed_once(computed_once(dy.T) @ x).T
+        return materialize(materialize(dy.T) @ x).T
     if x.dtype == jnp.bfloat16:
-        return wide_product(x, dy, (0, 0))
+        return accumulating_matmul(x, dy, (0, 0))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return _product_over(x, dy, (0, 0), preferred_element_type=wide)
 
 
-def wide_product(x: jax.Array, y: jax.Array, axes: _Axes = (1, 0)) -> jax.Array:
+def accumulating_matmul(x: jax.Array, y: jax.Array, axes: _Axes = (1, 0)) -> jax.Array:
     """Multiply bfloat16 matrices by the CPU's fast kernels.
 
     Args:
@@ -97,7 +97,7 @@ def wide_product(x: jax.Array, y: jax.Array, axes: _Axes = (1, 0)) -> jax.Array:
         [rows or columns of `x`, rows or columns of `y`], float32.
     """
     if axes[0] == 0:  # The kernels want the summed axis innermost on the left.
-        x, axes = laid_out(x.T), (1, axes[1])
+        x, axes = row_major(x.T), (1, axes[1])
     # Nothing but bfloat16 products, whatever precision is asked for.
     kind = {"precision": lax.Precision.DEFAULT, "preferred_element_type": jnp.float32}
     return _product_over(x, y, axes, **kind)
@@ -111,7 +111,7 @@ def _better_turned(rows: tuple[int, ...], features: int) -> bool:
 def _plain_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if x.ndim == 2:
         return x @ kernel
-    return by_platform(x, kernel, cpu=_with_rows(jnp.matmul), default=jnp.matmul)
+    return platform_dependent(x, kernel, cpu=_with_rows(jnp.matmul), default=jnp.matmul)
 
 
 def _with_rows(product: Callable[..., jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -140,14 +140,14 @@ def _turned_product_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     # A rule for tangents, so that forward mode is there too. Reverse mode transposes it.
     (x, kernel), (to_x, to_kernel) = primals, tangents
-    by_kernel = by_platform(x, to_kernel, cpu=_with_rows(_turned_matmul), default=jnp.matmul)
+    by_kernel = platform_dependent(x, to_kernel, cpu=_with_rows(_turned_matmul), default=jnp.matmul)
     return _turned_product(x, kernel), _plain_product(to_x, kernel) + by_kernel
 
 
 def _turned_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply so that the transposed program is `kernel_gradient`'s."""
-    turned = computed_once(kernel.T)
-    return computed_once(lax.dot_general(x, turned, (((1,), (1,)), ((), ()))).T).T
+    turned = materialize(kernel.T)
+    return materialize(lax.dot_general(x, turned, (((1,), (1,)), ((), ()))).T).T
 
 
 # As a compiled function it is traced once, with its gradient, for all layers of a shape.
@@ -172,12 +172,12 @@ def _split_product(x: jax.Array, y: jax.Array, role: _Role = "forward") -> jax.A
         Henry, Tang and Heinecke 2019, arXiv:1904.06376 (three products of two parts).
     """
     plain = functools.partial(_contract, role=role, precision=_THREE_PRODUCTS)
-    return by_platform(x, y, cpu=_of_matrices(_three_products, role), default=plain)
+    return platform_dependent(x, y, cpu=_of_matrices(_three_products, role), default=plain)
 
 
 def _three_products(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
     (x_high, x_low), (y_high, y_low) = map(_halves, (x, y))
-    product = functools.partial(wide_product, axes=axes)
+    product = functools.partial(accumulating_matmul, axes=axes)
     return product(x_high, y_high) + (product(x_high, y_low) + product(x_low, y_high))
 
 
@@ -186,7 +186,7 @@ def _halves(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     # XLA would take a part through a transpose, or multiply it as float32.
     high = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
     high, low = high.astype(jnp.bfloat16), (array - high).astype(jnp.bfloat16)
-    return computed_once(high), computed_once(low)
+    return materialize(high), materialize(low)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -194,10 +194,10 @@ def _narrow_product(x: jax.Array, y: jax.Array, role: _Role = "forward") -> jax.
     """Multiply bfloat16 numbers."""
 
     def rounded(x: jax.Array, y: jax.Array, axes: _Axes) -> jax.Array:
-        return wide_product(x, y, axes).astype(x.dtype)
+        return accumulating_matmul(x, y, axes).astype(x.dtype)
 
     plain = functools.partial(_contract, role=role)
-    return by_platform(x, y, cpu=_of_matrices(rounded, role), default=plain)
+    return platform_dependent(x, y, cpu=_of_matrices(rounded, role), default=plain)
 
 
 def _contract(x: jax.Array, y: jax.Array, role: _Role, **kind: Any) -> jax.Array:

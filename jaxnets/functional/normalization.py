@@ -1,7 +1,7 @@
 """The pure formulas of the norms: statistics in float32 or wider.
 
 All are reverse-mode differentiable any number of times; forward mode is not supported. The
-gradients of the norms of the last axis keep the normalised array, which the scale needs anyway, and
+gradients of the norms of the last axis keep the normalized array, which the scale needs anyway, and
 nothing else of its size; that of a batch norm keeps its input, and goes over it with two sums.
 """
 
@@ -21,7 +21,7 @@ from jaxnets.functional.channels import along_channels, channel_sum
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, *, epsilon: float = 1e-6
 ) -> jax.Array:
-    """Normalise the last axis: scale (x - mean) / sqrt(variance + epsilon) + bias.
+    """Normalize the last axis: scale (x - mean) / sqrt(variance + epsilon) + bias.
 
     Args:
         x: floating [..., channels].
@@ -74,7 +74,7 @@ def batch_norm(
     epsilon: float = 1e-5,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise each channel over all positions, as `layer_norm` does over the last axis.
+    """Normalize each channel over all positions, as `layer_norm` does over the last axis.
 
     Args:
         x: floating [..., channels].
@@ -109,12 +109,12 @@ def _batch_norm_forward(
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
     wide = at_least_float32(x)
     mean = _over_devices(channel_sum(wide) / _num_positions(x), axis_name)
-    centred = wide - along_channels(mean, x)
+    centered = wide - along_channels(mean, x)
     # The mean square around the mean: E[x^2] - E[x]^2 cancels where the mean is large.
-    squares = channel_sum(jnp.square(centred))
+    squares = channel_sum(jnp.square(centered))
     variance = _over_devices(squares / _num_positions(x), axis_name)
     inverse = lax.rsqrt(variance + epsilon)
-    y = centred * along_channels(scale * inverse, x) + along_channels(bias, x)
+    y = centered * along_channels(scale * inverse, x) + along_channels(bias, x)
     return (y, mean, variance), (x, scale, bias, mean, inverse)
 
 
@@ -123,8 +123,8 @@ def _batch_norm_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale, bias, mean, inverse = residuals
     dy, to_mean, to_variance = cotangents
-    centred = at_least_float32(x) - along_channels(mean, x)
-    dbias, products = channel_sum(dy), channel_sum(dy * centred)
+    centered = at_least_float32(x) - along_channels(mean, x)
+    dbias, products = channel_sum(dy), channel_sum(dy * centered)
     # The mean has no influence on the variance, whose gradient with respect to it is 0.
     to_mean = to_mean - scale * inverse * dbias
     to_variance = to_variance - scale * inverse**3 * products / 2
@@ -132,7 +132,7 @@ def _batch_norm_backward(
     slope = 2 * _over_devices(to_variance, axis_name) / _num_positions(x)
     dx = (
         dy * along_channels(scale * inverse, x)
-        + centred * along_channels(slope, x)
+        + centered * along_channels(slope, x)
         + along_channels(shift, x)
     )
     dscale = (inverse * products).astype(scale.dtype)
@@ -152,25 +152,25 @@ def _over_devices(mean: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _normalized(x: jax.Array, epsilon: float, centre: bool) -> jax.Array:
-    return _normalized_forward(x, epsilon, centre)[0]
+def _normalized(x: jax.Array, epsilon: float, center: bool) -> jax.Array:
+    return _normalized_forward(x, epsilon, center)[0]
 
 
 def _normalized_forward(
-    x: jax.Array, epsilon: float, centre: bool
+    x: jax.Array, epsilon: float, center: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    centred = x - _mean(x) if centre else x
-    factor = lax.rsqrt(_mean(jnp.square(centred)) + epsilon)
-    y = centred * factor
+    centered = x - _mean(x) if center else x
+    factor = lax.rsqrt(_mean(jnp.square(centered)) + epsilon)
+    y = centered * factor
     return y, (y, factor)
 
 
 def _normalized_backward(
-    epsilon: float, centre: bool, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+    epsilon: float, center: bool, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array]:
     y, factor = residuals
     dx = dy - y * _mean(dy * y)
-    return (factor * (dx - _mean(dy) if centre else dx),)
+    return (factor * (dx - _mean(dy) if center else dx),)
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)

@@ -22,7 +22,7 @@ class NormalizedPatches(NamedTuple):
     scale: jax.Array
 
 
-def split_patches(images: jax.Array, size: int) -> jax.Array:
+def patchify(images: jax.Array, size: int) -> jax.Array:
     """Cut images into patches, row by row.
 
     Args:
@@ -36,7 +36,7 @@ def split_patches(images: jax.Array, size: int) -> jax.Array:
         ValueError: images that do not split into patches.
 
     Example:
-        >>> split_patches(jnp.arange(8).reshape(1, 2, 4, 1), 2).tolist()
+        >>> patchify(jnp.arange(8).reshape(1, 2, 4, 1), 2).tolist()
         [[[0, 1, 4, 5], [2, 3, 6, 7]]]
     """
     batch, height, width, channels = images.shape
@@ -49,8 +49,8 @@ def split_patches(images: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, size * size * channels)
 
 
-def join_patches(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
-    """Put patches together again: the inverse of `split_patches`.
+def unpatchify(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
+    """Put patches together again: the inverse of `patchify`.
 
     Args:
         patches: [batch, patches, size * size * channels].
@@ -70,7 +70,7 @@ def join_patches(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.A
     ):
         raise ValueError(
             f"patches of shape {patches.shape} do not fill images of {image_shape}; give as many "
-            "as split_patches returns"
+            "as patchify returns"
         )
     grid = patches.reshape(-1, rows, columns, size, size, channels)
     return jnp.swapaxes(grid, 2, 3).reshape(-1, height, width, channels)

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.functional.lowering import layout
-from jaxnets.functional.lowering.layout import computed_once
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.layout import materialize
+from jaxnets.functional.lowering.platforms import platform_dependent
 from jaxnets.functional.windows import (
     Axes,
-    Extent,
     Padding,
     Pairs,
+    Size,
     padding_pairs,
     per_axis,
     strided,
@@ -30,7 +30,7 @@ _MAX_UNROLLED_WINDOW = 16
 
 
 def max_pool(
-    x: jax.Array, window: Extent, strides: Extent | None = None, padding: Padding = "VALID"
+    x: jax.Array, window: Size, strides: Size | None = None, padding: Padding = "VALID"
 ) -> jax.Array:
     """Take the maximum of each window; where several are equal the first gets the gradient.
 
@@ -47,14 +47,14 @@ def max_pool(
         >>> max_pool(jnp.arange(6.0).reshape(1, 6, 1), 2)[0, :, 0].tolist()
         [1.0, 3.0, 5.0]
     """
-    sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
+    sizes, steps, pairs = _pool_spec(x, window, strides, padding)
     if _are_small_tiles(sizes, steps, pairs) and jnp.issubdtype(x.dtype, jnp.floating):
         return _shared_tile_max(x, sizes)
     return _reduce_max(x, sizes, steps, pairs)
 
 
 def average_pool(
-    x: jax.Array, window: Extent, strides: Extent | None = None, padding: Padding = "VALID"
+    x: jax.Array, window: Size, strides: Size | None = None, padding: Padding = "VALID"
 ) -> jax.Array:
     """Average each window over the elements that are not padding.
 
@@ -67,15 +67,15 @@ def average_pool(
     Returns:
         [batch, ..., channels], of the dtype of `x`; summed in float32 or wider.
     """
-    sizes, steps, pairs = _pool_geometry(x, window, strides, padding)
+    sizes, steps, pairs = _pool_spec(x, window, strides, padding)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     sums = functools.partial(
         _reduce_window, initial=0.0, function=lax.add, sizes=sizes, steps=steps, pairs=pairs
     )
     if _are_small_tiles(sizes, steps, pairs):
         tiles = functools.partial(_join_tiles, window=sizes, join=lax.add)
-        own = functools.partial(layout.turned_where_few, tiles)
-        total = by_platform(wide, cpu=own, default=sums)
+        own = functools.partial(layout.batch_innermost_if_few, tiles)
+        total = platform_dependent(wide, cpu=own, default=sums)
         return (total / math.prod(sizes)).astype(x.dtype)
     count = sums(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype))
     return (sums(wide) / count).astype(x.dtype)
@@ -123,7 +123,7 @@ def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> j
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
     places = list(itertools.product(*map(range, window)))
     shape = (x.shape[0], *counts, x.shape[-1])
-    return computed_once(functools.reduce(join, (strided(x, p, shape, window) for p in places)))
+    return materialize(functools.reduce(join, (strided(x, p, shape, window) for p in places)))
 
 
 def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
@@ -133,9 +133,9 @@ def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _tile_max(x: jax.Array, window: Axes) -> jax.Array:
     tiles = functools.partial(_join_tiles, window=window, join=lax.max)
-    own = functools.partial(layout.turned_where_few, tiles)
+    own = functools.partial(layout.batch_innermost_if_few, tiles)
     plain = functools.partial(_plain_tile_max, window=window)
-    return by_platform(x, cpu=own, default=plain)
+    return platform_dependent(x, cpu=own, default=plain)
 
 
 def _tile_max_forward(x: jax.Array, window: Axes) -> tuple[jax.Array, Any]:
@@ -148,8 +148,8 @@ def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax
         return jax.vjp(lambda v: _plain_tile_max(v, window), x)[1](dy)[0]
 
     tiles = functools.partial(_tile_max_gradient, window=window)
-    own = functools.partial(layout.turned_where_few, tiles)
-    return (by_platform(*residuals, dy, cpu=own, default=plain),)
+    own = functools.partial(layout.batch_innermost_if_few, tiles)
+    return (platform_dependent(*residuals, dy, cpu=own, default=plain),)
 
 
 _tile_max.defvjp(_tile_max_forward, _tile_max_backward)
@@ -166,7 +166,7 @@ def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axe
     for number, offset in reversed(list(enumerate(offsets))):  # backwards: the first stays
         candidate = strided(x, offset, y.shape, window)
         winner = jnp.where(candidate == y, jnp.asarray(number, x.dtype), winner)
-    winner = computed_once(winner)
+    winner = materialize(winner)
     within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
     per_tile = [n for w in window for n in (1, w)]
     positions = jnp.arange(len(offsets), dtype=x.dtype).reshape(1, *per_tile, 1)
@@ -176,11 +176,11 @@ def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axe
     tiled = [count * w for count, w in zip(y.shape[1:-1], window, strict=True)]
     rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
     dx = jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
-    return computed_once(dx)
+    return materialize(dx)
 
 
-def _pool_geometry(
-    x: jax.Array, window: Extent, strides: Extent | None, padding: Padding
+def _pool_spec(
+    x: jax.Array, window: Size, strides: Size | None, padding: Padding
 ) -> tuple[Axes, Axes, Pairs]:
     spatial = x.ndim - 2
     if spatial < 1:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 #: One value for every spatial axis, or one per axis.
-Extent: TypeAlias = int | Sequence[int]
+Size: TypeAlias = int | Sequence[int]
 #: "SAME", "VALID", one width for both ends of every axis, or a (low, high) pair per axis.
 Padding: TypeAlias = str | int | Sequence[tuple[int, int]]
 
@@ -19,7 +19,7 @@ Axes: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
 
-class Geometry(NamedTuple):
+class ConvSpec(NamedTuple):
     """What a convolution does along the spatial axes, and in how many groups of channels.
 
     Attributes:
@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def per_axis(value: Extent, num_axes: int, name: str) -> Axes:
+def per_axis(value: Size, num_axes: int, name: str) -> Axes:
     """Write a size as one positive int per axis; `name` stands in the ValueError of a bad one."""
     values = (value,) * num_axes if isinstance(value, int) else tuple(value)
     if len(values) != num_axes or any(v < 1 for v in values):
@@ -43,7 +43,7 @@ def per_axis(value: Extent, num_axes: int, name: str) -> Axes:
     return values
 
 
-def extent_of(window: Sequence[int], dilation: Sequence[int]) -> Axes:
+def dilated_size(window: Sequence[int], dilation: Sequence[int]) -> Axes:
     """Return how many inputs a dilated window spans on each axis."""
     return tuple((w - 1) * d + 1 for w, d in zip(window, dilation, strict=True))
 
@@ -88,45 +88,45 @@ def offsets_of(taps: Sequence[int]) -> list[Axes]:
     return list(itertools.product(*map(range, taps)))
 
 
-def padded(x: jax.Array, geometry: Geometry) -> jax.Array:
+def padded(x: jax.Array, spec: ConvSpec) -> jax.Array:
     """Put zeros around the axes between the first and the last."""
-    edges = [(low, high, 0) for low, high in geometry.padding]
+    edges = [(low, high, 0) for low, high in spec.padding]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
-def seen_by(
-    offsets: Sequence[Axes], padded: jax.Array, outputs: Axes, geometry: Geometry
+def im2col(
+    offsets: Sequence[Axes], padded: jax.Array, outputs: Axes, spec: ConvSpec
 ) -> list[jax.Array]:
     """Return what each kernel offset sees of a padded array, [first, *outputs, last] each."""
     shape = (padded.shape[0], *outputs, padded.shape[-1])
     return [
         strided(
             padded,
-            [o * d for o, d in zip(offset, geometry.dilation, strict=True)],
+            [o * d for o, d in zip(offset, spec.dilation, strict=True)],
             shape,
-            geometry.strides,
+            spec.strides,
         )
         for offset in offsets
     ]
 
 
-def sent_back(shares: jax.Array, taps: Axes, inputs: Axes, geometry: Geometry) -> jax.Array:
-    """Sum at each input what the kernel's places send to it: the transpose of `seen_by`.
+def col2im(shares: jax.Array, taps: Axes, inputs: Axes, spec: ConvSpec) -> jax.Array:
+    """Sum at each input what the kernel's places send to it: the transpose of `im2col`.
 
     Args:
         shares: [places, first, *outputs, last], the places in the order of `offsets_of`.
         taps: of the kernel.
         inputs: sizes.
-        geometry: of the convolution.
+        spec: of the convolution.
 
     Returns:
         [first, *inputs, last].
     """
     total = jnp.zeros((shares.shape[1], *inputs, shares.shape[-1]), shares.dtype)
     for share, offset in zip(shares, offsets_of(taps), strict=True):
-        places = zip(offset, geometry.dilation, geometry.padding, strict=True)
+        places = zip(offset, spec.dilation, spec.padding, strict=True)
         starts = [o * d - low for o, d, (low, _) in places]
-        total += _spread(share, starts, inputs, geometry.strides)
+        total += _spread(share, starts, inputs, spec.strides)
     return total
 
 

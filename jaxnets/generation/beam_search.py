@@ -24,7 +24,7 @@ class Beams:
         tokens: int32 [batch, beams, num_tokens]; the stop token is the last one of its row, and
             `pad_token` stands behind it.
         lengths: int32 [batch, beams], number of tokens up to and with the stop token.
-        scores: [batch, beams], length-normalised log-probability in nats. Where there are fewer
+        scores: [batch, beams], length-normalized log-probability in nats. Where there are fewer
             continuations than beams, the last ones have length 0 and score -infinity.
     """
 
@@ -63,7 +63,7 @@ def beam_search(
         num_tokens: number of tokens of a continuation at most.
         num_beams: width of the search.
         stop_token: ends a continuation; None lets all of them have `num_tokens` tokens.
-        length_penalty: 0 scores by probability alone, which favours short continuations; the
+        length_penalty: 0 scores by probability alone, which favors short continuations; the
             greater, the longer they become. 0 or more.
         lengths: integer [batch] in [1, time], the number of tokens of each prompt; by default
             all count.

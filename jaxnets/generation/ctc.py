@@ -1,7 +1,7 @@
 """Reading labels out of the frames of a network trained by connectionist temporal classification.
 
 A path names one class for each frame; merging repeated classes and then removing the blanks gives
-its labelling. `sequence_objectives.ctc` is the loss.
+its labeling. `sequence_objectives.ctc` is the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxnets.functional.lengths import check_lengths
 def ctc_greedy(
     logits: jax.Array, lengths: jax.Array | None = None, *, blank: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the labelling of the most likely path.
+    """Return the labeling of the most likely path.
 
     Args:
         logits: [batch, time, classes], or log-probabilities.
@@ -59,7 +59,7 @@ def ctc_greedy(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Prefixes:
-    """The labellings that a search keeps of one utterance; no two alive ones are equal.
+    """The labelings that a search keeps of one utterance; no two alive ones are equal.
 
     Attributes:
         labels: int32 [beams, time], -1 behind the last label.
@@ -85,9 +85,9 @@ def ctc_beam_search(
     num_beams: int = 16,
     blank: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Search for the most likely labelling, all of its paths summed up.
+    """Search for the most likely labeling, all of its paths summed up.
 
-    Frame by frame, the search keeps the `num_beams` most likely prefixes of labellings, each with
+    Frame by frame, the search keeps the `num_beams` most likely prefixes of labelings, each with
     the probability of its paths that end in a blank and of those that do not.
 
     Args:

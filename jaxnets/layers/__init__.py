@@ -5,7 +5,7 @@ from jaxnets.layers.embedding import Embedding, check_tokens
 from jaxnets.layers.linear import Convolution, Dense, Initializer
 from jaxnets.layers.normalization import BatchNorm, LayerNorm, RMSNorm, check_norm, normalize
 from jaxnets.layers.spectral_norm import SpectralNorm, largest_singular_value, linear_layer
-from jaxnets.layers.subsampling import shorten, shortened
+from jaxnets.layers.subsampling import subsample, subsampled_lengths
 from jaxnets.layers.upsampling import (
     EnlargedConvolution,
     TransposedConvolution,
@@ -40,6 +40,6 @@ __all__ = [
     "largest_singular_value",
     "linear_layer",
     "normalize",
-    "shorten",
-    "shortened",
+    "subsample",
+    "subsampled_lengths",
 ]

@@ -65,10 +65,10 @@ class Convolution(nn.Module):
     """
 
     features: int
-    kernel_size: functional.Extent = 3
-    strides: functional.Extent = 1
+    kernel_size: functional.Size = 3
+    strides: functional.Size = 1
     padding: functional.Padding = "SAME"
-    dilation: functional.Extent = 1
+    dilation: functional.Size = 1
     groups: int = 1
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()

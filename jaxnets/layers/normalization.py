@@ -13,7 +13,7 @@ from jaxnets.layers.linear import Initializer
 
 
 class BatchNorm(nn.Module):
-    """Normalise each channel over the batch and every position.
+    """Normalize each channel over the batch and every position.
 
     y = scale (x - mean) / sqrt(variance + epsilon) + bias. In training the statistics are those
     of the whole batch, also where an executor splits it over devices; in evaluation they are the
@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Normalise [batch, ..., channels]; the result has the compute dtype."""
+        """Normalize [batch, ..., channels]; the result has the compute dtype."""
         shape, policy = x.shape[-1:], self.precision
         scale = self.param("scale", self.scale_init, shape, policy.parameter)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
@@ -53,13 +53,13 @@ class BatchNorm(nn.Module):
                     running.value = moved.astype(kept)
         else:
             factor = scale * jax.lax.rsqrt(running_variance.value + self.epsilon)
-            centred = at_least_float32(x) - along_channels(running_mean.value, x)
-            y = centred * along_channels(factor, x) + along_channels(bias, x)
+            centered = at_least_float32(x) - along_channels(running_mean.value, x)
+            y = centered * along_channels(factor, x) + along_channels(bias, x)
         return y.astype(policy.compute)
 
 
 class LayerNorm(nn.Module):
-    """Normalise the channels of each position.
+    """Normalize the channels of each position.
 
     Attributes:
         epsilon: added to the variance.
@@ -74,7 +74,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise the last axis of [..., channels]; the result has the compute dtype."""
+        """Normalize the last axis of [..., channels]; the result has the compute dtype."""
         shape, policy = x.shape[-1:], self.precision
         scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise the last axis of [..., channels]; the result has the compute dtype."""
+        """Normalize the last axis of [..., channels]; the result has the compute dtype."""
         shape, policy = x.shape[-1:], self.precision
         scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
         return rms_norm(x, scale, epsilon=self.epsilon).astype(policy.compute)

@@ -1,4 +1,4 @@
-"""Spectral normalisation: linear layers whose largest singular value is one."""
+"""Spectral normalization: linear layers whose largest singular value is one."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class SpectralNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Apply the layer with its normalised kernel: [batch, ...] to [batch, ..., features]."""
+        """Apply the layer with its normalized kernel: [batch, ...] to [batch, ..., features]."""
         y, policy = self.layer(x), self.precision
         kernels = jax.tree.leaves(self.layer.variables["params"])
         if len(kernels) != 1:
@@ -132,7 +132,7 @@ def linear_layer(
     precision: Precision = Precision(),
     **fields: Any,
 ) -> jax.Array:
-    """Apply a dense layer or a convolution, spectrally normalised or not, in a compact module.
+    """Apply a dense layer or a convolution, spectrally normalized or not, in a compact module.
 
     Args:
         x: [batch, ..., channels].

@@ -14,7 +14,7 @@ from jaxnets.functional.lengths import clear_padding
 from jaxnets.layers.linear import Convolution, Initializer
 
 
-def shorten(
+def subsample(
     x: jax.Array,
     lengths: Any,
     *,
@@ -36,8 +36,8 @@ def shorten(
         precision: dtypes.
 
     Returns:
-        [batch, fewer frames, features], 0 beyond the new lengths, and these; see `shortened`. A
-        length that is wrong stays wrong.
+        [batch, fewer frames, features], 0 beyond the new lengths, and these; see
+        `subsampled_lengths`. A length that is wrong stays wrong.
     """
     lengths = None if lengths is None else jnp.asarray(lengths)
     x, _ = clear_padding(x.astype(precision.compute), lengths)
@@ -55,21 +55,21 @@ def shorten(
         )
         x = activation(activation_name)(convolution(x))
         if lengths is not None:
-            lengths = jnp.where(lengths < 0, lengths, shortened(lengths, (stride,)))
+            lengths = jnp.where(lengths < 0, lengths, subsampled_lengths(lengths, (stride,)))
         # The next convolution sees beyond the end, where this one has left its bias.
         x, _ = clear_padding(x, lengths)
     return x, lengths
 
 
-def shortened(lengths: Any, strides: Sequence[int]) -> Any:
+def subsampled_lengths(lengths: Any, strides: Sequence[int]) -> Any:
     """Divide lengths by each of the strides and round up.
 
     Args:
         lengths: an integer or an integer array [...].
-        strides: of `shorten`.
+        strides: of `subsample`.
 
     Example:
-        >>> shortened(31, (2, 3))
+        >>> subsampled_lengths(31, (2, 3))
         6
     """
     for stride in strides:

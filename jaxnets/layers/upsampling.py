@@ -129,7 +129,7 @@ class TransposedConvolution(nn.Module):
 
     Every pixel of the output sees each second tap of the kernel only, along height and width: the
     layer is four ordinary convolutions, one for each pixel of a square of 2 x 2, and is
-    initialised as these four.
+    initialized as these four.
 
     Attributes:
         features: number of output channels.

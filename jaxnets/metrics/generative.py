@@ -119,8 +119,8 @@ def gaussian_fit(features: np.ndarray) -> FeatureDistribution:
     """
     features = _checked(features, "features", least=2)
     mean = features.mean(axis=0)
-    centred = features - mean
-    return FeatureDistribution(mean, centred.T @ centred / (len(features) - 1))
+    centered = features - mean
+    return FeatureDistribution(mean, centered.T @ centered / (len(features) - 1))
 
 
 def gaussian_distance(first: FeatureDistribution, second: FeatureDistribution) -> float:
@@ -187,17 +187,17 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def precision_recall(
-    real: np.ndarray, generated: np.ndarray, *, num_neighbours: int = 3
+    real: np.ndarray, generated: np.ndarray, *, num_neighbors: int = 3
 ) -> PrecisionRecall:
     """Count the generated images among the real ones, and the real ones among the generated.
 
-    Around each image of a set lies a ball that reaches to its k-th nearest neighbour in the set;
+    Around each image of a set lies a ball that reaches to its k-th nearest neighbor in the set;
     an image of the other set lies among them if it is in one of these balls.
 
     Args:
         real: features, [images, features].
         generated: features, [images, features]; about as many images, or the balls differ.
-        num_neighbours: k.
+        num_neighbors: k.
 
     Returns:
         `PrecisionRecall`, both in [0, 1].
@@ -208,18 +208,18 @@ def precision_recall(
     References:
         Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 and 2.
     """
-    if num_neighbours < 1:
-        raise ValueError(f"num_neighbours is {num_neighbours}; give 1 or more")
-    real = _checked(real, "real", least=num_neighbours + 1)
-    generated = _checked(generated, "generated", least=num_neighbours + 1)
+    if num_neighbors < 1:
+        raise ValueError(f"num_neighbors is {num_neighbors}; give 1 or more")
+    real = _checked(real, "real", least=num_neighbors + 1)
+    generated = _checked(generated, "generated", least=num_neighbors + 1)
     if real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"{real.shape[1]} features do not fit {generated.shape[1]}; take both from the same "
             "network"
         )
     return PrecisionRecall(
-        float(np.mean(_among(generated, real, num_neighbours))),
-        float(np.mean(_among(real, generated, num_neighbours))),
+        float(np.mean(_among(generated, real, num_neighbors))),
+        float(np.mean(_among(real, generated, num_neighbors))),
     )
 
 
@@ -290,11 +290,11 @@ def class_agreement(logits: np.ndarray, asked: np.ndarray) -> float:
     return float(np.mean(logits.argmax(axis=-1) == asked))
 
 
-def _among(points: np.ndarray, others: np.ndarray, num_neighbours: int) -> np.ndarray:
+def _among(points: np.ndarray, others: np.ndarray, num_neighbors: int) -> np.ndarray:
     """Say for each point whether it lies in the ball of one of the others: bool [points]."""
     radii = np.concatenate(
         [  # The nearest of all is the point itself.
-            np.partition(rows, num_neighbours, axis=1)[:, num_neighbours]
+            np.partition(rows, num_neighbors, axis=1)[:, num_neighbors]
             for rows in _squared_distances(others, others)
         ]
     )

@@ -228,7 +228,7 @@ def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 def error_rate(
     predictions: Iterable[Sequence[Hashable]], references: Iterable[Sequence[Hashable]]
 ) -> Mean:
-    """Count the edits between what was recognised and what was said.
+    """Count the edits between what was recognized and what was said.
 
     Args:
         predictions: one sequence of words (or characters, or labels) for each utterance.

@@ -48,7 +48,7 @@ class MLP(nn.Module):
 
     References:
         Rumelhart, Hinton and Williams 1986, Nature 323; He et al. 2015, arXiv:1502.01852
-        (initialisation).
+        (initialization).
     """
 
     features: Sequence[int] = (128, 128)

@@ -14,7 +14,7 @@ from jaxnets.checks import check_sizes
 from jaxnets.core import Objective
 from jaxnets.models import convolutional, feedforward, recurrent, transformer
 from jaxnets.objectives.reconstruction import masked_reconstruction
-from jaxnets.objectives.sequence import ctc, language_modelling, sequence_to_sequence
+from jaxnets.objectives.sequence import ctc, language_modeling, sequence_to_sequence
 from jaxnets.objectives.supervised import classification, regression
 
 
@@ -94,7 +94,7 @@ _TEXT_CLASSIFICATION = Task(
     lambda size, shape: {"inputs": _ids(size, *shape), "labels": _ids(size)},
 )
 _LANGUAGE = Task(
-    language_modelling,
+    language_modeling,
     ("inputs",),
     lambda size, shape: {"inputs": _ids(size, *shape), "labels": _ids(size, *shape)},
 )
@@ -155,12 +155,12 @@ _FOR_CIFAR: tuple[Callable[[int], nn.Module], ...] = (
     convolutional.wide_resnet28_10,
     convolutional.wide_resnet40_4,
 )
-_IMAGENET, _CIFAR, _GREY = (224, 224, 3), (32, 32, 3), (28, 28, 1)
+_IMAGENET, _CIFAR, _GRAY = (224, 224, 3), (32, 32, 3), (28, 28, 1)
 _CLASSIFIERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], int]] = {
-    "mlp": (lambda classes: feedforward.MLP(num_outputs=classes), _GREY, 10),
+    "mlp": (lambda classes: feedforward.MLP(num_outputs=classes), _GRAY, 10),
     "mixer": (lambda classes: feedforward.MLPMixer(num_outputs=classes), _CIFAR, 10),
-    "lenet5": (lambda classes: convolutional.LeNet5(num_outputs=classes), _GREY, 10),
-    "convnet": (lambda classes: convolutional.ConvNet(num_outputs=classes), _GREY, 10),
+    "lenet5": (lambda classes: convolutional.LeNet5(num_outputs=classes), _GRAY, 10),
+    "convnet": (lambda classes: convolutional.ConvNet(num_outputs=classes), _GRAY, 10),
     "whitened_convnet": (
         lambda classes: convolutional.WhitenedConvNet(num_outputs=classes),
         _CIFAR,

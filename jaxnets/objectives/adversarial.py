@@ -23,10 +23,10 @@ from jaxnets.objectives.adversarial_losses import (
     discriminator_accuracy,
     discriminator_loss,
     generator_loss,
+    gradient_penalty,
     logits_and_gradients,
     mix,
-    one_centred_penalty,
-    zero_centred_penalty,
+    zero_centered_penalty,
 )
 from jaxnets.objectives.image_range import check_images
 
@@ -49,9 +49,9 @@ def adversarial(
     """Build the objectives of a `GAN`, each for an `Update` of its own on one train state.
 
         objectives = adversarial(module, "hinge")
-        critic = Update(objectives.discriminator, adam, wrt="discriminator")
-        artist = Update(objectives.generator, other_adam, wrt="generator")
-        step = make_train_step([critic] * 5 + [artist])  # five steps of the critic for one
+        discriminator_update = Update(objectives.discriminator, adam, wrt="discriminator")
+        generator_update = Update(objectives.generator, other_adam, wrt="generator")
+        step = make_train_step([discriminator_update] * 5 + [generator_update])
 
     Batches hold "inputs", images in [-1, 1] [batch, height, width, channels]; "labels" int
     [batch] for a conditional network, which the images to be generated get too; optionally
@@ -59,7 +59,7 @@ def adversarial(
     normal from the stream "latent". With `train`, the networks get a "dropout" stream.
 
     As in the DCGAN paper's code, the discriminator sees real and generated images as two batches:
-    a batch norm in it normalises each with its own statistics, and its running averages move with
+    a batch norm in it normalizes each with its own statistics, and its running averages move with
     the real ones first. In the generator's update it sees the generated ones only.
 
     The train step keeps of model_state what the network of the update owns. An update of one
@@ -72,10 +72,10 @@ def adversarial(
     Args:
         module: a `GAN`, or what has its methods and fields.
         loss: one of `ADVERSARIAL_LOSSES`.
-        gradient_penalty: factor of `one_centred_penalty` between real and generated images;
+        gradient_penalty: factor of `gradient_penalty` between real and generated images;
             10 in WGAN-GP, from the stream "mixture".
-        r1: factor of `zero_centred_penalty` at the real images.
-        r2: factor of `zero_centred_penalty` at the generated images; R3GAN takes it equal to r1.
+        r1: factor of `zero_centered_penalty` at the real images.
+        r2: factor of `zero_centered_penalty` at the generated images; R3GAN takes it equal to r1.
 
     Returns:
         AdversarialObjectives. They raise ValueError for batches that lack an array or hold images
@@ -90,9 +90,9 @@ def adversarial(
         Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1; Radford et al. 2016,
         arXiv:1511.06434; Gulrajani et al. 2017, arXiv:1704.00028; Mescheder et al. 2018,
         arXiv:1801.04406 (R1, R2); Huang et al. 2024, arXiv:2501.05441 (R3GAN: "relativistic"
-        with r1 and r2). Differs from the papers: `[critic] * 5` sees the same real images five
-        times, each time with latents of its own (unless the batch holds them), where algorithm 1
-        of Arjovsky et al. 2017, arXiv:1701.07875, and of WGAN-GP draws new ones of both.
+        with r1 and r2). Differs from the papers: `[discriminator_update] * 5` uses the same real
+        images five times, each time with latents of its own (unless the batch holds them);
+        algorithm 1 of Arjovsky et al. 2017, arXiv:1701.07875, and of WGAN-GP draws new ones of both.
     """
     relativistic = check_loss(loss).relativistic
     factors = {"gradient_penalty": gradient_penalty, "r1": r1, "r2": r2}
@@ -106,18 +106,18 @@ def adversarial(
         real, labels, inside = _read(module, batch)
         if train and any(factors.values()):
             _check_no_batch_norm(model_state)
-        judged = _Judge(module, params, labels, rng, train)
+        judged = _DiscriminatorPass(module, params, labels, rng, train)
         fake, _ = _generate(module, params, model_state, batch, labels, rng, train=train)
         _check_same_shape(real, fake)
-        real_logits, model_state, real_penalty = judged(real, model_state, zero_centred=r1)
-        fake_logits, model_state, fake_penalty = judged(fake, model_state, zero_centred=r2)
+        real_logits, model_state, real_penalty = judged(real, model_state, zero_centered=r1)
+        fake_logits, model_state, fake_penalty = judged(fake, model_state, zero_centered=r2)
         losses = discriminator_loss(real_logits, fake_logits, loss=loss)
         weights, metrics = batch.get("weights"), {}
         if train and any(factors.values()):
             penalty = real_penalty + fake_penalty
             if gradient_penalty:
                 mixture = mix(real, fake, rng_streams(rng, "mixture")["mixture"])
-                penalty = penalty + judged(mixture, model_state, one_centred=gradient_penalty)[2]
+                penalty = penalty + judged(mixture, model_state, one_centered=gradient_penalty)[2]
             losses = losses + penalty
             metrics["penalty"] = Mean.of(penalty, weights)
         right = discriminator_accuracy(real_logits, fake_logits, loss=loss)
@@ -133,7 +133,7 @@ def adversarial(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         real, labels, inside = _read(module, batch)
-        judged = _Judge(module, params, labels, rng, train)
+        judged = _DiscriminatorPass(module, params, labels, rng, train)
         fake, model_state = _generate(module, params, model_state, batch, labels, rng, train=train)
         _check_same_shape(real, fake)
         # What the discriminator's collections become is not for this update to keep.
@@ -146,7 +146,7 @@ def adversarial(
     return AdversarialObjectives(discriminator, generator)
 
 
-class _Judge:
+class _DiscriminatorPass:
     """The discriminator of one objective's call; every batch gets its own dropout."""
 
     def __init__(
@@ -161,8 +161,8 @@ class _Judge:
         images: jax.Array,
         model_state: ModelState,
         *,
-        zero_centred: float = 0.0,
-        one_centred: float = 0.0,
+        zero_centered: float = 0.0,
+        one_centered: float = 0.0,
     ) -> tuple[jax.Array, ModelState, jax.Array]:
         """Return logits [batch], the collections afterwards, and the penalties [batch]."""
         self._calls += 1
@@ -180,13 +180,13 @@ class _Judge:
                 method="discriminate",
             )
 
-        if not self._train or not (zero_centred or one_centred):
+        if not self._train or not (zero_centered or one_centered):
             logits, model_state = judge(images)
             return logits, model_state, jnp.zeros_like(logits)
         logits, model_state, gradients = logits_and_gradients(judge, images)
-        if zero_centred:
-            return logits, model_state, zero_centred * zero_centred_penalty(gradients)
-        return logits, model_state, one_centred * one_centred_penalty(gradients)
+        if zero_centered:
+            return logits, model_state, zero_centered * zero_centered_penalty(gradients)
+        return logits, model_state, one_centered * gradient_penalty(gradients)
 
 
 def _generate(

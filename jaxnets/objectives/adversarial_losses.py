@@ -222,7 +222,7 @@ def logits_and_gradients(
     return logits, aux, gradients
 
 
-def zero_centred_penalty(gradients: jax.Array) -> jax.Array:
+def zero_centered_penalty(gradients: jax.Array) -> jax.Array:
     """|gradient|^2 / 2 per example: R1 at real images, R2 at generated ones.
 
     Args:
@@ -232,7 +232,7 @@ def zero_centred_penalty(gradients: jax.Array) -> jax.Array:
         [batch].
 
     Example:
-        >>> zero_centred_penalty(jnp.array([[3.0, 4.0]])).tolist()
+        >>> zero_centered_penalty(jnp.array([[3.0, 4.0]])).tolist()
         [12.5]
 
     References:
@@ -241,7 +241,7 @@ def zero_centred_penalty(gradients: jax.Array) -> jax.Array:
     return _squared_length(gradients) / 2
 
 
-def one_centred_penalty(gradients: jax.Array) -> jax.Array:
+def gradient_penalty(gradients: jax.Array) -> jax.Array:
     """(|gradient| - 1)^2 per example: the gradient penalty of WGAN-GP.
 
     Args:
@@ -252,7 +252,7 @@ def one_centred_penalty(gradients: jax.Array) -> jax.Array:
         [batch].
 
     Example:
-        >>> one_centred_penalty(jnp.array([[3.0, 4.0]])).tolist()
+        >>> gradient_penalty(jnp.array([[3.0, 4.0]])).tolist()
         [16.0]
 
     References:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxnets.core import Batch, Mean, ModelState, Objective, apply_module, at_least_float32
 from jaxnets.objectives.losses import absolute_error
-from jaxnets.objectives.supervised import Measure, supervised
+from jaxnets.objectives.supervised import Metric, supervised
 
 # A standard deviation of exp(-5): labels that a network knows exactly must not rule its loss.
 _LEAST_LOG_VARIANCE = -10.0
@@ -109,7 +109,7 @@ class DiscretizedHead:
         ValueError: no ranges, a range that is empty, or fewer than two bins.
 
     References:
-        Schrittwieser et al. 2020, arXiv:1911.08265, appendix F (labels as two neighbours).
+        Schrittwieser et al. 2020, arXiv:1911.08265, appendix F (labels as two neighbors).
 
     Example:
         >>> head = DiscretizedHead(ranges=((0.0, 1.0),), num_bins=5)
@@ -206,18 +206,18 @@ def head_regression(
     def losses(outputs: jax.Array, batch: Batch, *, train: bool) -> jax.Array:
         return jnp.sum(head.losses(outputs, batch["labels"], train=train), axis=-1)
 
-    def measure(index: int | None) -> Measure:
+    def measure(index: int | None) -> Metric:
         def error(outputs: jax.Array, labels: jax.Array, weights: jax.Array | None) -> Mean:
             errors = absolute_error(head.mean(outputs), labels)
             return Mean.of(errors.mean(axis=-1) if index is None else errors[..., index], weights)
 
         return error
 
-    measures: Mapping[str, Measure] = {
+    metrics: Mapping[str, Metric] = {
         "absolute_error": measure(None),
         **{f"{name}_error": measure(index) for index, name in enumerate(value_names)},
     }
-    return supervised(module, losses, measures, inputs=inputs, apply=apply)
+    return supervised(module, losses, metrics, inputs=inputs, apply=apply)
 
 
 def _check_num_values(num_values: int) -> None:

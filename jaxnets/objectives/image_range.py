@@ -34,7 +34,7 @@ def check_images(images: jax.Array, image_range: ImageRange) -> tuple[jax.Array,
         >>> check_images(np.full((1, 2, 2, 1), 255.0), (0.0, 1.0))
         Traceback (most recent call last):
             ...
-        ValueError: images hold 255, outside of [0, 1]; divide grey levels by 255, or take a \
+        ValueError: images hold 255, outside of [0, 1]; divide gray levels by 255, or take a \
 likelihood or image_range that fits them
     """
     least, greatest = (-np.inf, np.inf) if image_range is None else image_range
@@ -57,5 +57,5 @@ likelihood or image_range that fits them
 
 def _remedy(least: float) -> str:
     if least < 0:
-        return "divide grey levels by 127.5 and subtract 1"
-    return "divide grey levels by 255, or take a likelihood or image_range that fits them"
+        return "divide gray levels by 127.5 and subtract 1"
+    return "divide gray levels by 255, or take a likelihood or image_range that fits them"

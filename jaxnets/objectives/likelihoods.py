@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.core import at_least_float32
-from jaxnets.functional.lowering.layout import computed_once
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.layout import materialize
+from jaxnets.functional.lowering.platforms import platform_dependent
 from jaxnets.objectives.image_range import ImageRange
 from jaxnets.objectives.losses import binary_cross_entropy
 
@@ -51,8 +51,8 @@ class Likelihood(Protocol):
 class Bernoulli:
     """Independent black or white pixels: the outputs are logits.
 
-    For grey levels x in [0, 1] the loss is the cross-entropy -x log p - (1 - x) log(1 - p), which
-    is what autoencoders are usually compared by, though no density of grey levels.
+    For gray levels x in [0, 1] the loss is the cross-entropy -x log p - (1 - x) log(1 - p), which
+    is what autoencoders are usually compared by, though no density of gray levels.
 
     Example:
         >>> Bernoulli().losses(jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1)))  # 4 log 2
@@ -79,7 +79,7 @@ class SquaredError:
 
     Attributes:
         image_range: least and greatest value of a pixel; None takes any that is finite, such as
-            those of standardised images.
+            those of standardized images.
     """
 
     num_parameters: ClassVar[int] = 1
@@ -139,7 +139,7 @@ class Gaussian:
 
 @dataclasses.dataclass(frozen=True)
 class DiscretizedLogistic:
-    """Independent logistic pixels, integrated over the bin of each grey level.
+    """Independent logistic pixels, integrated over the bin of each gray level.
 
     P(x) = S((x + d - mean) / scale) - S((x - d - mean) / scale) with the sigmoid S and half the
     width of a bin, d = 1 / (num_levels - 1); the outermost bins reach to infinity, so that the
@@ -148,7 +148,7 @@ class DiscretizedLogistic:
     by log(2) and the number of values for bits per dimension.
 
     Attributes:
-        num_levels: grey levels, spread evenly over [-1, 1].
+        num_levels: gray levels, spread evenly over [-1, 1].
 
     Raises:
         ValueError: fewer than two levels.
@@ -193,5 +193,5 @@ def _mean_and_log_scale(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sum_per_image(errors: jax.Array) -> jax.Array:
     """Sum the errors of each image, [batch, ...] to [batch]."""
     # On CPU JAX 0.12 adds one after the other if exponentials and logarithms are merged into it.
-    errors = by_platform(errors, cpu=computed_once, default=lambda errors: errors)
+    errors = platform_dependent(errors, cpu=materialize, default=lambda errors: errors)
     return jnp.sum(errors, axis=tuple(range(1, errors.ndim)))

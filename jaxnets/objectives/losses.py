@@ -91,7 +91,7 @@ def absolute_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.abs(predictions - labels.astype(predictions.dtype))
 
 
-def huber_error(predictions: jax.Array, labels: jax.Array, *, delta: float = 1.0) -> jax.Array:
+def huber_loss(predictions: jax.Array, labels: jax.Array, *, delta: float = 1.0) -> jax.Array:
     """Squared error / 2 up to `delta`, growing linearly beyond it, elementwise.
 
     Args:

@@ -20,7 +20,7 @@ from jaxnets.core import (
     at_least_float32,
     rng_streams,
 )
-from jaxnets.functional.patches import normalize_patches, split_patches
+from jaxnets.functional.patches import normalize_patches, patchify
 from jaxnets.objectives.image_range import ImageRange, check_images
 from jaxnets.objectives.likelihoods import Likelihood, sum_per_image
 from jaxnets.objectives.losses import squared_error
@@ -204,7 +204,7 @@ def masked_reconstruction(
         normalize: the pixels of each patch are to be predicted with mean 0 and variance 1; `paint`
             takes it back.
         image_range: least and greatest value of a pixel; None takes any that is finite, such as
-            those of standardised images.
+            those of standardized images.
 
     Returns:
         An `Objective`; images outside of the range as in `reconstruction`.
@@ -218,7 +218,7 @@ def masked_reconstruction(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         images, clean, inside = images_of(batch, image_range)
-        targets = split_patches(at_least_float32(clean), module.patch_size)
+        targets = patchify(at_least_float32(clean), module.patch_size)
         if normalize:
             targets = normalize_patches(targets).patches
         streams = rng_streams(rng, "mask", "dropout")
@@ -323,7 +323,7 @@ def pixel_error(
     inside: jax.Array,
     weights: jax.Array | None,
 ) -> Mean:
-    """Measure the squared error between expected and true images.
+    """Metric the squared error between expected and true images.
 
     Args:
         likelihood: reads the outputs.

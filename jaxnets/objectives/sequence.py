@@ -1,4 +1,4 @@
-"""Objectives of sequences: language modelling, sequence to sequence, and CTC."""
+"""Objectives of sequences: language modeling, sequence to sequence, and CTC."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jaxnets.core import (
 from jaxnets.functional.lengths import clear_padding
 from jaxnets.metrics.supervised import accuracy
 from jaxnets.objectives.losses import label_losses
-from jaxnets.objectives.supervised import Measure, supervised
+from jaxnets.objectives.supervised import Metric, supervised
 
 
-def language_modelling(
+def language_modeling(
     module: Any,
     *,
     label_smoothing: float = 0.0,
-    measures: Mapping[str, Measure] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     carry_across_batches: bool = False,
 ) -> Objective:
     """Build the objective of a network that predicts a label for every step of a sequence.
@@ -48,7 +48,7 @@ def language_modelling(
         module: tokens -> logits [batch, time, vocabulary]; with `carry_across_batches`,
             (tokens, carry=carry) -> (logits, carry).
         label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
-        measures: functions of (logits, labels, weights [batch, time]); by default the accuracy.
+        metrics: functions of (logits, labels, weights [batch, time]); by default the accuracy.
         carry_across_batches: keep the module's carry from batch to batch while training.
 
     Returns:
@@ -64,7 +64,7 @@ def language_modelling(
         >>> tokens = jnp.array([[0, 1, 2, 3]])
         >>> batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
         >>> params = Bigrams().init(jax.random.key(0), tokens)["params"]
-        >>> objective = language_modelling(Bigrams())
+        >>> objective = language_modeling(Bigrams())
         >>> loss = objective(params, {}, batch, jax.random.key(0), train=False).loss
         >>> round(float(loss.compute()), 4), float(loss.count)  # log(4) nats per token
         (1.3863, 3.0)
@@ -75,8 +75,8 @@ def language_modelling(
     return supervised(
         module,
         label_losses(label_smoothing),
-        {"accuracy": accuracy} if measures is None else measures,
-        weigh=lambda batch: _token_weights(batch, "lengths"),
+        {"accuracy": accuracy} if metrics is None else metrics,
+        weights_fn=lambda batch: _token_weights(batch, "lengths"),
         apply=_apply_with_carry if carry_across_batches else apply_module,
     )
 
@@ -85,7 +85,7 @@ def sequence_to_sequence(
     module: Any,
     *,
     label_smoothing: float = 0.0,
-    measures: Mapping[str, Measure] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Objective:
     """Build the objective of a network that reads one sequence and writes another.
 
@@ -97,22 +97,22 @@ def sequence_to_sequence(
     Args:
         module: (inputs, decoder_inputs) -> logits [batch, target, vocabulary].
         label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
-        measures: functions of (logits, labels, weights [batch, target]); by default the accuracy.
+        metrics: functions of (logits, labels, weights [batch, target]); by default the accuracy.
 
     Returns:
-        An `Objective`; lengths out of range as in `language_modelling`.
+        An `Objective`; lengths out of range as in `language_modeling`.
     """
     return supervised(
         module,
         label_losses(label_smoothing),
-        {"accuracy": accuracy} if measures is None else measures,
+        {"accuracy": accuracy} if metrics is None else metrics,
         inputs=("inputs", "decoder_inputs"),
-        weigh=lambda batch: _token_weights(batch, "label_lengths"),
+        weights_fn=lambda batch: _token_weights(batch, "label_lengths"),
     )
 
 
 def ctc(module: Any, *, blank: int = 0) -> Objective:
-    """Build the objective of a network that recognises labels in more frames than there are labels.
+    """Build the objective of a network that recognizes labels in more frames than there are labels.
 
     Batches hold "inputs" [batch, time, ...], "labels" int [batch, labels] and "label_lengths"
     [batch]; optionally "lengths" [batch] of the inputs, which the module gets as a keyword, and
@@ -228,7 +228,7 @@ def check_ctc_batch(batch: Batch, frames: Any, *, num_classes: int, blank: int =
 
 
 def with_carry(variables: Mapping[str, Any], module: Any, batch_size: int) -> dict[str, Any]:
-    """Add the carry of an empty history, for `language_modelling(carry_across_batches=True)`.
+    """Add the carry of an empty history, for `language_modeling(carry_across_batches=True)`.
 
     Args:
         variables: what `module.init` returned.

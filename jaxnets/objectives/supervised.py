@@ -26,13 +26,13 @@ from jaxnets.core import (
 from jaxnets.metrics.supervised import accuracy
 from jaxnets.objectives.losses import (
     absolute_error,
-    huber_error,
+    huber_loss,
     label_losses,
     squared_error,
 )
 
 
-class Measure(Protocol):
+class Metric(Protocol):
     """A measure of predictions, such as `metrics.accuracy`."""
 
     def __call__(
@@ -44,7 +44,7 @@ def classification(
     module: Any,
     *,
     label_smoothing: float = 0.0,
-    measures: Mapping[str, Measure] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Objective:
     """Build the objective of a classifier.
 
@@ -56,20 +56,20 @@ def classification(
     Args:
         module: inputs -> logits [batch, num_classes].
         label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
-        measures: functions of (logits, labels, weights); by default the accuracy.
+        metrics: functions of (logits, labels, weights); by default the accuracy.
 
     Returns:
         An `Objective`.
     """
-    measures = {"accuracy": accuracy} if measures is None else measures
-    return supervised(module, label_losses(label_smoothing), measures)
+    metrics = {"accuracy": accuracy} if metrics is None else metrics
+    return supervised(module, label_losses(label_smoothing), metrics)
 
 
 def regression(
     module: Any,
     *,
     loss: Literal["squared", "absolute", "huber"] = "squared",
-    measures: Mapping[str, Measure] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Objective:
     """Build the objective of a network that predicts numbers.
 
@@ -80,7 +80,7 @@ def regression(
     Args:
         module: inputs -> predictions [batch, ...].
         loss: the error per number.
-        measures: functions of (predictions, labels, weights); by default "absolute_error".
+        metrics: functions of (predictions, labels, weights); by default "absolute_error".
 
     Returns:
         An `Objective`.
@@ -88,7 +88,7 @@ def regression(
     Raises:
         ValueError: an unknown `loss`.
     """
-    errors = {"squared": squared_error, "absolute": absolute_error, "huber": huber_error}
+    errors = {"squared": squared_error, "absolute": absolute_error, "huber": huber_loss}
     if loss not in errors:
         raise ValueError(f"loss is {loss!r}; choose one of {sorted(errors)}")
 
@@ -97,18 +97,18 @@ def regression(
     ) -> Mean:
         return Mean.of(_per_example(absolute_error(predictions, labels)), weights)
 
-    measures = {"absolute_error": mean_absolute_error} if measures is None else measures
+    metrics = {"absolute_error": mean_absolute_error} if metrics is None else metrics
 
     def losses(predictions: jax.Array, batch: Batch, *, train: bool) -> jax.Array:
         return _per_example(errors[loss](predictions, batch["labels"]))
 
-    return supervised(module, losses, measures)
+    return supervised(module, losses, metrics)
 
 
 def with_batch_transform(
     objective: Objective, transform: Callable[[Batch, jax.Array, bool], Batch]
 ) -> Objective:
-    """Change the batch inside the step: normalise it, augment it.
+    """Change the batch inside the step: normalize it, augment it.
 
     Args:
         objective: sees the changed batch.
@@ -147,11 +147,11 @@ class _Transformed:
 def supervised(
     module: Any,
     losses: Callable[..., jax.Array],
-    measures: Mapping[str, Measure],
+    metrics: Mapping[str, Metric],
     *,
     inputs: Sequence[str] = ("inputs",),
     needs: Sequence[str] = (),
-    weigh: Callable[[Batch], jax.Array | None] = lambda batch: batch.get("weights"),
+    weights_fn: Callable[[Batch], jax.Array | None] = lambda batch: batch.get("weights"),
     apply: Callable[..., tuple[Any, ModelState]] = apply_module,
 ) -> Objective:
     """Build an objective from losses of predictions; the factories of objectives are made of it.
@@ -162,10 +162,10 @@ def supervised(
     Args:
         module: anything with Linen's `apply`.
         losses: `(predictions, batch, *, train)` -> the losses, such as [batch] or [batch, time].
-        measures: functions of (predictions, labels, weights).
+        metrics: functions of (predictions, labels, weights).
         inputs: names of the batch's arrays that the module gets.
         needs: names of further arrays that the batch must have, besides "labels".
-        weigh: batch -> weights of the losses, a leading part of their shape; None weighs all 1.
+        weights_fn: batch -> weights whose shape is a leading part of the losses'; None is all 1.
         apply: calls the module, with the arguments of `core.apply_module`.
 
     Returns:
@@ -187,13 +187,12 @@ def supervised(
             train=train,
             **keywords,
         )
-        weights = weigh(batch)
+        weights = weights_fn(batch)
         loss = Mean.of(losses(predictions, batch, train=train), weights)
-        metrics = {
-            name: measure(predictions, batch["labels"], weights)
-            for name, measure in measures.items()
+        measured = {
+            name: metric(predictions, batch["labels"], weights) for name, metric in metrics.items()
         }
-        return ObjectiveOutput(loss, model_state, metrics)
+        return ObjectiveOutput(loss, model_state, measured)
 
     return objective
 

@@ -21,9 +21,9 @@ from jaxnets.training.executors import (
 )
 from jaxnets.training.histograms import gradient_histograms, parameter_histograms
 from jaxnets.training.history import History, NonFiniteError
-from jaxnets.training.hooks import Checkpointing, EarlyStopping, evaluation, every, resume
+from jaxnets.training.hooks import Checkpointing, EarlyStopping, every, resume, validation
 from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, fit
-from jaxnets.training.media import Histogram, Picture
+from jaxnets.training.media import Histogram, Image
 from jaxnets.training.optimizers import (
     ParameterAverageState,
     averaged_parameters,
@@ -43,12 +43,12 @@ __all__ = [
     "Histogram",
     "History",
     "Hook",
+    "Image",
     "Interrupted",
     "LearningRateSearch",
     "NonFiniteError",
     "OverfitReport",
     "ParameterAverageState",
-    "Picture",
     "PopulationExecutor",
     "StopTraining",
     "TrainStep",
@@ -58,7 +58,6 @@ __all__ = [
     "data_mesh",
     "decay_mask",
     "evaluate",
-    "evaluation",
     "every",
     "find_learning_rate",
     "fit",
@@ -80,6 +79,7 @@ __all__ = [
     "scan_steps",
     "sharded_step",
     "tensorboard_writer",
+    "validation",
     "wandb_writer",
     "with_parameter_average",
 ]

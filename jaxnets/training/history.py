@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jaxnets.core import Metrics
-from jaxnets.training.media import Histogram, Picture
+from jaxnets.training.media import Histogram, Image
 
 Row: TypeAlias = dict[str, Any]  # {"step": int, name: float, or [float] with one per member}
-# It may have start(history, step), close(), and show(step, name, Picture or Histogram).
+# It may have start(history, step), close(), and show(step, name, Image or Histogram).
 Writer: TypeAlias = Callable[[Row], None]
 
 
@@ -164,7 +164,7 @@ class History:
             with np.errstate(invalid="ignore", divide="ignore"):
                 row |= {name: _number(total / count) for name, (total, count) in self.sums.items()}
             self.sums = {}
-        media = {k: v for k, v in call.values.items() if isinstance(v, Picture | Histogram)}
+        media = {k: v for k, v in call.values.items() if isinstance(v, Image | Histogram)}
         row |= {k: _number(value) for k, value in call.values.items() if k not in media}
         if len(row) > 1:
             self.rows.append(row)

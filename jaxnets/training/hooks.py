@@ -71,7 +71,7 @@ def every(num_steps: int, hook: Hook) -> Hook:
     return _Every(num_steps, hook)
 
 
-class _Evaluation:
+class _Validation:
     def __init__(
         self,
         eval_step: Callable[[Any, Batch], Metrics],
@@ -95,7 +95,7 @@ class _Evaluation:
         }
 
 
-def evaluation(
+def validation(
     eval_step: Callable[[Any, Batch], Metrics],
     batches: BatchSource | Iterable[Batch],
     *,
@@ -112,7 +112,7 @@ def evaluation(
         Hook for `fit`.
     """
 
-    return _Evaluation(eval_step, batches, prefix)
+    return _Validation(eval_step, batches, prefix)
 
 
 class EarlyStopping:

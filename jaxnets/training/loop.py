@@ -35,7 +35,7 @@ class Hook(Protocol):
     """Called after every call of the step, in the order given.
 
     `metrics` holds the call's Means beside what the hooks before returned at this step; what the
-    hook returns is merged into the row of the step: numbers, or one for every member; a `Picture`
+    hook returns is merged into the row of the step: numbers, or one for every member; a `Image`
     or a `Histogram` goes to the writers that show it and into no row. A hook may also have
 
         start(history, step)           before the first call; `StopTraining` here ends `fit`

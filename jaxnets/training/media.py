@@ -13,7 +13,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Picture:
+class Image:
     """A picture that a hook returns under a name.
 
     Attributes:
@@ -24,7 +24,7 @@ class Picture:
         ValueError: another shape or dtype.
 
     Example:
-        >>> Picture(np.zeros((28, 28))).as_uint8().shape
+        >>> Image(np.zeros((28, 28))).as_uint8().shape
         (28, 28, 1)
     """
 
@@ -79,4 +79,4 @@ class Histogram:
         return cls(*np.histogram(flat[np.isfinite(flat)], bins=num_bins))
 
 
-Medium = Picture | Histogram
+Medium = Image | Histogram

@@ -192,14 +192,14 @@ def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int
     """Build the one train step that every executor compiles.
 
     For each update in order: the gradient of the *summed* loss, divided once by the summed
-    weights, so that gradient accumulation, padding, token masks and data parallelism are the same
+    weights, so that gradient accumulation, padding, token masks and data parallelizm are the same
     exact formula, sum of gradients / sum of weights.
 
     Args:
         updates: one update, or several for several networks (a GAN: discriminator, generator).
         num_microbatches: split the batch in this many parts and add up their gradients, for
             batches that do not fit in memory. Equal to the whole batch, uneven weights included,
-            except that batch normalisation sees one part at a time.
+            except that batch normalization sees one part at a time.
 
     Returns:
         TrainStep, a `(state, batch, *, axis_name=None) -> (state, metrics)`.

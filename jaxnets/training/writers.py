@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxnets.training.history import History, Row, Writer
-from jaxnets.training.media import Histogram, Medium, Picture
+from jaxnets.training.media import Histogram, Image, Medium
 
 
 class _JsonlWriter:
@@ -90,7 +90,7 @@ class _TensorBoardWriter:
             self._events.add_scalar(name, value, row["step"])
 
     def show(self, step: int, name: str, medium: Medium) -> None:
-        if isinstance(medium, Picture):
+        if isinstance(medium, Image):
             self._events.add_image(name, medium.as_uint8(), step, dataformats="HWC")
             return
         counts, edges = np.asarray(medium.counts), np.asarray(medium.edges, np.float64)

@@ -63,7 +63,7 @@ def test_every_notebook_of_the_folder_is_tested():
         ("hidden_0/kernel, loss (nats)/step, 1 / 2 / 3", False),
     ],
 )
-def test_absolute_paths_are_recognised(text, found):
+def test_absolute_paths_are_recognized(text, found):
     assert bool(ABSOLUTE_PATH.search(text)) is found
 
 

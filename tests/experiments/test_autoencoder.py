@@ -111,8 +111,8 @@ def test_a_conditional_binarized_vae_is_warmed_up(tmp_path):
         assert set(np.unique(part["inputs"])) == {0, 255}
     drawn = problem.scaled(problem.dataset.train, jax.random.key(0), True)["inputs"]
     assert set(np.unique(drawn)) == {0.0, 1.0}
-    grey = problem.dataset.train["inputs"] / 255
-    assert np.mean(drawn) == pytest.approx(np.mean(grey), abs=0.01)
+    gray = problem.dataset.train["inputs"] / 255
+    assert np.mean(drawn) == pytest.approx(np.mean(gray), abs=0.01)
 
 
 def test_the_value_is_the_error_of_the_reconstructions():

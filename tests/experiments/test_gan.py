@@ -184,7 +184,7 @@ def test_a_classifier_in_the_folder_is_read_and_not_trained_again(tmp_path, monk
 
 def test_pixels_of_generated_images_are_those_that_training_saw():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    np.testing.assert_array_equal(grids.to_pixels(np.asarray(gan.centred(levels)), -1, 1), levels)
+    np.testing.assert_array_equal(grids.to_pixels(np.asarray(gan.centered(levels)), -1, 1), levels)
     assert grids.to_pixels(np.array([-1.5, 1.5]), -1, 1).tolist() == [0, 255]
 
 

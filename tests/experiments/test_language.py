@@ -1,4 +1,4 @@
-"""Language modelling and translation from the outside, tiny, on made-up texts."""
+"""Language modeling and translation from the outside, tiny, on made-up texts."""
 
 import dataclasses
 import functools

@@ -64,7 +64,7 @@ def test_a_run_on_words_leaves_its_result_and_figures(words):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_on_strings_leaves_its_result_and_what_was_recognised(strings):
+def test_a_run_on_strings_leaves_its_result_and_what_was_recognized(strings):
     out, result = strings
     assert json.loads((out / "result.json").read_text()) == result
     assert (result["metric"], result["dataset"]) == (
@@ -140,7 +140,7 @@ def batch():
     return {name: array[:6] for name, array in jn.data.tone_words().test.items()}
 
 
-def test_features_are_standardised_over_the_frames_and_features_of_each_word(batch):
+def test_features_are_standardized_over_the_frames_and_features_of_each_word(batch):
     found = features(batch, 0, train=False)
     assert found["inputs"].shape == (6, 21, 40)
     assert found["lengths"].tolist() == (1 + batch["lengths"] // 80).tolist()

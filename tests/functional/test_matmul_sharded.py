@@ -62,7 +62,9 @@ def test_only_the_cpu_makes_rows_of_them(name):
 @pytest.mark.four_devices
 @pytest.mark.parametrize("name", WAYS)
 def test_elsewhere_a_batch_behind_the_steps_stays_where_it_is(name, on_cpu, monkeypatch):
-    monkeypatch.setattr(module, "by_platform", lambda *arrays, cpu, default: default(*arrays))
+    monkeypatch.setattr(
+        module, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
+    )
     mesh = data_mesh(jax.devices("cpu")[:4])
     steps, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))
     x, kernel, weights = operands(name, (6, 8, 32))

@@ -26,8 +26,8 @@ def joined_batch_norm(x, scale, bias, epsilon):
 
 def plain_batch_norm(x, scale, bias):
     mean, variance = jnp.mean(x, (0, 1)), jnp.var(x, (0, 1))
-    centred = x - mean[None, None]
-    y = scale[None, None] * centred / jnp.sqrt(variance + EPSILON)[None, None] + bias[None, None]
+    centered = x - mean[None, None]
+    y = scale[None, None] * centered / jnp.sqrt(variance + EPSILON)[None, None] + bias[None, None]
     return jnp.concatenate([y.ravel(), mean, variance])
 
 

@@ -18,16 +18,16 @@ def log_probabilities(seed=0, batch=BATCH, time=TIME, classes=CLASSES):
     return np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
 
 
-def labelling(path, blank):
+def labeling(path, blank):
     return tuple(label for label, _ in itertools.groupby(path) if label != blank)
 
 
 def enumerated(frames, blank=0):
-    """The probability of every labelling, summed over its paths."""
+    """The probability of every labeling, summed over its paths."""
     totals = {}
     for path in itertools.product(range(frames.shape[1]), repeat=len(frames)):
         value = np.exp(sum(float(frame[c]) for frame, c in zip(frames, path, strict=True)))
-        totals[labelling(path, blank)] = totals.get(labelling(path, blank), 0.0) + value
+        totals[labeling(path, blank)] = totals.get(labeling(path, blank), 0.0) + value
     return totals
 
 
@@ -42,14 +42,14 @@ def test_the_best_path_is_merged_and_freed_of_blanks(blank):
     labels, counts = jax.jit(lambda *arguments: ctc_greedy(*arguments, blank=blank))(
         frames, lengths
     )
-    expected = [labelling(frames[i, :n].argmax(1), blank) for i, n in enumerate(lengths)]
+    expected = [labeling(frames[i, :n].argmax(1), blank) for i, n in enumerate(lengths)]
     assert rows(labels, counts) == expected
     assert np.all(np.asarray(labels)[np.arange(8)[None] >= np.asarray(counts)[:, None]] == blank)
 
 
 @pytest.mark.parametrize("blank", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_search_as_wide_as_all_labellings_finds_the_most_likely_one_exactly(seed, blank):
+def test_a_search_as_wide_as_all_labelings_finds_the_most_likely_one_exactly(seed, blank):
     frames = log_probabilities(seed)
     found = ctc_beam_search(frames, LENGTHS, num_beams=31, blank=blank)
     for index, labels in enumerate(rows(*found[:2])):
@@ -105,7 +105,7 @@ def test_impossible_classes_and_long_certain_utterances_stay_finite():
     path = np.random.default_rng(0).integers(0, 5, 300)
     frames = np.where(np.arange(5)[None] == path[:, None], 0.0, -np.inf)[None].astype(np.float32)
     labels, counts, totals = ctc_beam_search(frames, num_beams=4)
-    assert rows(labels, counts) == [labelling(path, 0)] == rows(*ctc_greedy(frames))
+    assert rows(labels, counts) == [labeling(path, 0)] == rows(*ctc_greedy(frames))
     assert float(totals[0]) == 0.0
 
 

@@ -134,7 +134,7 @@ def test_batch_norm_in_evaluation_uses_the_running_averages():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_initialising_in_training_mode_leaves_the_running_averages_at_their_start():
+def test_initializing_in_training_mode_leaves_the_running_averages_at_their_start():
     variables = normalization.BatchNorm().init(jax.random.key(0), normal((4, 3)) + 7, train=True)
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
@@ -167,7 +167,7 @@ def test_batch_norm_over_four_devices_equals_the_whole_batch_in_value_state_and_
                 np.testing.assert_allclose(a[0], b, rtol=1e-10, atol=1e-10)
 
 
-def test_layer_norm_normalises_each_position_by_itself():
+def test_layer_norm_normalizes_each_position_by_itself():
     x = 1e3 + normal((4, 5, 16))
     y, _ = normalization.LayerNorm().init_with_output(jax.random.key(0), x)
     expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)

@@ -74,25 +74,25 @@ def test_published_statistics_and_given_features_make_the_fid():
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def naive_among(points, others, num_neighbours):
+def naive_among(points, others, num_neighbors):
     found = []
     for point in points:
         inside = False
         for index, other in enumerate(others):
             rest = [np.linalg.norm(other - x) for j, x in enumerate(others) if j != index]
-            inside |= bool(np.linalg.norm(point - other) <= sorted(rest)[num_neighbours - 1])
+            inside |= bool(np.linalg.norm(point - other) <= sorted(rest)[num_neighbors - 1])
         found.append(inside)
     return np.mean(found)
 
 
-@pytest.mark.parametrize("num_neighbours", [1, 3])
+@pytest.mark.parametrize("num_neighbors", [1, 3])
 @pytest.mark.parametrize("rows", [4, 1024])
-def test_precision_and_recall_are_those_of_a_naive_loop(num_neighbours, rows, monkeypatch):
+def test_precision_and_recall_are_those_of_a_naive_loop(num_neighbors, rows, monkeypatch):
     monkeypatch.setattr(generative, "_ROWS", rows)
     real, generated = normal(30, 3), 0.7 * normal(25, 3, seed=1) + 1.5
-    found = precision_recall(real, generated, num_neighbours=num_neighbours)
-    precision = naive_among(generated, real, num_neighbours)
-    recall = naive_among(real, generated, num_neighbours)
+    found = precision_recall(real, generated, num_neighbors=num_neighbors)
+    precision = naive_among(generated, real, num_neighbors)
+    recall = naive_among(real, generated, num_neighbors)
     assert found == pytest.approx((precision, recall))
     assert 0 < found.recall < 1 and 0 < found.precision < 1
 
@@ -141,7 +141,7 @@ def test_features_come_in_batches_as_all_at_once():
         (lambda: frechet_distance(normal(4, 3), normal(4, 2)), "3 features do not fit 2"),
         (lambda: precision_recall(normal(4, 3), normal(4, 2)), "3 features do not fit 2"),
         (lambda: precision_recall(normal(9, 3), normal(3, 3)), r"generated have shape \(3, 3\)"),
-        (lambda: precision_recall(normal(9, 3), normal(9, 3), num_neighbours=0), "is 0"),
+        (lambda: precision_recall(normal(9, 3), normal(9, 3), num_neighbors=0), "is 0"),
         (lambda: class_coverage(np.array([0, 4]), 4), r"label 4 for 4 classes.*\[0, 4\)"),
         (lambda: class_coverage(np.array([], int), 4), "no label for 4 classes"),
         (lambda: class_coverage(np.array([0]), 4, least=0.0), "least is 0.0"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxnets.functional import convolution, max_pool
-from jaxnets.functional.attention.dot_product import attention
+from jaxnets.functional.attention.dot_product import dot_product_attention
 from jaxnets.functional.channels import along_channels, channel_sum
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.normalization import layer_norm
@@ -44,7 +44,7 @@ LAYERS = {
     "_normalized": lambda x: layer_norm(x, SCALE),
     "_repeat": lambda x: x + along_channels(x[0, 0, 0], x),
     "_sum_positions": lambda x: x * channel_sum(x)[None, None, None],
-    "_attention": lambda x: attention(x, x, x),
+    "_attention": lambda x: dot_product_attention(x, x, x),
     "_tile_max": lambda x: jnp.repeat(jnp.repeat(max_pool(x, 2), 2, 1), 2, 2),
 }
 

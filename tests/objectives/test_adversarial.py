@@ -158,7 +158,7 @@ def test_latents_are_drawn_anew_for_every_step_seed_and_update():
     assert abs(draws.mean()) < 0.2 and abs(draws.std() - 1) < 0.2
 
 
-def test_real_and_generated_images_are_normalised_as_two_batches():
+def test_real_and_generated_images_are_normalized_as_two_batches():
     module = dcgan((16, 16, 1), norm="batch", **TINY)
     objectives = adversarial(module)
     _, state = problem(objectives, module)
@@ -239,7 +239,7 @@ def bad(objectives, changes, *, name="discriminator", drop=(), compiled=False):
         (
             {"inputs": 127.5 * (BATCH["inputs"] + 1)},
             (),
-            r"images hold 25\d.*, outside of \[-1, 1\]; divide grey levels by 127.5 and subtract 1",
+            r"images hold 25\d.*, outside of \[-1, 1\]; divide gray levels by 127.5 and subtract 1",
         ),
         ({"inputs": np.full((8, 8, 8, 1), np.nan, np.float32)}, (), "images hold nan"),
         (

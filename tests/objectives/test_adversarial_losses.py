@@ -13,10 +13,10 @@ from jaxnets.objectives.adversarial_losses import (
     discriminator_accuracy,
     discriminator_loss,
     generator_loss,
+    gradient_penalty,
     logits_and_gradients,
     mix,
-    one_centred_penalty,
-    zero_centred_penalty,
+    zero_centered_penalty,
 )
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
@@ -121,12 +121,12 @@ def test_penalties_of_a_linear_discriminator_have_a_closed_form():
     assert aux == "kept"
     length = 2 * np.sqrt(np.sum(weights**2))
     np.testing.assert_allclose(gradients, np.broadcast_to(2 * weights, images.shape), rtol=1e-6)
-    np.testing.assert_allclose(zero_centred_penalty(gradients), [length**2 / 2] * 5, rtol=1e-5)
-    np.testing.assert_allclose(one_centred_penalty(gradients), [(length - 1) ** 2] * 5, rtol=1e-5)
+    np.testing.assert_allclose(zero_centered_penalty(gradients), [length**2 / 2] * 5, rtol=1e-5)
+    np.testing.assert_allclose(gradient_penalty(gradients), [(length - 1) ** 2] * 5, rtol=1e-5)
 
 
-def test_the_one_centred_penalty_has_a_gradient_where_the_discriminator_is_flat():
-    value, slope = jax.value_and_grad(lambda g: jnp.sum(one_centred_penalty(g)))(jnp.zeros((2, 3)))
+def test_the_one_centered_penalty_has_a_gradient_where_the_discriminator_is_flat():
+    value, slope = jax.value_and_grad(lambda g: jnp.sum(gradient_penalty(g)))(jnp.zeros((2, 3)))
     assert value == 2 and np.isfinite(slope).all()
 
 
@@ -137,7 +137,7 @@ def test_mixtures_lie_between_their_two_images_each_at_its_own_share():
     assert len(np.unique(mixed)) == 64 and abs(mixed.mean() - 0.5) < 0.15
 
 
-@pytest.mark.parametrize("penalty", [zero_centred_penalty, one_centred_penalty])
+@pytest.mark.parametrize("penalty", [zero_centered_penalty, gradient_penalty])
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_gradients_of_a_penalty_through_the_networks_layers_equal_differences(
     penalty, norm, enable_x64
@@ -181,7 +181,7 @@ def test_a_penalty_is_differentiated_in_every_compute_dtype(dtype):
         gradients = logits_and_gradients(
             lambda x: (module.apply({"params": params}, x), None), images
         )[2]
-        return jnp.sum(zero_centred_penalty(gradients))
+        return jnp.sum(zero_centered_penalty(gradients))
 
     slopes = jax.jit(jax.grad(total))(params)
     for name in ("conv_1", "head"):
@@ -221,7 +221,7 @@ def test_the_gradient_of_the_singular_value_is_that_of_numpys_vectors():
     ],
     ids=["dense", "convolution"],
 )
-def test_a_normalised_layer_has_a_kernel_of_singular_value_one(layer, shape):
+def test_a_normalized_layer_has_a_kernel_of_singular_value_one(layer, shape):
     module = SpectralNorm(layer(), use_bias=True)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     variables = jax.jit(module.init)(jax.random.key(0), x)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jaxnets as jn
-from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
+from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import SquaredError
 from jaxnets.objectives.reconstruction import corrupted
 
-CONFIG = CoderConfig((3, 4, 1), features=(5,), activation="tanh")
+CONFIG = EncoderDecoderConfig((3, 4, 1), features=(5,), activation="tanh")
 BATCH = {"inputs": np.random.default_rng(0).uniform(size=(4, 3, 4, 1)).astype(np.float32)}
 
 
@@ -56,7 +56,7 @@ def test_distributions_of_codes_and_discrete_codes_restore_the_clean_images_too(
         noise = jax.random.normal(jn.rng_streams(jax.random.key(1), "latent")["latent"], (4, 3))
         objective, keywords = jn.vae(module), {"noise": noise}
     else:
-        module = VQVAE(CoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
+        module = VQVAE(EncoderDecoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
         objective, keywords = jn.vq_vae(module), {}
     params, state = prepared(module)
     outputs = module.apply({"params": params, **state}, noisy_images(), **keywords).outputs
@@ -68,7 +68,7 @@ def test_distributions_of_codes_and_discrete_codes_restore_the_clean_images_too(
 
 
 def test_a_masked_autoencoder_paints_the_clean_images():
-    block = jn.BlockConfig(features=4, num_heads=1, hidden_size=4)
+    block = jn.BlockConfig(features=4, num_heads=1, mlp_dim=4)
     module = jn.MaskedAutoencoder(1, 1, block, decoder_num_layers=1, decoder_config=block)
     params, state = prepared(module)
     objective = jn.masked_reconstruction(module, normalize=False)
@@ -97,7 +97,7 @@ def test_clean_images_outside_of_the_range_are_refused_or_nan(noise):
     assert np.isfinite(loss(BATCH["inputs"], whole))
     assert np.isnan(loss(x, whole))
     assert np.isfinite(loss(x, np.array([1, 1, 0, 1], np.float32)))
-    with pytest.raises(ValueError, match=r"images hold 200, outside of \[0, 1\]; divide grey"):
+    with pytest.raises(ValueError, match=r"images hold 200, outside of \[0, 1\]; divide gray"):
         evaluate(objective, params, state, {"inputs": x})
 
 

@@ -39,7 +39,7 @@ def test_a_variance_of_zero_is_not_believed():
 HEAD = DiscretizedHead(ranges=((-1.0, 1.0), (0.0, 1.0)), num_bins=3)
 
 
-def test_a_label_counts_as_its_two_neighbours_and_outside_as_the_end():
+def test_a_label_counts_as_its_two_neighbors_and_outside_as_the_end():
     found = HEAD.probabilities(jnp.array([[-0.25, 1.0], [5.0, 0.5]]))
     np.testing.assert_allclose(
         found, [[[0.25, 0.75, 0], [0, 0, 1]], [[0, 0, 1], [0, 1, 0]]], atol=1e-6

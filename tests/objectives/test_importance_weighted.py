@@ -7,10 +7,10 @@ import pytest
 import scipy.stats
 
 import jaxnets as jn
-from jaxnets.models.autoencoder import VAE, CoderConfig
+from jaxnets.models.autoencoder import VAE, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import Bernoulli, Gaussian
 
-CONFIG = CoderConfig((3, 4, 1), features=(5,), activation="tanh")
+CONFIG = EncoderDecoderConfig((3, 4, 1), features=(5,), activation="tanh")
 IMAGES = np.random.default_rng(0).uniform(size=(4, 3, 4, 1)).astype(np.float32)
 WEIGHTS = np.array([1, 0, 2, 0.5], np.float32)
 
@@ -22,7 +22,7 @@ def made(module, *inputs):
 def linear_vae(precision=jn.Precision()):
     """Build x ~ N(w z, 0.5^2), z ~ N(0, 1), with its true posterior, and log p(x) of two images."""
     w, variance = np.array([0.8, -0.6, 0.3, 0.5]), 0.25
-    config = CoderConfig((2, 2, 1), features=())
+    config = EncoderDecoderConfig((2, 2, 1), features=())
     likelihood = Gaussian(0.5, image_range=None)
     module = VAE(config, latent_size=1, likelihood=likelihood, precision=precision)
     posterior = 1 / (1 + w @ w / variance)

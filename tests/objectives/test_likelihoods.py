@@ -14,7 +14,7 @@ def images(*shape, low=0.0):
     return np.random.default_rng(0).uniform(low, 1, size=shape).astype(np.float32)
 
 
-def test_the_bernoulli_loss_is_the_cross_entropy_of_grey_levels():
+def test_the_bernoulli_loss_is_the_cross_entropy_of_gray_levels():
     logits, x = 3 * images(2, 3, 4, 2, low=-1), images(2, 3, 4, 2)
     p = expit(logits.astype(np.float64))
     expected = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum(axis=(1, 2, 3))
@@ -60,7 +60,7 @@ def test_the_logistic_likelihood_is_the_mass_of_the_bin():
 
 def test_the_worst_pixel_is_named_with_the_remedy():
     x = np.array([[0.5, 300.0, -2.0]])
-    with pytest.raises(ValueError, match=r"hold 300.*\[0, 1\]; divide grey levels by 255, or take"):
+    with pytest.raises(ValueError, match=r"hold 300.*\[0, 1\]; divide gray levels by 255, or take"):
         check_images(x, (0.0, 1.0))
     with pytest.raises(ValueError, match=r"300.*\[-1, 1\]; divide .* by 127\.5 and subtract 1"):
         check_images(x, (-1.0, 1.0))
@@ -88,8 +88,8 @@ def test_images_found_outside_when_the_program_runs_are_emptied():
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), SquaredError(), Gaussian(), Gaussian(0.1)])
-def test_grey_levels_are_refused_unless_a_range_is_named(likelihood):
-    with pytest.raises(ValueError, match="divide grey levels by 255"):
+def test_gray_levels_are_refused_unless_a_range_is_named(likelihood):
+    with pytest.raises(ValueError, match="divide gray levels by 255"):
         check_images(255 * images(2, 3, 4, 1), likelihood.image_range)
     for free in (SquaredError(image_range=None), Gaussian(image_range=None)):
         assert check_images(255 * images(2, 3, 4, 1), free.image_range)[1].all()

@@ -12,10 +12,10 @@ from checks import mostly_slow
 
 import jaxnets as jn
 from jaxnets.functional.gaussian import draw_code, log_prior_ratio, normal_divergence
-from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
+from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, SquaredError
 
-CONFIG = CoderConfig((3, 4, 1), features=(5,), activation="tanh")
+CONFIG = EncoderDecoderConfig((3, 4, 1), features=(5,), activation="tanh")
 WEIGHTS = np.array([1, 0, 2, 0.5], np.float32)
 
 
@@ -85,7 +85,7 @@ def test_the_sparse_penalty_is_the_absolute_code_in_training_only():
 
 @pytest.mark.parametrize("kind", mostly_slow(["dense", "convolutional"], ["dense"]))
 def test_the_contractive_penalty_is_the_norm_of_the_jacobian(kind):
-    module = Autoencoder(CoderConfig((3, 4, 1), kind, (5,), "tanh"), latent_size=2)
+    module = Autoencoder(EncoderDecoderConfig((3, 4, 1), kind, (5,), "tanh"), latent_size=2)
     params, state = prepared(module)
     weighted = {**BATCH, "weights": WEIGHTS}
     plain = evaluate(jn.reconstruction(module), params, state, weighted).loss.total
@@ -172,7 +172,7 @@ def test_the_divergence_is_warmed_up_by_the_step(num_microbatches):
 
 
 def test_the_vq_loss_is_reconstruction_plus_commitment():
-    module = VQVAE(CoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
+    module = VQVAE(EncoderDecoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
     params, state = prepared(module)
     found = evaluate(
         jn.vq_vae(module, commitment=0.5), params, state, {**BATCH, "weights": WEIGHTS}
@@ -192,7 +192,7 @@ def test_the_vq_loss_is_reconstruction_plus_commitment():
 
 
 def test_commitment_draws_the_encoder_to_its_codes_and_not_the_other_way():
-    module = VQVAE(CoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
+    module = VQVAE(EncoderDecoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
     params, state = prepared(module)
 
     def loss(params, commitment):
@@ -237,7 +237,7 @@ def test_images_out_of_range_are_refused_or_nan(likelihood):
         evaluate(objective, params, state, {"inputs": x})
 
 
-BLOCK = jn.BlockConfig(features=4, num_heads=1, hidden_size=4)
+BLOCK = jn.BlockConfig(features=4, num_heads=1, mlp_dim=4)
 PADDED = {
     "reconstruction": (Autoencoder(CONFIG, latent_size=2), jn.reconstruction),
     "contractive": (Autoencoder(CONFIG, latent_size=2), lambda m: jn.contractive(m, weight=0.1)),
@@ -246,7 +246,7 @@ PADDED = {
         lambda m: jn.denoising(jn.reconstruction(m), noise="masking"),
     ),
     "vae": (VAE(CONFIG, latent_size=2), jn.vae),
-    "vq_vae": (VQVAE(CoderConfig((3, 4, 1), "convolutional", (5,)), 4, 2), jn.vq_vae),
+    "vq_vae": (VQVAE(EncoderDecoderConfig((3, 4, 1), "convolutional", (5,)), 4, 2), jn.vq_vae),
     "masked": (
         jn.MaskedAutoencoder(1, 1, BLOCK, decoder_num_layers=1, decoder_config=BLOCK),
         jn.masked_reconstruction,
@@ -281,7 +281,9 @@ def test_padding_of_nan_changes_no_loss_gradient_or_codebook(name):
         (lambda m: jn.sparse_reconstruction(m, weight=-1.0), r"weight is -1\.0"),
         (lambda m: jn.contractive(m, weight=1.0, num_probes=0), "num_probes is 0"),
         (
-            lambda m: jn.contractive(Autoencoder(CoderConfig((3, 4, 1), norm="batch")), weight=1.0),
+            lambda m: jn.contractive(
+                Autoencoder(EncoderDecoderConfig((3, 4, 1), norm="batch")), weight=1.0
+            ),
             "a batch norm mixes the examples",
         ),
         (lambda m: jn.vae(m, beta=-1.0), r"beta is -1\.0"),

@@ -16,7 +16,7 @@ from jaxnets.objectives.sequence import (
     check_ctc_batch,
     ctc,
     ctc_loss,
-    language_modelling,
+    language_modeling,
     sequence_to_sequence,
     with_carry,
 )
@@ -67,7 +67,7 @@ def test_the_loss_of_a_language_model_is_summed_over_the_valid_tokens(with_lengt
         batch["lengths"] = lengths = LENGTHS
     if with_weights:
         batch["weights"] = weights = WEIGHTS
-    output = run(language_modelling(MODULE), batch)
+    output = run(language_modeling(MODULE), batch)
     logits = forward(MODULE, VARIABLES, batch["inputs"])
     loss, hits, count = summed_by_hand(logits, batch["labels"], lengths, weights)
     np.testing.assert_allclose(output.loss.total, loss, rtol=1e-5)
@@ -83,7 +83,7 @@ def test_what_lies_beyond_the_lengths_changes_neither_loss_nor_gradient():
     changed["inputs"] = np.where(beyond, -5, batch["inputs"])
 
     def loss(params, batch):
-        return language_modelling(MODULE)(params, {}, batch, KEY, train=True).loss.total
+        return language_modeling(MODULE)(params, {}, batch, KEY, train=True).loss.total
 
     both = jax.jit(jax.value_and_grad(loss))
     (first, gradient), (second, other) = (both(VARIABLES["params"], b) for b in (batch, changed))
@@ -114,8 +114,8 @@ def test_a_sequence_to_sequence_loss_is_summed_over_the_valid_targets():
 
 
 def test_labels_are_smoothed_in_training_only():
-    for make in (language_modelling, sequence_to_sequence):
-        module = MODULE if make is language_modelling else EncodedSource(VOCABULARY)
+    for make in (language_modeling, sequence_to_sequence):
+        module = MODULE if make is language_modeling else EncodedSource(VOCABULARY)
         batch = {**window(0), "decoder_inputs": TOKENS[:, :TIME], "lengths": LENGTHS}
         inputs = [batch["inputs"]]
         if make is sequence_to_sequence:
@@ -132,7 +132,7 @@ def test_labels_are_smoothed_in_training_only():
 @pytest.mark.parametrize("name", ["lengths", "label_lengths"])
 def test_a_length_beyond_the_array_is_refused_or_nan(name):
     module = MODULE if name == "lengths" else EncodedSource(VOCABULARY)
-    make = language_modelling if name == "lengths" else sequence_to_sequence
+    make = language_modeling if name == "lengths" else sequence_to_sequence
     batch = {**window(0), "lengths": LENGTHS, "label_lengths": LENGTHS}
     batch["decoder_inputs"] = batch["inputs"]
     inputs = [batch["inputs"]] + [batch["inputs"], LENGTHS] * (name == "label_lengths")
@@ -148,10 +148,10 @@ def test_a_length_beyond_the_array_is_refused_or_nan(name):
 def test_weights_of_a_shape_that_would_be_stretched_are_refused(shape):
     batch = {**window(0), "weights": np.ones(shape, np.float32)}
     with pytest.raises(ValueError, match=r"do not fit labels of shape \(4, 5\); give one for each"):
-        run(language_modelling(MODULE), batch)
+        run(language_modeling(MODULE), batch)
 
 
-CARRYING = language_modelling(MODULE, carry_across_batches=True)
+CARRYING = language_modeling(MODULE, carry_across_batches=True)
 
 
 def carried_state():
@@ -165,7 +165,7 @@ def test_windows_with_a_carry_have_the_losses_of_the_whole_sequence():
         output = run(CARRYING, window(index), state=state, train=True)
         state, total = output.model_state, total + output.loss.total
     whole = {"inputs": TOKENS[:, :-1], "labels": TOKENS[:, 1:]}
-    expected = run(language_modelling(MODULE), whole)
+    expected = run(language_modeling(MODULE), whole)
     np.testing.assert_allclose(total, expected.loss.total, rtol=1e-5)
 
 
@@ -192,7 +192,7 @@ def test_evaluation_starts_from_an_empty_history_and_leaves_the_carry():
     state = run(CARRYING, window(0), state=carried_state(), train=True).model_state
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state))
     output = run(CARRYING, window(1), state=state)
-    expected = run(language_modelling(MODULE), window(1))
+    expected = run(language_modeling(MODULE), window(1))
     assert float(output.loss.total) == float(expected.loss.total)
     jax.tree.map(np.testing.assert_array_equal, output.model_state, state)
     smaller = {name: array[:2] for name, array in window(1).items()}

@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 
 from jaxnets.core import rng_streams
 from jaxnets.metrics import supervised
-from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_error, squared_error
+from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_loss, squared_error
 from jaxnets.objectives.supervised import classification, regression, with_batch_transform
 
 
@@ -67,7 +67,7 @@ def test_regression_losses_by_hand():
     predictions, labels = jnp.array([0.0, 3.0]), jnp.array([0.5, 0.0])
     np.testing.assert_allclose(squared_error(predictions, labels), [0.25, 9.0])
     np.testing.assert_allclose(absolute_error(predictions, labels), [0.5, 3.0])
-    np.testing.assert_allclose(huber_error(predictions, labels), [0.125, 2.5])
+    np.testing.assert_allclose(huber_loss(predictions, labels), [0.125, 2.5])
 
 
 def test_losses_refuse_shapes_that_would_broadcast():

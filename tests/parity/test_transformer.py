@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.functional.attention.dot_product import attention
+from jaxnets.functional.attention.dot_product import dot_product_attention
 from jaxnets.functional.attention.masks import causal_mask
 from jaxnets.functional.lengths import padding_mask
 from jaxnets.models.transformer import Attention, BlockConfig, Stack
@@ -21,7 +21,7 @@ def config(**fields):
     return BlockConfig(
         features=FEATURES,
         num_heads=HEADS,
-        hidden_size=HIDDEN,
+        mlp_dim=HIDDEN,
         norm_epsilon=1e-5,
         key_bias=True,
         positions=None,
@@ -120,7 +120,7 @@ def test_attention_and_its_weights_equal_torch():
 
 def test_causal_attention_equals_torch():
     query, key, value = (floats(2, 6, HEADS, 4, seed=seed) for seed in range(3))
-    found = attention(query, key, value, mask=causal_mask(6))
+    found = dot_product_attention(query, key, value, mask=causal_mask(6))
     tensors = (torch.tensor(np.swapaxes(x, 1, 2)) for x in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
     assert_close(found, np.swapaxes(expected.numpy(), 1, 2))

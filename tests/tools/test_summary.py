@@ -70,7 +70,7 @@ def test_every_network_and_preset_of_the_families_has_a_name():
     facades = (jn.convolutional, jn.recurrent, jn.transformer)
     preset_names = {name for facade in facades for name in facade.__all__ if name.islower()}
     preset_names |= {name for name in vars(jn.feedforward) if name.startswith("mixer_")}
-    helpers = {"paint", "stack_layers", "unstack_layers", "recurrent_scan"}
+    helpers = {"inpaint", "stack_layers", "unstack_layers", "recurrent_scan"}
     helpers |= {"patch_whitening", "with_whitening"}
     assert preset_names - helpers <= set(registry.MODELS)
     classes = {type(model.network()) for model in registry.MODELS.values()}
@@ -140,7 +140,7 @@ class Step(nn.Module):
 
 
 class Composite(nn.Module):
-    """A shared layer, a scanned one, a rematerialised one, and a parameter of its own."""
+    """A shared layer, a scanned one, a rematerialized one, and a parameter of its own."""
 
     def setup(self):
         self.shared = nn.Dense(4)
@@ -159,7 +159,7 @@ class Composite(nn.Module):
         return jnp.sum(x) * self.gain
 
 
-def test_shared_scanned_and_rematerialised_layers_count_once():
+def test_shared_scanned_and_rematerialized_layers_count_once():
     result = summarize(Composite(), (2, 4), compiled=False)
     layers = {layer.path: layer for layer in result.layers}
     assert result.num_parameters == 20 + 3 + 3 * 20 + 20

@@ -105,7 +105,7 @@ def member_of(population, index):
 
 
 def check_report(report, name):
-    if not NETWORKS[name][0]:  # microbatches are seen one at a time by batch normalisation
+    if not NETWORKS[name][0]:  # microbatches are seen one at a time by batch normalization
         report.differences.pop("microbatched")
     expected = {"jit", "scan", "pmap", "replicated", "fsdp", "microbatched"}
     assert set(report.differences) >= expected - {"microbatched"}
@@ -117,7 +117,7 @@ def test_executors_agree_in_float32_under_momentum(name):
     step, state, batch = problem(name, optax.sgd(0.1, momentum=0.9))
     report = check_equivalence(step, state, batch, num_steps=3)
     check_report(report, name)
-    # The loss is a sum over the batch, about 10, whose neighbours in float32 are 1e-6 apart: its
+    # The loss is a sum over the batch, about 10, whose neighbors in float32 are 1e-6 apart: its
     # mean is compared, and everything else as it is.
     for found in report.differences.values():
         found["metrics/loss"] /= batch["weights"].sum()

@@ -22,9 +22,9 @@ BATCH = {
     "labels": RANDOM.integers(0, 3, 8).astype(np.int32),
     "weights": WEIGHTS,
 }
-DENSE = autoencoder.CoderConfig((4, 4, 1), features=(6,), activation="tanh")
-CONVOLUTIONAL = autoencoder.CoderConfig((4, 4, 1), "convolutional", (3,), "tanh")
-BLOCK = jn.BlockConfig(features=4, num_heads=1, hidden_size=4)
+DENSE = autoencoder.EncoderDecoderConfig((4, 4, 1), features=(6,), activation="tanh")
+CONVOLUTIONAL = autoencoder.EncoderDecoderConfig((4, 4, 1), "convolutional", (3,), "tanh")
+BLOCK = jn.BlockConfig(features=4, num_heads=1, mlp_dim=4)
 # name -> (constructor of the module, constructor of the objective)
 NETWORKS = {
     "dense": (lambda p: jn.Autoencoder(DENSE, latent_size=2, precision=p), jn.reconstruction),

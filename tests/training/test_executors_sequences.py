@@ -11,20 +11,20 @@ from checks import mostly_slow
 
 from jaxnets import recurrent, transformer
 from jaxnets.core import Precision, Update
-from jaxnets.objectives.sequence import ctc, language_modelling, sequence_to_sequence
+from jaxnets.objectives.sequence import ctc, language_modeling, sequence_to_sequence
 from jaxnets.objectives.supervised import classification
 from jaxnets.training.equivalence import check_equivalence
 from jaxnets.training.executors import jit_step, population_step, scan_steps
 from jaxnets.training.step import create_train_state, make_train_step
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
-SMALL = {"features": 8, "num_heads": 2, "hidden_size": 12}
+SMALL = {"features": 8, "num_heads": 2, "mlp_dim": 12}
 LLAMA = transformer.BlockConfig(
     **SMALL,
     positions="rotary",
     norm="rms",
     activation="swiglu",
-    num_key_value_heads=1,
+    num_kv_heads=1,
     use_bias=False,
     scan_layers=True,
 )
@@ -54,14 +54,14 @@ SPEECH = {
 # name -> (objective, constructor, batch)
 NETWORKS = {
     "gpt2": (
-        language_modelling,
+        language_modeling,
         lambda p: transformer.TransformerLM(
             11, num_layers=1, config=transformer.BlockConfig(**SMALL), max_length=8, precision=p
         ),
         LANGUAGE,
     ),
     "llama": (
-        language_modelling,
+        language_modeling,
         lambda p: transformer.TransformerLM(11, num_layers=2, config=LLAMA, precision=p),
         LANGUAGE,
     ),
@@ -73,7 +73,7 @@ NETWORKS = {
         SENTENCES,
     ),
     "masked_language_model": (
-        language_modelling,  # of labels that are the inputs, weighted where they are hidden
+        language_modeling,  # of labels that are the inputs, weighted where they are hidden
         # BERT's initial deviation of 0.02 is for hundreds of features; with 8 of them the norm in
         # front of the output makes gradients of ten.
         lambda p: transformer.MaskedLM(
@@ -99,19 +99,19 @@ NETWORKS = {
         AUDIO,
     ),
     "lstm_language_model": (
-        language_modelling,
+        language_modeling,
         lambda p: recurrent.RecurrentLM(11, embedding_size=4, hidden_size=4, precision=p),
         LANGUAGE,
     ),
     "min_gru_language_model": (
-        language_modelling,
+        language_modeling,
         lambda p: recurrent.RecurrentLM(
             11, embedding_size=4, hidden_size=4, cell="mingru", tie_embeddings=True, precision=p
         ),
         LANGUAGE,
     ),
     "min_lstm_language_model": (
-        language_modelling,
+        language_modeling,
         lambda p: recurrent.RecurrentLM(
             11, embedding_size=4, hidden_size=4, cell="minlstm", precision=p
         ),

@@ -24,7 +24,7 @@ from loop_problem import (
 
 from jaxnets.core import Mean
 from jaxnets.training.history import History, NonFiniteError
-from jaxnets.training.hooks import Checkpointing, evaluation, every
+from jaxnets.training.hooks import Checkpointing, every, validation
 from jaxnets.training.loop import evaluate, first_nonfinite, fit
 from jaxnets.training.writers import jsonl_writer
 
@@ -182,11 +182,11 @@ def test_hooks_and_writers_are_started_before_and_closed_after_an_error_too():
 def test_members_of_a_population_get_the_rows_of_their_solo_runs():
     states = [make_state(seed) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    hooks = [every(3, evaluation(jax.vmap(eval_step, (0, None)), [make_batch(99)]))]
+    hooks = [every(3, validation(jax.vmap(eval_step, (0, None)), [make_batch(99)]))]
     state, history = fit(population, stacked, source, num_steps=7, log_every=3, hooks=hooks)
     assert state.step.tolist() == [7, 7]
     for member, solo in enumerate(states):
-        hooks = [every(3, evaluation(eval_step, [make_batch(99)]))]
+        hooks = [every(3, validation(eval_step, [make_batch(99)]))]
         _, alone = fit(train_step, solo, source, num_steps=7, log_every=3, hooks=hooks)
         assert [sorted(row) for row in alone.rows] == [sorted(row) for row in history.rows]
         for row, other in zip(history.rows, alone.rows, strict=True):
@@ -364,7 +364,7 @@ def test_waiting_evaluating_and_saving_are_counted_apart_and_survive_a_resume(tm
         time.sleep(0.03)
         return {"loss": Mean.of(jnp.ones(1))}
 
-    hooks = [evaluation(slow_eval, [{}]), Checkpointing(tmp_path, every=2)]
+    hooks = [validation(slow_eval, [{}]), Checkpointing(tmp_path, every=2)]
     _, history = fit(train_step, make_state(), slow_source, num_steps=3, hooks=hooks)
     spent = history.spent
     assert set(spent) == {"batches", "evaluation", "checkpoints"}

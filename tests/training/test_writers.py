@@ -15,7 +15,7 @@ from loop_problem import make_state, source, train_step
 
 import jaxnets as jn
 from jaxnets.training.loop import fit
-from jaxnets.training.media import Histogram, Picture
+from jaxnets.training.media import Histogram, Image
 from jaxnets.training.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
 
@@ -24,7 +24,7 @@ def draw(step, state, metrics):
     return {
         "x/one": step,
         "x/list": [step, 2 * step],
-        "x/picture": Picture(np.full((4, 6), 0.5, np.float32)),
+        "x/picture": Image(np.full((4, 6), 0.5, np.float32)),
         "x/histogram": Histogram.of([0.0, 1.0, 1.0], num_bins=2),
     }
 
@@ -78,7 +78,7 @@ def test_media_go_to_writers_that_show_them_and_into_no_row(tmp_path):
 
 
 def test_a_hook_that_only_draws_adds_no_row(tmp_path):
-    only = lambda step, state, metrics: {"picture": Picture(np.zeros((2, 2)))}  # noqa: E731
+    only = lambda step, state, metrics: {"picture": Image(np.zeros((2, 2)))}  # noqa: E731
     _, history = fit(train_step, make_state(), source, num_steps=4, log_every=4, hooks=[only])
     assert [row["step"] for row in history.rows] == [4]
 
@@ -160,11 +160,11 @@ def test_wandb_without_its_package_says_what_to_install(monkeypatch):
 )
 def test_pictures_of_other_shapes_and_dtypes_are_refused(pixels, complaint):
     with pytest.raises(ValueError, match=complaint):
-        Picture(pixels)
+        Image(pixels)
 
 
 def test_pixels_beyond_the_range_are_cut_off():
-    pixels = Picture(jnp.array([[-1.0, 0.0, 0.5, 2.0, jnp.nan]])).as_uint8()
+    pixels = Image(jnp.array([[-1.0, 0.0, 0.5, 2.0, jnp.nan]])).as_uint8()
     assert pixels[0, :, 0].tolist() == [0, 0, 128, 255, 0]
 
 

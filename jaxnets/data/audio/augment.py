@@ -44,7 +44,7 @@ def spec_augment(
         num_time_masks: masks of frames.
         num_frequency_masks: masks of features.
         max_time_fraction: greatest part of an example that one mask of frames covers, p.
-        fill: what masks are filled with; 0 is the mean of standardised features.
+        fill: what masks are filled with; 0 is the mean of standardized features.
 
     Returns:
         The shape and dtype of `features`; frames beyond each length are 0.

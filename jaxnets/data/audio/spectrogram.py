@@ -1,7 +1,7 @@
 """Short-time spectra: framing, Fourier transform, mel filters, log-mel features, cepstra.
 
 Frames, windows and filters follow librosa, whose conventions torchaudio shares: a periodic Hann
-window in the middle of each frame, frame t centred on sample t hop, zeros beyond the ends.
+window in the middle of each frame, frame t centered on sample t hop, zeros beyond the ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def frame(samples: jax.Array, frame_length: int, hop: int, *, center: bool = Tru
             frame t starts on sample t * hop, and only whole frames are taken.
 
     Returns:
-        [..., frames, frame_length]; 1 + time // hop frames if centred (none of an empty signal),
+        [..., frames, frame_length]; 1 + time // hop frames if centered (none of an empty signal),
         else 1 + (time - frame_length) // hop.
 
     Raises:
@@ -140,7 +140,7 @@ def mel_filterbank(
     scale: Scale = "slaney",
     norm: Literal["slaney"] | None = "slaney",
 ) -> np.ndarray:
-    """Compute triangular filters whose centres are equally spaced on the mel scale.
+    """Compute triangular filters whose centers are equally spaced on the mel scale.
 
     Args:
         num_mels: number of filters.
@@ -179,8 +179,8 @@ def mel_filterbank(
         )
     edges = _to_hertz(np.linspace(_to_mel(low, scale), _to_mel(high, scale), num_mels + 2), scale)
     bins = np.linspace(0, sample_rate / 2, num_bins)[:, None]
-    left, centre, right = edges[None, :-2], edges[None, 1:-1], edges[None, 2:]
-    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    left, center, right = edges[None, :-2], edges[None, 1:-1], edges[None, 2:]
+    rising, falling = (bins - left) / (center - left), (right - bins) / (right - center)
     filters = np.maximum(0, np.minimum(rising, falling))
     empty = np.flatnonzero(~filters.any(axis=0))
     if empty.size:
@@ -336,7 +336,7 @@ def mfcc(log_mels: jax.Array, num_coefficients: int = 13) -> jax.Array:
 def standardize(features: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Give each feature of each example mean 0 and variance 1 over its frames.
 
-    This takes out the loudness of a recording and the colour of its microphone.
+    This takes out the loudness of a recording and the color of its microphone.
 
     Args:
         features: floating [batch, frames, channels].
@@ -355,15 +355,15 @@ def standardize(features: jax.Array, lengths: jax.Array | None = None) -> jax.Ar
 
     References:
         Viikki and Laurila 1998, Speech Communication 25 (cepstral mean and variance
-        normalisation).
+        normalization).
     """
     features, valid = clear_padding(features, lengths)
     valid = valid[..., None]
     count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1).astype(features.dtype)
     mean = jnp.sum(features, axis=1, keepdims=True) / count
-    centred = jnp.where(valid, features - mean, jnp.zeros((), features.dtype))
-    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / count
-    return centred * jax.lax.rsqrt(variance + 1e-5)
+    centered = jnp.where(valid, features - mean, jnp.zeros((), features.dtype))
+    variance = jnp.sum(jnp.square(centered), axis=1, keepdims=True) / count
+    return centered * jax.lax.rsqrt(variance + 1e-5)
 
 
 def _power_of_two(least: int) -> int:

@@ -319,7 +319,7 @@ def _grouped(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.nd
 
 
 def _joined(groups: list[np.ndarray], smallest: int) -> list[np.ndarray]:
-    """Join neighbours until each group has `smallest` examples."""
+    """Join neighbors until each group has `smallest` examples."""
     joined: list[np.ndarray] = []
     for group in groups:
         if joined and len(joined[-1]) < smallest:

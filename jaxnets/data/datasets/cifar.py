@@ -63,7 +63,7 @@ LAYOUTS = (BINARIES[0], ARCHIVE, JPEG)  # the file that stands for each
 def cifar10(
     directory: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> ImageDataset:
-    """Load CIFAR-10: 50,000 training and 10,000 test colour images.
+    """Load CIFAR-10: 50,000 training and 10,000 test color images.
 
     Three layouts are known, tried in this order in every place of the search order of
     `jaxnets.data.files` (sub-folders `cifar10`, `cifar-10-batches-bin`, `cifar10_jpeg`):

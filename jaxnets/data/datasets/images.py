@@ -18,7 +18,7 @@ _DIGITS_HELD_OUT = 360  # 20% of the 1,797 images, rounded up
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Images and labels in memory, with what is needed to normalise and name them.
+    """Images and labels in memory, with what is needed to normalize and name them.
 
     Attributes:
         name: for titles and reports.
@@ -55,7 +55,7 @@ class ImageDataset:
 def digits() -> ImageDataset:
     """Load scikit-learn's 8 x 8 handwritten digits, which need no download.
 
-    The 17 grey levels 0 ... 16 are spread over 0 ... 255. The split is ours and always the same:
+    The 17 gray levels 0 ... 16 are spread over 0 ... 255. The split is ours and always the same:
     1,437 training and 360 held-out images, stratified by class.
 
     Returns:

@@ -108,7 +108,7 @@ def spoken_digits(
 
     References:
         Jackson et al. 2018, Jakobovski/free-spoken-digit-dataset v1.0.8,
-        doi:10.5281/zenodo.1342401; licence CC BY-SA 4.0.
+        doi:10.5281/zenodo.1342401; license CC BY-SA 4.0.
     """
     if max_seconds is not None and max_seconds * _SAMPLE_RATE < 1:
         raise ValueError(f"max_seconds {max_seconds} leaves no sample; give a positive time")

@@ -199,7 +199,7 @@ def multi30k(
     """Load Multi30k task 1: captions of Flickr images in English and German.
 
     29,000 pairs for training, 1,014 for validation, and the 1,000 of test_2016_flickr. The
-    sentences are raw: neither tokenised nor lower-cased nor stripped.
+    sentences are raw: neither tokenized nor lower-cased nor stripped.
 
     Args:
         directory: where to look first for `train.en.gz` and the like, gzipped or not, themselves
@@ -271,7 +271,7 @@ def sst2(
     for file in SST2_FILES:
         path = fetch(file, directory, download=download)
         content = read_verified(path, file)
-        parts.append(decode_labelled(content, num_classes=len(class_names), name=str(path)))
+        parts.append(decode_labeled(content, num_classes=len(class_names), name=str(path)))
     return SentenceDataset("SST-2", parts[0], parts[1], parts[2], class_names)
 
 
@@ -304,7 +304,7 @@ def decode_pairs(
     return tuple(zip(*lines, strict=True))
 
 
-def decode_labelled(content: bytes, *, num_classes: int, name: str = "file") -> Sentences:
+def decode_labeled(content: bytes, *, num_classes: int, name: str = "file") -> Sentences:
     """Decode lines of a sentence, a tab and an integer label.
 
     Args:
@@ -320,7 +320,7 @@ def decode_labelled(content: bytes, *, num_classes: int, name: str = "file") -> 
             or not UTF-8. The message gives the number of the line.
 
     Example:
-        >>> decode_labelled(b"so good\\t1\\nso bad\\t0\\n", num_classes=2).labels.tolist()
+        >>> decode_labeled(b"so good\\t1\\nso bad\\t0\\n", num_classes=2).labels.tolist()
         [1, 0]
     """
     classes = {str(label): label for label in range(num_classes)}

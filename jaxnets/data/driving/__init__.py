@@ -9,7 +9,7 @@ Tracks are pure functions of a seed. Those for training, tuning and testing are 
 
 from jaxnets.data.driving.augment import (
     CAR_PLACE,
-    PIXELS_PER_METRE,
+    PIXELS_PER_METER,
     ZOOMING_DECISIONS,
     move_car,
     moved_controls,
@@ -55,7 +55,7 @@ __all__ = [
     "HALF_ROAD",
     "MAX_FRAMES",
     "NUM_WORLD_ROWS",
-    "PIXELS_PER_METRE",
+    "PIXELS_PER_METER",
     "TEST_SEEDS",
     "TRAINING_SEEDS",
     "TUNING_SEEDS",

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from jaxnets.data.driving.expert import FULL_LOCK, WHEELBASE, ExpertStyle
 
-#: Where the centre of the car is in the picture: row, column.
+#: Where the center of the car is in the picture: row, column.
 CAR_PLACE = (72.0, 48.0)
-#: Pixels a metre, up and across; the picture is flattened from 1000x800.
-PIXELS_PER_METRE = (16.2 * 96 / 800, 16.2 * 96 / 1000)
+#: Pixels a meter, up and across; the picture is flattened from 1000x800.
+PIXELS_PER_METER = (16.2 * 96 / 800, 16.2 * 96 / 1000)
 #: Decisions at the start of a drive, of four frames each, in which the camera zooms in.
 ZOOMING_DECISIONS = 13
 
@@ -30,7 +30,7 @@ def move_car(frames: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
 
     Args:
         frames: [batch, height, width, channels], uint8 or floating.
-        shift: metres to the left, [batch].
+        shift: meters to the left, [batch].
         turn: radians to the left, after the shift, [batch].
 
     Returns:
@@ -38,9 +38,9 @@ def move_car(frames: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
     """
     frames = jnp.asarray(frames)
     height, width = frames.shape[1:3]
-    down, across = PIXELS_PER_METRE
-    rows = (CAR_PLACE[0] - jnp.arange(height)) / down  # metres in front of the car
-    columns = (jnp.arange(width) - CAR_PLACE[1]) / across  # metres to its right
+    down, across = PIXELS_PER_METER
+    rows = (CAR_PLACE[0] - jnp.arange(height)) / down  # meters in front of the car
+    columns = (jnp.arange(width) - CAR_PLACE[1]) / across  # meters to its right
     filled = _without_car(frames)
 
     def one(frame: jax.Array, filled: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
@@ -69,8 +69,8 @@ def moved_controls(
 
     Args:
         controls: steering, gas and brake of the expert, [batch, 3].
-        speeds: in metres per second, [batch].
-        shift: metres to the left, [batch].
+        speeds: in meters per second, [batch].
+        shift: meters to the left, [batch].
         turn: radians to the left, [batch].
         style: of the expert.
 

@@ -18,7 +18,7 @@ TEST_SEEDS = range(100_000, 100_050)
 FRAME_SHAPE = (96, 96, 3)
 #: Rows of the picture that show the world; below them is a panel with instruments and score.
 NUM_WORLD_ROWS = 84
-#: Half the width of the road, in metres of the simulation.
+#: Half the width of the road, in meters of the simulation.
 HALF_ROAD = 40 / 6
 #: Frames after which a drive ends, as in the registered environment.
 MAX_FRAMES = 1000
@@ -33,9 +33,9 @@ class CarView:
     """Where the car is and how it moves, which its own driver cannot see.
 
     Attributes:
-        position: float64 [2], in metres.
+        position: float64 [2], in meters.
         forward: unit vector, float64 [2].
-        speed: in metres per second.
+        speed: in meters per second.
         yaw_rate: in radians per second, positive to the left.
     """
 
@@ -52,7 +52,7 @@ class Score:
     Attributes:
         points: 1000 for all tiles of the track, minus 0.1 a frame, minus 100 for leaving the field.
         frames: driven.
-        frames_off_road: frames after which the centre of the car was beside the road.
+        frames_off_road: frames after which the center of the car was beside the road.
         share_visited: of the tiles, in [0, 1].
         finished: whether the share of the tiles was visited at which gymnasium takes a lap for
             complete, 95%. (Gymnasium ends a drive only when all tiles were visited, or the first
@@ -79,7 +79,7 @@ class RacingCar:
     Attributes:
         frame: what the camera saw last, uint8 [96, 96, 3].
         score: of this drive.
-        track: centre line of this drive's track in the direction of driving, [points, 2].
+        track: center line of this drive's track in the direction of driving, [points, 2].
         over: whether the drive has ended: the lap is closed, the car has left the field, or the
             frames are used up.
 
@@ -145,7 +145,7 @@ class RacingCar:
             picture, reward, ended, _, _ = environment.step(controls)
             score.points += float(reward)
             score.frames += 1
-            score.frames_off_road += int(self.distance_to_centre() > HALF_ROAD)
+            score.frames_off_road += int(self.distance_to_center() > HALF_ROAD)
             score.share_visited = environment.tile_visited_count / len(environment.track)
             score.finished = score.share_visited >= environment.lap_complete_percent
             self.over = bool(ended) or score.frames == self._max_frames
@@ -162,12 +162,12 @@ class RacingCar:
 
     @property
     def speed(self) -> float:
-        """What the speedometer shows, in metres per second."""
+        """What the speedometer shows, in meters per second."""
         velocity = self._environment.car.hull.linearVelocity
         return float(np.hypot(velocity[0], velocity[1]))
 
-    def distance_to_centre(self) -> float:
-        """Return how far the car is from the nearest point of the centre line, in metres."""
+    def distance_to_center(self) -> float:
+        """Return how far the car is from the nearest point of the center line, in meters."""
         x, y = self._environment.car.hull.position
         return float(np.sqrt(((self.track - np.array([[x, y]])) ** 2).sum(axis=1).min()))
 

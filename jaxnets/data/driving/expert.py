@@ -1,4 +1,4 @@
-"""A driver that sees the whole track: it follows the centre line and brakes for the bends."""
+"""A driver that sees the whole track: it follows the center line and brakes for the bends."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class ExpertStyle:
     before the car has to brake for it, and so that a push costs little.
 
     Attributes:
-        lateral: sideways acceleration allowed in bends, in metres per second squared.
-        braking: deceleration that the plan counts on, in metres per second squared.
-        top_speed: in metres per second.
-        reach: metres from the car to the point it steers for, at rest.
-        reach_seconds: what a metre per second adds to the reach.
+        lateral: sideways acceleration allowed in bends, in meters per second squared.
+        braking: deceleration that the plan counts on, in meters per second squared.
+        top_speed: in meters per second.
+        reach: meters from the car to the point it steers for, at rest.
+        reach_seconds: what a meter per second adds to the reach.
         steering: factor on the angle of pure pursuit, which knows of no slip.
         damping: seconds; the turning of the car is held against by this times its yaw rate.
         preview: seconds; the speed is that planned for where the car will be then.
-        gas: pedal per metre per second that the car is too slow.
-        brake: pedal per metre per second that it is too fast.
+        gas: pedal per meter per second that the car is too slow.
+        brake: pedal per meter per second that it is too fast.
         ease: share of the gas that is taken back at full lock, lest the rear slides.
     """
 
@@ -56,16 +56,16 @@ class Expert:
     """A driver of one track.
 
     It steers by pure pursuit: the front wheels are turned so that a circle through the point of
-    the centre line some metres ahead would be driven, `atan(2 wheelbase sin(bearing) / distance)`.
+    the center line some meters ahead would be driven, `atan(2 wheelbase sin(bearing) / distance)`.
     Its speed at each point is the least of the top speed, of `sqrt(lateral / curvature)`, and of
     that from which the bends behind can still be braked for.
 
     Args:
-        track: centre line, a closed line in the direction of driving, [points, 2], in metres.
+        track: center line, a closed line in the direction of driving, [points, 2], in meters.
         style: how to drive.
 
     Attributes:
-        speeds: planned for each point of the track, in metres per second.
+        speeds: planned for each point of the track, in meters per second.
 
     Raises:
         ValueError: a track that is no line of points.
@@ -142,10 +142,10 @@ class Expert:
         distances = np.linalg.norm(self.track - view.position[None], axis=1)
         return int((distances - HALF_ROAD * (self._directions @ view.forward)).argmin())
 
-    def _ahead(self, start: int, metres: float) -> int:
+    def _ahead(self, start: int, meters: float) -> int:
         """Return the first point at least so far along the line from another one."""
         index, gone = start, 0.0
-        while gone < metres:
+        while gone < meters:
             gone += self._steps[index]
             index = (index + 1) % len(self.track)
         return index
@@ -156,7 +156,7 @@ def pursuit_angle(bearing: float, distance: float) -> float:
 
     Args:
         bearing: of the point, in radians to the left of where the car points.
-        distance: to it, in metres.
+        distance: to it, in meters.
 
     Returns:
         Radians to the left.

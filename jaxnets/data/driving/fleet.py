@@ -14,7 +14,7 @@ import numpy as np
 from jaxnets.data.driving.car import HALF_ROAD, MAX_FRAMES, RacingCar, Score
 from jaxnets.data.driving.expert import Expert, ExpertStyle
 
-# A recording ends when the car is so far from the centre line: there is nothing to learn there.
+# A recording ends when the car is so far from the center line: there is nothing to learn there.
 _LOST = 4 * HALF_ROAD
 
 
@@ -24,7 +24,7 @@ class Observation:
 
     Attributes:
         frames: uint8 [cars, 96, 96, 3].
-        speeds: in metres per second, float32 [cars].
+        speeds: in meters per second, float32 [cars].
         labels: what the expert would do, float32 [cars, 3].
         seeds: of the tracks, int32 [cars].
         decisions: number of earlier decisions of each drive, int32 [cars]; 0 starts one.
@@ -94,7 +94,7 @@ class Drive:
         seed: of the track.
         score: what it came to.
         arrays: one row a decision: "frames" uint8 [decisions, 96, 96, 3] if they were looked at,
-            "speeds" float32 [decisions] in metres per second, "controls" float32 [decisions, 3]
+            "speeds" float32 [decisions] in meters per second, "controls" float32 [decisions, 3]
             that drove the car, "labels" float32 [decisions, 3] of the expert, "seeds" and
             "decisions" int32 [decisions].
     """
@@ -248,7 +248,7 @@ class _Garage:
         else:
             self._cars[number][0].step(argument, look=config.look)
         car, seed, expert = self._cars[number]
-        over = car.over or (config.give_up and car.distance_to_centre() > _LOST)
+        over = car.over or (config.give_up and car.distance_to_center() > _LOST)
         frame = car.frame if config.look else None
         return _Seen(
             (frame, car.speed, expert.controls(car.view())), seed, car.score if over else None

@@ -181,9 +181,9 @@ def alternating_flip(images: jax.Array, numbers: jax.Array, epochs: jax.Array) -
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
-    """Set a random square of each image to zero, which after `normalize` is the mean colour.
+    """Set a random square of each image to zero, which after `normalize` is the mean color.
 
-    The centre is uniform over the pixels, so a square at the border is cut off.
+    The center is uniform over the pixels, so a square at the border is cut off.
 
     Args:
         key: random key.

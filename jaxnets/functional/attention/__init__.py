@@ -1,7 +1,7 @@
 """Attention: the formula, masks, positions, and how it is computed on each platform."""
 
-from jaxnets.functional.attention.dot_product import attention
-from jaxnets.functional.attention.masks import Reach, causal_mask, distances, window_mask
+from jaxnets.functional.attention.dot_product import dot_product_attention
+from jaxnets.functional.attention.masks import LocalMask, causal_mask, distances, window_mask
 from jaxnets.functional.attention.positions import (
     alibi_bias,
     alibi_slopes,
@@ -12,13 +12,13 @@ from jaxnets.functional.attention.positions import (
 from jaxnets.functional.attention.scores import attention_weights
 
 __all__ = [
-    "Reach",
+    "LocalMask",
     "alibi_bias",
     "alibi_slopes",
-    "attention",
     "attention_weights",
     "causal_mask",
     "distances",
+    "dot_product_attention",
     "relative_buckets",
     "rotary",
     "sinusoidal_positions",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jaxnets.functional.attention.masks import Reach, causal_mask, window_mask
+from jaxnets.functional.attention.masks import LocalMask, causal_mask, window_mask
 
 #: Attention as a function of query, key, value and mask.
 Formula = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -30,9 +30,9 @@ def fits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
     """Tell whether the kernel can compute the attention of these arrays in this process.
 
     Args:
-        query: [batch, queries, heads, size].
-        key: [batch, keys, key_value_heads, size].
-        value: [batch, keys, key_value_heads, value_size].
+        query: [batch, queries, heads, head_dim].
+        key: [batch, keys, kv_heads, head_dim].
+        value: [batch, keys, kv_heads, value_dim].
 
     Returns:
         True where every GPU of the process has the kernel, it takes the shapes and dtypes, and
@@ -62,38 +62,38 @@ def _capability() -> tuple[int, ...]:
     return min(tuple(map(int, str(each.compute_capability).split("."))) for each in devices)
 
 
-def fused_attention(
+def cudnn_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
     *,
     scale: float,
-    reach: Reach,
+    local_mask: LocalMask,
     formula: Formula,
 ) -> jax.Array:
-    """Compute `attention.attention`, without a bias, by the kernel.
+    """Compute `dot_product_attention`, without a bias, by the kernel.
 
     Args:
-        query: [batch, queries, heads, size].
-        key: [batch, keys, key_value_heads, size].
-        value: [batch, keys, key_value_heads, size].
+        query: [batch, queries, heads, head_dim].
+        key: [batch, keys, kv_heads, head_dim].
+        value: [batch, keys, kv_heads, head_dim].
         mask: bool, broadcasts to [batch, heads, queries, keys].
         scale: factor of the products.
-        reach: which keys a query may see by its place; a window is given to the kernel as a mask.
-        formula: computes the same, scale and reach included. Derivatives of the gradient are
+        local_mask: causal, window; the kernel gets a window as a mask.
+        formula: computes the same, scale and local_mask included. Derivatives of the gradient are
             derivatives of this.
 
     Returns:
-        [batch, queries, heads, size].
+        [batch, queries, heads, head_dim].
     """
-    compute = functools.partial(_even, scale=scale, causal=reach.causal)
-    if reach.window is not None:
-        own = window_mask(query.shape[1], window=reach.window)
+    compute = functools.partial(_even, scale=scale, causal=local_mask.causal)
+    if local_mask.window is not None:
+        own = window_mask(query.shape[1], window=local_mask.window)
         mask = own if mask is None else own & mask
     if mask is None:
         return _attention(query, key, value, None, compute, formula)
-    visible = mask & causal_mask(query.shape[1]) if reach.causal else mask
+    visible = mask & causal_mask(query.shape[1]) if local_mask.causal else mask
     sees_any = jnp.swapaxes(jnp.any(visible, axis=-1), 1, 2)[..., None]
     # The kernel reads one number for each query and key, of one head or all, one example or all.
     shape = (*mask.shape[:2], query.shape[1], key.shape[1])

@@ -12,12 +12,12 @@ import jax
 from jax import lax
 
 from jaxnets.functional.attention import cudnn
-from jaxnets.functional.attention.masks import Reach
+from jaxnets.functional.attention.masks import LocalMask
 from jaxnets.functional.attention.scores import check_shapes, with_four_axes
-from jaxnets.functional.attention.unfused import weighted_attention
+from jaxnets.functional.attention.unfused import unfused_attention
 
 
-def attention(
+def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -38,9 +38,9 @@ def attention(
     differentiable any number of times; forward mode is not supported.
 
     Args:
-        query: [batch, queries, heads, size].
-        key: [batch, keys, key_value_heads, size], where key_value_heads divides heads.
-        value: [batch, keys, key_value_heads, value_size], finite even where masked.
+        query: [batch, queries, heads, head_dim].
+        key: [batch, keys, kv_heads, head_dim], where kv_heads divides heads.
+        value: [batch, keys, kv_heads, value_dim], finite even where masked.
         mask: bool, broadcasts to [batch, heads, queries, keys]; False hides a key. A query that
             sees no key gives 0.
         bias: floating, broadcasts to [batch, heads, queries, keys].
@@ -51,7 +51,7 @@ def attention(
             `window_mask` of the time; with `causal` the last `window` ones, its own included.
 
     Returns:
-        [batch, queries, heads, value_size], of the dtype of `value`; the softmax is float32 or
+        [batch, queries, heads, value_dim], of the dtype of `value`; the softmax is float32 or
         wider.
 
     Raises:
@@ -59,7 +59,7 @@ def attention(
 
     Example:
         >>> x = jax.numpy.ones((2, 5, 4, 8))
-        >>> attention(x, x[:, :, :2], x[:, :, :2], causal=True).shape
+        >>> dot_product_attention(x, x[:, :, :2], x[:, :, :2], causal=True).shape
         (2, 5, 4, 8)
 
     References:
@@ -67,9 +67,9 @@ def attention(
         (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    reach, mask, bias = Reach(causal, window), with_four_axes(mask), with_four_axes(bias)
-    check_shapes(query, key, value, mask, bias, reach)
-    return _shared_attention(query, key, value, mask, bias, scale, reach)
+    local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
+    check_shapes(query, key, value, mask, bias, local_mask)
+    return _shared_attention(query, key, value, mask, bias, scale, local_mask)
 
 
 def _attention(
@@ -79,17 +79,19 @@ def _attention(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
-    reach: Reach,
+    local_mask: LocalMask,
 ) -> jax.Array:
     def by_weights(
         query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
-        return weighted_attention(query, key, value, mask, bias, scale, reach)
+        return unfused_attention(query, key, value, mask, bias, scale, local_mask)
 
     if bias is not None or not cudnn.fits(query, key, value):
         return by_weights(query, key, value, mask)
-    fused = functools.partial(cudnn.fused_attention, scale=scale, reach=reach, formula=by_weights)
-    # Not `by_platform`, whose derivatives compute again what these two save for their gradients.
+    fused = functools.partial(
+        cudnn.cudnn_attention, scale=scale, local_mask=local_mask, formula=by_weights
+    )
+    # Not our own `platform_dependent`: its derivatives recompute the residuals that these two save.
     return lax.platform_dependent(query, key, value, mask, cuda=fused, default=by_weights)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Reach(NamedTuple):
+class LocalMask(NamedTuple):
     """Which keys a query may see by its place, where queries and keys are of the same sequence.
 
     Attributes:

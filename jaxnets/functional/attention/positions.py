@@ -52,7 +52,7 @@ def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax
     is paired with feature i + size / 2, as in GPT-NeoX and the published LLaMA checkpoints.
 
     Args:
-        x: queries or keys, [batch, time, heads, size], size even.
+        x: queries or keys, [batch, time, heads, head_dim], size even.
         positions: integer [batch or 1, time].
         base: the slowest pair turns by about 1 / base a position.
 
@@ -63,7 +63,7 @@ def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax
         ValueError: an odd size.
 
     References:
-        Su et al. 2021, arXiv:2104.09864, section 3.2 (which pairs neighbours).
+        Su et al. 2021, arXiv:2104.09864, section 3.2 (which pairs neighbors).
     """
     wide = at_least_float32(x)
     angles = _angles(positions, x.shape[-1], base, wide.dtype)[:, :, None]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.functional.attention.masks import Reach
-from jaxnets.functional.lowering.layout import laid_out
+from jaxnets.functional.attention.masks import LocalMask
+from jaxnets.functional.lowering.layout import row_major
 
 # With fewer queries, copies of keys and values cost more than they save.
 _FEW_QUERIES = 4
@@ -35,9 +35,9 @@ def attention_weights(
     Raises:
         ValueError: shapes that do not fit together, or a window below 1.
     """
-    reach, mask, bias = Reach(causal, window), with_four_axes(mask), with_four_axes(bias)
-    check_shapes(query, key, key, mask, bias, reach)
-    own = reach.mask(*(jnp.arange(x.shape[1])[None] for x in (query, key)))
+    local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
+    check_shapes(query, key, key, mask, bias, local_mask)
+    own = local_mask.mask(*(jnp.arange(x.shape[1])[None] for x in (query, key)))
     visible = both(mask, own)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     weights = jax.nn.softmax(scores(query, key, visible, bias, scale), axis=-1)
@@ -49,10 +49,10 @@ def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
 
     Args:
         weights: [batch, heads, queries, keys].
-        value: [batch, keys, key_value_heads, value_size].
+        value: [batch, keys, kv_heads, value_dim].
 
     Returns:
-        [batch, queries, heads, value_size], of the dtype of `value`.
+        [batch, queries, heads, value_dim], of the dtype of `value`.
     """
     return jnp.swapaxes(sum_values(weights, value).astype(value.dtype), 1, 2)
 
@@ -68,7 +68,7 @@ def check_shapes(
     value: jax.Array,
     mask: jax.Array | None,
     bias: jax.Array | None,
-    reach: Reach,
+    local_mask: LocalMask,
 ) -> None:
     """Refuse shapes that do not fit together.
 
@@ -79,15 +79,17 @@ def check_shapes(
     if key_batch != batch or key_size != size or heads % groups:
         raise ValueError(
             f"queries of shape {query.shape} do not fit keys of shape {key.shape}; both are "
-            "[batch, time, heads, size], where the number of key heads divides that of queries"
+            "[batch, time, heads, head_dim], where the number of key heads divides that of queries"
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"values of shape {value.shape} do not fit keys of shape {key.shape}; give one for "
             "each key, [batch, time, heads, any size]"
         )
-    if reach != Reach() and keys != queries:
-        kind, mask_name = ("causal", "causal_mask") if reach.causal else ("window", "window_mask")
+    if local_mask != LocalMask() and keys != queries:
+        kind, mask_name = (
+            ("causal", "causal_mask") if local_mask.causal else ("window", "window_mask")
+        )
         raise ValueError(
             f"{kind} attention has as many queries as keys, not {queries} and {keys}; give "
             f"mask={mask_name}(positions of the queries, positions of the keys, ...) instead"
@@ -119,7 +121,7 @@ def scores(
 ) -> jax.Array:
     """Return scale query key^T + bias, the smallest number where a key is hidden.
 
-    The arguments are those of `attention.attention`, mask and bias with four axes.
+    The arguments are those of `dot_product_attention`, mask and bias with four axes.
 
     Returns:
         [batch, heads, queries, keys], float32 or wider.
@@ -127,7 +129,7 @@ def scores(
     (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
     # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
     # that share a key follow each other as further rows.
-    rows = laid_out(grouped_rows(query, groups))
+    rows = row_major(grouped_rows(query, groups))
     products = product(rows, heads_in_front(key, queries), turned=True)
     found = scale * products.reshape(batch, heads, queries, keys)
     found = found if bias is None else found + bias.astype(found.dtype)
@@ -179,10 +181,10 @@ def _of_queries_that_see(mask: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def sum_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Multiply weights [batch, heads, queries, keys] with values [batch, keys, groups, value_size].
+    """Multiply weights [batch, heads, queries, keys] with values [batch, keys, groups, value_dim].
 
     Returns:
-        [batch, heads, queries, value_size], float32 or wider.
+        [batch, heads, queries, value_dim], float32 or wider.
     """
     batch, heads, queries, keys = weights.shape
     groups, size = value.shape[2:]
@@ -191,7 +193,7 @@ def sum_values(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def grouped_rows(x: jax.Array, groups: int) -> jax.Array:
-    """Bring [batch, queries, heads, size] to [batch, groups, heads of a group * queries, size]."""
+    """Map [batch, queries, heads, size] to [batch, groups, heads of a group * queries, size]."""
     batch, queries, heads, size = x.shape
     return jnp.swapaxes(x, 1, 2).reshape(batch, groups, heads // groups * queries, size)
 
@@ -199,7 +201,7 @@ def grouped_rows(x: jax.Array, groups: int) -> jax.Array:
 def heads_in_front(x: jax.Array, queries: int) -> jax.Array:
     """Bring keys or values [batch, keys, groups, size] to [batch, groups, keys, size]."""
     turned = jnp.swapaxes(x, 1, 2)
-    return turned if queries < _FEW_QUERIES else laid_out(turned)
+    return turned if queries < _FEW_QUERIES else row_major(turned)
 
 
 def product(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
@@ -222,8 +224,8 @@ def product_over_queries(scores: jax.Array, rows: jax.Array, *, keys_axis: int) 
         are few the product is slower, by more than that.
     """
     if keys_axis == 3:
-        return product(laid_out(jnp.swapaxes(rows, 2, 3)), scores)
+        return product(row_major(jnp.swapaxes(rows, 2, 3)), scores)
     turned = jnp.swapaxes(scores, 2, 3)
     # Read through strides as fast in float32; and nothing keeps a copy of the weights from being
     # made in the forward pass already, and held until it is read.
-    return product(laid_out(turned) if turned.dtype.itemsize < 4 else turned, laid_out(rows))
+    return product(row_major(turned) if turned.dtype.itemsize < 4 else turned, row_major(rows))

@@ -1,8 +1,8 @@
-"""How attention is divided: in blocks of queries, each with the keys that it may see.
+"""How attention is divided: in tiles of queries, each with the keys that it may see.
 
-On CPU a block is multiplied with those keys only, which spares nearly half of the products and of
+On CPU a tile is multiplied with those keys only, which spares nearly half of the products and of
 the weights of causal attention, and most of them where a window is narrow; and the scores of a
-block are still in the cache when they become weights. Of long contexts each row of the batch and
+tile are still in the cache when they become weights. Of long contexts each row of the batch and
 each key head is computed by itself, and the weights are computed again for the gradient.
 """
 
@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.functional.attention.masks import Reach
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.attention.masks import LocalMask
+from jaxnets.functional.lowering.platforms import platform_dependent
 
-# Fewer queries a block make slower products; more blocks, longer programs. Where every query
-# sees every key nothing is spared, and blocks pay only where the scores of all queries leave the
+# Fewer queries a tile make slower products; more tiles, longer programs. Where every query
+# sees every key nothing is spared, and tiles pay only where the scores of all queries leave the
 # cache.
 _BLOCK, _LARGE_BLOCK, _LONG, _MOST_BLOCKS = 64, 128, 512, 8
 _MANY_KEYS = 1024
@@ -32,7 +32,7 @@ _MANY_KEYS = 1024
 _MANY_WEIGHTS, _MANY_NARROW_WEIGHTS = 1 << 20, 1 << 22
 
 
-class Block(NamedTuple):
+class Tile(NamedTuple):
     """Queries from `begin` up to `end`, and the keys from `first` up to `last` for them."""
 
     begin: int
@@ -65,66 +65,68 @@ class Block(NamedTuple):
         return jnp.pad(x, [(0, 0), (0, 0), rows, columns])
 
 
-class Plan(NamedTuple):
-    """All queries in blocks.
+class Tiling(NamedTuple):
+    """All queries in tiles.
 
     Attributes:
-        blocks: whose queries follow each other.
-        alone: whether each row of the batch and each key head is computed by itself, in a loop,
+        tiles: whose queries follow each other.
+        per_head: whether each row of the batch and each key head is computed by itself, in a loop,
             and the weights again for the gradient.
     """
 
-    blocks: tuple[Block, ...]
-    alone: bool = False
+    tiles: tuple[Tile, ...]
+    per_head: bool = False
 
 
-class Plans(NamedTuple):
-    """One plan for each kind of program, named as by `by_platform`."""
+class TilingPerPlatform(NamedTuple):
+    """One tiling for each kind of program, named as by `platform_dependent`."""
 
-    cpu: Plan
-    default: Plan
-    partitioned: Plan | None
+    cpu: Tiling
+    default: Tiling
+    partitioned: Tiling | None
 
-    def distinct(self) -> set[Plan]:
+    def distinct(self) -> set[Tiling]:
         """Return the plans."""
         return {each for each in self if each is not None}
 
     def choose(self, function: Callable[..., Any], *operands: Any) -> Any:
-        """Apply a function of a plan and of the operands with the plan of the platform."""
+        """Apply a function of a tiling and of the operands with the tiling of the platform."""
         if len(self.distinct()) == 1:
             return function(self.default, *operands)
         of_plans = {
             name: each and functools.partial(function, each)
             for name, each in self._asdict().items()
         }
-        return by_platform(*operands, **of_plans)
+        return platform_dependent(*operands, **of_plans)
 
 
-def plans(query: jax.Array, key: jax.Array, reach: Reach, *, divisible: bool) -> Plans:
+def tilings(
+    query: jax.Array, key: jax.Array, local_mask: LocalMask, *, divisible: bool
+) -> TilingPerPlatform:
     """Divide attention for all platforms.
 
     Args:
-        query: [batch, queries, heads, size].
-        key: [batch, keys, key_value_heads, size].
-        reach: which of the keys a query may see.
+        query: [batch, queries, heads, head_dim].
+        key: [batch, keys, kv_heads, head_dim].
+        local_mask: which of the keys a query may see.
         divisible: whether rows and heads may be computed by themselves, in a loop.
     """
     queries, keys = query.shape[1], key.shape[1]
-    narrow = reach != Reach()
+    narrow = local_mask != LocalMask()
     rows = _BLOCK if narrow and queries < _LONG else _LARGE_BLOCK
     several = narrow or keys >= _MANY_KEYS
     count = max(1, min(_MOST_BLOCKS, queries // rows)) if several else 1
     bounds = itertools.pairwise(queries * number // count for number in range(count + 1))
-    blocks = tuple(Block(*each, *reach.keys_of(*each, keys)) for each in bounds)
+    tiles = tuple(Tile(*each, *local_mask.keys_of(*each, keys)) for each in bounds)
     many = _MANY_WEIGHTS if query.dtype.itemsize >= 4 else _MANY_NARROW_WEIGHTS
     # What is split over devices by its type cannot be taken apart.
     whole = not any(axis for x in (query, key) for axis in jax.typeof(x).sharding.spec)
-    alone = divisible and whole and queries * keys >= many
-    return Plans(
-        cpu=Plan(blocks, alone),
-        default=Plan((Block(0, queries, 0, keys),)),
+    per_head = divisible and whole and queries * keys >= many
+    return TilingPerPlatform(
+        cpu=Tiling(tiles, per_head),
+        default=Tiling((Tile(0, queries, 0, keys),)),
         # A loop over rows or heads would gather a batch or heads that are split over devices.
-        partitioned=Plan(blocks) if alone else None,
+        partitioned=Tiling(tiles) if per_head else None,
     )
 
 

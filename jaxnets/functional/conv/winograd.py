@@ -1,6 +1,6 @@
 """Convolutions of 3 taps by fewer products: Winograd's minimal filtering F(2, 3).
 
-Two neighbouring outputs of 3 taps are 6 products. Sums of the 4 inputs that they see, and of the
+Two neighboring outputs of 3 taps are 6 products. Sums of the 4 inputs that they see, and of the
 taps, need 4 products for the same: in two dimensions 16 instead of 36. Summing costs memory
 traffic, so the tiles of a chunk of the batch stay in the cache between their sums and products.
 In float32 the outputs differ from those of the plain formula by 1e-6 to 2e-6 of the largest.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.functional.lowering.chunks import map_chunks, sum_over_chunks
-from jaxnets.functional.lowering.layout import computed_once
+from jaxnets.functional.lowering.layout import materialize
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.windows import Axes, Pairs
 
@@ -164,7 +164,7 @@ def _kernel_tiles(kernel: jax.Array) -> _Tiles:
     tiles: _Tiles = {(): kernel}
     for _ in range(kernel.ndim - 2):
         tiles = {
-            (*p, i): computed_once(s)
+            (*p, i): materialize(s)
             for p, taps in tiles.items()
             for i, s in enumerate(_tap_sums(list(taps)))
         }
@@ -202,7 +202,7 @@ def _pad(x: jax.Array, extents: Sequence[int], lows: Sequence[int]) -> jax.Array
         (low, extent - size - low, 0)
         for low, extent, size in zip(lows, extents, x.shape[1:-1], strict=True)
     ]
-    return computed_once(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)]))
+    return materialize(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)]))
 
 
 def _every_second(x: jax.Array, axis: int, count: int, starts: int) -> list[jax.Array]:

@@ -2,21 +2,21 @@
 
 from jaxnets.functional.lowering.chunks import map_chunks, sum_over_chunks
 from jaxnets.functional.lowering.layout import (
-    are_few,
-    computed_once,
-    laid_out,
-    turned,
-    turned_where_few,
+    batch_innermost_if_few,
+    is_few,
+    materialize,
+    row_major,
+    swap_batch_and_channels,
 )
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.platforms import platform_dependent
 
 __all__ = [
-    "are_few",
-    "by_platform",
-    "computed_once",
-    "laid_out",
+    "batch_innermost_if_few",
+    "is_few",
     "map_chunks",
+    "materialize",
+    "platform_dependent",
+    "row_major",
     "sum_over_chunks",
-    "turned",
-    "turned_where_few",
+    "swap_batch_and_channels",
 ]

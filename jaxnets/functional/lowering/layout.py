@@ -19,23 +19,23 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.platforms import platform_dependent
 
 # With 32 channels on both sides it takes up to 1.4 times as long.
 _FEW = 16
 
 
-def are_few(channels: int) -> bool:
+def is_few(channels: int) -> bool:
     """Whether arrays of so many channels are computed with the batch innermost on CPU."""
     return channels <= _FEW
 
 
-def turned(x: jax.Array) -> jax.Array:
+def swap_batch_and_channels(x: jax.Array) -> jax.Array:
     """Swap batch and channels: [batch, ..., channels] to [channels, ..., batch], and back."""
     return jnp.swapaxes(x, 0, -1)
 
 
-def turned_where_few(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def batch_innermost_if_few(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """Apply a function for which the first and the last axis are alike.
 
     Args:
@@ -45,9 +45,9 @@ def turned_where_few(function: Callable[..., jax.Array], *arrays: jax.Array) -> 
     Returns:
         What `function` returns, computed with the batch innermost where the channels are few.
     """
-    if not are_few(arrays[0].shape[-1]):
+    if not is_few(arrays[0].shape[-1]):
         return function(*arrays)
-    return turned(function(*map(turned, arrays)))
+    return swap_batch_and_channels(function(*map(swap_batch_and_channels, arrays)))
 
 
 @jax.jit
@@ -57,7 +57,7 @@ def _identity(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
-def computed_once(x: jax.Array) -> jax.Array:
+def materialize(x: jax.Array) -> jax.Array:
     """Write an array down once, for all loops that read it, instead of computing it in each.
 
     `lax.optimization_barrier` does not do that: the compiler drops it before it merges loops. A
@@ -72,7 +72,7 @@ def computed_once(x: jax.Array) -> jax.Array:
 
     Example:
         >>> def double(x):
-        ...     return computed_once(x + x)
+        ...     return materialize(x + x)
         >>> 'inlineable="false"' in jax.jit(double).lower(1.0).compile().as_text()
         True
     """
@@ -80,7 +80,7 @@ def computed_once(x: jax.Array) -> jax.Array:
         return _identity(x)
 
 
-def laid_out(x: jax.Array) -> jax.Array:
+def row_major(x: jax.Array) -> jax.Array:
     """On CPU, write an array down in the order of its axes before it is read.
 
     Args:
@@ -92,10 +92,10 @@ def laid_out(x: jax.Array) -> jax.Array:
 
     # A constraint of the layout gathers an array that is split over devices. A result that is
     # written down lies in that order, too, but is a copy more where a loop could write it.
-    return by_platform(x, cpu=_row_by_row, default=_as_it_is, partitioned=computed_once)
+    return platform_dependent(x, cpu=_row_by_row, default=_as_it_is, partitioned=materialize)
 
 
-# Not inside of `laid_out`: of one and the same function JAX remembers what it traced.
+# Not inside of `row_major`: of one and the same function JAX remembers what it traced.
 def _as_it_is(x: jax.Array) -> jax.Array:
     return x
 

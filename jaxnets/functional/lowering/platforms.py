@@ -23,7 +23,7 @@ _ArrayFunction = Callable[..., list[jax.Array]]
 _CPU, _PARTITIONED = "cpu", "partitioned"
 
 
-def by_platform(
+def platform_dependent(
     *operands: Any, cpu: _Function, default: _Function, partitioned: _Function | None = None
 ) -> Any:
     """Apply one function on CPU and another one elsewhere.
@@ -61,7 +61,7 @@ def by_platform(
     return jax.tree.unflatten(jax.tree.structure(returned["default"]), results)
 
 
-_choice = Primitive("by_platform")
+_choice = Primitive("platform_dependent")
 _choice.multiple_results = True
 
 
@@ -154,7 +154,7 @@ def _changed(
 ) -> list[jax.Array]:
     """Choose between the transforms of the functions of a choice."""
     functions = {name: transform(jaxpr_as_fun(each)) for name, each in branches.items()}
-    return by_platform(*arrays, **functions)
+    return platform_dependent(*arrays, **functions)
 
 
 def _with_others_fixed(

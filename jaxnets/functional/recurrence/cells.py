@@ -47,7 +47,7 @@ class LSTMCell(Cell):
         forget_bias: initial bias of the forget gate; 1 lets gradients through from the start.
         peephole: let the input and forget gates see c and the output gate see c', each through
             one weight per unit.
-        layer_norm: normalise x W, h U and the c' that the output sees.
+        layer_norm: normalize x W, h U and the c' that the output sees.
 
     Differs from the paper of the layer norm: the biases of the first two norms, which would be
     added to b, are left out.

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.functional.lowering.layout import laid_out
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.layout import row_major
+from jaxnets.functional.lowering.platforms import platform_dependent
 
 # A kernel of fewer numbers goes on the right: packed, it stays in the nearest caches. From here on
 # the left side takes 0.3 to 1 of the time for up to 128 rows (JAX 0.10 and 0.12, 2 cores).
@@ -34,10 +34,10 @@ class LoopKernel(NamedTuple):
 
     @classmethod
     def of(cls, kernel: jax.Array) -> LoopKernel:
-        return cls(kernel, laid_out(kernel.T))
+        return cls(kernel, row_major(kernel.T))
 
 
-def loop_products(
+def loop_matmuls(
     kernels: Sequence[jax.Array], *, steps: int
 ) -> list[Callable[[jax.Array], jax.Array]]:
     """Return the product with each of the kernels, for a loop of so many steps.
@@ -60,11 +60,11 @@ def multiply(kernel: jax.Array, rows: jax.Array) -> jax.Array:
     Returns:
         [rows, columns], float32 or wider.
     """
-    return _wide_product(rows.astype(kernel.dtype), kernel)
+    return _accumulating_matmul(rows.astype(kernel.dtype), kernel)
 
 
 @jax.custom_vjp
-def tapped_product(kernel: LoopKernel, tap: jax.Array, rows: jax.Array) -> jax.Array:
+def matmul_with_tap(kernel: LoopKernel, tap: jax.Array, rows: jax.Array) -> jax.Array:
     """Multiply, with the cotangent of the product going to `tap` instead of to the kernel.
 
     Args:
@@ -78,17 +78,19 @@ def tapped_product(kernel: LoopKernel, tap: jax.Array, rows: jax.Array) -> jax.A
     return _multiply(*kernel, rows)
 
 
-def _tapped_forward(
+def _matmul_with_tap_forward(
     kernel: LoopKernel, tap: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, LoopKernel]:
     return _multiply(*kernel, rows), kernel
 
 
-def _tapped_backward(kernel: LoopKernel, cotangent: jax.Array) -> tuple[None, jax.Array, jax.Array]:
+def _matmul_with_tap_backward(
+    kernel: LoopKernel, cotangent: jax.Array
+) -> tuple[None, jax.Array, jax.Array]:
     return None, cotangent, _multiply(kernel.transposed, kernel.plain, cotangent)
 
 
-tapped_product.defvjp(_tapped_forward, _tapped_backward)
+matmul_with_tap.defvjp(_matmul_with_tap_forward, _matmul_with_tap_backward)
 
 
 def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
@@ -104,11 +106,11 @@ def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
     rows, cotangents = (array.reshape(-1, array.shape[-1]) for array in (rows, cotangents))
     columns = rows.T
     if cotangents.shape[-1] % _ALIASED_FEATURES == 0 or rows.dtype == jnp.bfloat16:
-        columns = laid_out(columns)
-    return _wide_product(columns, cotangents).astype(rows.dtype)
+        columns = row_major(columns)
+    return _accumulating_matmul(columns, cotangents).astype(rows.dtype)
 
 
-def _wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
+def _accumulating_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     # Of bfloat16 too: the CPU's kernels are fast for a float32 result only (JAX 0.10).
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(x, y, preferred_element_type=wide)
@@ -117,7 +119,7 @@ def _wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
 def _multiply(kernel: jax.Array, transposed: jax.Array, rows: jax.Array) -> jax.Array:
     if kernel.size < _LARGE_KERNEL or kernel.dtype != jnp.float32:
         return multiply(kernel, rows)
-    return by_platform(
+    return platform_dependent(
         kernel,
         transposed,
         rows,

@@ -26,9 +26,9 @@ from jaxnets.functional.matmul import linear
 from jaxnets.functional.recurrence.loop_matmul import (
     LoopKernel,
     kernel_gradient,
-    loop_products,
+    loop_matmuls,
+    matmul_with_tap,
     multiply,
-    tapped_product,
 )
 
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -190,7 +190,7 @@ def _scan(
     carry: Carry,
     valid: jax.Array | None,
 ) -> tuple[jax.Array, Carry]:
-    products = loop_products(kernels, steps=len(projected))
+    products = loop_matmuls(kernels, steps=len(projected))
 
     def advance(carry: Carry, inputs: tuple[Gates, jax.Array | None]) -> tuple[Carry, jax.Array]:
         now, valid = inputs
@@ -247,7 +247,7 @@ def _scan_forward(
 
             def product(kernel: LoopKernel, tap: jax.Array, hidden: jax.Array) -> jax.Array:
                 multiplied.append(hidden)
-                return tapped_product(kernel, tap, hidden)
+                return matmul_with_tap(kernel, tap, hidden)
 
             products = [
                 functools.partial(product, kernel, tap)

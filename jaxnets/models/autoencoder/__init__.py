@@ -1,9 +1,9 @@
 """Autoencoders: plain, variational, of discrete codes; what can be done with a trained one."""
 
 from jaxnets.models.autoencoder.encoder_decoder import (
-    CoderConfig,
     Decoder,
     Encoder,
+    EncoderDecoderConfig,
     ResidualBlock,
     TiedDense,
 )
@@ -15,7 +15,7 @@ from jaxnets.models.autoencoder.latent_space import (
     reconstruct,
     sample,
 )
-from jaxnets.models.autoencoder.plain import Autoencoder, Coded, keep_largest
+from jaxnets.models.autoencoder.plain import Autoencoder, AutoencoderOutput, keep_largest
 from jaxnets.models.autoencoder.variational import (
     PYTORCH_INIT,
     VAE,
@@ -34,10 +34,10 @@ __all__ = [
     "VAE",
     "VQVAE",
     "Autoencoder",
-    "Coded",
-    "CoderConfig",
+    "AutoencoderOutput",
     "Decoder",
     "Encoder",
+    "EncoderDecoderConfig",
     "Quantized",
     "ResidualBlock",
     "TiedDense",

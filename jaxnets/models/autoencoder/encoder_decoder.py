@@ -32,7 +32,7 @@ from jaxnets.layers import (
 
 
 @dataclasses.dataclass(frozen=True)
-class CoderConfig:
+class EncoderDecoderConfig:
     """What the two halves of an autoencoder look like.
 
     Attributes:
@@ -53,7 +53,7 @@ class CoderConfig:
         ValueError: a field is out of range.
 
     Example:
-        >>> CoderConfig((28, 28, 1), "convolutional", (16, 32)).code_shape
+        >>> EncoderDecoderConfig((28, 28, 1), "convolutional", (16, 32)).code_shape
         (7, 7, 32)
     """
 
@@ -77,7 +77,7 @@ class CoderConfig:
         if len(self.image_shape) != 3:
             raise ValueError(
                 f"image_shape={self.image_shape} must be (height, width, channels); add a channel "
-                "axis of 1 to grey images"
+                "axis of 1 to gray images"
             )
         if self.kind not in ("dense", "convolutional"):
             raise ValueError(f"kind is {self.kind!r}; choose 'dense' or 'convolutional'")
@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         precision: dtypes.
     """
 
-    config: CoderConfig
+    config: EncoderDecoderConfig
     precision: Precision = Precision()
 
     @nn.compact
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
         precision: dtypes.
     """
 
-    config: CoderConfig
+    config: EncoderDecoderConfig
     num_parameters: int = 1
     precision: Precision = Precision()
 
@@ -294,7 +294,7 @@ class Decoder(nn.Module):
         return x
 
 
-def _shared(config: CoderConfig, precision: Precision) -> dict[str, Any]:
+def _shared(config: EncoderDecoderConfig, precision: Precision) -> dict[str, Any]:
     """Return what a norm and an activation need of the layer in front of them."""
     return {
         "use_bias": config.norm is None,
@@ -303,18 +303,18 @@ def _shared(config: CoderConfig, precision: Precision) -> dict[str, Any]:
     }
 
 
-def _linear(config: CoderConfig, precision: Precision) -> dict[str, Any]:
+def _linear(config: EncoderDecoderConfig, precision: Precision) -> dict[str, Any]:
     return {"kernel_init": config.linear_init, "precision": precision}
 
 
 def _activated(
-    x: jax.Array, config: CoderConfig, name: str, *, train: bool, precision: Precision
+    x: jax.Array, config: EncoderDecoderConfig, name: str, *, train: bool, precision: Precision
 ) -> jax.Array:
     x = normalize(x, config.norm, train=train, name=name, precision=precision)
     return activation(config.activation)(x)
 
 
-def _blocks(x: jax.Array, config: CoderConfig, precision: Precision) -> jax.Array:
+def _blocks(x: jax.Array, config: EncoderDecoderConfig, precision: Precision) -> jax.Array:
     for index in range(config.num_blocks):
         x = ResidualBlock(config.hidden_init, precision, name=f"block_{index}")(x)
     return nn.relu(x) if config.num_blocks else x

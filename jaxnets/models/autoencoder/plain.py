@@ -17,14 +17,14 @@ from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.layers import Dense
-from jaxnets.models.autoencoder.encoder_decoder import CoderConfig, Decoder, Encoder
+from jaxnets.models.autoencoder.encoder_decoder import Decoder, Encoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import (
     Likelihood,
     SquaredError,
 )
 
 
-class Coded(NamedTuple):
+class AutoencoderOutput(NamedTuple):
     """What an autoencoder returns.
 
     Attributes:
@@ -56,7 +56,7 @@ class Autoencoder(nn.Module):
         ValueError: a field is out of range.
 
     Example:
-        >>> module = Autoencoder(CoderConfig((8, 8, 1), features=(32,)), latent_size=4)
+        >>> module = Autoencoder(EncoderDecoderConfig((8, 8, 1), features=(32,)), latent_size=4)
         >>> images = jnp.ones((2, 8, 8, 1))
         >>> variables = module.init(jax.random.key(0), images)
         >>> outputs, code = module.apply(variables, images)
@@ -68,7 +68,7 @@ class Autoencoder(nn.Module):
         (k-sparse). Differs from it: as many numbers are kept in evaluation as in training.
     """
 
-    config: CoderConfig
+    config: EncoderDecoderConfig
     latent_size: int = 32
     likelihood: Likelihood = SquaredError()
     tied: bool = False
@@ -101,7 +101,7 @@ class Autoencoder(nn.Module):
         self.code = Dense(self.latent_size, kernel_init=config.linear_init, precision=policy)
         self.decoder = Decoder(config, self.likelihood.num_parameters, policy)
 
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> Coded:
+    def __call__(self, inputs: jax.Array, *, train: bool = False) -> AutoencoderOutput:
         """Encode and decode images [batch, height, width, channels]; records "features".
 
         Args:
@@ -109,14 +109,14 @@ class Autoencoder(nn.Module):
             train: training mode.
 
         Returns:
-            Coded.
+            AutoencoderOutput.
 
         Raises:
             ValueError: images of another size.
         """
         code = self.encode(inputs, train=train)
         record(self, "features", code)
-        return Coded(self.decode(code, train=train), code)
+        return AutoencoderOutput(self.decode(code, train=train), code)
 
     def encode(
         self, images: jax.Array, labels: jax.Array | None = None, *, train: bool = False

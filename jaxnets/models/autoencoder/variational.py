@@ -13,7 +13,7 @@ from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.gaussian import draw_code, normal_divergence
 from jaxnets.layers import Dense
-from jaxnets.models.autoencoder.encoder_decoder import CoderConfig, Decoder, Encoder
+from jaxnets.models.autoencoder.encoder_decoder import Decoder, Encoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import Bernoulli, Likelihood
 
 
@@ -49,7 +49,7 @@ class VAE(nn.Module):
         ValueError: a field is out of range.
 
     Example:
-        >>> module = VAE(CoderConfig((8, 8, 1), "convolutional", (8, 16)), latent_size=2)
+        >>> module = VAE(EncoderDecoderConfig((8, 8, 1), "convolutional", (8, 16)), latent_size=2)
         >>> images = jnp.ones((3, 8, 8, 1))
         >>> outputs, mean, log_variance = module.apply(
         ...     module.init(jax.random.key(0), images), images
@@ -63,7 +63,7 @@ class VAE(nn.Module):
         (conditional). Differs from the latter: the prior does not depend on the class.
     """
 
-    config: CoderConfig
+    config: EncoderDecoderConfig
     latent_size: int = 20
     likelihood: Likelihood = Bernoulli()
     num_classes: int | None = None
@@ -220,7 +220,7 @@ def vae_pytorch_example(**fields: Any) -> VAE:
         from Flax's: its hidden layer has 500 units, as in Kingma and Welling's figure 2.
     """
     preset: dict[str, Any] = {
-        "config": CoderConfig((28, 28, 1), features=(400,), kernel_init=PYTORCH_INIT),
+        "config": EncoderDecoderConfig((28, 28, 1), features=(400,), kernel_init=PYTORCH_INIT),
         "latent_size": 20,
     }
     return VAE(**(preset | fields))

@@ -13,7 +13,7 @@ from jax import lax
 from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, at_least_float32, bound_data_axis, record
 from jaxnets.layers import Convolution
-from jaxnets.models.autoencoder.encoder_decoder import CoderConfig, Decoder, Encoder
+from jaxnets.models.autoencoder.encoder_decoder import Decoder, Encoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import Likelihood, SquaredError
 
 # Of the mean share; the first batch outweighs it, and a code that it does not use is dead.
@@ -47,7 +47,7 @@ class VectorQuantizer(nn.Module):
     training, all codes that it does not use: at the start they are standard normal, wherever the
     vectors are, and their shares next to nothing.
 
-    As batch normalisation, it sees one microbatch at a time; over devices the sums are those of
+    As batch normalization, it sees one microbatch at a time; over devices the sums are those of
     the whole batch.
 
     Attributes:
@@ -187,7 +187,7 @@ class VQVAE(nn.Module):
         ValueError: a field is out of range.
 
     Example:
-        >>> config = CoderConfig((8, 8, 1), "convolutional", (8, 16))
+        >>> config = EncoderDecoderConfig((8, 8, 1), "convolutional", (8, 16))
         >>> module = VQVAE(config, codebook_size=8, embedding_size=4)
         >>> images = jnp.ones((3, 8, 8, 1))
         >>> variables = module.init(jax.random.key(0), images)
@@ -198,7 +198,7 @@ class VQVAE(nn.Module):
         van den Oord et al. 2017, arXiv:1711.00937.
     """
 
-    config: CoderConfig
+    config: EncoderDecoderConfig
     codebook_size: int = 512
     embedding_size: int = 64
     likelihood: Likelihood = SquaredError()
@@ -211,7 +211,7 @@ class VQVAE(nn.Module):
         if self.config.kind != "convolutional":
             raise ValueError(
                 f"VQVAE with kind={self.config.kind!r}; its code is a map, give "
-                "CoderConfig(kind='convolutional')"
+                "EncoderDecoderConfig(kind='convolutional')"
             )
         super().__post_init__()
 
@@ -289,7 +289,7 @@ class VQVAE(nn.Module):
             )
 
 
-def check_codebook(codebook_size: int, config: CoderConfig, num_images: int) -> None:
+def check_codebook(codebook_size: int, config: EncoderDecoderConfig, num_images: int) -> None:
     """Refuse a codebook that has more codes than a data set has vectors.
 
     Args:

@@ -3,7 +3,6 @@
 from jaxnets.models.convolutional.convnet import ConvNet, LeNet5
 from jaxnets.models.convolutional.convnext import (
     ConvNeXt,
-    ConvNeXtBlock,
     convnext_base,
     convnext_large,
     convnext_small,
@@ -11,10 +10,8 @@ from jaxnets.models.convolutional.convnext import (
 )
 from jaxnets.models.convolutional.pilotnet import PilotNet, pilotnet
 from jaxnets.models.convolutional.resnet import (
-    ResidualBlock,
     ResNet,
     ResNet9,
-    WideBlock,
     WideResNet,
     resnet9,
     resnet18,
@@ -30,15 +27,12 @@ from jaxnets.models.convolutional.whitened import WhitenedConvNet, patch_whiteni
 
 __all__ = [
     "ConvNeXt",
-    "ConvNeXtBlock",
     "ConvNet",
     "LeNet5",
     "PilotNet",
     "ResNet",
     "ResNet9",
-    "ResidualBlock",
     "WhitenedConvNet",
-    "WideBlock",
     "WideResNet",
     "convnext_base",
     "convnext_large",

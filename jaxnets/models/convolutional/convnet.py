@@ -17,7 +17,7 @@ from jaxnets.checks import IMAGES, IMAGES_OR_AUDIO, check_rank, check_rate, chec
 from jaxnets.core import Precision, record
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.functional.pooling import average_pool, global_average_pool, max_pool
-from jaxnets.functional.windows import Extent
+from jaxnets.functional.windows import Size
 from jaxnets.layers import Convolution, Dense, Dropout, Initializer, check_norm, normalize
 
 
@@ -106,7 +106,7 @@ class ConvNet(nn.Module):
     """
 
     features: Sequence[int] = (32, 64)
-    kernel_size: Extent = 3
+    kernel_size: Size = 3
     pool: int = 2
     hidden_features: Sequence[int] = (128,)
     num_outputs: int = 10

@@ -19,7 +19,7 @@ CONVOLUTIONS = ((24, 5, 2), (36, 5, 2), (48, 5, 2), (64, 3, 1), (64, 3, 1))
 class PilotNet(nn.Module):
     """Five convolutions without padding and four dense layers: 252,219 parameters at 66x200x3.
 
-    The paper's first layer, which normalises the image and is not trained, is left to the caller;
+    The paper's first layer, which normalizes the image and is not trained, is left to the caller;
     `data.normalize` does it.
 
     Attributes:

@@ -332,5 +332,5 @@ def wide_resnet16_4(num_classes: int = 10, **fields: Any) -> WideResNet:
 
 
 def resnet9(num_classes: int = 10, **fields: Any) -> ResNet9:
-    """Build the nine-layer network: 6,573,120 parameters for 10 classes of colour images."""
+    """Build the nine-layer network: 6,573,120 parameters for 10 classes of color images."""
     return ResNet9(**({"num_outputs": num_classes} | fields))

@@ -183,7 +183,7 @@ def with_whitening(variables: Mapping[str, Any], images: jax.Array) -> dict[str,
     if old.shape != new.shape:
         raise ValueError(
             f"images of {images.shape[-1]} channels whiten by a kernel {new.shape}, but the "
-            f"network was initialised with one of {old.shape}; give images of the same channels"
+            f"network was initialized with one of {old.shape}; give images of the same channels"
         )
     return {**variables, "whitening": {"kernel": new.astype(old.dtype)}}
 

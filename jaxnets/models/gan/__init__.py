@@ -6,8 +6,8 @@ from jaxnets.models.gan.gan import (
     dcgan,
     generate_images,
     interpolate_latents,
+    recalibrate_batch_norm,
     resnet_gan,
-    settle_statistics,
 )
 from jaxnets.models.gan.resnet import ResNetDiscriminator, ResNetGenerator
 
@@ -20,6 +20,6 @@ __all__ = [
     "dcgan",
     "generate_images",
     "interpolate_latents",
+    "recalibrate_batch_norm",
     "resnet_gan",
-    "settle_statistics",
 ]

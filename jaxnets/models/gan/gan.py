@@ -79,7 +79,7 @@ class GAN(nn.Module):
     def __call__(
         self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """Map latents to the logits [batch] of their images; initialise both networks with it."""
+        """Map latents to the logits [batch] of their images; initialize both networks with it."""
         images = self.generate(latents, labels, train=train)
         return self.discriminate(images, labels, train=train)
 
@@ -139,7 +139,7 @@ def resnet_gan(
     upsampling: UpsamplingMethod = "resize",
     **fields: Any,
 ) -> GAN:
-    """Build the residual pair of spectral normalisation, by default for CIFAR-10.
+    """Build the residual pair of spectral normalization, by default for CIFAR-10.
 
     Args:
         image_shape: (height, width, channels) that halve to 8 pixels or fewer: 28, 32, 64, ...
@@ -260,7 +260,7 @@ def interpolate_latents(first: jax.Array, second: jax.Array, num_steps: int) -> 
     return left * first[None] + right * second[None]
 
 
-def settle_statistics(
+def recalibrate_batch_norm(
     module: GAN, variables: Any, latents: jax.Array, labels: jax.Array | None = None
 ) -> Any:
     """Let the generator's batch norms see its own images, as averaged parameters need it.

@@ -99,7 +99,7 @@ def modulated_norm(
     name: str,
     precision: Precision,
 ) -> jax.Array:
-    """Normalise, then scale and shift by class where there are classes; in a compact module.
+    """Normalize, then scale and shift by class where there are classes; in a compact module.
 
     Args:
         x: [batch, height, width, channels].

@@ -1,4 +1,4 @@
-"""Residual generative adversarial networks: those of WGAN-GP and of spectral normalisation."""
+"""Residual generative adversarial networks: those of WGAN-GP and of spectral normalization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recurrent network that recognises labels in a sound, to be trained by CTC."""
+"""A recurrent network that recognizes labels in a sound, to be trained by CTC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxnets.checks import check_rank, check_rate, check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout
-from jaxnets.layers.subsampling import shorten, shortened
+from jaxnets.layers.subsampling import subsample, subsampled_lengths
 from jaxnets.models.recurrent.layers import Recurrent, find_cell
 
 
@@ -93,7 +93,7 @@ class SpeechRecognizer(nn.Module):
         policy = self.precision
         if lengths is None:
             lengths = jnp.full(batch, time)
-        x, lengths = shorten(
+        x, lengths = subsample(
             inputs,
             lengths,
             features=self.features,
@@ -131,4 +131,4 @@ class SpeechRecognizer(nn.Module):
             >>> SpeechRecognizer(num_outputs=11, strides=(2, 3)).num_frames(31)
             6
         """
-        return shortened(lengths, self.strides)
+        return subsampled_lengths(lengths, self.strides)

@@ -2,7 +2,7 @@
 
 from jaxnets.models.transformer.audio import AudioTransformer
 from jaxnets.models.transformer.block import Attention, Block, FeedForward
-from jaxnets.models.transformer.config import BlockConfig, Positions, build_preset
+from jaxnets.models.transformer.config import BlockConfig, Positions
 from jaxnets.models.transformer.embeddings import InputEmbedding, PositionEmbedding
 from jaxnets.models.transformer.encoder import (
     MaskedLM,
@@ -22,17 +22,16 @@ from jaxnets.models.transformer.language_model import (
     tinyllama,
 )
 from jaxnets.models.transformer.masked_autoencoder import (
+    MAEOutput,
     Masked,
     MaskedAutoencoder,
-    Painted,
+    inpaint,
     mae_vit_base16,
     mae_vit_large16,
-    paint,
 )
 from jaxnets.models.transformer.stack import (
     Stack,
     StackCarry,
-    cache_capacity,
     stack_layers,
     unstack_layers,
 )
@@ -57,10 +56,10 @@ __all__ = [
     "BlockConfig",
     "FeedForward",
     "InputEmbedding",
+    "MAEOutput",
     "Masked",
     "MaskedAutoencoder",
     "MaskedLM",
-    "Painted",
     "PatchEncoder",
     "PositionEmbedding",
     "Positions",
@@ -73,17 +72,15 @@ __all__ = [
     "VisionTransformer",
     "bert_base",
     "bert_large",
-    "build_preset",
-    "cache_capacity",
     "gpt2_large",
     "gpt2_medium",
     "gpt2_small",
     "gpt2_xl",
+    "inpaint",
     "llama2_7b",
     "llama3_8b",
     "mae_vit_base16",
     "mae_vit_large16",
-    "paint",
     "stack_layers",
     "tinyllama",
     "transformer_base",

@@ -11,7 +11,7 @@ from jaxnets.checks import check_rank, check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.lengths import mean_over_time
 from jaxnets.layers import Dense, Dropout
-from jaxnets.layers.subsampling import shorten
+from jaxnets.layers.subsampling import subsample
 from jaxnets.models.transformer.config import BlockConfig
 from jaxnets.models.transformer.embeddings import PositionEmbedding
 from jaxnets.models.transformer.stack import Stack
@@ -74,7 +74,7 @@ class AudioTransformer(nn.Module):
         if not inputs.shape[1]:
             raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
         config, policy = self.config, self.precision
-        x, lengths = shorten(
+        x, lengths = subsample(
             inputs,
             lengths,
             features=config.features,

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from jaxnets.core import Precision, record
 from jaxnets.functional.activations import activation
-from jaxnets.functional.attention.dot_product import attention
+from jaxnets.functional.attention.dot_product import dot_product_attention
 from jaxnets.functional.attention.positions import rotary
 from jaxnets.functional.attention.scores import attention_weights, weighted_values
 from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm
 from jaxnets.models.transformer.config import BlockConfig
 
-#: Keys and values of one layer, {"key": [batch, time, heads, size], ...}; {} where none are kept.
+#: Keys and values of one layer, {"key": [batch, time, kv_heads, head_dim], ...}, or {} for none.
 LayerCache: TypeAlias = Mapping[str, jax.Array]
 
 
@@ -42,12 +42,12 @@ class Attention(nn.Module):
     precision: Precision = Precision()
 
     def setup(self) -> None:
-        config, heads = self.config, self.config.key_value_heads
+        config, heads = self.config, self.config.kv_heads
         dense = functools.partial(Dense, precision=self.precision)
         inner = functools.partial(dense, kernel_init=config.kernel_init())
-        self.query = inner(config.num_heads * config.size, use_bias=config.use_bias)
-        self.key = inner(heads * config.size, use_bias=config.key_bias)
-        self.value = inner(heads * config.size, use_bias=config.use_bias)
+        self.query = inner(config.num_heads * config.dim_per_head, use_bias=config.use_bias)
+        self.key = inner(heads * config.dim_per_head, use_bias=config.key_bias)
+        self.value = inner(heads * config.dim_per_head, use_bias=config.use_bias)
         self.output = dense(
             config.features,
             use_bias=config.use_bias,
@@ -59,13 +59,13 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.attention_dropout_rate)
 
     def keys_values(self, x: jax.Array, *, positions: jax.Array | None = None) -> LayerCache:
-        """Make {"key": ..., "value": ...}, each [batch, time, heads, size].
+        """Make {"key": ..., "value": ...}, each [batch, time, heads, head_dim].
 
         Args:
             x: [batch, time, features].
             positions: integer [batch or 1, time]; None leaves rotary positions out.
         """
-        shape = (*x.shape[:2], self.config.key_value_heads, self.config.size)
+        shape = (*x.shape[:2], self.config.kv_heads, self.config.dim_per_head)
         key = self.key(x).reshape(shape)
         if self.config.qk_norm:
             key = self.key_norm(key)
@@ -89,13 +89,13 @@ class Attention(nn.Module):
             x: what asks.
             seen: what is asked, as made by `keys_values`.
             positions: of `x`, integer [batch or 1, time]; None leaves rotary positions out.
-            causal: as in `attention.attention`.
-            window: as in `attention.attention`.
-            mask: as in `attention.attention`.
-            bias: as in `attention.attention`.
+            causal: as in `dot_product_attention`.
+            window: as in `dot_product_attention`.
+            mask: as in `dot_product_attention`.
+            bias: as in `dot_product_attention`.
             train: training mode.
         """
-        query = self.query(x).reshape(*x.shape[:2], self.config.num_heads, self.config.size)
+        query = self.query(x).reshape(*x.shape[:2], self.config.num_heads, self.config.dim_per_head)
         if self.config.qk_norm:
             query = self.query_norm(query)
         query = self._turn(query, positions)
@@ -107,13 +107,13 @@ class Attention(nn.Module):
             record(self, "weights", weights)
             y = weighted_values(self.dropout(weights, train=train), value)
         else:
-            y = attention(query, key, value, **seeing)
+            y = dot_product_attention(query, key, value, **seeing)
         return self.output(y.reshape(*x.shape[:2], -1))
 
     def _turn(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         if positions is None or self.config.positions != "rotary":
             return x
-        return rotary(x, positions, base=self.config.rotary_base)
+        return rotary(x, positions, base=self.config.rope_theta)
 
 
 class FeedForward(nn.Module):
@@ -137,7 +137,7 @@ class FeedForward(nn.Module):
         config = self.config
         dense = functools.partial(Dense, use_bias=config.use_bias, precision=self.precision)
         inner = functools.partial(
-            dense, config.hidden_size or 4 * config.features, kernel_init=config.kernel_init()
+            dense, config.mlp_dim or 4 * config.features, kernel_init=config.kernel_init()
         )
         act, hidden = activation(config.activation_name), inner(name="hidden")(x)
         hidden = act(inner(name="gate")(x)) * hidden if config.gated else act(hidden)
@@ -145,7 +145,7 @@ class FeedForward(nn.Module):
         return dense(config.features, kernel_init=kernel_init, name="output")(hidden)
 
 
-class Scene(NamedTuple):
+class BlockInputs(NamedTuple):
     """What all blocks of a stack see alike.
 
     Attributes:
@@ -201,7 +201,7 @@ class Block(nn.Module):
         cache: LayerCache,
         skip_rate: float | jax.Array = 0.0,
         *,
-        scene: Scene,
+        inputs: BlockInputs,
         train: bool = False,
     ) -> tuple[jax.Array, LayerCache]:
         """Map [batch, time, features] to the same shape, and the cache to the next one.
@@ -210,35 +210,35 @@ class Block(nn.Module):
             x: the steps.
             cache: as made by `start`, or {}.
             skip_rate: probability that a branch is skipped in training.
-            scene: what all blocks see alike.
+            inputs: what all blocks see alike.
             train: training mode.
         """
         kept = dict(cache)
 
         def attend_self(x: jax.Array) -> jax.Array:
-            seen = self.attention.keys_values(x, positions=scene.positions)
+            seen = self.attention.keys_values(x, positions=inputs.positions)
             if cache:
                 rows = jnp.arange(x.shape[0])[:, None]
                 for name, new in seen.items():
-                    kept[name] = cache[name].at[rows, scene.slots].set(new, mode="drop")
+                    kept[name] = cache[name].at[rows, inputs.slots].set(new, mode="drop")
                 seen = kept
             return self.attention(
                 *(x, seen),
-                positions=scene.positions,
-                causal=scene.causal,
-                window=scene.window,
-                mask=scene.mask,
-                bias=scene.bias,
+                positions=inputs.positions,
+                causal=inputs.causal,
+                window=inputs.window,
+                mask=inputs.mask,
+                bias=inputs.bias,
                 train=train,
             )
 
         def attend_context(x: jax.Array) -> jax.Array:
             seen: LayerCache
-            if scene.context is None:
+            if inputs.context is None:
                 seen = {"key": cache["context_key"], "value": cache["context_value"]}
             else:
-                seen = self.cross_attention.keys_values(scene.context)
-            return self.cross_attention(x, seen, mask=scene.context_mask, train=train)
+                seen = self.cross_attention.keys_values(inputs.context)
+            return self.cross_attention(x, seen, mask=inputs.context_mask, train=train)
 
         branches: list[tuple[Any, Callable[[jax.Array], jax.Array]]]
         branches = [(self.attention_norm, attend_self)]
@@ -253,7 +253,7 @@ class Block(nn.Module):
 
     def start(self, batch_size: int, capacity: int, context: jax.Array | None) -> LayerCache:
         """Return an empty cache, which holds the keys and values of the context if there is one."""
-        shape = (batch_size, capacity, self.config.key_value_heads, self.config.size)
+        shape = (batch_size, capacity, self.config.kv_heads, self.config.dim_per_head)
         empty = jnp.zeros(shape, self.precision.compute)
         cache = {"key": empty, "value": empty}
         if context is not None:

@@ -26,21 +26,21 @@ class BlockConfig:
     Attributes:
         features: width of the network.
         num_heads: number of attention heads.
-        num_key_value_heads: heads of keys and values, each shared by several queries (grouped-query
+        num_kv_heads: heads of keys and values, each shared by several queries (grouped-query
             attention); by default `num_heads`.
-        head_size: size of a head, by default features / num_heads.
-        hidden_size: width inside the feed-forward network, by default 4 features.
+        head_dim: size of a head, by default features / num_heads.
+        mlp_dim: width inside the feed-forward network, by default 4 features.
         activation: of the feed-forward network: a name of `layers.activation`, or "swiglu" or
             "geglu" for a gated one (Shazeer 2020, arXiv:2002.05202).
         norm: "layer" or "rms".
         norm_epsilon: added to the variance.
-        norm_first: normalise the input of each branch (and the end of the stack), or else the sum
+        norm_first: normalize the input of each branch (and the end of the stack), or else the sum
             behind each branch, as in the paper of 2017.
         positions: "learned" or "sinusoidal" vectors added to the input; "rotary", "alibi" or
             "relative" (the bias of T5, shared by all layers) inside the attention; or None.
-        rotary_base: as in `positions.rotary`.
+        rope_theta: as in `positions.rotary`.
         window: attend to less than this distance only; by default to everything.
-        qk_norm: normalise queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
+        qk_norm: normalize queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
         use_bias: whether the matrices have biases, those of the keys excepted.
         key_bias: whether those of the keys have them; without rotary positions the softmax does
             not see such a bias, so only weights trained elsewhere need it.
@@ -61,20 +61,20 @@ class BlockConfig:
         >>> BlockConfig(features=8, num_heads=3)
         Traceback (most recent call last):
         ...
-        ValueError: 8 features do not split into 3 heads; give a multiple, or a head_size
+        ValueError: 8 features do not split into 3 heads; give a multiple, or a head_dim
     """
 
     features: int = 128
     num_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_size: int | None = None
-    hidden_size: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
     activation: str = "gelu"
     norm: Literal["layer", "rms"] = "layer"
     norm_epsilon: float = 1e-6
     norm_first: bool = True
     positions: Positions = "learned"
-    rotary_base: float = 10_000.0
+    rope_theta: float = 10_000.0
     window: int | None = None
     qk_norm: bool = False
     use_bias: bool = True
@@ -87,43 +87,45 @@ class BlockConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("features", "num_heads", "num_key_value_heads", "head_size", "hidden_size"):
+        for name in ("features", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) is not None:
                 check_sizes(**{name: getattr(self, name)})
         for rate in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
             check_rate(getattr(self, rate))
-        if self.head_size is None and self.features % self.num_heads:
+        if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(
                 f"{self.features} features do not split into {self.num_heads} heads; give a "
-                "multiple, or a head_size"
+                "multiple, or a head_dim"
             )
-        if self.num_heads % self.key_value_heads:
+        if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"{self.num_heads} heads do not share {self.key_value_heads} key-value heads; "
+                f"{self.num_heads} heads do not share {self.kv_heads} key-value heads; "
                 "give a divisor"
             )
         if self.positions not in _POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; choose one of {_POSITIONS}")
-        if self.positions == "rotary" and self.size % 2:
-            raise ValueError(f"rotary positions pair features; the head size {self.size} is odd")
+        if self.positions == "rotary" and self.dim_per_head % 2:
+            raise ValueError(
+                f"rotary positions pair features; the head size {self.dim_per_head} is odd"
+            )
         if self.norm not in ("layer", "rms"):
             raise ValueError(f"norm is {self.norm!r}; choose 'layer' or 'rms'")
         if self.window is not None:
             check_sizes(window=self.window)
-        for name in ("norm_epsilon", "rotary_base"):
+        for name in ("norm_epsilon", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         activation(self.activation_name)
 
     @property
-    def size(self) -> int:
+    def dim_per_head(self) -> int:
         """Size of a head."""
-        return self.head_size or self.features // self.num_heads
+        return self.head_dim or self.features // self.num_heads
 
     @property
-    def key_value_heads(self) -> int:
+    def kv_heads(self) -> int:
         """Number of heads of keys and values."""
-        return self.num_key_value_heads or self.num_heads
+        return self.num_kv_heads or self.num_heads
 
     @property
     def gated(self) -> bool:

@@ -75,7 +75,7 @@ class InputEmbedding(nn.Module):
         config: the blocks' options.
         max_length: number of learned positions.
         num_segments: number of kinds of text that are told apart; 0 tells none.
-        norm: normalise the sum, as BERT does.
+        norm: normalize the sum, as BERT does.
         precision: dtypes.
     """
 

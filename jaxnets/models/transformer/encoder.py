@@ -31,7 +31,7 @@ class TransformerEncoder(nn.Module):
         config: what the blocks look like.
         max_length: number of learned positions, the longest text; other kinds have no limit.
         num_segments: number of kinds of text that are told apart, as by BERT; 0 tells none.
-        embedding_norm: normalise the input of the first block, as BERT does.
+        embedding_norm: normalize the input of the first block, as BERT does.
         precision: dtypes.
 
     Raises:

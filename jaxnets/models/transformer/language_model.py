@@ -103,7 +103,7 @@ class TransformerLM(nn.Module):
             capacity: the greatest number of tokens, prompt and continuation together.
 
         Returns:
-            Arrays with a leading batch axis: keys and values [batch, capacity, heads, size] of
+            Arrays with a leading batch axis: keys and values [batch, capacity, heads, head_dim] of
             each layer, and "position" [batch].
 
         Raises:
@@ -174,7 +174,7 @@ def llama2_7b(**fields: Any) -> TransformerLM:
     References:
         Touvron et al. 2023, arXiv:2307.09288, table 1 (LLaMA 2 7B).
     """
-    return _llama(32, 32, 4096, {"vocabulary_size": 32_000, "hidden_size": 11_008}, fields)
+    return _llama(32, 32, 4096, {"vocabulary_size": 32_000, "mlp_dim": 11_008}, fields)
 
 
 def llama3_8b(**fields: Any) -> TransformerLM:
@@ -185,9 +185,9 @@ def llama3_8b(**fields: Any) -> TransformerLM:
     """
     preset = {
         "vocabulary_size": 128_256,
-        "hidden_size": 14_336,
-        "num_key_value_heads": 8,
-        "rotary_base": 500_000.0,
+        "mlp_dim": 14_336,
+        "num_kv_heads": 8,
+        "rope_theta": 500_000.0,
     }
     return _llama(32, 32, 4096, preset, fields)
 
@@ -198,7 +198,7 @@ def tinyllama(**fields: Any) -> TransformerLM:
     References:
         Zhang et al. 2024, arXiv:2401.02385, table 1.
     """
-    preset = {"vocabulary_size": 32_000, "hidden_size": 5632, "num_key_value_heads": 4}
+    preset = {"vocabulary_size": 32_000, "mlp_dim": 5632, "num_kv_heads": 4}
     return _llama(22, 32, 2048, preset, fields)
 
 

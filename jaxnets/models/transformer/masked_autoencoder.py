@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, at_least_float32, record
-from jaxnets.functional.patches import join_patches, normalize_patches, split_patches
+from jaxnets.functional.patches import normalize_patches, patchify, unpatchify
 from jaxnets.layers import Dense
 from jaxnets.models.transformer.config import BlockConfig, build_preset
 from jaxnets.models.transformer.embeddings import PositionEmbedding
@@ -23,7 +23,7 @@ class Masked(NamedTuple):
 
     Attributes:
         outputs: pixels of every patch, [batch, patches, size * size * channels], see
-            `split_patches`.
+            `patchify`.
         masked: bool [batch, patches], True for the patches that were not seen.
     """
 
@@ -31,8 +31,8 @@ class Masked(NamedTuple):
     masked: jax.Array
 
 
-class Painted(NamedTuple):
-    """What `paint` returns.
+class MAEOutput(NamedTuple):
+    """What `inpaint` returns.
 
     Attributes:
         images: [batch, height, width, channels].
@@ -53,7 +53,7 @@ class MaskedAutoencoder(nn.Module):
         params = {**head, **trained["params"]["encoder"]}  # of a VisionTransformer of its fields
 
     It has no code to decode, so the functions of `latent_space` do not take it: features of whole
-    images are `module.apply(variables, images, method="encode")`, pictures are made by `paint`.
+    images are `module.apply(variables, images, method="encode")`, pictures are made by `inpaint`.
 
     Attributes:
         patch_size: height and width of a patch.
@@ -115,7 +115,7 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             inputs: images [batch, height, width, channels] of the size that the network was
-                initialised with.
+                initialized with.
             noise: [batch, patches]; the patches with the smallest numbers are seen. By default
                 drawn from the stream "mask" in training, and always the same in evaluation.
             train: training mode.
@@ -157,14 +157,14 @@ class MaskedAutoencoder(nn.Module):
         return jnp.mean(x[:, 1:], axis=1).astype(self.precision.output)
 
 
-def paint(
+def inpaint(
     module: MaskedAutoencoder,
     variables: Any,
     images: jax.Array,
     *,
     noise: jax.Array | None = None,
     normalized: bool = True,
-) -> Painted:
+) -> MAEOutput:
     """Hide patches of images and put what the network paints in their places.
 
     Args:
@@ -177,19 +177,19 @@ def paint(
             predicted: the result is a picture and no measure.
 
     Returns:
-        Painted; the patches that were seen are as they were.
+        MAEOutput; the patches that were seen are as they were.
 
     Raises:
         ValueError: images or noise that do not fit.
     """
     found: Any = module.apply(variables, images, noise=noise)
-    patches = split_patches(at_least_float32(images), module.patch_size)
+    patches = patchify(at_least_float32(images), module.patch_size)
     outputs, (_, height, width, channels) = found.outputs, images.shape
     if normalized:
         _, mean, scale = normalize_patches(patches)
         outputs = mean + scale * outputs
     painted = jnp.where(found.masked[..., None], outputs, patches)
-    return Painted(join_patches(painted, (height, width, channels)), found.masked)
+    return MAEOutput(unpatchify(painted, (height, width, channels)), found.masked)
 
 
 class _PatchDecoder(nn.Module):

@@ -14,7 +14,7 @@ from jaxnets.core import Precision
 from jaxnets.functional.attention.masks import causal_mask
 from jaxnets.functional.attention.positions import alibi_bias, relative_buckets
 from jaxnets.functional.lengths import clear_padding, padding_mask
-from jaxnets.models.transformer.block import Block, LayerCache, Scene, make_norm
+from jaxnets.models.transformer.block import Block, BlockInputs, LayerCache, make_norm
 from jaxnets.models.transformer.config import BlockConfig
 
 #: "position" [batch], the length of each history; "layer_0", ... (or "layers") -> its keys and
@@ -99,7 +99,7 @@ class Stack(nn.Module):
         context_mask = None
         if context is not None and context_lengths is not None:
             context_mask = padding_mask(context_lengths, context.shape[:2])[:, None, None]
-        scene = Scene(
+        inputs = BlockInputs(
             positions=positions,
             causal=self.causal,
             window=self.config.window,
@@ -108,7 +108,7 @@ class Stack(nn.Module):
             context=context,
             context_mask=context_mask,
         )
-        x, _ = self._run(_forward(scene, train=train), x, {})
+        x, _ = self._run(_forward(inputs, train=train), x, {})
         return clear_padding(x, lengths)[0]
 
     def start(
@@ -169,14 +169,14 @@ class Stack(nn.Module):
             source = next(iter(caches.values()))["context_key"].shape[-3]
             shape = (x.shape[0], source)
             context_mask = padding_mask(carry["context_lengths"], shape)[:, None, None]
-        scene = Scene(
+        inputs = BlockInputs(
             positions=positions,
             mask=causal_mask(positions, keys, window=self.config.window),
             bias=self._bias(positions, keys),
             slots=slots,
             context_mask=context_mask,
         )
-        x, caches = self._run(_forward(scene, train=False), x, caches)
+        x, caches = self._run(_forward(inputs, train=False), x, caches)
         x = jnp.where((positions < capacity)[..., None], x, jnp.asarray(jnp.nan, x.dtype))
         appended = time if lengths is None else jnp.asarray(lengths)
         position = (carry["position"] + appended).astype(jnp.int32)
@@ -222,9 +222,9 @@ class Stack(nn.Module):
         return None
 
 
-def _forward(scene: Scene, *, train: bool) -> Callable[..., Any]:
+def _forward(inputs: BlockInputs, *, train: bool) -> Callable[..., Any]:
     def forward(block: Any, x: jax.Array, cache: LayerCache, rate: Any) -> Any:
-        return block(x, cache, rate, scene=scene, train=train)
+        return block(x, cache, rate, inputs=inputs, train=train)
 
     return forward
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxnets.checks import IMAGES, check_rank, check_sizes
 from jaxnets.core import Precision, record
-from jaxnets.functional.patches import split_patches
+from jaxnets.functional.patches import patchify
 from jaxnets.functional.pooling import global_average_pool
 from jaxnets.layers import Dense, Dropout
 from jaxnets.models.transformer.config import BlockConfig, build_preset
@@ -52,7 +52,7 @@ class PatchEncoder(nn.Module):
         """Map [batch, height, width, channels] to [batch, patches, features].
 
         Args:
-            inputs: images of the size that the network was initialised with.
+            inputs: images of the size that the network was initialized with.
             visible: integer [batch, number], the patches that are seen, in the order in which
                 they are returned; by default all of them, row by row.
             train: training mode.
@@ -67,7 +67,7 @@ class PatchEncoder(nn.Module):
         config, policy = self.config, self.precision
         x = Dense(
             config.features, kernel_init=config.kernel_init(), precision=policy, name="patch"
-        )(split_patches(inputs, self.patch_size))
+        )(patchify(inputs, self.patch_size))
         first = int(self.use_token)
         if self.use_token:
             shape, init = (config.features,), nn.initializers.normal(0.02)
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
         """Map [batch, height, width, channels] to [batch, num_outputs]; records "features".
 
         Args:
-            inputs: images of the size that the network was initialised with.
+            inputs: images of the size that the network was initialized with.
             train: training mode.
 
         Raises:

@@ -136,24 +136,24 @@ def test_filters_equal_triangles_drawn_by_hand(band, scale, norm):
     filters = mel_filterbank(10, 129, 8000, *band, scale=scale, norm=norm)
     edges = hertz_by_hand(10, *band, scale)
     for m in range(10):
-        left, centre, right = edges[m : m + 3]
+        left, center, right = edges[m : m + 3]
         for k in range(129):
             f = k * 8000 / 256
             height = 0
-            if left < f <= centre:
-                height = (f - left) / (centre - left)
-            elif centre < f < right:
-                height = (right - f) / (right - centre)
+            if left < f <= center:
+                height = (f - left) / (center - left)
+            elif center < f < right:
+                height = (right - f) / (right - center)
             if norm == "slaney":
                 height *= 2 / (right - left)
             np.testing.assert_allclose(filters[k, m], height, atol=1e-7, rtol=1e-5)
 
 
-def test_filters_of_height_one_sum_to_one_between_the_outer_centres():
+def test_filters_of_height_one_sum_to_one_between_the_outer_centers():
     filters = mel_filterbank(20, 513, 16000, scale="htk", norm=None)
-    centres = hertz_by_hand(20, 0, 8000, "htk")[1:-1]
+    centers = hertz_by_hand(20, 0, 8000, "htk")[1:-1]
     frequencies = np.arange(513) * 16000 / 1024
-    inner = (frequencies >= centres[0]) & (frequencies <= centres[-1])
+    inner = (frequencies >= centers[0]) & (frequencies <= centers[-1])
     np.testing.assert_allclose(filters[inner].sum(axis=1), 1, rtol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_filters_of_height_one_sum_to_one_between_the_outer_centres():
 def test_a_tone_is_loudest_in_the_filter_that_has_its_frequency(hertz):
     features = np.asarray(LOG_MEL(jnp.array(tone(hertz))[None]))[0, 10:-10]
     edges = hertz_by_hand(40, 0, 4000, "slaney")
-    # The bins next to the tone are heard too, so filters whose centre is within one bin may win.
+    # The bins next to the tone are heard too, so filters whose center is within one bin may win.
     loudest = features.argmax(axis=1)
     assert len(set(loudest.tolist())) == 1
     assert edges[loudest[0]] - 32 < hertz < edges[loudest[0] + 2] + 32
@@ -251,7 +251,7 @@ def test_a_wrong_length_is_refused_or_makes_every_frame_nan(length):
     assert np.isnan(features[0]).all() and np.isfinite(features[1]).all()
 
 
-# Cepstra and standardising
+# Cepstra and standardizing
 
 
 def test_cepstra_equal_the_orthonormal_cosine_transform():
@@ -261,7 +261,7 @@ def test_cepstra_equal_the_orthonormal_cosine_transform():
     np.testing.assert_allclose(mfcc(jnp.array(features)), expected[..., :13], atol=2e-6)
 
 
-def test_standardised_features_have_mean_zero_and_variance_one_over_valid_frames():
+def test_standardized_features_have_mean_zero_and_variance_one_over_valid_frames():
     features = np.random.default_rng(0).normal(3, 5, (3, 20, 4)).astype(np.float32)
     lengths = np.array([20, 7, 0])
     found = np.asarray(standardize(jnp.array(features), jnp.array(lengths)))
@@ -273,7 +273,7 @@ def test_standardised_features_have_mean_zero_and_variance_one_over_valid_frames
     assert not found[2].any()
 
 
-def test_standardised_features_do_not_depend_on_padding_or_loudness():
+def test_standardized_features_do_not_depend_on_padding_or_loudness():
     features = jnp.array(np.random.default_rng(0).normal(size=(1, 9, 4)), jnp.float32)
     padded = jnp.pad(features + 5, ((0, 0), (0, 6), (0, 0)), constant_values=jnp.nan)
     found = standardize(padded, jnp.array([9]))

@@ -58,7 +58,7 @@ def test_every_epoch_holds_every_example_once_in_its_own_order():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_a_seed_is_not_its_neighbour_one_epoch_later():
+def test_a_seed_is_not_its_neighbor_one_epoch_later():
     orders = [labels(take(grain_batches(Counting(), 10, seed=seed), 0, 3)) for seed in range(3)]
     assert len({tuple(epoch[0]) for epoch in orders for epoch in zip(epoch, strict=True)}) == 9
 

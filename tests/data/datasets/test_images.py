@@ -51,7 +51,7 @@ def test_digits_are_split_into_the_same_stratified_parts_every_time():
     assert np.abs(np.bincount(first.test["labels"]) - everything * 360 / 1797).max() < 1
 
 
-def test_digits_keep_every_grey_level_of_the_original():
+def test_digits_keep_every_gray_level_of_the_original():
     from sklearn.datasets import load_digits
 
     dataset = digits()

@@ -10,7 +10,7 @@ import pytest
 
 from jaxnets.data import multi30k, python_topics, sst2, tiny_shakespeare
 from jaxnets.data.datasets import text
-from jaxnets.data.datasets.text import decode_labelled, decode_pairs
+from jaxnets.data.datasets.text import decode_labeled, decode_pairs
 from jaxnets.data.files import find
 
 
@@ -69,7 +69,7 @@ def test_sentences_are_paired_in_the_asked_direction(
         )
 
 
-def test_labelled_sentences_keep_their_order(tmp_path, monkeypatch, empty_places):
+def test_labeled_sentences_keep_their_order(tmp_path, monkeypatch, empty_places):
     contents = [f"{file.name} is bad\t0\nit 's good\t1".encode() for file in text.SST2_FILES]
     monkeypatch.setattr(text, "SST2_FILES", write(tmp_path / "sst2", text.SST2_FILES, contents))
     dataset = sst2(tmp_path, download=False)
@@ -193,4 +193,4 @@ def test_only_line_ends_divide_sentences():
 )
 def test_a_line_without_a_sentence_and_a_label_is_refused(content, message):
     with pytest.raises(ValueError, match=message):
-        decode_labelled(content, num_classes=2, name="x.tsv")
+        decode_labeled(content, num_classes=2, name="x.tsv")

@@ -28,19 +28,19 @@ def test_a_car_that_is_not_moved_sees_the_same():
 def test_a_car_further_left_sees_the_road_further_right_and_each_by_its_own():
     frames = jnp.asarray(np.stack([road(70)] * 2))
     found = np.asarray(driving.move_car(frames, jnp.array([4.0, -4.0]), jnp.zeros(2)))
-    pixels = 4 * driving.PIXELS_PER_METRE[1]  # 6.2
+    pixels = 4 * driving.PIXELS_PER_METER[1]  # 6.2
     edges = (found[:, 10, :, 0] > 100).sum(axis=1)
     np.testing.assert_allclose(edges, [70 + pixels, 70 - pixels], atol=0.6)
 
 
 def test_a_car_turned_left_sees_what_was_ahead_to_its_right():
     frame = np.zeros((84, 96, 3), np.uint8)
-    frame[20:23, 47:50] = 255  # 52 pixels, 26 metres, straight ahead
+    frame[20:23, 47:50] = 255  # 52 pixels, 26 meters, straight ahead
     (found,) = driving.move_car(jnp.asarray(frame[None]), jnp.zeros(1), jnp.full(1, 0.2))
     rows, columns = np.nonzero(np.asarray(found)[..., 0])
-    metres = (ROW - 21) / driving.PIXELS_PER_METRE[0]
-    right = metres * np.sin(0.2) * driving.PIXELS_PER_METRE[1]
-    ahead = metres * np.cos(0.2) * driving.PIXELS_PER_METRE[0]
+    meters = (ROW - 21) / driving.PIXELS_PER_METER[0]
+    right = meters * np.sin(0.2) * driving.PIXELS_PER_METER[1]
+    ahead = meters * np.cos(0.2) * driving.PIXELS_PER_METER[0]
     assert columns.mean() == pytest.approx(COLUMN + right, abs=1)
     assert rows.mean() == pytest.approx(ROW - ahead, abs=1)
 

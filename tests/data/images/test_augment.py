@@ -129,9 +129,9 @@ def test_about_half_of_the_images_are_mirrored_left_to_right():
 @pytest.mark.parametrize("size", [1, 2, 3, 20])
 def test_cutout_removes_one_square_clipped_at_the_border(size):
     cut = np.asarray(cutout(jax.random.key(0), jnp.array(IMAGES), size))
-    centres = [(row, column) for row in range(6) for column in range(5)]
+    centers = [(row, column) for row in range(6) for column in range(5)]
     possible = set()
-    for row, column in centres:
+    for row, column in centers:
         mask = np.zeros((6, 5), bool)
         top, left = row - size // 2, column - size // 2
         mask[max(top, 0) : top + size, max(left, 0) : left + size] = True

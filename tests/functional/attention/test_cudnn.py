@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxnets.functional.attention import cudnn
-from jaxnets.functional.attention.dot_product import attention
-from jaxnets.functional.attention.masks import Reach
+from jaxnets.functional.attention.dot_product import dot_product_attention
+from jaxnets.functional.attention.masks import LocalMask
 from jaxnets.functional.attention.scores import attention_weights, weighted_values
 
 BATCH, HEADS, SIZE = 2, 4, 8
@@ -42,8 +42,10 @@ def by_weights(query, key, value, mask=None, *, causal=False, window=None, scale
 
 def fused(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):
     formula = functools.partial(by_weights, causal=causal, window=window, scale=scale)
-    reach = Reach(causal, window)
-    return cudnn.fused_attention(query, key, value, mask, scale=scale, reach=reach, formula=formula)
+    local_mask = LocalMask(causal, window)
+    return cudnn.cudnn_attention(
+        query, key, value, mask, scale=scale, local_mask=local_mask, formula=formula
+    )
 
 
 def results(function, query, key, value, cotangent, mask=None):
@@ -97,17 +99,17 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    ("queries", "keys", "reach"),
+    ("queries", "keys", "local_mask"),
     [
-        *((6, 6, Reach()), (6, 6, Reach(causal=True)), (5, 5, Reach(causal=True))),
-        *((5, 8, Reach()), (4, 7, Reach())),
-        *((6, 6, Reach(causal=True, window=2)), (5, 5, Reach(window=3))),
+        *((6, 6, LocalMask()), (6, 6, LocalMask(causal=True)), (5, 5, LocalMask(causal=True))),
+        *((5, 8, LocalMask()), (4, 7, LocalMask())),
+        *((6, 6, LocalMask(causal=True, window=2)), (5, 5, LocalMask(window=3))),
     ],
 )
-def test_it_equals_attention_by_weights(stand_in, queries, keys, reach, mask):
+def test_it_equals_attention_by_weights(stand_in, queries, keys, local_mask, mask):
     drawn = operands(queries, keys, groups=2)
     mask = MASKS[mask](queries, keys)
-    options = reach._asdict()
+    options = local_mask._asdict()
     found = results(functools.partial(fused, **options), *drawn, mask)
     expected = results(functools.partial(by_weights, **options), *drawn, mask)
     assert_close(found, expected, atol=2e-6)
@@ -164,14 +166,14 @@ def test_programs_for_other_platforms_go_without_it(monkeypatch, forget_traces):
     forget_traces()
     with jax.default_device(jax.devices("cpu")[0]):
         drawn = operands(6, 6)
-        found = results(lambda *x: attention(*x[:3], causal=True, scale=0.3), *drawn)
+        found = results(lambda *x: dot_product_attention(*x[:3], causal=True, scale=0.3), *drawn)
         expected = results(functools.partial(by_weights, causal=True), *drawn)
     assert_close(found, expected, atol=2e-6)
 
 
 def test_the_kernel_is_for_16_bits_and_sizes_that_it_takes(monkeypatch):
-    def fits(queries=1024, size=64, dtype=jnp.bfloat16, value_size=None, key_dtype=None):
-        sizes = (size, value_size or size)
+    def fits(queries=1024, size=64, dtype=jnp.bfloat16, value_dim=None, key_dtype=None):
+        sizes = (size, value_dim or size)
         query, value = (jax.ShapeDtypeStruct((2, queries, 4, each), dtype) for each in sizes)
         key = jax.ShapeDtypeStruct((2, 1024, 4, size), key_dtype or dtype)
         return cudnn.fits(query, key, value)
@@ -182,7 +184,7 @@ def test_the_kernel_is_for_16_bits_and_sizes_that_it_takes(monkeypatch):
     assert not fits(key_dtype=jnp.float32)
     assert not fits(size=60)
     assert not fits(size=136)
-    assert not fits(value_size=72)
+    assert not fits(value_dim=72)
     assert not fits(queries=128)
     monkeypatch.setattr(cudnn, "_FEW_WEIGHTS", 0)
     assert fits(queries=128)
@@ -194,7 +196,7 @@ def test_the_kernel_is_for_16_bits_and_sizes_that_it_takes(monkeypatch):
 def test_causal_attention_needs_as_many_queries_as_keys():
     query, key, value, _ = operands(3, 5)
     with pytest.raises(ValueError, match="as many queries as keys, not 3 and 5"):
-        attention(query, key, value, causal=True)
+        dot_product_attention(query, key, value, causal=True)
 
 
 @pytest.fixture
@@ -224,7 +226,7 @@ def test_cudnns_kernel_agrees_with_float32(queries, keys, causal, mask, however_
     )
 
     def chosen(query, key, value, mask):
-        return attention(query, key, value, mask=mask, causal=causal, scale=0.3)
+        return dot_product_attention(query, key, value, mask=mask, causal=causal, scale=0.3)
 
     assert cudnn.fits(*drawn[:3])
     assert distance(results(chosen, *drawn, mask), expected) < 1e-2
@@ -239,7 +241,9 @@ def test_cudnns_kernel_runs_once_forward_and_once_back(however_small):
     *drawn, cotangent = operands(128, 128, dtype=jnp.bfloat16, size=64)
 
     def loss(*arguments):
-        return jnp.sum(attention(*arguments, causal=True) * cotangent).astype(jnp.float32)
+        return jnp.sum(dot_product_attention(*arguments, causal=True) * cotangent).astype(
+            jnp.float32
+        )
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*drawn).compile().as_text()
     assert program.count('custom_call_target="__cudnn$fmha') == 2

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.functional.attention.dot_product import attention
+from jaxnets.functional.attention.dot_product import dot_product_attention
 from jaxnets.functional.attention.masks import causal_mask, window_mask
 from jaxnets.functional.attention.positions import (
     alibi_bias,
@@ -49,9 +49,9 @@ def test_attention_equals_a_loop_over_queries_with_shared_key_heads(groups):
     )
     mask = np.random.default_rng(1).random((2, 1, 3, 5)) < 0.5
     mask[0, 0, 1] = False  # this query sees nothing
-    found = attention(q, k, v, mask=mask, bias=jnp.asarray(bias), scale=0.3)
+    found = dot_product_attention(q, k, v, mask=mask, bias=jnp.asarray(bias), scale=0.3)
     np.testing.assert_allclose(found, looped(q, k, v, mask, bias, 0.3), atol=2e-6)
-    found = attention(q, k, v)
+    found = dot_product_attention(q, k, v)
     np.testing.assert_allclose(found, looped(q, k, v, True, 0.0, SIZE**-0.5), atol=2e-6)
 
 
@@ -71,7 +71,9 @@ def test_the_gradients_of_attention_are_those_of_its_formula(groups, bias_shape)
             return weighted_values(weights, v)
 
         def own(q, k, v, *bias):
-            return attention(q, k, v, mask=mask, bias=bias[0] if bias else None, scale=0.3)
+            return dot_product_attention(
+                q, k, v, mask=mask, bias=bias[0] if bias else None, scale=0.3
+            )
 
         def slope(function, *operands):
             return jnp.sum(jnp.cos(function(*operands)) + 0.5)
@@ -97,7 +99,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_a_finite_gradient():
     mask = padding_mask(jnp.array([4, 0]), (2, 5))[:, None, None]
 
     def loss(q, k, v):
-        y = attention(q, k, v, mask=mask)
+        y = dot_product_attention(q, k, v, mask=mask)
         return jnp.sum(jnp.square(y)), y
 
     gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -113,7 +115,7 @@ def test_weights_sum_to_one_in_float32_where_the_arithmetic_is_bfloat16():
     weights = attention_weights(q, k)
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
-    assert attention(q, k, k).dtype == jnp.bfloat16
+    assert dot_product_attention(q, k, k).dtype == jnp.bfloat16
 
 
 def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
@@ -121,7 +123,9 @@ def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
     narrow = [jnp.asarray(each, jnp.bfloat16) for each in arrays(*shapes)]
 
     def gradients(query, key, value):
-        output, pull = jax.vjp(lambda *arrays: attention(*arrays, causal=True), query, key, value)
+        output, pull = jax.vjp(
+            lambda *arrays: dot_product_attention(*arrays, causal=True), query, key, value
+        )
         return output, *pull(jnp.ones_like(output))
 
     wide = jax.jit(gradients)(*(each.astype(jnp.float32) for each in narrow))
@@ -138,15 +142,15 @@ def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
 
 def test_the_keys_and_values_of_one_query_are_read_where_they_lie(on_cpu):
     query, *keys = arrays((2, 1, HEADS, SIZE), (2, 64, HEADS, SIZE), (2, 64, HEADS, SIZE))
-    program = jax.jit(attention).lower(query, *keys).as_text()
-    laid_out = [line for line in program.splitlines() if "LayoutConstraint" in line]
-    assert len(laid_out) == 1 and "tensor<2x4x1x6xf32>" in laid_out[0]
+    program = jax.jit(dot_product_attention).lower(query, *keys).as_text()
+    row_major = [line for line in program.splitlines() if "LayoutConstraint" in line]
+    assert len(row_major) == 1 and "tensor<2x4x1x6xf32>" in row_major[0]
 
 
 def test_large_scores_do_not_overflow():
     q, k, v = (100 * x for x in arrays((1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4)))
     mask = causal_mask(jnp.array([[1, 2]]), jnp.arange(3)[None])
-    assert np.isfinite(attention(q, k, v, mask=mask)).all()
+    assert np.isfinite(dot_product_attention(q, k, v, mask=mask)).all()
 
 
 def test_a_sliding_window_sees_the_last_positions_only():
@@ -234,12 +238,29 @@ def test_relative_buckets_by_hand():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 3, 6), (1, 3, 3, 6))), r"\(1, 3, 3, 6\)"),
-        (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 4, 5), (1, 3, 4, 5))), r"\(1, 3, 4, 5\)"),
-        (lambda: attention(*arrays((1, 2, 4, 6), (1, 3, 4, 6), (1, 2, 4, 6))), r"\(1, 2, 4, 6\)"),
-        (lambda: attention(*arrays((1, 2, 1, 6), *2 * [(1, 3, 1, 6)]), window=2), "not 2 and 3"),
-        (lambda: attention(*arrays(*3 * [(1, 3, 1, 6)]), window=0), "window is 0"),
-        (lambda: attention(*arrays(*3 * [(1, 3, 1, 6)]), mask=jnp.ones((3, 4), bool)), "mask of"),
+        (
+            lambda: dot_product_attention(*arrays((1, 2, 4, 6), (1, 3, 3, 6), (1, 3, 3, 6))),
+            r"\(1, 3, 3, 6\)",
+        ),
+        (
+            lambda: dot_product_attention(*arrays((1, 2, 4, 6), (1, 3, 4, 5), (1, 3, 4, 5))),
+            r"\(1, 3, 4, 5\)",
+        ),
+        (
+            lambda: dot_product_attention(*arrays((1, 2, 4, 6), (1, 3, 4, 6), (1, 2, 4, 6))),
+            r"\(1, 2, 4, 6\)",
+        ),
+        (
+            lambda: dot_product_attention(*arrays((1, 2, 1, 6), *2 * [(1, 3, 1, 6)]), window=2),
+            "not 2 and 3",
+        ),
+        (lambda: dot_product_attention(*arrays(*3 * [(1, 3, 1, 6)]), window=0), "window is 0"),
+        (
+            lambda: dot_product_attention(
+                *arrays(*3 * [(1, 3, 1, 6)]), mask=jnp.ones((3, 4), bool)
+            ),
+            "mask of",
+        ),
         (lambda: attention_weights(*arrays(*2 * [(1, 3, 1, 6)]), bias=jnp.ones((2, 3))), "bias of"),
         (lambda: causal_mask(4, window=0), "window is 0"),
         (lambda: sinusoidal_positions(np.arange(3), 5), "5 features"),

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries against its formula, and what is left of it in programs."""
+"""Attention in tiles of queries against its formula, and what is left of it in programs."""
 
 import re
 
@@ -9,19 +9,19 @@ import pytest
 from checks import normal
 
 from jaxnets.functional.attention import tiling
-from jaxnets.functional.attention.dot_product import _shared_attention, attention
-from jaxnets.functional.attention.masks import Reach
+from jaxnets.functional.attention.dot_product import _shared_attention, dot_product_attention
+from jaxnets.functional.attention.masks import LocalMask
 
 HEADS, GROUPS, SIZE = 4, 2, 3
-# Queries, keys and reach: with blocks of unequal length, and many keys for few queries.
+# Queries, keys and local_mask: with tiles of unequal length, and many keys for few queries.
 SHAPES = {
-    "causal": (11, 11, Reach(causal=True)),
-    "longer": (33, 33, Reach(causal=True)),
-    "wide": (13, 40, Reach()),
-    "window": (33, 33, Reach(window=5)),
-    "causal window": (33, 33, Reach(causal=True, window=5)),
+    "causal": (11, 11, LocalMask(causal=True)),
+    "longer": (33, 33, LocalMask(causal=True)),
+    "wide": (13, 40, LocalMask()),
+    "window": (33, 33, LocalMask(window=5)),
+    "causal window": (33, 33, LocalMask(causal=True, window=5)),
 }
-# Of each block its queries, from and up to, and its keys.
+# Of each tile its queries, from and up to, and its keys.
 BLOCKS = {
     "causal": [(0, 5, 0, 5), (5, 11, 0, 11)],
     "longer": [(0, 11, 0, 11), (11, 22, 0, 22), (22, 33, 0, 33)],
@@ -31,9 +31,9 @@ BLOCKS = {
 }
 
 
-@pytest.fixture(params=["weights kept", "heads alone"])
+@pytest.fixture(params=["weights kept", "per head"])
 def small_blocks(request, monkeypatch):
-    many = 1 if request.param == "heads alone" else 10**9
+    many = 1 if request.param == "per head" else 10**9
     sizes = {"BLOCK": 4, "LARGE_BLOCK": 6, "LONG": 30, "MOST_BLOCKS": 3, "MANY_KEYS": 40}
     for name, size in {**sizes, "MANY_WEIGHTS": many}.items():
         monkeypatch.setattr(tiling, f"_{name}", size)
@@ -43,32 +43,32 @@ def small_blocks(request, monkeypatch):
     shared.clear_cache()
 
 
-def formula(query, key, value, mask, bias, reach):
+def formula(query, key, value, mask, bias, local_mask):
     """Attention as its definition says, with a copy of keys and values for each head."""
     key, value = (jnp.repeat(x, HEADS // GROUPS, axis=2) for x in (key, value))
     scores = jnp.einsum("bqhs,bkhs->bhqk", query, key) / jnp.sqrt(SIZE)
     scores = scores if bias is None else scores + bias
     seen = jnp.ones(scores.shape, bool) if mask is None else jnp.broadcast_to(mask, scores.shape)
     behind = np.subtract.outer(np.arange(query.shape[1]), np.arange(key.shape[1]))[None, None]
-    seen = seen & (behind >= 0) if reach.causal else seen
-    seen = seen if reach.window is None else seen & (abs(behind) < reach.window)
+    seen = seen & (behind >= 0) if local_mask.causal else seen
+    seen = seen if local_mask.window is None else seen & (abs(behind) < local_mask.window)
     weights = jnp.where(seen, jnp.exp(scores), 0)
     total = weights.sum(-1, keepdims=True)
     return jnp.einsum("bhqk,bkhs->bqhs", weights / jnp.where(total == 0, 1, total), value)
 
 
 def operands(name, dtype=np.float64):
-    queries, keys, reach = SHAPES[name]
+    queries, keys, local_mask = SHAPES[name]
     query = normal((2, queries, HEADS, SIZE), 0, dtype)
     key, value = (normal((2, keys, GROUPS, size), size, dtype) for size in (SIZE, 5))
-    return query, key, value, reach
+    return query, key, value, local_mask
 
 
-def pair(function, reach, mask):
+def pair(function, local_mask, mask):
     """The value, its gradients, and the gradients of something curved in these."""
 
     def value(query, key, value, bias):
-        return function(query, key, value, mask, bias, reach)
+        return function(query, key, value, mask, bias, local_mask)
 
     def gradients(*arrays):
         return jax.grad(lambda *arrays: jnp.sum(jnp.cos(value(*arrays)) + 0.5), (0, 1, 2, 3))(
@@ -87,8 +87,8 @@ def pair(function, reach, mask):
     )
 
 
-def ours(query, key, value, mask, bias, reach):
-    return attention(query, key, value, mask=mask, bias=bias, **reach._asdict())
+def ours(query, key, value, mask, bias, local_mask):
+    return dot_product_attention(query, key, value, mask=mask, bias=bias, **local_mask._asdict())
 
 
 @pytest.mark.parametrize(
@@ -102,18 +102,18 @@ def ours(query, key, value, mask, bias, reach):
         ("weights kept", "wide", "hqk", None),
         ("weights kept", "window", "hqk", None),
         ("weights kept", "causal window", "bk", "bqk"),
-        ("heads alone", "causal", None, "q"),
-        ("heads alone", "longer", None, "hqk"),
-        ("heads alone", "wide", None, "bk"),
-        ("heads alone", "window", None, "bhqk"),
-        ("heads alone", "causal window", None, None),
+        ("per head", "causal", None, "q"),
+        ("per head", "longer", None, "hqk"),
+        ("per head", "wide", None, "bk"),
+        ("per head", "window", None, "bhqk"),
+        ("per head", "causal window", None, None),
     ],
     indirect=["small_blocks"],
 )
 def test_blocks_give_the_values_and_derivatives_of_the_formula(
     name, bias_axes, mask_axes, enable_x64, on_cpu, small_blocks
 ):
-    query, key, value, reach = operands(name)
+    query, key, value, local_mask = operands(name)
     lengths = {"b": 2, "h": HEADS, "q": query.shape[1], "k": key.shape[1]}
 
     def drawn(axes, seed):
@@ -123,10 +123,10 @@ def test_blocks_give_the_values_and_derivatives_of_the_formula(
     mask = None if mask_axes is None else drawn(mask_axes, 8) > 0.3
     if mask is not None:
         mask = mask.at[0, :, 7 if "q" in mask_axes else 0].set(False)  # a query that sees nothing
-    divided = tiling.plans(query, key, reach, divisible=bias is None)
-    assert [tuple(block) for block in divided.cpu.blocks] == BLOCKS[name]
-    assert divided.cpu.alone == (small_blocks == "heads alone")
-    both = (pair(each, reach, mask) for each in (ours, formula))
+    divided = tiling.tilings(query, key, local_mask, divisible=bias is None)
+    assert [tuple(tile) for tile in divided.cpu.tiles] == BLOCKS[name]
+    assert divided.cpu.per_head == (small_blocks == "per head")
+    both = (pair(each, local_mask, mask) for each in (ours, formula))
     found, expected = (each(query, key, value, bias) for each in both)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for own, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -137,10 +137,10 @@ def test_blocks_give_the_values_and_derivatives_of_the_formula(
 
 
 def test_members_of_a_population_attend_in_blocks(enable_x64, on_cpu, small_blocks):
-    query, key, value, reach = operands("longer")
+    query, key, value, local_mask = operands("longer")
 
     def gradient(query, key):
-        return jax.grad(lambda q: jnp.sin(ours(q, key, value, None, None, reach)).sum())(query)
+        return jax.grad(lambda q: jnp.sin(ours(q, key, value, None, None, local_mask)).sum())(query)
 
     mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(jnp.stack([query, 2 * query]), key)
     for number, member in enumerate(mapped):
@@ -149,7 +149,7 @@ def test_members_of_a_population_attend_in_blocks(enable_x64, on_cpu, small_bloc
 
 def test_large_scores_neither_overflow_nor_vanish(on_cpu, small_blocks):
     query, key, value, _ = operands("causal", np.float32)
-    found = attention(1e4 * query, key, value, causal=True)
+    found = dot_product_attention(1e4 * query, key, value, causal=True)
     # The softmax is a choice of one key here.
     scores = np.einsum("bqhs,bkhs->bhqk", query, np.repeat(key, 2, axis=2))
     hidden = np.triu(np.ones((11, 11), bool), 1)
@@ -162,7 +162,7 @@ def layers(scanned, time=160):
     """The gradient of four layers of attention, in a loop or one after the other."""
 
     def layer(x, scale):
-        return x + attention(scale * x, x, x, causal=True)
+        return x + dot_product_attention(scale * x, x, x, causal=True)
 
     def loss(scales, x):
         if scanned:
@@ -176,7 +176,7 @@ def layers(scanned, time=160):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "dtype", "divisible", "alone"),
+    ("queries", "keys", "dtype", "divisible", "per_head"),
     [
         (1024, 1024, "float32", True, True),
         (256, 4096, "float32", True, True),
@@ -187,20 +187,22 @@ def layers(scanned, time=160):
         (2048, 2048, "bfloat16", True, True),
     ],
 )
-def test_heads_are_alone_where_the_weights_of_one_are_many(queries, keys, dtype, divisible, alone):
+def test_heads_are_computed_one_by_one_where_the_weights_of_one_are_many(
+    queries, keys, dtype, divisible, per_head
+):
     query, key = (jnp.zeros((1, time, 1, 1), dtype) for time in (queries, keys))
-    divided = tiling.plans(query, key, Reach(), divisible=divisible)
-    assert divided.cpu.alone == alone
-    assert not divided.default.alone and len(divided.default.blocks) == 1
-    assert (divided.partitioned is None) == (not alone)
-    assert divided.partitioned in (None, divided.cpu._replace(alone=False))
+    divided = tiling.tilings(query, key, LocalMask(), divisible=divisible)
+    assert divided.cpu.per_head == per_head
+    assert not divided.default.per_head and len(divided.default.tiles) == 1
+    assert (divided.partitioned is None) == (not per_head)
+    assert divided.partitioned in (None, divided.cpu._replace(per_head=False))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_program_for_cpu_has_nothing_of_the_size_of_all_weights(scanned, on_cpu):
     gradient, arguments = layers(scanned)
     text = gradient.lower(*arguments).compile().as_text()
-    assert re.search(r"f32\[[\d,]*80,160\]", text)  # the second block
+    assert re.search(r"f32\[[\d,]*80,160\]", text)  # the second tile
     assert not re.search(r"f32\[[\d,]*160,160\]", text)
 
 
@@ -231,15 +233,15 @@ def test_other_platforms_multiply_whole_matrices():
 
 @pytest.mark.four_devices
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize(("time", "block"), [(160, "80,160"), (1024, "128,1024")])
-def test_a_batch_that_is_split_over_devices_stays_where_it_is(time, block, kind, on_cpu):
+@pytest.mark.parametrize(("time", "tile"), [(160, "80,160"), (1024, "128,1024")])
+def test_a_batch_that_is_split_over_devices_stays_where_it_is(time, tile, kind, on_cpu):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
     def gradient(x):
-        return jax.grad(lambda x: jnp.sum(attention(x, x, x, causal=True) ** 2))(x)
+        return jax.grad(lambda x: jnp.sum(dot_product_attention(x, x, x, causal=True) ** 2))(x)
 
     x = jax.ShapeDtypeStruct((8, time, HEADS, SIZE), jnp.float32, sharding=split)
     text = jax.jit(gradient, out_shardings=split).lower(x).compile().as_text()
-    assert f"f32[2,4,{block}]" in text
+    assert f"f32[2,4,{tile}]" in text
     assert not re.search(r" (all-gather|all-to-all|collective-permute|all-reduce)\(", text)

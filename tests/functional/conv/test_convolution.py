@@ -218,7 +218,9 @@ def test_other_platforms_get_the_gradients_of_xla(operands, monkeypatch, forget_
     assert program.count("stablehlo.select_and_scatter") == 1
     assert "stablehlo.dot" not in program
     for module in (convolution, pooling):
-        monkeypatch.setattr(module, "by_platform", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(
+            module, "platform_dependent", lambda *args, cpu, default: default(*args)
+        )
     forget_traces()
     expected = jax.jit(jax.grad(plain_network, argnums=(0, 1)))(x, kernel)
     for other, plain in zip(jax.jit(gradient)(x, kernel), expected, strict=True):

@@ -8,22 +8,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnets import functional
 from jaxnets.functional.conv import offset_matmuls
-from jaxnets.functional.windows import Geometry
+from jaxnets.functional.windows import ConvSpec
 
 
 def normal(shape, seed):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
 
 
-def exact(x, kernel, geometry):
+def exact(x, kernel, spec):
     """The plain operation on the same numbers, in float64's place: float32 at full precision."""
     axes = "HW"[: x.ndim - 2]
     return jax.lax.conv_general_dilated(
         x.astype(jnp.float32),
         kernel.astype(jnp.float32),
-        window_strides=geometry.strides,
-        padding=geometry.padding,
-        rhs_dilation=geometry.dilation,
+        window_strides=spec.strides,
+        padding=spec.padding,
+        rhs_dilation=spec.dilation,
         dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         precision="highest",
     )
@@ -38,11 +38,11 @@ def assert_rounded_once(found, expected):
 
 
 GEOMETRIES = {
-    "same": ((6, 7), (3, 3), Geometry((1, 1), ((1, 1), (1, 1)), (1, 1), 1)),
-    "strides": ((7, 6), (3, 2), Geometry((2, 2), ((1, 1), (0, 1)), (1, 1), 1)),
-    "dilation": ((8, 8), (3, 3), Geometry((1, 1), ((0, 2), (2, 0)), (2, 1), 1)),
-    "cut": ((8, 9), (2, 3), Geometry((1, 2), ((-1, 0), (1, -2)), (1, 1), 1)),
-    "audio": ((11,), (4,), Geometry((2,), ((1, 2),), (1,), 1)),
+    "same": ((6, 7), (3, 3), ConvSpec((1, 1), ((1, 1), (1, 1)), (1, 1), 1)),
+    "strides": ((7, 6), (3, 2), ConvSpec((2, 2), ((1, 1), (0, 1)), (1, 1), 1)),
+    "dilation": ((8, 8), (3, 3), ConvSpec((1, 1), ((0, 2), (2, 0)), (2, 1), 1)),
+    "cut": ((8, 9), (2, 3), ConvSpec((1, 2), ((-1, 0), (1, -2)), (1, 1), 1)),
+    "audio": ((11,), (4,), ConvSpec((2,), ((1, 2),), (1,), 1)),
 }
 
 
@@ -50,18 +50,18 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_values_and_gradients_are_the_plain_ones_rounded_once(name, cached, monkeypatch, on_cpu):
     monkeypatch.setattr(offset_matmuls, "_CACHED", cached)
-    inputs, taps, geometry = GEOMETRIES[name]
+    inputs, taps, spec = GEOMETRIES[name]
     x, kernel = normal((6, *inputs, 5), 0), normal((*taps, 5, 4), 1)
-    expected, pull = jax.vjp(lambda k: exact(x, k, geometry), kernel.astype(jnp.float32))
+    expected, pull = jax.vjp(lambda k: exact(x, k, spec), kernel.astype(jnp.float32))
     sizes = expected.shape[1:-1]
-    found = jax.jit(
-        lambda x, kernel: offset_matmuls.convolve(x, kernel, sizes=sizes, geometry=geometry)
-    )(x, kernel)
+    found = jax.jit(lambda x, kernel: offset_matmuls.convolve(x, kernel, sizes=sizes, spec=spec))(
+        x, kernel
+    )
     assert_rounded_once(found, expected)
     dy = normal(expected.shape, 2)
-    found = jax.jit(
-        lambda x, dy: offset_matmuls.kernel_gradient(x, dy, size=taps, geometry=geometry)
-    )(x, dy)
+    found = jax.jit(lambda x, dy: offset_matmuls.kernel_gradient(x, dy, size=taps, spec=spec))(
+        x, dy
+    )
     assert_rounded_once(found, pull(dy.astype(jnp.float32))[0])
 
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnets as jn
-from jaxnets.functional.lowering.layout import computed_once
+from jaxnets.functional.lowering.layout import materialize
 
 X = jnp.linspace(-2.0, 3.0, 24).reshape(2, 3, 4)
 
@@ -28,7 +28,7 @@ def two_readers(mark):
 
 def test_two_loops_read_what_one_has_computed():
     assert compiled(two_readers(lambda x: x), X).count(" maximum(") == 2  # as XLA does it
-    assert compiled(two_readers(computed_once), X).count(" maximum(") == 1
+    assert compiled(two_readers(materialize), X).count(" maximum(") == 1
 
 
 def test_numbers_and_two_derivatives_are_those_of_the_array():
@@ -36,14 +36,14 @@ def test_numbers_and_two_derivatives_are_those_of_the_array():
         return lambda x: jnp.sum(mark(mark(x) ** 3))
 
     for derivative in (cubes, lambda f: jax.grad(cubes(f))):
-        np.testing.assert_array_equal(derivative(computed_once)(X), derivative(lambda x: x)(X))
-    second = jax.vmap(jax.vmap(jax.grad(jax.grad(lambda x: computed_once(x**3)))))
+        np.testing.assert_array_equal(derivative(materialize)(X), derivative(lambda x: x)(X))
+    second = jax.vmap(jax.vmap(jax.grad(jax.grad(lambda x: materialize(x**3)))))
     np.testing.assert_allclose(second(X[0]), 6 * X[0], rtol=1e-6)
 
 
 def test_it_is_batched_and_looped_over():
     expected = jnp.exp(X) * 2
-    one = jax.jit(lambda x: computed_once(jnp.exp(x)) * 2)
+    one = jax.jit(lambda x: materialize(jnp.exp(x)) * 2)
     np.testing.assert_allclose(jax.vmap(one)(X), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.lax.map(one, X), expected, rtol=1e-6)
 
@@ -51,7 +51,7 @@ def test_it_is_batched_and_looped_over():
 def test_a_sharding_passes_through():
     sharding = NamedSharding(jn.data_mesh(jax.devices()[:2]), PartitionSpec("data"))
     placed = jax.device_put(X, sharding)
-    function = two_readers(computed_once)
+    function = two_readers(materialize)
     assert "all-gather" not in compiled(function, placed)
     assert jax.jit(function)(placed)[1].sharding.is_equivalent_to(sharding, 3)
 

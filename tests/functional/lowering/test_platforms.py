@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnets import functional
 from jaxnets.functional.channels import along_channels
-from jaxnets.functional.lowering.platforms import by_platform
+from jaxnets.functional.lowering.platforms import platform_dependent
 from jaxnets.training.executors import data_mesh
 
 
@@ -28,7 +28,7 @@ def elsewhere(x, y):
 
 
 def chosen(x, y):
-    return by_platform(x, y, cpu=on_cpu_only, default=elsewhere)
+    return platform_dependent(x, y, cpu=on_cpu_only, default=elsewhere)
 
 
 # What contains a choice, and what it is on CPU.
@@ -37,7 +37,7 @@ FUNCTIONS = {
     "in a jit": (jax.jit(chosen), on_cpu_only),
     "in a checkpoint": (jax.checkpoint(chosen), on_cpu_only),
     "in a choice": (
-        lambda x, y: by_platform(x, y, cpu=lambda x, y: chosen(x, 2 * y), default=elsewhere),
+        lambda x, y: platform_dependent(x, y, cpu=lambda x, y: chosen(x, 2 * y), default=elsewhere),
         lambda x, y: on_cpu_only(x, 2 * y),
     ),
 }
@@ -70,7 +70,9 @@ def test_a_linear_choice_is_transposed(on_cpu):
     kernel, x = normal((3, 5), 0), normal((3,), 1)
 
     def apply(kernel, x):
-        return by_platform(kernel, x, cpu=lambda k, x: x @ k, default=lambda k, x: 2 * (x @ k))
+        return platform_dependent(
+            kernel, x, cpu=lambda k, x: x @ k, default=lambda k, x: 2 * (x @ k)
+        )
 
     (found,) = jax.linear_transpose(lambda x: apply(kernel, x), x)(normal((5,), 2))
     np.testing.assert_allclose(found, kernel @ normal((5,), 2), rtol=1e-13)
@@ -111,7 +113,9 @@ def test_what_a_mesh_adds_up_is_added_up_outside_of_conditionals(on_cpu):
 @pytest.mark.four_devices
 def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
     def several(x):
-        return by_platform(x, cpu=jnp.sin, default=jnp.cos, partitioned=lambda x: 2 * jnp.tan(x))
+        return platform_dependent(
+            x, cpu=jnp.sin, default=jnp.cos, partitioned=lambda x: 2 * jnp.tan(x)
+        )
 
     x, mesh = normal((4, 3), 0), data_mesh(jax.devices("cpu")[:4])
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -124,7 +128,7 @@ def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
     mapped = jax.shard_map(several, mesh=mesh, in_specs=split.spec, out_specs=split.spec)
     np.testing.assert_allclose(jax.jit(mapped)(x), jnp.sin(x), rtol=1e-13)
     with pytest.raises(TypeError, match="'partitioned' returns"):
-        by_platform(x, cpu=jnp.sin, default=jnp.cos, partitioned=jnp.sum)
+        platform_dependent(x, cpu=jnp.sin, default=jnp.cos, partitioned=jnp.sum)
 
 
 @pytest.mark.four_devices
@@ -152,7 +156,7 @@ def test_trees_of_arrays(on_cpu):
         return {"sum": -tree["x"].sum(), "rest": [tree["x"]]}
 
     def both(x):
-        return by_platform({"x": x**2}, None, cpu=sums, default=differences)
+        return platform_dependent({"x": x**2}, None, cpu=sums, default=differences)
 
     expected = {"sum": (x**2).sum(), "rest": [2 * x**2]}
     found = both(x)
@@ -163,9 +167,9 @@ def test_trees_of_arrays(on_cpu):
     mapped = jax.vmap(both)(x)
     np.testing.assert_allclose(mapped["sum"], (x**2).sum(1), rtol=1e-13)
     with pytest.raises(TypeError, match="make them alike"):
-        by_platform(x, cpu=lambda x: [x], default=lambda x: (x,))
+        platform_dependent(x, cpu=lambda x: [x], default=lambda x: (x,))
 
 
 def test_functions_that_return_other_arrays_are_an_error():
     with pytest.raises(TypeError, match=r"'cpu' returns .*4,3.* the default .*\[3\]"):
-        by_platform(normal((4, 3), 0), cpu=lambda x: x, default=lambda x: x[0])
+        platform_dependent(normal((4, 3), 0), cpu=lambda x: x, default=lambda x: x[0])

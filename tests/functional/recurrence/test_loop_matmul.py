@@ -11,8 +11,8 @@ from jaxnets.functional.recurrence.cells import GRUCell, LSTMCell
 from jaxnets.functional.recurrence.loop_matmul import (
     LoopKernel,
     kernel_gradient,
-    loop_products,
-    tapped_product,
+    loop_matmuls,
+    matmul_with_tap,
 )
 from jaxnets.functional.recurrence.scan import recurrent_scan
 
@@ -36,7 +36,7 @@ def test_products_of_a_loop_equal_plain_ones(shape, steps):
 
     @jax.jit
     def run(kernel, rows):
-        (product,) = loop_products([kernel], steps=steps)
+        (product,) = loop_matmuls([kernel], steps=steps)
         return product(rows)
 
     close(run(kernel, rows), rows @ kernel)
@@ -54,7 +54,7 @@ def test_gradients_equal_plain_ones(shape):
     def found(kernel, rows):
         def total(rows, tap):
             loop_kernel = LoopKernel.of(kernel)
-            products = [tapped_product(loop_kernel, tap[i], rows[i]) for i in range(len(rows))]
+            products = [matmul_with_tap(loop_kernel, tap[i], rows[i]) for i in range(len(rows))]
             return jnp.sum(jnp.sin(jnp.stack(products) / hidden**0.5) * weights)
 
         drows, tapped = jax.grad(total, (0, 1))(rows, jnp.zeros_like(weights))
@@ -112,7 +112,7 @@ def test_narrow_products_are_not_rounded_and_their_gradients_once(shape):
     cotangents = normal(3, 5, shape[1], seed=2)
     kernel, rows, cotangents = (x.astype(jnp.bfloat16) for x in (kernel, rows, cotangents))
     wide = [x.astype(jnp.float32) for x in (kernel, rows, cotangents)]
-    (product,) = loop_products([kernel], steps=3)
+    (product,) = loop_matmuls([kernel], steps=3)
     close(jax.jit(product)(rows[0]), wide[1][0] @ wide[0])
     expected = jnp.einsum("tbh,tbc->hc", *wide[1:])
     gradient = jax.jit(kernel_gradient)(rows, cotangents)

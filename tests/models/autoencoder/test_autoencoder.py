@@ -11,11 +11,11 @@ from checks import check_module, count_parameters, shapes_of
 
 import jaxnets as jn
 from jaxnets import autoencoder
-from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, CoderConfig
+from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import DiscretizedLogistic, Gaussian, SquaredError
 
-DENSE = CoderConfig((4, 5, 2), features=(6, 3))
-CONVOLUTIONAL = CoderConfig((5, 8, 1), "convolutional", (3, 4))
+DENSE = EncoderDecoderConfig((4, 5, 2), features=(6, 3))
+CONVOLUTIONAL = EncoderDecoderConfig((5, 8, 1), "convolutional", (3, 4))
 
 
 def images(*shape):
@@ -44,7 +44,8 @@ CONVOLUTIONS = (9 * 3 + 3) + (9 * 3 * 4 + 4)
         ),
         (
             Autoencoder(
-                CoderConfig((5, 8, 1), "convolutional", (3, 4), norm="batch"), latent_size=2
+                EncoderDecoderConfig((5, 8, 1), "convolutional", (3, 4), norm="batch"),
+                latent_size=2,
             ),
             (4, 5, 8, 1),
             (27 + 6) + (108 + 8) + (32 + 2) + (2 * 16 + 8) + (108 + 6) + (27 + 1),
@@ -58,7 +59,7 @@ CONVOLUTIONS = (9 * 3 + 3) + (9 * 3 * 4 + 4)
         ),
         (
             VQVAE(
-                CoderConfig(
+                EncoderDecoderConfig(
                     (5, 8, 1), "convolutional", (3, 4), num_blocks=1, upsampling="subpixel"
                 ),
                 codebook_size=3,
@@ -94,7 +95,7 @@ def test_the_example_of_pytorch_has_its_number_of_parameters():
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3), (9, 14, 2)])
 @pytest.mark.parametrize("upsampling", ["resize", "subpixel", "transposed"])
 def test_a_decoder_returns_to_the_size_of_the_images(shape, upsampling):
-    config = CoderConfig(shape, "convolutional", (4, 6, 8), upsampling=upsampling)
+    config = EncoderDecoderConfig(shape, "convolutional", (4, 6, 8), upsampling=upsampling)
     _, coded = shapes_of(Autoencoder(config), images(2, *shape))
     assert coded.outputs.shape == (2, *shape)
     module = VQVAE(config, codebook_size=4, likelihood=DiscretizedLogistic())
@@ -104,7 +105,9 @@ def test_a_decoder_returns_to_the_size_of_the_images(shape, upsampling):
 
 
 def test_tied_weights_are_one_matrix_and_its_transpose():
-    module = Autoencoder(CoderConfig((2, 2, 1), features=(), activation="tanh"), 3, tied=True)
+    module = Autoencoder(
+        EncoderDecoderConfig((2, 2, 1), features=(), activation="tanh"), 3, tied=True
+    )
     x = images(5, 2, 2, 1)
     variables = module.init(jax.random.key(0), x)
     params = variables["params"]
@@ -124,7 +127,7 @@ def test_tied_weights_are_one_matrix_and_its_transpose():
 
 
 def test_deep_tied_weights_mirror_layer_by_layer():
-    module = Autoencoder(CoderConfig((4, 5, 2), features=(6, 3)), latent_size=2, tied=True)
+    module = Autoencoder(EncoderDecoderConfig((4, 5, 2), features=(6, 3)), latent_size=2, tied=True)
     x = images(2, 4, 5, 2)
     params = module.init(jax.random.key(0), x)["params"]
     first, second = (params["encoder"][f"hidden_{i}"]["kernel"] for i in range(2))
@@ -163,12 +166,18 @@ def test_noise_makes_the_code_and_without_it_the_mean_is_decoded():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: CoderConfig((28, 28)), r"\(28, 28\) must be \(height, width, channels\)"),
-        (lambda: CoderConfig((8, 8, 1), "linear"), "'linear'; choose 'dense'"),
-        (lambda: CoderConfig((8, 8, 1), "convolutional", ()), "give 1 to 3 widths"),
-        (lambda: CoderConfig((8, 8, 1), "convolutional", (4,) * 4), "4 times; give 1 to 3"),
-        (lambda: CoderConfig((8, 8, 1), upsampling="bilinear"), "unknown upsampling 'bilinear'"),
-        (lambda: CoderConfig((8, 8, 1), num_blocks=1), "needs kind='convolutional'"),
+        (lambda: EncoderDecoderConfig((28, 28)), r"\(28, 28\) must be \(height, width, channels\)"),
+        (lambda: EncoderDecoderConfig((8, 8, 1), "linear"), "'linear'; choose 'dense'"),
+        (lambda: EncoderDecoderConfig((8, 8, 1), "convolutional", ()), "give 1 to 3 widths"),
+        (
+            lambda: EncoderDecoderConfig((8, 8, 1), "convolutional", (4,) * 4),
+            "4 times; give 1 to 3",
+        ),
+        (
+            lambda: EncoderDecoderConfig((8, 8, 1), upsampling="bilinear"),
+            "unknown upsampling 'bilinear'",
+        ),
+        (lambda: EncoderDecoderConfig((8, 8, 1), num_blocks=1), "needs kind='convolutional'"),
         (lambda: Autoencoder(DENSE, 4, num_active=5), "num_active is 5; give 1 to latent_size, 4"),
         (lambda: Autoencoder(CONVOLUTIONAL, tied=True), "tied weights with kind='convolutional'"),
         (
@@ -203,7 +212,9 @@ SMALL = {
         LABELS,
     ),
     "quantized": lambda: (
-        *trained(VQVAE(CoderConfig((4, 5, 2), "convolutional", (4,)), 5), images(2, 4, 5, 2)),
+        *trained(
+            VQVAE(EncoderDecoderConfig((4, 5, 2), "convolutional", (4,)), 5), images(2, 4, 5, 2)
+        ),
         None,
     ),
 }
@@ -274,7 +285,7 @@ def call(kind, function, *arguments, **keywords):
         ),
         (
             lambda: call("vae", autoencoder.encode, np.ones((2, 4, 5, 2), np.uint8)),
-            "type uint8; give floats: divide grey levels by 255",
+            "type uint8; give floats: divide gray levels by 255",
         ),
         (
             lambda: call("plain", autoencoder.decode, np.ones((2, 4), np.float32)),
@@ -348,7 +359,7 @@ def test_a_linear_autoencoder_at_its_optimum_is_principal_components():
     x -= x.mean(axis=0)
     _, _, components = np.linalg.svd(x, full_matrices=False)
     likelihood = SquaredError(image_range=None)  # data around 0
-    module = Autoencoder(CoderConfig((2, 3, 1), features=()), 2, likelihood, tied=True)
+    module = Autoencoder(EncoderDecoderConfig((2, 3, 1), features=()), 2, likelihood, tied=True)
     batch = {"inputs": x.reshape(50, 2, 3, 1)}
     params = module.init(jax.random.key(0), batch["inputs"])["params"]
     params["code"]["kernel"] = jnp.asarray(components[:2].T)
@@ -372,7 +383,9 @@ def test_an_unusual_image_scores_higher_after_a_short_training():
         rows = 0.5 + 0.5 * np.sin(grid[None, :, None, None] + shifts)
         return np.tile(rows, (1, 1, 6, 1)).astype(np.float32)
 
-    module = Autoencoder(CoderConfig((6, 6, 1), features=(16,), activation="tanh"), latent_size=2)
+    module = Autoencoder(
+        EncoderDecoderConfig((6, 6, 1), features=(16,), activation="tanh"), latent_size=2
+    )
     update = jn.Update(jn.reconstruction(module), optax.adam(1e-2))
     variables = jax.jit(module.init)(jax.random.key(0), waves(1))
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))

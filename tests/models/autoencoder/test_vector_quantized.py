@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.models.autoencoder import VQVAE, CoderConfig, VectorQuantizer, check_codebook
+from jaxnets.models.autoencoder import VQVAE, EncoderDecoderConfig, VectorQuantizer, check_codebook
 
-CONVOLUTIONAL = CoderConfig((5, 8, 1), "convolutional", (3, 4))
+CONVOLUTIONAL = EncoderDecoderConfig((5, 8, 1), "convolutional", (3, 4))
 
 
 def images(*shape):

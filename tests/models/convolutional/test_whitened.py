@@ -13,7 +13,7 @@ SMALL = WhitenedConvNet(features=(4, 6), num_outputs=3)
 
 
 def images(*shape, seed=0):
-    """Images whose neighbouring pixels and channels go together, as in photographs."""
+    """Images whose neighboring pixels and channels go together, as in photographs."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=shape) + 2 * rng.normal(size=(*shape[:1], 1, 1, 1)) + 0.5).astype("f4")
 

@@ -208,7 +208,7 @@ def test_settled_statistics_are_those_of_the_generators_own_images():
     module = dcgan((8, 8, 1), width=4, latent_size=5)
     latents = normal(40, 32, 5)
     variables = perturbed(jax.jit(module.init)(jax.random.key(0), latents[0]), 0.5)
-    settled = jax.jit(lambda v: gan.settle_statistics(module, v, latents))(variables)
+    settled = jax.jit(lambda v: gan.recalibrate_batch_norm(module, v, latents))(variables)
     generator = settled["params"]["generator"]
     before = np.einsum("sbl,lo->sbo", latents, generator["start"]["kernel"])
     before = before.reshape(40, -1, 4)  # [steps, images and positions, channels]
@@ -220,7 +220,7 @@ def test_settled_statistics_are_those_of_the_generators_own_images():
     np.testing.assert_allclose(statistics["var"], variance, rtol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, settled["params"], variables["params"])
     without = {"params": variables["params"]}
-    assert gan.settle_statistics(module, without, latents) is without
+    assert gan.recalibrate_batch_norm(module, without, latents) is without
 
 
 def test_a_walk_between_latents_keeps_to_the_circle_and_ends_at_both():

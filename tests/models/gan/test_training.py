@@ -86,7 +86,7 @@ def one_share(monkeypatch):
     monkeypatch.setattr(module, "mix", lambda real, fake, rng: 0.3 * real + 0.7 * fake)
 
 
-# name -> (precision -> module, batch, loss, penalties, critics, executors that normalise otherwise)
+# name -> (precision -> module, batch, loss, penalties, critics, executors that normalize otherwise)
 PROBLEMS = {
     "r3gan": (plain, BATCH, "relativistic", {"r1": 0.1, "r2": 0.1}, 1, set()),
     "wgan_gp": (plain, BATCH, "wasserstein", {"gradient_penalty": 0.1}, 2, set()),

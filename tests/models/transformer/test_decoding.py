@@ -14,19 +14,19 @@ from jaxnets.models.transformer import TransformerLM, TransformerTranslator
 CONFIGS = {
     "learned": {"positions": "learned", "activation": "swiglu"},
     "learned_post_norm": {"positions": "learned", "norm_first": False},
-    "sinusoidal_multi_query": {"positions": "sinusoidal", "num_key_value_heads": 1},
+    "sinusoidal_multi_query": {"positions": "sinusoidal", "num_kv_heads": 1},
     "rotary_grouped": {
         "positions": "rotary",
         "num_heads": 4,
-        "num_key_value_heads": 2,
+        "num_kv_heads": 2,
         "norm": "rms",
     },
     "rotary_window_qk_norm": {"positions": "rotary", "window": 3, "qk_norm": True},
     "alibi_window": {"positions": "alibi", "window": 4},
-    "alibi_three_heads": {"positions": "alibi", "num_heads": 3, "head_size": 5},
+    "alibi_three_heads": {"positions": "alibi", "num_heads": 3, "head_dim": 5},
     "relative": {"positions": "relative", "key_bias": True},
     "no_positions": {"positions": None},
-    "scanned": {"positions": "rotary", "scan_layers": True, "num_key_value_heads": 1},
+    "scanned": {"positions": "rotary", "scan_layers": True, "num_kv_heads": 1},
     "scanned_relative": {"positions": "relative", "scan_layers": True, "remat": True},
 }
 # Prompts of different length in two pieces, one row pausing, then tokens one by one.

@@ -11,7 +11,7 @@ from transformer_problem import BLOCK, DROPPING, NORM, close, config, floats, ma
 import jaxnets as jn
 from jaxnets import transformer
 from jaxnets.models.transformer import MaskedAutoencoder, VisionTransformer
-from jaxnets.models.transformer.masked_autoencoder import paint
+from jaxnets.models.transformer.masked_autoencoder import inpaint
 
 IMAGES = floats(2, 4, 6, 3)  # of 6 patches of 2 x 2
 MODULE = MaskedAutoencoder(
@@ -55,12 +55,12 @@ def test_the_patches_with_the_smallest_noise_are_seen(variables, run):
 
 def test_hidden_pixels_change_nothing_and_seen_ones_everything(variables, run):
     outputs, masked = run(variables, IMAGES, NOISE)
-    patches = np.array(jn.split_patches(jnp.asarray(IMAGES), 2))
+    patches = np.array(jn.patchify(jnp.asarray(IMAGES), 2))
     patches[np.asarray(masked)] = 99
-    hidden = np.asarray(jn.join_patches(jnp.asarray(patches), (4, 6, 3)))
+    hidden = np.asarray(jn.unpatchify(jnp.asarray(patches), (4, 6, 3)))
     close(run(variables, hidden, NOISE).outputs, outputs)
     patches[~np.asarray(masked)] += 1
-    other = run(variables, np.asarray(jn.join_patches(jnp.asarray(patches), (4, 6, 3))), NOISE)
+    other = run(variables, np.asarray(jn.unpatchify(jnp.asarray(patches), (4, 6, 3))), NOISE)
     assert np.abs(other.outputs - outputs).max(axis=-1).min() > 1e-4
 
 
@@ -119,7 +119,7 @@ def test_the_trained_encoder_fits_a_vision_transformer(variables):
 @pytest.mark.parametrize("normalized", [True, False])
 def test_hidden_patches_are_painted_in_pixels_and_the_others_left_alone(variables, normalized):
     outputs, masked = MODULE.apply(variables, IMAGES, noise=NOISE)
-    painted = paint(MODULE, variables, IMAGES, noise=NOISE, normalized=normalized)
+    painted = inpaint(MODULE, variables, IMAGES, noise=NOISE, normalized=normalized)
     np.testing.assert_array_equal(painted.masked, masked)
     assert painted.images.shape == IMAGES.shape
     for image, patch in np.ndindex(2, 6):
@@ -132,9 +132,9 @@ def test_hidden_patches_are_painted_in_pixels_and_the_others_left_alone(variable
         close(painted.images[image, rows, columns], expected)
 
 
-def test_grey_levels_are_refused_unless_a_range_is_named(variables):
+def test_gray_levels_are_refused_unless_a_range_is_named(variables):
     batch = {"inputs": np.abs(IMAGES) * 255}
-    with pytest.raises(ValueError, match=r"outside of \[0, 1\]; divide grey levels by 255"):
+    with pytest.raises(ValueError, match=r"outside of \[0, 1\]; divide gray levels by 255"):
         jn.masked_reconstruction(MODULE)(
             variables["params"], {}, batch, jax.random.key(0), train=False
         )
@@ -168,7 +168,7 @@ def test_it_learns_to_continue_stripes():
         (lambda: MaskedAutoencoder(decoder_config=config(window=2)), "decoder_config.*window=2"),
         (lambda: made(MODULE, floats(2, 2, 2, 3)), "of 1 patches mask_ratio 0.5 leaves 1"),
         (lambda: made(MODULE, floats(2, 5, 6, 3)), "5 x 6 .* 2 x 2"),
-        (lambda: jn.join_patches(jnp.zeros((1, 5, 4)), (4, 6, 1)), r"\(1, 5, 4\)"),
+        (lambda: jn.unpatchify(jnp.zeros((1, 5, 4)), (4, 6, 1)), r"\(1, 5, 4\)"),
         (
             lambda: MODULE.apply(made(MODULE, IMAGES), IMAGES, noise=NOISE[:, :5]),
             r"\(2, 5\).*\(2, 6\)",
