@@ -92,7 +92,7 @@ def adversarial(
         arXiv:1801.04406 (R1, R2); Huang et al. 2024, arXiv:2501.05441 (R3GAN: "relativistic"
         with r1 and r2). Differs from the papers: `[discriminator_update] * 5` uses the same real
         images five times, each time with latents of its own (unless the batch holds them);
-        algorithm 1 of Arjovsky et al. 2017, arXiv:1701.07875, and of WGAN-GP draws new ones of both.
+        algorithm 1 of Arjovsky et al. 2017, arXiv:1701.07875, and of WGAN-GP draws new ones.
     """
     relativistic = check_loss(loss).relativistic
     factors = {"gradient_penalty": gradient_penalty, "r1": r1, "r2": r2}
