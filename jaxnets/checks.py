@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import chex
 import jax
 
 
 def check_first_step(first_step: int) -> None:
-    """Raise ValueError for a negative first step."""
+    """Refuse a negative first step.
+
+    Raises:
+        ValueError: the step.
+    """
     if first_step < 0:
         raise ValueError(f"first step {first_step} is negative; steps count from 0")
 
 
-def check_rank(inputs: jax.Array, model: object, *, layouts: Sequence[str]) -> None:
+def check_same_shape(**arrays: Any) -> None:
+    """Refuse arrays of different shapes.
+
+    Args:
+        arrays: {name: array}; broadcasting is not allowed.
+
+    Raises:
+        ValueError: the names and shapes.
+
+    Example:
+        >>> import numpy as np
+        >>> check_same_shape(predictions=np.ones((4, 1)), labels=np.ones(4))
+        Traceback (most recent call last):
+        ...
+        ValueError: predictions (4, 1), labels (4,) differ in shape; give all the same shape
+    """
+    try:
+        chex.assert_equal_shape(list(arrays.values()))
+    except AssertionError:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{shapes} differ in shape; give all the same shape") from None
+
+
+def check_rank(inputs: Any, caller: object, *, layouts: Sequence[str]) -> None:
     """Refuse inputs whose number of axes fits none of the layouts.
 
     Args:
-        inputs: what the model was called with.
-        model: the model, for its name in the message.
+        inputs: the array that the caller got.
+        caller: a model, whose class is named in the message, or the name of a function.
         layouts: such as "[batch, height, width, channels]"; each comma adds an axis.
 
     Raises:
@@ -26,7 +55,7 @@ def check_rank(inputs: jax.Array, model: object, *, layouts: Sequence[str]) -> N
     """
     if inputs.ndim not in [layout.count(",") + 1 for layout in layouts]:
         raise ValueError(
-            f"{type(model).__name__} got inputs of shape {inputs.shape}; give "
+            f"{caller if isinstance(caller, str) else type(caller).__name__} got inputs of shape {inputs.shape}; give "
             f"{' or '.join(layouts)}. Add a missing batch axis with inputs[None], a missing "
             "channel axis with inputs[..., None]"
         )
