@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import chex
-import jax
 
 
 def check_first_step(first_step: int) -> None:
@@ -54,8 +53,9 @@ def check_rank(inputs: Any, caller: object, *, layouts: Sequence[str]) -> None:
         ValueError: the shape, the layouts that fit, and what to do.
     """
     if inputs.ndim not in [layout.count(",") + 1 for layout in layouts]:
+        name = caller if isinstance(caller, str) else type(caller).__name__
         raise ValueError(
-            f"{caller if isinstance(caller, str) else type(caller).__name__} got inputs of shape {inputs.shape}; give "
+            f"{name} got inputs of shape {inputs.shape}; give "
             f"{' or '.join(layouts)}. Add a missing batch axis with inputs[None], a missing "
             "channel axis with inputs[..., None]"
         )
