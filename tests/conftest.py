@@ -4,6 +4,7 @@ With `JAX_PLATFORMS=cuda,cpu` the tests run on a GPU; what needs several devices
 """
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -21,6 +22,19 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not ON_CPU:  # the tests compare digits that TF32 does not have
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Of each of the processes that run the tests.
+MOST_BYTES = 5 * 2**30
+
+
+def resident_bytes():
+    """Return the memory of this process, 0 where the system does not tell."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def pytest_runtest_setup(item):
@@ -59,6 +73,10 @@ def forget_traces():
 
 @pytest.fixture(autouse=True, scope="module")
 def free_programs():
-    """Forget compiled programs at the end of a module: together they take gigabytes."""
+    """Drop the compiled programs when the process gets large: all together take gigabytes.
+
+    Not after every module: the next one would compile the same small programs again.
+    """
     yield
-    jax.clear_caches()
+    if resident_bytes() > MOST_BYTES:
+        jax.clear_caches()

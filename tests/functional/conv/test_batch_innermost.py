@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnets as jn
-from jaxnets.functional.conv import batch_innermost
+from jaxnets.functional.lowering import layout
 from jaxnets.layers import BatchNorm, Convolution
 
 BATCH, SIDE = 12, 8
@@ -75,7 +75,7 @@ def test_a_network_computes_what_it_does_with_the_channels_innermost(monkeypatch
             return jax.value_and_grad(loss, (0, 1), has_aux=True)(variables, x)
 
         found = measure(variables, x)
-        monkeypatch.setattr(batch_innermost, "_FEW", 0)
+        monkeypatch.setattr(layout, "_FEW", 0)
         forget_traces()
         expected = measure(variables, x)
     for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -15,7 +15,8 @@ from jax import lax
 
 from jaxnets import functional
 from jaxnets.core import DATA_AXIS
-from jaxnets.functional.conv import batch_innermost, winograd
+from jaxnets.functional.conv import winograd
+from jaxnets.functional.lowering import layout
 from jaxnets.training.executors import data_mesh
 
 # The package has a function of this name.
@@ -37,7 +38,7 @@ def everywhere(monkeypatch, forget_traces):
     """Let every 3x3 convolution of stride 1 go this way, however small."""
     monkeypatch.setattr(convolution, "_SAVED_FORWARD", 0.01)
     monkeypatch.setattr(convolution, "_SAVED_KERNEL_GRADIENT", 0.01)
-    monkeypatch.setattr(batch_innermost, "_FEW", 0)
+    monkeypatch.setattr(layout, "_FEW", 0)
     forget_traces()
 
 
