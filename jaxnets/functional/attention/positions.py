@@ -45,7 +45,7 @@ def sinusoidal_positions(
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*angles.shape[:-1], -1)
 
 
-def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax.Array:
+def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> jax.Array:
     """Turn pairs of features by angles that grow with the position.
 
     The product of two vectors so turned depends on the distance of their positions only. Feature i
@@ -54,7 +54,7 @@ def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax
     Args:
         x: queries or keys, [batch, time, heads, head_dim], size even.
         positions: integer [batch or 1, time].
-        base: the slowest pair turns by about 1 / base a position.
+        theta: the slowest pair turns by about 1 / theta a position.
 
     Returns:
         Shape and dtype of `x`.
@@ -66,7 +66,7 @@ def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax
         Su et al. 2021, arXiv:2104.09864, section 3.2 (which pairs neighbors).
     """
     wide = at_least_float32(x)
-    angles = _angles(positions, x.shape[-1], base, wide.dtype)[:, :, None]
+    angles = _angles(positions, x.shape[-1], theta, wide.dtype)[:, :, None]
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(wide, 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]

@@ -44,7 +44,7 @@ def attention_weights(
     return weights if visible is None else _of_queries_that_see(visible, weights)
 
 
-def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+def apply_attention_weights(weights: jax.Array, value: jax.Array) -> jax.Array:
     """Sum the values with the weights of `attention_weights`.
 
     Args:

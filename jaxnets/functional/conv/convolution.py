@@ -338,7 +338,9 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, spec: ConvSpec)
         return jnp.stack(products).reshape(*size, channels, features)
 
     patches = math.prod(dy.shape[:-1]) * len(offsets) * channels
-    total = sum_over_chunks(summed_products, inputs, dy, numbers=patches, cached=_CACHED_PATCHES)
+    total = sum_over_chunks(
+        summed_products, inputs, dy, num_elements=patches, chunk_elements=_CACHED_PATCHES
+    )
     return total.astype(x.dtype)
 
 

@@ -44,7 +44,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, sizes: Axes, spec: ConvSpec) ->
         return jnp.asarray(total, x.dtype).reshape(len(inputs), *sizes, features)
 
     numbers = len(x) * math.prod(sizes) * len(offsets) * channels
-    return map_chunks(chunk, padded(x, spec), numbers=numbers, cached=_CACHED)
+    return map_chunks(chunk, padded(x, spec), num_elements=numbers, chunk_elements=_CACHED)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, spec: ConvSpec) -> jax.Array:
@@ -67,5 +67,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, spec: ConvSpec) 
         return jnp.stack([accumulating_matmul(each, dy.reshape(-1, features)) for each in columns])
 
     numbers = math.prod(dy.shape[:-1]) * len(offsets) * channels
-    total = sum_over_chunks(chunk, padded(x, spec), dy, numbers=numbers, cached=_CACHED)
+    total = sum_over_chunks(
+        chunk, padded(x, spec), dy, num_elements=numbers, chunk_elements=_CACHED
+    )
     return total.astype(x.dtype).reshape(*size, channels, features)

@@ -113,7 +113,7 @@ def _convolve(x: jax.Array, kernels: _Tiles, padding: Pairs) -> jax.Array:
         return _joined({p: linear(tile, kernels[p]) for p, tile in tiles.items()}, sizes)
 
     numbers = len(x) * _tile_numbers(sizes, width)
-    return map_chunks(chunk, x, numbers=numbers, cached=_CACHED_FORWARD)
+    return map_chunks(chunk, x, num_elements=numbers, chunk_elements=_CACHED_FORWARD)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array:
@@ -136,7 +136,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array
         return jnp.stack([lax.dot_general(*pair, (((0,), (0,)), ((), ()))) for pair in pairs])
 
     numbers = len(x) * _tile_numbers(sizes, channels + features)
-    total = sum_over_chunks(chunk, x, dy, numbers=numbers, cached=_CACHED_GRADIENT)
+    total = sum_over_chunks(chunk, x, dy, num_elements=numbers, chunk_elements=_CACHED_GRADIENT)
     shares = dict(zip(places, total, strict=True))
     for _ in sizes:  # the last axis first
         before = _places(len(next(iter(shares))) - 1)

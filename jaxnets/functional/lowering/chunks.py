@@ -14,7 +14,7 @@ _FEWEST_CHUNKS = 5
 
 
 def sum_over_chunks(
-    function: Callable[..., jax.Array], *arrays: jax.Array, numbers: int, cached: int
+    function: Callable[..., jax.Array], *arrays: jax.Array, num_elements: int, chunk_elements: int
 ) -> jax.Array:
     """Sum a function that adds up over the batch.
 
@@ -22,13 +22,13 @@ def sum_over_chunks(
         function: of arrays [examples, ...]; returns an array whose shape does not depend on how
             many examples there are.
         arrays: [batch, ...] each.
-        numbers: how many numbers the function makes of the whole batch.
-        cached: how many of them a chunk may make.
+        num_elements: size of all intermediate results for the whole batch.
+        chunk_elements: size of those of one chunk, which should fit in the cache.
 
     Returns:
         The sum, of the shape that `function` returns.
     """
-    count, chunks = _split(arrays[0].shape[0], numbers, cached)
+    count, chunks = _split(arrays[0].shape[0], num_elements, chunk_elements)
     if chunks < _FEWEST_CHUNKS:
         return function(*arrays)
     taken, rest = _chunks(arrays, count, chunks)
@@ -42,20 +42,24 @@ def sum_over_chunks(
 
 
 def map_chunks(
-    function: Callable[[jax.Array], jax.Array], array: jax.Array, *, numbers: int, cached: int
+    function: Callable[[jax.Array], jax.Array],
+    array: jax.Array,
+    *,
+    num_elements: int,
+    chunk_elements: int,
 ) -> jax.Array:
     """Apply a function that treats every example by itself.
 
     Args:
         function: [examples, ...] -> [examples, ...].
         array: [batch, ...].
-        numbers: how many numbers the function makes of the whole batch.
-        cached: how many of them a chunk may make.
+        num_elements: size of all intermediate results for the whole batch.
+        chunk_elements: size of those of one chunk, which should fit in the cache.
 
     Returns:
         What `function` returns for the whole batch.
     """
-    count, chunks = _split(array.shape[0], numbers, cached)
+    count, chunks = _split(array.shape[0], num_elements, chunk_elements)
     if chunks < _FEWEST_CHUNKS:
         return function(array)
     taken, (rest,) = _chunks((array,), count, chunks)
@@ -69,9 +73,9 @@ def map_chunks(
     return jnp.concatenate([whole, function(rest)]) if len(rest) else whole
 
 
-def _split(batch: int, numbers: int, cached: int) -> tuple[int, int]:
+def _split(batch: int, num_elements: int, chunk_elements: int) -> tuple[int, int]:
     """Return how many examples a chunk has, and how many whole chunks there are."""
-    wanted = max(batch * cached / max(numbers, 1), 1)
+    wanted = max(batch * chunk_elements / max(num_elements, 1), 1)
     # What the chunks leave behind would be a second program, and would be cut off by a copy.
     divisors = [count for count in range(1, batch + 1) if batch % count == 0]
     near = [count for count in divisors if wanted / 2 <= count <= 2 * wanted]

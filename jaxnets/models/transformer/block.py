@@ -14,7 +14,7 @@ from jaxnets.core import Precision, record
 from jaxnets.functional.activations import activation
 from jaxnets.functional.attention.dot_product import dot_product_attention
 from jaxnets.functional.attention.positions import rotary
-from jaxnets.functional.attention.scores import attention_weights, weighted_values
+from jaxnets.functional.attention.scores import apply_attention_weights, attention_weights
 from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm
 from jaxnets.models.transformer.config import BlockConfig
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         if dropping or self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, **seeing)
             record(self, "weights", weights)
-            y = weighted_values(self.dropout(weights, train=train), value)
+            y = apply_attention_weights(self.dropout(weights, train=train), value)
         else:
             y = dot_product_attention(query, key, value, **seeing)
         return self.output(y.reshape(*x.shape[:2], -1))
@@ -113,7 +113,7 @@ class Attention(nn.Module):
     def _turn(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         if positions is None or self.config.positions != "rotary":
             return x
-        return rotary(x, positions, base=self.config.rope_theta)
+        return rotary(x, positions, theta=self.config.rope_theta)
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from jaxnets.functional.attention import cudnn
 from jaxnets.functional.attention.dot_product import dot_product_attention
 from jaxnets.functional.attention.masks import LocalMask
-from jaxnets.functional.attention.scores import attention_weights, weighted_values
+from jaxnets.functional.attention.scores import apply_attention_weights, attention_weights
 
 BATCH, HEADS, SIZE = 2, 4, 8
 
@@ -37,7 +37,7 @@ def hidden(shape):
 
 def by_weights(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):
     weights = attention_weights(query, key, mask=mask, scale=scale, causal=causal, window=window)
-    return weighted_values(weights, value)
+    return apply_attention_weights(weights, value)
 
 
 def fused(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):

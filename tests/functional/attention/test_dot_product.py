@@ -14,7 +14,7 @@ from jaxnets.functional.attention.positions import (
     rotary,
     sinusoidal_positions,
 )
-from jaxnets.functional.attention.scores import attention_weights, weighted_values
+from jaxnets.functional.attention.scores import apply_attention_weights, attention_weights
 from jaxnets.functional.lengths import padding_mask
 
 HEADS, SIZE = 4, 6
@@ -68,7 +68,7 @@ def test_the_gradients_of_attention_are_those_of_its_formula(groups, bias_shape)
 
         def formula(q, k, v, *bias):
             weights = attention_weights(q, k, mask=mask, bias=bias[0] if bias else None, scale=0.3)
-            return weighted_values(weights, v)
+            return apply_attention_weights(weights, v)
 
         def own(q, k, v, *bias):
             return dot_product_attention(
@@ -174,7 +174,7 @@ def test_products_of_rotated_vectors_depend_on_the_distance_only():
     q, k = arrays((1, 1, 1, 8), (1, 1, 1, 8))
 
     def product(i, j):
-        turned = (rotary(x, np.array([[n]]), base=50.0) for x, n in ((q, i), (k, j)))
+        turned = (rotary(x, np.array([[n]]), theta=50.0) for x, n in ((q, i), (k, j)))
         return float(jnp.vdot(*turned))
 
     assert product(0, 0) == pytest.approx(float(np.vdot(q, k)), abs=1e-5)
@@ -192,7 +192,7 @@ def test_rotary_turns_pairs_by_hand():
         4 * np.cos(angles[1]) + 2 * np.sin(angles[1]),
     ]
     np.testing.assert_allclose(
-        rotary(x, jnp.array([[2]]), base=100.0)[0, 0, 0], expected, rtol=1e-6
+        rotary(x, jnp.array([[2]]), theta=100.0)[0, 0, 0], expected, rtol=1e-6
     )
 
 

@@ -30,14 +30,16 @@ def test_chunks_leave_no_rest_where_a_divisor_is_near(batch, cached, sizes):
         seen.append(len(x))
         return x**2
 
-    found = jax.jit(lambda x: map_chunks(squares, x, numbers=batch, cached=cached))(x)
+    found = jax.jit(lambda x: map_chunks(squares, x, num_elements=batch, chunk_elements=cached))(x)
     # The order of the examples stays.
     np.testing.assert_allclose(found, x**2, rtol=1e-6)
     assert list(dict.fromkeys(seen)) == sizes
 
     seen.clear()
     summed = jax.jit(
-        lambda x: sum_over_chunks(lambda x: jnp.sum(squares(x), 0), x, numbers=batch, cached=cached)
+        lambda x: sum_over_chunks(
+            lambda x: jnp.sum(squares(x), 0), x, num_elements=batch, chunk_elements=cached
+        )
     )(x)
     np.testing.assert_allclose(summed, jnp.sum(x**2, 0), rtol=1e-5)
     assert list(dict.fromkeys(seen)) == sizes
