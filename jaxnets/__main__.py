@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from jaxnets.models import registry
 from jaxnets.tools import comparison, doctor, summary
+from jaxnets.training.optimizers import OPTIMIZERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summarize.add_argument(
         "--optimizer",
         default="adamw",
-        help=f"{', '.join(summary.OPTIMIZERS)} (default %(default)s)",
+        help=f"{', '.join(OPTIMIZERS)} (default %(default)s)",
     )
     summarize.add_argument(
         "--depth", type=int, default=1, help="levels of modules shown (default %(default)s)"

@@ -1,10 +1,11 @@
-"""Networks by name, with their usual inputs and what they are trained for; optimizers by name."""
+"""Architectures by name, each with the usual shape of its inputs and its usual objective."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,12 +21,12 @@ from jaxnets.objectives.supervised import classification, regression
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a network is trained for, as far as shapes know.
+    """An objective and the shapes of its batches.
 
     Attributes:
         objective: module -> objective.
         inputs: the entries of a batch that the module takes.
-        batch: (number of examples, shape of one) -> shapes and dtypes of a batch.
+        batch: (batch size, shape of one example) -> shapes and dtypes of a batch.
     """
 
     objective: Callable[[nn.Module], Objective]
@@ -35,28 +36,36 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network that has a name.
+    """A named architecture: a class or a preset, and its defaults.
 
     Attributes:
-        build: number of outputs, which are classes or tokens, if there is one -> network.
-        input_shape: of the usual example, without the batch.
-        num_outputs: the usual number of outputs; None where the inputs decide on it.
-        task: what it is trained for.
+        build: class of a network or preset; keyword fields -> network.
+        input_shape: usual shape of one example, without the batch.
+        num_outputs: usual number of outputs, which are classes or tokens; None where the inputs
+            determine it.
+        task: what it is usually trained for.
+        output_field: the argument of `build` that takes the number of outputs.
     """
 
     build: Callable[..., nn.Module]
     input_shape: tuple[int, ...]
     num_outputs: int | None
     task: Task
+    output_field: str = "num_outputs"
 
-    def network(self, num_outputs: int | None = None) -> nn.Module:
+    def network(self, num_outputs: int | None = None, **fields: Any) -> nn.Module:
         """Build the network.
 
         Args:
             num_outputs: number of classes or tokens; by default the usual one.
+            fields: further arguments of `build`, such as `precision`.
 
         Raises:
-            ValueError: a number below 1, or one for a network whose inputs decide on it.
+            ValueError: a number below 1, or one for a network whose inputs determine it.
+
+        Example:
+            >>> MODELS["mlp"].network(3, features=(16,)).features
+            (16,)
         """
         if self.num_outputs is None:
             if num_outputs is not None:
@@ -64,10 +73,10 @@ class Model:
                     f"num_outputs is {num_outputs}, and this network returns the pixels of its "
                     "inputs; leave it out"
                 )
-            return self.build()
+            return self.build(**fields)
         num_outputs = self.num_outputs if num_outputs is None else num_outputs
         check_sizes(num_outputs=num_outputs)
-        return self.build(num_outputs)
+        return self.build(**{self.output_field: num_outputs}, **fields)
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:
@@ -103,13 +112,13 @@ _TRANSLATION = Task(
     ("inputs", "decoder_inputs"),
     lambda size, shape: dict.fromkeys(("inputs", "decoder_inputs", "labels"), _ids(size, *shape)),
 )
-_PAINTING = Task(
+_INPAINTING = Task(
     masked_reconstruction, ("inputs",), lambda size, shape: {"inputs": _values(size, *shape)}
 )
 _RECOGNITION = Task(
     ctc,
     ("inputs",),
-    # A label for every sixteen frames, such as a letter in 160 milliseconds.
+    # One label for every sixteen frames, such as one letter in 160 milliseconds.
     lambda size, shape: {
         "inputs": _values(size, *shape),
         "labels": _ids(size, max(shape[0] // 16, 1)),
@@ -117,11 +126,14 @@ _RECOGNITION = Task(
     },
 )
 
-
-def _with_vocabulary(build: Callable[..., nn.Module]) -> Callable[[int], nn.Module]:
-    return lambda vocabulary: build(vocabulary_size=vocabulary)
-
-
+_IMAGENET, _CIFAR, _GRAY = (224, 224, 3), (32, 32, 3), (28, 28, 1)
+_CLASSIFIERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "mlp": (feedforward.MLP, _GRAY),
+    "mixer": (feedforward.MLPMixer, _CIFAR),
+    "lenet5": (convolutional.LeNet5, _GRAY),
+    "convnet": (convolutional.ConvNet, _GRAY),
+    "whitened_convnet": (convolutional.WhitenedConvNet, _CIFAR),
+}
 _RESNETS = (
     convolutional.resnet18,
     convolutional.resnet34,
@@ -129,7 +141,7 @@ _RESNETS = (
     convolutional.resnet101,
     convolutional.resnet152,
 )
-_FOR_IMAGENET: tuple[Callable[[int], nn.Module], ...] = (
+_IMAGENET_PRESETS = (
     *_RESNETS,
     convolutional.convnext_tiny,
     convolutional.convnext_small,
@@ -142,97 +154,77 @@ _FOR_IMAGENET: tuple[Callable[[int], nn.Module], ...] = (
     feedforward.mixer_l32,
     feedforward.mixer_l16,
     feedforward.mixer_h14,
-)
-_VITS = (
     transformer.vit_tiny16,
     transformer.vit_small16,
     transformer.vit_base16,
     transformer.vit_large16,
 )
-_FOR_CIFAR: tuple[Callable[[int], nn.Module], ...] = (
-    convolutional.resnet9,
-    convolutional.wide_resnet16_4,
-    convolutional.wide_resnet28_10,
-    convolutional.wide_resnet40_4,
-)
-_IMAGENET, _CIFAR, _GRAY = (224, 224, 3), (32, 32, 3), (28, 28, 1)
-_CLASSIFIERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], int]] = {
-    "mlp": (lambda classes: feedforward.MLP(num_outputs=classes), _GRAY, 10),
-    "mixer": (lambda classes: feedforward.MLPMixer(num_outputs=classes), _CIFAR, 10),
-    "lenet5": (lambda classes: convolutional.LeNet5(num_outputs=classes), _GRAY, 10),
-    "convnet": (lambda classes: convolutional.ConvNet(num_outputs=classes), _GRAY, 10),
-    "whitened_convnet": (
-        lambda classes: convolutional.WhitenedConvNet(num_outputs=classes),
-        _CIFAR,
-        10,
-    ),
-    **{build.__name__: (build, _IMAGENET, 1000) for build in (*_FOR_IMAGENET, *_VITS)},
-    **{build.__name__: (build, _CIFAR, 10) for build in _FOR_CIFAR},
+_CIFAR_PRESETS = {
     **{
-        f"{build.__name__}_cifar": (functools.partial(build, stem="cifar"), _CIFAR, 10)
-        for build in _RESNETS
-    },
-    # Log-mel frames of a second, as in the experiments on spoken digits.
-    "sequence_classifier": (
-        lambda classes: recurrent.SequenceClassifier(num_outputs=classes),
-        (100, 40),
-        10,
-    ),
-    "audio_transformer": (
-        lambda classes: transformer.AudioTransformer(num_outputs=classes),
-        (100, 40),
-        10,
-    ),
-}
-_LANGUAGE_MODELS: dict[str, tuple[Callable[[int], nn.Module], int, int]] = {
-    "recurrent_lm": (recurrent.RecurrentLM, 256, 256),
-    "transformer_lm": (transformer.TransformerLM, 256, 256),
-    **{
-        build.__name__: (_with_vocabulary(build), context, vocabulary)
-        for build, context, vocabulary in (
-            (transformer.gpt2_small, 1024, 50_257),
-            (transformer.gpt2_medium, 1024, 50_257),
-            (transformer.gpt2_large, 1024, 50_257),
-            (transformer.gpt2_xl, 1024, 50_257),
-            (transformer.tinyllama, 2048, 32_000),
-            (transformer.llama2_7b, 4096, 32_000),
-            (transformer.llama3_8b, 8192, 128_256),
+        build.__name__: build
+        for build in (
+            convolutional.resnet9,
+            convolutional.wide_resnet16_4,
+            convolutional.wide_resnet28_10,
+            convolutional.wide_resnet40_4,
         )
     },
+    **{f"{build.__name__}_cifar": functools.partial(build, stem="cifar") for build in _RESNETS},
 }
-_TRANSLATORS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
-    "recurrent_translator": (recurrent.RecurrentTranslator, 8_000),
-    "transformer_base": (transformer.transformer_base, 37_000),
-    "transformer_big": (transformer.transformer_big, 37_000),
-}
-_TEXT_CLASSIFIERS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
-    "text_classifier": (lambda classes: recurrent.TextClassifier(8_000, classes), 64),
-    "bert_base": (transformer.bert_base, 512),
-    "bert_large": (transformer.bert_large, 512),
-}
+_LM_PRESETS = (  # preset, context length of its training, vocabulary
+    (transformer.gpt2_small, 1024, 50_257),
+    (transformer.gpt2_medium, 1024, 50_257),
+    (transformer.gpt2_large, 1024, 50_257),
+    (transformer.gpt2_xl, 1024, 50_257),
+    (transformer.tinyllama, 2048, 32_000),
+    (transformer.llama2_7b, 4096, 32_000),
+    (transformer.llama3_8b, 8192, 128_256),
+)
 
-#: Name -> network; a preset is called like the function that builds it.
+#: Name -> architecture. A preset has the name of the function that builds it.
 MODELS: dict[str, Model] = {
-    **{name: Model(*values, _CLASSIFICATION) for name, values in _CLASSIFIERS.items()},
     **{
-        name: Model(build, (context,), vocabulary, _LANGUAGE)
-        for name, (build, context, vocabulary) in _LANGUAGE_MODELS.items()
+        name: Model(build, shape, 10, _CLASSIFICATION)
+        for name, (build, shape) in _CLASSIFIERS.items()
     },
     **{
-        name: Model(build, (64,), vocabulary, _TRANSLATION)
-        for name, (build, vocabulary) in _TRANSLATORS.items()
+        build.__name__: Model(build, _IMAGENET, 1000, _CLASSIFICATION, "num_classes")
+        for build in _IMAGENET_PRESETS
     },
     **{
-        name: Model(build, (time,), 2, _TEXT_CLASSIFICATION)
-        for name, (build, time) in _TEXT_CLASSIFIERS.items()
+        name: Model(build, _CIFAR, 10, _CLASSIFICATION, "num_classes")
+        for name, build in _CIFAR_PRESETS.items()
+    },
+    # Log-mel frames of one second, as in the experiments on spoken digits.
+    "sequence_classifier": Model(recurrent.SequenceClassifier, (100, 40), 10, _CLASSIFICATION),
+    "audio_transformer": Model(transformer.AudioTransformer, (100, 40), 10, _CLASSIFICATION),
+    "recurrent_lm": Model(recurrent.RecurrentLM, (256,), 256, _LANGUAGE, "vocabulary_size"),
+    "transformer_lm": Model(transformer.TransformerLM, (256,), 256, _LANGUAGE, "vocabulary_size"),
+    **{
+        build.__name__: Model(build, (context,), vocabulary, _LANGUAGE, "vocabulary_size")
+        for build, context, vocabulary in _LM_PRESETS
+    },
+    "recurrent_translator": Model(
+        recurrent.RecurrentTranslator, (64,), 8_000, _TRANSLATION, "source_vocabulary_size"
+    ),
+    **{
+        build.__name__: Model(build, (64,), 37_000, _TRANSLATION, "vocabulary_size")
+        for build in (transformer.transformer_base, transformer.transformer_big)
+    },
+    "text_classifier": Model(
+        functools.partial(recurrent.TextClassifier, 8_000), (64,), 2, _TEXT_CLASSIFICATION
+    ),
+    **{
+        build.__name__: Model(build, (512,), 2, _TEXT_CLASSIFICATION)
+        for build in (transformer.bert_base, transformer.bert_large)
     },
     **{
-        build.__name__: Model(build, _IMAGENET, None, _PAINTING)
+        build.__name__: Model(build, _IMAGENET, None, _INPAINTING)
         for build in (transformer.mae_vit_base16, transformer.mae_vit_large16)
     },
     "pilotnet": Model(convolutional.pilotnet, (66, 200, 3), 1, _STEERING),
     "speech_recognizer": Model(
-        lambda classes: recurrent.SpeechRecognizer(num_outputs=classes),
+        recurrent.SpeechRecognizer,
         (400, 40),
         29,  # letters, blank, space and apostrophe
         _RECOGNITION,

@@ -12,27 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-import optax.contrib
 
 from jaxnets.checks import check_sizes
 from jaxnets.core import Batch, Update, tree_path
 from jaxnets.models.registry import MODELS
-from jaxnets.training.optimizers import decay_mask, muon_dimensions
+from jaxnets.training.optimizers import OPTIMIZERS
 from jaxnets.training.step import create_train_state, make_train_step
 
-# The rate is a number in the program: no cost depends on it.
-_RATE = 1e-3
-#: Name -> optimizer with its usual settings.
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "sgd": lambda: optax.sgd(_RATE),
-    "momentum": lambda: optax.sgd(_RATE, momentum=0.9),
-    "rmsprop": lambda: optax.rmsprop(_RATE),
-    "adam": lambda: optax.adam(_RATE),
-    "adamw": lambda: optax.adamw(_RATE, mask=decay_mask),
-    "lion": lambda: optax.lion(_RATE, mask=decay_mask),
-    "muon": lambda: optax.contrib.muon(_RATE, muon_weight_dimension_numbers=muon_dimensions),
-}
+_LEARNING_RATE = 1e-3  # a constant of the program: no cost depends on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,11 +246,11 @@ def summarize_model(
     """Summarize a network of the library by its name, and a step of its usual training.
 
     Args:
-        name: key of `MODELS`.
+        name: key of `models.registry.MODELS`.
         input_shape: of one example; by default the usual one of the model.
         batch_size: examples in a batch.
         num_outputs: number of classes or tokens, by default the usual one of the model.
-        optimizer: key of `OPTIMIZERS`.
+        optimizer: key of `training.optimizers.OPTIMIZERS`.
         compiled: as for `summarize`.
 
     Returns:
@@ -285,7 +272,7 @@ def summarize_model(
     return summarize(
         module,
         *(batch[entry] for entry in task.inputs),
-        update=Update(task.objective(module), make_optimizer()),
+        update=Update(task.objective(module), make_optimizer(_LEARNING_RATE)),
         batch=batch,
         compiled=compiled,
     )

@@ -5,6 +5,8 @@ Everything else (SGD, Adam, schedules, clipping, `inject_hyperparams`) is used f
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +62,23 @@ def muon_dimensions(params: Params) -> Any:
         return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+#: Name -> optimizer, a function of the learning rate (a number or a schedule) and of the options
+#: of its counterpart in Optax. Where there is a mask of weight decay it is `decay_mask`.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "rmsprop": optax.rmsprop,
+    "adam": optax.adam,
+    "adamw": functools.partial(optax.adamw, mask=decay_mask),
+    "lion": functools.partial(optax.lion, mask=decay_mask),
+    "muon": functools.partial(
+        optax.contrib.muon,
+        weight_decay_mask=decay_mask,
+        muon_weight_dimension_numbers=muon_dimensions,
+    ),
+}
 
 
 class ParameterAverageState(NamedTuple):

@@ -19,6 +19,7 @@ from jaxnets.__main__ import main
 from jaxnets.models import registry
 from jaxnets.tools import summary
 from jaxnets.tools.summary import summarize, summarize_model
+from jaxnets.training.optimizers import OPTIMIZERS
 
 SEQUENCES = {
     "gpt2_small": 124_439_808,
@@ -321,6 +322,6 @@ def test_the_command_refuses_what_it_does_not_know(arguments, message, capsys):
 
 
 def test_every_named_optimizer_makes_a_training_step():
-    for name in summary.OPTIMIZERS:
+    for name in OPTIMIZERS:
         result = summarize_model("mlp", input_shape=(4,), batch_size=2, optimizer=name)
         assert result.train_step.flops > 0, name
