@@ -192,7 +192,7 @@ def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int
     """Build the one train step that every executor compiles.
 
     For each update in order: the gradient of the *summed* loss, divided once by the summed
-    weights, so that gradient accumulation, padding, token masks and data parallelizm are the same
+    weights, so that gradient accumulation, padding, token masks and data parallelism are the same
     exact formula, sum of gradients / sum of weights.
 
     Args:
