@@ -41,7 +41,7 @@ def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
 
 
 def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
-    """Metric how much of the noise a denoising autoencoder removes from test images.
+    """Measure how much of the noise a denoising autoencoder removes from test images.
 
     Args:
         problem: the autoencoder's.

@@ -82,7 +82,7 @@ class Config(Options):
     test_tracks: int = 50
     """Tracks for the result."""
     held_out: bool = False
-    """Metric on tracks for tuning instead of the test tracks."""
+    """Measure on tracks for tuning instead of the test tracks."""
     shift: float = 1.0
     """Pictures are moved by up to this many meters to either side, with corrected controls."""
     turn: float = 0.1

@@ -20,7 +20,7 @@ class SoundOptions(Options):
     """Options of an experiment on sound; how sound is changed, it is changed in training only."""
 
     held_out: bool = False
-    """Metric on a ninth of the training recordings, kept out of training, to choose options by."""
+    """Measure on a ninth of the training recordings, kept out of training, to choose options by."""
     mels: int = 40
     """Features per frame; frames are 25 ms long and 10 ms apart."""
     shift: float = 0.0

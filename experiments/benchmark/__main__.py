@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Metric the workloads and write the run folder.
+    """Measure the workloads and write the run folder.
 
     Args:
         config: of the run.

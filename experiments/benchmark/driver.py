@@ -144,7 +144,7 @@ def measure(
     pause: float = PAUSE,
     tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Metric a workload: every competitor once in each round, one after the other.
+    """Measure a workload: every competitor once in each round, one after the other.
 
     Args:
         workload: what is computed.

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Metric everything, and print it on standard error.
+    """Measure everything, and print it on standard error.
 
     Args:
         config: of the run.

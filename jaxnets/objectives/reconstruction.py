@@ -323,7 +323,7 @@ def pixel_error(
     inside: jax.Array,
     weights: jax.Array | None,
 ) -> Mean:
-    """Metric the squared error between expected and true images.
+    """Measure the squared error between expected and true images.
 
     Args:
         likelihood: reads the outputs.
