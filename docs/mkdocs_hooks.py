@@ -1,9 +1,9 @@
 """What the site needs beyond the pages of docs/: mkdocs.yml names this file as its hook.
 
 The pages link into the repository, as they are read there too. In the site these links lead to
-the API page of the object that they name, to the notebook, to the results of the README, and
-else to a page with the source of the file. Fences called `math` become MathML, which browsers
-show without a script.
+the API page of the object that they name, to the notebook, from the README to the start page, and
+else to a page with the source of the file. Fences called `math` become MathML, which browsers show
+without a script.
 """
 
 from __future__ import annotations
@@ -40,16 +40,15 @@ def on_config(config: Any) -> Any:
 
 @event_priority(100)  # before the plugin that turns notebooks into pages
 def on_files(files: Any, config: Any) -> Any:
-    """Add the notebooks, the results of the README, and the sources that pages link to."""
+    """Add the notebooks, and the sources that pages link to."""
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         name = path.relative_to(ROOT).as_posix()
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
-    files.append(File.generated(config, "results.md", content=_results()))
     pages = {file.src_uri: (DOCS / file.src_uri).read_text() for file in _written(files)}
     config.extra["documented"] = documented(pages)
     sources = {
         target
-        for page, text in {**pages, "results.md": _results()}.items()
+        for page, text in pages.items()
         for _, target in _repository_links(page, text)
         if not target.endswith((".ipynb", ".md"))
     }
@@ -121,7 +120,7 @@ def _members(name: str) -> list[str]:
 
 def _page_of(text: str, target: str, documented: dict[str, str]) -> str:
     if target == "README.md":
-        return "results.md"
+        return "index.md"
     if target.endswith(".ipynb"):
         return target
     module = target.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -141,20 +140,13 @@ def _in_repository(page: str, target: str) -> str | None:
     """Return the path, from the root of the repository, of a file outside docs/."""
     if "://" in target:
         return None
-    base = "" if page == "results.md" else "docs"
-    path = posixpath.normpath(posixpath.join(base, posixpath.dirname(page), target))
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
     inside = path.startswith("docs/") or not (ROOT / path).is_file()
     return None if inside else path
 
 
 def _written(files: Any) -> list[File]:
     return [file for file in files.documentation_pages() if (DOCS / file.src_uri).is_file()]
-
-
-def _results() -> str:
-    section = (ROOT / "README.md").read_text().partition("\n## Results\n")[2]
-    section = section.partition("\n## ")[0]
-    return f"---\n{_WIDE}---\n\n# Results\n" + section.replace("](docs/", "](")
 
 
 def _source_page(name: str) -> str:

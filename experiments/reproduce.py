@@ -1,10 +1,11 @@
 """Run registered results again, and say which hold.
 
     python -m experiments.reproduce digits fashion_mnist_mlp
-    python -m experiments.reproduce --table
+    python -m experiments.reproduce --table           # write the table of docs/results.md
+    python -m experiments.reproduce --table --readme  # write that of README.md
 
-Each row runs in a process of its own and leaves its run folder under --out. An interrupted
-reproduction goes on where it was: finished runs are only read.
+Each row runs in its own process and leaves its run folder under --out. An interrupted
+reproduction continues where it stopped: finished runs are read, not repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Config:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Rows of experiments/results.toml; all of them by default."""
     table: bool = False
-    """Print the table of registered results, and run nothing."""
+    """Write the table of docs/results.md, and run nothing."""
+    readme: bool = False
+    """With --table: write the short table of README.md instead."""
     out: Path = Path("runs/reproduce")
     """Folder of the runs."""
 
@@ -58,12 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = [name for name in config.names if name not in entries]
         if unknown:
             raise RunError(f"unknown row {unknown[0]!r}; choose from {rows}")
-        chosen = [entries[name] for name in config.names or entries]
         if config.table:
-            print(registry.table(chosen))
+            if config.names:
+                raise RunError("--table writes all rows; give it without names")
+            _write_table(list(entries.values()), readme=config.readme)
             return 0
+        chosen = [entries[name] for name in config.names or entries]
         verdicts = [_reproduce(entry, config.out / entry.name) for entry in chosen]
     return int("worse" in verdicts)
+
+
+def _write_table(entries: Sequence[registry.Entry], *, readme: bool) -> None:
+    if readme:
+        path, table = registry.README, registry.readme_table(entries)
+    else:
+        path, table = registry.RESULTS_PAGE, registry.full_table(entries)
+    registry.write_table(path, table)
+    print(f"wrote the table of {path}", file=sys.stderr)
 
 
 def _reproduce(entry: registry.Entry, folder: Path) -> str:

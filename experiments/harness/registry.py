@@ -1,4 +1,4 @@
-"""The registered results: what was measured, how, and how the README shows it."""
+"""The registered results: what was measured, how, and the tables that show it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-RESULTS = Path(__file__).parents[1] / "results.toml"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results.toml"
+#: The pages with a table of results, between `_BEGIN` and `_END`.
+RESULTS_PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+_RESULT = "test accuracy, or the number named"
+_BEGIN, _END = "<!-- results -->\n", "\n<!-- end of results -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Entry:
         unit: "%" for a share, "" for a number whose unit `data` names.
         remark: further numbers of the run.
         reference: number of others, with its source.
+        readme: whether the README's short table has the row.
     """
 
     name: str
@@ -65,6 +72,18 @@ class Entry:
     unit: Literal["%", ""] = ""
     remark: str = ""
     reference: str = ""
+    readme: bool = False
+
+    @property
+    def result(self) -> str:
+        """The registered value with interval and remark, as the tables show it."""
+        shown = self.show(self.value, self.ci95)
+        return f"{shown} ({self.remark})" if self.remark else shown
+
+    @property
+    def time(self) -> str:
+        """The training time with the mark of its setting, as the tables show it."""
+        return f"{self.seconds:g} s {self.setting.mark}".rstrip()
 
     def show(self, value: float, ci95: float | None) -> str:
         """Return a value of this row with its interval, as the table has it."""
@@ -117,21 +136,85 @@ def load(path: Path = RESULTS) -> list[Entry]:
     return entries
 
 
-def table(entries: Sequence[Entry]) -> str:
-    """Return the rows as a table in Markdown."""
-    measure = "test accuracy, or the number named"
-    heads = ("data", "network", "command", measure, "seeds", "time", "reference")
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for entry in entries:
-        shown = entry.show(entry.value, entry.ci95)
-        cells = (
+def full_table(entries: Sequence[Entry]) -> str:
+    """Return the table of docs/results.md: every row with its command, in Markdown."""
+    rows = [
+        (
+            f'<a id="{entry.name}"></a>`{entry.name}`',
             entry.data,
             entry.network,
             f"`{entry.command}`",
-            f"{shown} ({entry.remark})" if entry.remark else shown,
+            entry.result,
             str(entry.seeds),
-            f"{entry.seconds:g} s {entry.setting.mark}".rstrip(),
+            entry.time,
             entry.reference,
         )
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        for entry in entries
+    ]
+    heads = ("row", "data", "network", "command", _RESULT, "seeds", "time", "reference")
+    return f"{_markdown(heads, rows)}\n\n{_legend(entries)}"
+
+
+def readme_table(entries: Sequence[Entry]) -> str:
+    """Return the table of the README: the rows marked `readme`, linked to the full table."""
+    entries = [entry for entry in entries if entry.readme]
+    rows = [
+        (
+            f"[`{entry.name}`](docs/results.md#{entry.name})",
+            entry.data,
+            entry.network,
+            entry.result,
+            entry.time,
+            entry.reference,
+        )
+        for entry in entries
+    ]
+    heads = ("row", "data", "network", _RESULT, "time", "reference")
+    return f"{_markdown(heads, rows)}\n\n{_legend(entries)}"
+
+
+def _legend(entries: Sequence[Entry]) -> str:
+    """Return a line that explains the times and the marks of the settings."""
+    settings = sorted({entry.setting for entry in entries}, key=lambda setting: setting.mark)
+    parts = [
+        f"{setting.mark or 'unmarked'} {setting.cores}, JAX {setting.jax}, Python {setting.python}"
+        for setting in settings
+    ]
+    return f"Time: training of all seeds, with compilation. Measured on: {'; '.join(parts)}."
+
+
+def shown_table(page: str) -> str:
+    """Return the table of results that a page has.
+
+    Args:
+        page: text of README.md or of docs/results.md.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    return _split(page)[1]
+
+
+def write_table(path: Path, table: str) -> None:
+    """Replace the table of results in a page.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    before, _, after = _split(path.read_text())
+    path.write_text(before + table + after)
+
+
+def _split(page: str) -> tuple[str, str, str]:
+    """Split a page into the text up to its table, the table, and the text after it."""
+    before, begin, rest = page.partition(_BEGIN)
+    table, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f"the page has no table between {_BEGIN.strip()} and {_END.strip()}")
+    return before + begin, table, end + after
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines += [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in rows]
     return "\n".join(lines)

@@ -74,6 +74,6 @@ def test_the_api_pages_name_everything_that_is_exported():
 
 def test_the_navigation_of_the_site_names_every_page():
     listed = re.findall(r"([\w/]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    pages = {path.relative_to(DOCS).as_posix() for path in PATHS} | {"results.md"}
+    pages = {path.relative_to(DOCS).as_posix() for path in PATHS}
     pages |= {f"notebooks/{path.name}" for path in ROOT.glob("notebooks/*.ipynb")}
     assert sorted(listed) == sorted(pages)

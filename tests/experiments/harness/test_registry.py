@@ -1,7 +1,7 @@
-"""Registered results: the table of the README, and what reruns say of them."""
+"""Registered results: their tables in the pages, and the verdict on a rerun."""
 
 import json
-import pathlib
+import re
 import sys
 
 import pytest
@@ -11,8 +11,6 @@ pytest.importorskip("tyro")
 from experiments import reproduce
 from experiments.harness import registry
 from experiments.harness.run_folder import RunError
-
-README = (pathlib.Path(__file__).parents[3] / "README.md").read_text()
 
 
 def entry(**fields):
@@ -33,19 +31,36 @@ def entry(**fields):
     return registry.Entry(**{**plain, **fields})
 
 
-def test_the_table_of_the_readme_is_that_of_the_registry():
-    assert registry.table(registry.load()) in README, (
-        "README.md differs from the registry: put the output of "
-        "`python -m experiments.reproduce --table` between the marks of the table"
-    )
+def test_both_pages_show_the_registered_results():
+    entries = registry.load()
+    for path, table, options in (
+        (registry.RESULTS_PAGE, registry.full_table(entries), "--table"),
+        (registry.README, registry.readme_table(entries), "--table --readme"),
+    ):
+        shown = registry.shown_table(path.read_text())
+        assert shown == table, f"run `python -m experiments.reproduce {options}`"
+
+
+def test_every_row_of_the_readme_links_to_its_row_of_the_full_table():
+    page = registry.RESULTS_PAGE.read_text()
+    short = registry.readme_table(registry.load())
+    names = re.findall(r"\(docs/results\.md#(\w+)\)", short)
+    assert len(names) == short.count("\n| [") == 10
+    assert [name for name in names if page.count(f'<a id="{name}"></a>') != 1] == []
 
 
 def test_a_row_shows_interval_remark_and_setting():
-    lines = registry.table([entry(remark="greedy 1", reference="2 (paper)")]).splitlines()
-    assert lines[-1] == (
-        "| data | net | `python -m experiments.digits` | 90.0% +- 1.0% (greedy 1) | 3 | 1 s * "
-        "| 2 (paper) |"
+    rows = [entry(remark="greedy 1", reference="2 (paper)"), entry(name="other", readme=True)]
+    full, short = registry.full_table(rows).splitlines(), registry.readme_table(rows).splitlines()
+    assert full[2] == (
+        '| <a id="row"></a>`row` | data | net | `python -m experiments.digits` '
+        "| 90.0% +- 1.0% (greedy 1) | 3 | 1 s * | 2 (paper) |"
     )
+    assert full[-1].endswith("Measured on: * cores, JAX 0.10, Python 3.11.")
+    assert short[2:4] == [
+        "| [`other`](docs/results.md#other) | data | net | 90.0% +- 1.0% | 1 s * | |",
+        "",
+    ]
     assert entry(ci95=0.0).show(0.9, 0.0) == "90.0% (all seeds)"
     assert entry(unit="", decimals=3).show(1.5, None) == "1.500"
 
@@ -68,6 +83,25 @@ def test_one_seed_holds_within_the_tolerance_of_the_row():
     row = entry(ci95=None, value=38.84, unit="", decimals=2, tolerance=0.8)
     found = [row.judge({"value": value, "ci95": None}) for value in (38.1, 38.0, 39.7)]
     assert found == ["holds", "worse", "better"]
+
+
+def test_a_table_is_written_between_the_markers_of_its_page(tmp_path, monkeypatch, capsys):
+    for name, options in (("RESULTS_PAGE", []), ("README", ["--readme"])):
+        path = tmp_path / name
+        path.write_text("# Title\n\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+        monkeypatch.setattr(registry, name, path)
+        assert reproduce.main(["--table", *options]) == 0
+        page = path.read_text()
+        assert page.startswith("# Title\n\n<!-- results -->\n| row | data |")
+        assert page.endswith(", Python 3.11.\n<!-- end of results -->\nafter\n")
+    (tmp_path / "README").write_text("no markers")
+    for arguments, error in (
+        (["--table", "--readme"], "no table between <!-- results --> and <!-- end of results -->"),
+        (["--table", "digits"], "--table writes all rows"),
+    ):
+        with pytest.raises(SystemExit):
+            reproduce.main(arguments)
+        assert error in capsys.readouterr().err
 
 
 def test_a_registry_with_errors_names_the_row(tmp_path):
