@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: words after `python -m jaxnets`; by default those of this process.
+        arguments: after `python -m jaxnets`; by default those of this process.
 
     Returns:
         Exit code: 0, or 1 where the doctor finds a problem.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help=examine, description=examine, parents=[as_json], allow_abbrev=False
     )
-    contrast = "runs side by side, and which of their differences hold up"
+    contrast = "compare runs, and test which of their differences are significant"
     compare = commands.add_parser(
         "compare", help=contrast, description=contrast, parents=[as_json], allow_abbrev=False
     )
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parents=[as_json],
         allow_abbrev=False,
     )
-    summarize.add_argument("model", metavar="MODEL", help="name, see below")
+    summarize.add_argument("model", metavar="MODEL", help="name, see the list below")
     summarize.add_argument(
         "--input",
         type=int,
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     summarize.add_argument("--batch", type=int, default=32, help="examples (default %(default)s)")
     summarize.add_argument(
-        "--outputs", type=int, help="classes, or tokens of a language (default: the model's own)"
+        "--outputs", type=int, help="number of classes or tokens (default: the model's own)"
     )
     summarize.add_argument(
         "--optimizer",
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--depth", type=int, default=1, help="levels of modules shown (default %(default)s)"
     )
     summarize.add_argument("--shapes", action="store_true", help="show the shape of each parameter")
-    summarize.add_argument("--no-compile", action="store_true", help="leave out FLOPs and memory")
+    summarize.add_argument("--no-compile", action="store_true", help="skip FLOPs and memory")
 
     options = parser.parse_args(arguments)
     if options.command == "doctor":
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if report.healthy else 1
     try:
         if options.command == "compare":
-            found = comparison.compare([comparison.read_run(run) for run in options.runs])
-            print(json.dumps(found.to_json()) if options.json else found)
+            compared = comparison.compare([comparison.read_run(run) for run in options.runs])
+            print(json.dumps(compared.to_json()) if options.json else compared)
             return 0
         result = summary.summarize_model(
             options.model,

@@ -1,4 +1,4 @@
-"""Generation: sampling, beam search, decoding of CTC."""
+"""Generation: sampling, beam search, CTC decoding."""
 
 from jaxnets.generation.beam_search import Beams, beam_search
 from jaxnets.generation.ctc import ctc_beam_search, ctc_greedy

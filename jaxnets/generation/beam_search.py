@@ -1,4 +1,4 @@
-"""Beam search: the most likely continuations that a search of fixed width finds."""
+"""Beam search in one compiled loop, for any module with the decoding protocol."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from jax import lax
 
 from jaxnets.core import at_least_float32
-from jaxnets.generation.generate import check_prompts, read_prompts
+from jaxnets.generation.generate import check_prompts, prefill
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Beams:
-    """Continuations of prompts, those of the best score first.
+    """Continuations of prompts, sorted by descending score.
 
     Attributes:
-        tokens: int32 [batch, beams, num_tokens]; the stop token is the last one of its row, and
-            `pad_token` stands behind it.
-        lengths: int32 [batch, beams], number of tokens up to and with the stop token.
-        scores: [batch, beams], length-normalized log-probability in nats. Where there are fewer
+        tokens: int32 [batch, beams, num_tokens]; a stop token ends its row and is followed by
+            `pad_token`.
+        lengths: int32 [batch, beams], number of tokens including the stop token.
+        scores: [batch, beams], length-normalized log-probability in nats. With fewer
             continuations than beams, the last ones have length 0 and score -infinity.
     """
 
@@ -50,27 +50,28 @@ def beam_search(
     """Search for the most likely continuations of prompts.
 
     A continuation Y ends with the stop token or has `num_tokens` tokens. Its score is
-    log P(Y | prompt) / ((5 + |Y|) / 6)^length_penalty, with the stop token counted in |Y|. Of
-    all continuations by one more token the search takes the `num_beams` most likely ones; those
-    that have ended are kept apart, by score, and their places go to the next most likely. It ends
-    when no unfinished one can come to a better score. With one beam and no length penalty this
-    is greedy decoding. Nothing is compiled again for arrays of the same shapes.
+    log P(Y | prompt) / ((5 + |Y|) / 6)^length_penalty, where |Y| includes the stop token. Each
+    step extends all live beams by one token and selects the `num_beams` most likely candidates.
+    Finished candidates go to a separate list, ranked by score, and the next most likely ones take
+    their places. The search ends when no live beam can reach a better score. With one beam and no
+    length penalty this is greedy decoding. Calls with arrays of the same shapes share one
+    compiled program.
 
     Args:
-        module: speaks the decoding protocol, see `generation.generate`.
+        module: with the decoding protocol, see `generation.generate`.
         variables: its parameters and other collections.
         prompts: integer [batch, time], padded on the right.
-        num_tokens: number of tokens of a continuation at most.
-        num_beams: width of the search.
-        stop_token: ends a continuation; None lets all of them have `num_tokens` tokens.
-        length_penalty: 0 scores by probability alone, which favors short continuations; the
-            greater, the longer they become. 0 or more.
+        num_tokens: maximum number of tokens of a continuation.
+        num_beams: number of live beams.
+        stop_token: ends a continuation; with None all have `num_tokens` tokens.
+        length_penalty: at least 0. 0 ranks by probability, which favors short continuations;
+            greater values favor longer ones.
         lengths: integer [batch] in [1, time], the number of tokens of each prompt; by default
             all count.
-        carry: the history that the prompts continue, with leaves [batch, ...], such as an encoded
-            source; by default empty.
+        carry: cache to continue, with leaves [batch, ...], such as an encoded source; by default
+            empty.
         capacity: as in `generate`.
-        pad_token: stands behind a stop token.
+        pad_token: follows a stop token.
 
     Returns:
         `Beams`.
@@ -80,7 +81,7 @@ def beam_search(
 
     Example:
         >>> import flax.linen as nn
-        >>> class Words(nn.Module):  # 0 stops; greedy decoding would begin with 1
+        >>> class Words(nn.Module):  # 0 is the stop token; greedy decoding would begin with 1
         ...     def start(self, batch_size, capacity):
         ...         return ()
         ...     def extend(self, tokens, carry, lengths=None):
@@ -108,7 +109,7 @@ def beam_search(
         capacity=capacity,
         stop_tokens=() if stop_token is None else (stop_token,),
     )
-    stop = np.int32(-1 if stop_token is None else stop_token)  # no token is -1
+    stop = np.int32(-1 if stop_token is None else stop_token)  # no token has id -1
     return _beam_search(
         *(module, num_tokens, num_beams, capacity),
         *(
@@ -138,7 +139,7 @@ def _beam_search(
     pad_token: jax.Array,
 ) -> Beams:
     batch = prompts.shape[0]
-    logits, carry = read_prompts(module, capacity, variables, prompts, lengths, carry)
+    logits, carry = prefill(module, capacity, variables, prompts, lengths, carry)
     carry = jax.tree.map(lambda leaf: jnp.repeat(leaf, num_beams, axis=0), carry)
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
 
@@ -148,56 +149,59 @@ def _beam_search(
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
         step, live, finished, _ = state
-        # A log-probability only falls, and the longest continuation divides it by the most. Where
-        # this is NaN, the comparison is false and the search goes on to the end.
+        # A log-probability only decreases, and the longest continuation has the largest divisor.
+        # If this is NaN, the comparison is false and the search runs to the end.
         attainable = normalize(live.scores[:, 0], num_tokens)
         return (step < num_tokens) & ~jnp.all(finished.scores[:, -1] >= attainable)
 
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, live, finished, before = state
+        step, live, finished, carry = state
         tokens = live.tokens.reshape(batch * num_beams, num_tokens)
         last = lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-        logits, after = module.apply(variables, last, before, method="extend")
+        logits, next_carry = module.apply(variables, last, carry, method="extend")
         logits = jax.nn.log_softmax(at_least_float32(logits[:, 0]), axis=-1)
         *chosen, source = select(step, live, finished, logits.reshape(batch, num_beams, -1))
 
-        def follow(was: jax.Array, now: jax.Array) -> jax.Array:
-            # What is handed on as it is, such as an encoded source, the beams of a prompt share.
-            return now if now is was else now[source]
+        def follow(old: jax.Array, new: jax.Array) -> jax.Array:
+            # A leaf that `extend` returns unchanged, such as an encoded source, is the same for all
+            # beams of a prompt and needs no gather.
+            return new if new is old else new[source]
 
-        return *chosen, jax.tree.map(follow, before, after)
+        return *chosen, jax.tree.map(follow, carry, next_carry)
 
     def select(
         step: jax.Array, live: Beams, finished: Beams, log_probabilities: jax.Array
     ) -> tuple[Any, ...]:
         vocabulary_size = log_probabilities.shape[-1]
         totals = (live.scores[:, :, None] + log_probabilities).reshape(batch, -1)
-        # Each beam stops in one way, so that among twice as many candidates there are enough
-        # that go on.
+        # Each beam has one candidate with the stop token, so 2 num_beams candidates always contain
+        # num_beams live ones.
         totals, index = lax.top_k(totals, min(2 * num_beams, totals.shape[1]))
         parent, token = index // vocabulary_size, (index % vocabulary_size).astype(jnp.int32)
         tokens = jnp.take_along_axis(live.tokens, parent[:, :, None], axis=1)
         tokens = tokens.at[:, :, step].set(token)
         length = jnp.full(token.shape, step + 1)
         ends = (token == stop_token) | (step + 1 == num_tokens)
-        # What only fills up for stopped candidates must not finish: greedy would not take it.
+        # Candidates beyond num_beams only replace stopped ones; they may not finish themselves, as
+        # greedy decoding would not select them.
         ends = ends & (jnp.arange(token.shape[1]) < num_beams)[None]
         ended = Beams(tokens, length, jnp.where(ends, normalize(totals, step + 1), -jnp.inf))
-        finished = _best(jax.tree.map(_joined, finished, ended), num_beams)[0]
-        going_on = jnp.where(token == stop_token, -jnp.inf, totals)
-        live, kept = _best(Beams(tokens, length, going_on), num_beams)
-        source = jnp.take_along_axis(parent, kept, axis=1) + num_beams * jnp.arange(batch)[:, None]
+        finished = _best(jax.tree.map(_concatenate, finished, ended), num_beams)[0]
+        live_scores = jnp.where(token == stop_token, -jnp.inf, totals)
+        live, selected = _best(Beams(tokens, length, live_scores), num_beams)
+        rows = num_beams * jnp.arange(batch)[:, None]
+        source = jnp.take_along_axis(parent, selected, axis=1) + rows  # [batch, beams]
         return step + 1, live, finished, source.reshape(-1)
 
-    nothing = Beams(
+    empty = Beams(
         tokens=jnp.full((batch, num_beams, num_tokens), pad_token),
         lengths=jnp.zeros((batch, num_beams), jnp.int32),
         scores=jnp.full((batch, num_beams), -jnp.inf, logits.dtype),
     )
-    # At first there is one continuation of each prompt, the empty one.
-    root = dataclasses.replace(nothing, scores=nothing.scores.at[:, 0].set(0))
+    # Initially each prompt has one live beam, the empty continuation.
+    root = dataclasses.replace(empty, scores=empty.scores.at[:, 0].set(0))
     log_probabilities = jnp.repeat(log_probabilities[:, None], num_beams, axis=1)
-    *chosen, _ = select(jnp.zeros((), jnp.int32), root, nothing, log_probabilities)
+    *chosen, _ = select(jnp.zeros((), jnp.int32), root, empty, log_probabilities)
     finished = lax.while_loop(unfinished, advance, (*chosen, carry))[2]
     missing = finished.scores == -jnp.inf
     return Beams(
@@ -208,16 +212,16 @@ def _beam_search(
 
 
 def _best(beams: Beams, num_beams: int) -> tuple[Beams, jax.Array]:
-    """Keep the beams of the best scores, and say which they are, [batch, num_beams]."""
+    """Return the beams with the best scores and their indices [batch, num_beams]."""
     index = lax.top_k(beams.scores, num_beams)[1]
-    taken = jax.tree.map(
+    best = jax.tree.map(
         lambda leaf: jnp.take_along_axis(
             leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), axis=1
         ),
         beams,
     )
-    return taken, index
+    return best, index
 
 
-def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
+def _concatenate(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.concatenate([first, second], axis=1)

@@ -1,7 +1,7 @@
-"""Reading labels out of the frames of a network trained by connectionist temporal classification.
+"""Decoding of connectionist temporal classification (CTC): best path and prefix beam search.
 
-A path names one class for each frame; merging repeated classes and then removing the blanks gives
-its labeling. `sequence_objectives.ctc` is the loss.
+A path has one class per frame. Merging repeated classes and then removing blanks gives its
+labeling. The loss is `objectives.sequence.ctc`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxnets.functional.lengths import check_lengths
 def ctc_greedy(
     logits: jax.Array, lengths: jax.Array | None = None, *, blank: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the labeling of the most likely path.
+    """Return the labeling of the most likely path (greedy or best-path decoding).
 
     Args:
         logits: [batch, time, classes], or log-probabilities.
@@ -29,12 +29,11 @@ def ctc_greedy(
         blank: class that stands for no label.
 
     Returns:
-        Labels, int32 [batch, time], `blank` behind the last one of a row; and their number, int32
-        [batch].
+        Labels, int32 [batch, time], padded with `blank`; and their number, int32 [batch].
 
     Raises:
-        ValueError: `blank` that is no class, or lengths that do not fit or are known to be out of
-            range. A length that is known only when the program runs is cut to [0, time].
+        ValueError: `blank` is not a class, or lengths that do not fit or are known to be out of
+            range. A traced length is clipped to [0, time].
 
     Example:
         >>> path = jnp.array([[0, 2, 2, 0, 2, 1]])
@@ -47,22 +46,22 @@ def ctc_greedy(
     """
     valid = _valid_frames(logits, lengths, blank)
     path = jnp.where(valid, jnp.argmax(logits, axis=-1).astype(jnp.int32), blank)
-    before = jnp.concatenate([jnp.full_like(path[:, :1], blank), path[:, :-1]], axis=1)
-    kept = (path != blank) & (path != before)
+    previous = jnp.concatenate([jnp.full_like(path[:, :1], blank), path[:, :-1]], axis=1)
+    is_label = (path != blank) & (path != previous)
     batch, time = path.shape
-    place = jnp.where(kept, jnp.cumsum(kept, axis=1) - 1, time)
+    index = jnp.where(is_label, jnp.cumsum(is_label, axis=1) - 1, time)  # time: dropped
     labels = jnp.full((batch, time), blank, jnp.int32)
-    labels = labels.at[jnp.arange(batch)[:, None], place].set(path, mode="drop")
-    return labels, jnp.sum(kept, axis=1, dtype=jnp.int32)
+    labels = labels.at[jnp.arange(batch)[:, None], index].set(path, mode="drop")
+    return labels, jnp.sum(is_label, axis=1, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Prefixes:
-    """The labelings that a search keeps of one utterance; no two alive ones are equal.
+    """The beams of one utterance: prefixes of labelings, without duplicates among the live ones.
 
     Attributes:
-        labels: int32 [beams, time], -1 behind the last label.
+        labels: int32 [beams, time], padded with -1.
         lengths: int32 [beams].
         blank: log-probability of the paths that end in a blank, [beams].
         label: log-probability of the paths that end in the last label, [beams].
@@ -85,33 +84,32 @@ def ctc_beam_search(
     num_beams: int = 16,
     blank: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Search for the most likely labeling, all of its paths summed up.
+    """Search for the most likely labeling, summed over its paths (prefix beam search).
 
-    Frame by frame, the search keeps the `num_beams` most likely prefixes of labelings, each with
-    the probability of its paths that end in a blank and of those that do not.
+    For each frame the search keeps the `num_beams` most likely prefixes of labelings, with separate
+    probabilities of the paths that end in a blank and of those that end in a label.
 
     Args:
         log_probabilities: [batch, time, classes], in nats, each frame a distribution: the
             `log_softmax` of the logits.
         lengths: integer [batch] in [0, time], the number of frames of each utterance; by default
             all count.
-        num_beams: prefixes to keep. Its square times `time` is the work of a frame.
+        num_beams: number of prefixes. A frame costs O(num_beams^2 time).
         blank: class that stands for no label.
 
     Returns:
-        Labels, int32 [batch, time], `blank` behind the last one of a row; their number, int32
-        [batch]; and their log-probability [batch], in nats. It counts the paths whose prefixes
-        were all kept: with beams enough it is exact, otherwise a lower bound.
+        Labels, int32 [batch, time], padded with `blank`; their number, int32 [batch]; and their
+        log-probability [batch], in nats. It sums the paths whose prefixes all stayed in the beam:
+        exact with enough beams, otherwise a lower bound.
 
     Raises:
-        ValueError: `num_beams` below 1, `blank` that is no class, or lengths that do not fit or
-            are known to be out of range. A wrong length that is known only when the program runs
-            gives NaN as log-probability.
+        ValueError: `num_beams` below 1, `blank` is not a class, or lengths that do not fit or are
+            known to be out of range. A traced length out of range gives NaN as log-probability.
 
     Differs from the paper: there is no language model.
 
     Example:
-        The best path has no label, and probability 0.36; the label 1 has 0.64 in its three paths:
+        The best path has no label and probability 0.36; the three paths of label 1 sum to 0.64:
 
         >>> frames = jnp.log(jnp.array([[[0.6, 0.4], [0.6, 0.4]]]))
         >>> labels, lengths, log_probability = ctc_beam_search(frames)
@@ -159,7 +157,7 @@ def _search(
 
 
 def _read_frame(prefixes: _Prefixes, frame: jax.Array, blank: int) -> _Prefixes:
-    """Extend every prefix by every class of one frame, and keep the best."""
+    """Extend every prefix by every class of one frame and select the best."""
     num_beams, time = prefixes.labels.shape
     num_classes = frame.shape[0]
     beams, total = jnp.arange(num_beams), prefixes.total
@@ -167,40 +165,40 @@ def _read_frame(prefixes: _Prefixes, frame: jax.Array, blank: int) -> _Prefixes:
     last = jnp.where(prefixes.lengths > 0, prefixes.labels[beams, end], -1)
     classes = jnp.arange(num_classes)
 
-    # The same label again is a new one only behind a blank.
+    # A repeated label extends the prefix only after a blank; otherwise the path merges.
     repeats = last[:, None] == classes[None]
     longer = jnp.where(repeats, prefixes.blank[:, None], total[:, None]) + frame[None]
     longer = jnp.where((classes == blank)[None], -jnp.inf, longer)
     same_blank = total + frame[blank]
     same_label = jnp.where(last >= 0, prefixes.label + frame[last], -jnp.inf)
 
-    # A longer prefix that is kept already, one label longer than its parent, takes over what
-    # the parent would give it.
-    cut = jnp.where(jnp.arange(time)[None] == end[:, None], -1, prefixes.labels)
+    # If the beam already holds a prefix that extends another one (its parent) by one label, the
+    # parent's extension is added to it instead of becoming a duplicate.
+    parent_labels = jnp.where(jnp.arange(time)[None] == end[:, None], -1, prefixes.labels)
     alive = total > -jnp.inf
     is_parent = (prefixes.lengths[:, None] + 1 == prefixes.lengths[None]) & alive[:, None]
-    is_parent &= alive[None] & jnp.all(prefixes.labels[:, None] == cut[None], axis=-1)
+    is_parent &= alive[None] & jnp.all(prefixes.labels[:, None] == parent_labels[None], axis=-1)
     parent, has_parent = jnp.argmax(is_parent, axis=0), jnp.any(is_parent, axis=0)
-    given = jnp.where(has_parent, longer[parent, last], -jnp.inf)
-    same_label = jnp.logaddexp(same_label, given)
+    from_parent = jnp.where(has_parent, longer[parent, last], -jnp.inf)
+    same_label = jnp.logaddexp(same_label, from_parent)
     longer = longer.at[jnp.where(has_parent, parent, num_beams), last].set(-jnp.inf, mode="drop")
 
     scores = jnp.concatenate([jnp.logaddexp(same_blank, same_label), longer.reshape(-1)])
-    _, kept = lax.top_k(scores, num_beams)
-    grown = kept >= num_beams
-    source = jnp.where(grown, (kept - num_beams) // num_classes, kept)
-    added = jnp.where(grown, (kept - num_beams) % num_classes, -1).astype(jnp.int32)
+    _, selected = lax.top_k(scores, num_beams)  # below num_beams: the prefix stays the same
+    extended = selected >= num_beams
+    source = jnp.where(extended, (selected - num_beams) // num_classes, selected)
+    added = jnp.where(extended, (selected - num_beams) % num_classes, -1).astype(jnp.int32)
     at_end = jnp.arange(time)[None] == prefixes.lengths[source][:, None]
     return _Prefixes(
-        labels=jnp.where(at_end & grown[:, None], added[:, None], prefixes.labels[source]),
-        lengths=prefixes.lengths[source] + grown,
-        blank=jnp.where(grown, -jnp.inf, same_blank[source]),
-        label=jnp.where(grown, scores[kept], same_label[source]),
+        labels=jnp.where(at_end & extended[:, None], added[:, None], prefixes.labels[source]),
+        lengths=prefixes.lengths[source] + extended,
+        blank=jnp.where(extended, -jnp.inf, same_blank[source]),
+        label=jnp.where(extended, scores[selected], same_label[source]),
     )
 
 
 def _valid_frames(frames: jax.Array, lengths: jax.Array | None, blank: int) -> jax.Array:
-    """Return which frames count, bool [batch, time], after checking the arguments."""
+    """Check the arguments and return the valid frames, bool [batch, time]."""
     if frames.ndim != 3:
         raise ValueError(
             f"frames of shape {frames.shape} do not fit; give [batch, time, classes], a single "

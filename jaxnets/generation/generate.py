@@ -1,6 +1,6 @@
-"""Generation: one compiled loop that continues prompts with any autoregressive model.
+"""Autoregressive generation in one compiled loop, for any module with the decoding protocol.
 
-A model is a Linen module that speaks the decoding protocol, see `generate`.
+The protocol is described in `generate`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ class Generated:
     """What `generate` returns.
 
     Attributes:
-        tokens: int32 [batch, num_tokens]; the stop token is the last one of its row, and
-            `pad_token` stands behind it.
-        lengths: int32 [batch], number of tokens up to and with the stop token.
-        log_probabilities: [batch, num_tokens], nats of each token under the model itself, before
-            the transforms of `Sampling`; 0 behind a stop token. NaN if the model's logits were.
-        carry: the model's state after the last of these tokens, with which another call goes on.
+        tokens: int32 [batch, num_tokens]; a stop token ends its row and is followed by `pad_token`.
+        lengths: int32 [batch], number of tokens including the stop token.
+        log_probabilities: [batch, num_tokens], of each token under the model, in nats, before
+            the transforms of `Sampling`; 0 after a stop token. NaN where the logits are NaN.
+        carry: cache of the model after these tokens, from which another call continues.
     """
 
     tokens: jax.Array
@@ -54,50 +53,50 @@ def generate(
     capacity: int | None = None,
     pad_token: int = 0,
 ) -> Generated:
-    """Continue prompts.
+    """Continue prompts by sampling or greedy decoding.
 
-    The prompts are read at once, then one token follows the other in a compiled loop that ends
-    early when every row has met a stop token. Another call with arrays of the same shapes, other
-    prompts, keys, stop tokens and `Sampling` values included, is not compiled again: prompts of
-    many lengths are best padded to a few.
+    The prompts are processed in parallel (prefill). Then a compiled loop generates one token per
+    iteration and ends early when every row has produced a stop token. Calls with arrays of the
+    same shapes share one compiled program, whatever the prompts, keys, stop tokens and `Sampling`
+    values: pad prompts to a few lengths. Corresponds to `generate` of Hugging Face transformers.
 
     Args:
-        module: a Linen module that speaks the decoding protocol:
-            `apply(variables, batch_size, capacity, method="start")` gives the carry of an empty
-            history, whose leaves are [batch, ...], and
+        module: a Linen module with the decoding protocol:
+            `apply(variables, batch_size, capacity, method="start")` returns an empty carry
+            (cache), whose leaves are [batch, ...], and
             `apply(variables, tokens, carry, lengths=None, method="extend")` appends the first
-            lengths[b] of the tokens [batch, time] to each row and gives
-            (logits [batch, time, vocabulary], carry). Where a carry has room for some tokens
-            only, `module.room(carry)` says for how many, those it holds already included.
+            lengths[b] of the tokens [batch, time] to each row and returns
+            (logits [batch, time, vocabulary], carry). If a carry has a maximum number of tokens,
+            `module.room(carry)` returns it, including the tokens that it already holds.
         variables: its parameters and other collections.
         prompts: integer [batch, time], padded on the right.
-        num_tokens: number of tokens to generate at most.
-        rng: key. The draws of row i depend on this key and i only, so no row of a batch changes
-            another; greedy decoding ignores it.
+        num_tokens: maximum number of tokens to generate.
+        rng: key. The samples of row i depend on this key and i only, not on other rows; greedy
+            decoding ignores it.
         lengths: integer [batch] in [1, time], the number of tokens of each prompt; by default
             all count.
-        sampling: how tokens are drawn; `Sampling(temperature=0)` is greedy. The repetition
-            penalty knows the tokens of this call, prompts included.
+        sampling: how tokens are sampled; `Sampling(temperature=0)` is greedy. The repetition
+            penalty applies to the tokens of this call, prompts included.
         stop_tokens: tokens that end their row.
-        carry: the history that the prompts continue: `Generated.carry` of an earlier call, or of
-            a sequence-to-sequence model its
+        carry: cache to continue: `Generated.carry` of an earlier call, or for a
+            sequence-to-sequence model the result of
             `apply(variables, source, lengths, capacity, method="start")`. By default empty.
-        capacity: number of tokens that the model's cache holds; by default
-            time + num_tokens. With a `carry` it is only checked against. A carry whose room is
-            taken by the tokens it holds already gives NaN as log-probabilities.
-        pad_token: stands behind a stop token.
+        capacity: maximum number of tokens in the cache; by default time + num_tokens. With a
+            `carry` it only serves as a check. If the tokens that a carry already holds leave
+            too little room, the log-probabilities are NaN.
+        pad_token: follows a stop token.
 
     Returns:
         `Generated`.
 
     Raises:
-        ValueError: no prompt, a length or token id out of range, a prompt that does not fit the
-            cache, `num_tokens` below 1. What is known only when the program runs cannot raise: it
-            gives NaN as log-probabilities.
+        ValueError: an empty prompt, a length or token id out of range, a prompt that does not fit
+            into the cache, `num_tokens` below 1. Values that are traced cannot raise: wrong ones
+            give NaN as log-probabilities.
 
     Example:
         >>> import flax.linen as nn
-        >>> class Counting(nn.Module):  # the next token is one more, modulo 5
+        >>> class Counting(nn.Module):  # next token = token + 1, modulo 5
         ...     def start(self, batch_size, capacity):
         ...         return ()
         ...     def extend(self, tokens, carry, lengths=None):
@@ -140,27 +139,28 @@ def _generate(
     pad_token: jax.Array,
 ) -> Generated:
     batch, time = prompts.shape
-    logits, carry = read_prompts(module, capacity, variables, prompts, lengths, carry)
+    logits, carry = prefill(module, capacity, variables, prompts, lengths, carry)
     keys = jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(batch))
     rows = jnp.arange(batch)
     in_prompt = jnp.ones((batch, time), bool)
     if lengths is not None:
         in_prompt = jnp.arange(time)[None] < lengths[:, None]
-    seen = jnp.zeros(logits.shape, bool).at[rows[:, None], prompts].max(in_prompt)
+    repeated = jnp.zeros(logits.shape, bool)  # [batch, vocabulary], tokens of prompt and text
+    repeated = repeated.at[rows[:, None], prompts].max(in_prompt)
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
         step, _, active, *_ = state
         return (step < num_tokens) & jnp.any(active)
 
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, result, active, logits, seen = state
+        step, result, active, logits, repeated = state
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-        token = sample_tokens(step_keys, logits, sampling, seen)
+        token = sample_tokens(step_keys, logits, sampling, repeated)
         log_probability = jnp.take_along_axis(
             jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1
         )[:, 0]
-        # A row that has stopped appends nothing, so that its carry stays that of its text.
-        counts = active.astype(jnp.int32)
+        # A row that has stopped appends nothing, so its carry stays at its last token.
+        counts = active.astype(jnp.int32)  # [batch], 0 or 1
         extended, carry = module.apply(
             variables,
             token[:, None],
@@ -176,9 +176,9 @@ def _generate(
             ),
             carry=carry,
         )
-        seen = seen.at[rows, token].max(active)
+        repeated = repeated.at[rows, token].max(active)
         active = active & ~jnp.any(token[:, None] == stop_tokens[None], axis=1)
-        return step + 1, result, active, at_least_float32(extended[:, 0]), seen
+        return step + 1, result, active, at_least_float32(extended[:, 0]), repeated
 
     empty = Generated(
         tokens=jnp.full((batch, num_tokens), pad_token),
@@ -186,12 +186,12 @@ def _generate(
         log_probabilities=jnp.zeros((batch, num_tokens), logits.dtype),
         carry=carry,
     )
-    start = (jnp.zeros((), jnp.int32), empty, jnp.ones(batch, bool), logits, seen)
+    start = (jnp.zeros((), jnp.int32), empty, jnp.ones(batch, bool), logits, repeated)
     return lax.while_loop(unfinished, advance, start)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def read_prompts(
+def prefill(
     module: Any,
     capacity: int,
     variables: Any,
@@ -199,19 +199,19 @@ def read_prompts(
     lengths: jax.Array | None,
     carry: Any,
 ) -> tuple[jax.Array, Any]:
-    """Read whole prompts at once.
+    """Process whole prompts in parallel (prefill).
 
     Args:
-        module: speaks the decoding protocol.
-        capacity: room of the carry that is made where none is given.
+        module: with the decoding protocol.
+        capacity: of the carry to start if none is given.
         variables: of the module.
         prompts: integer [batch, time].
         lengths: integer [batch]; all of `time` by default.
-        carry: history that the prompts continue; by default empty.
+        carry: cache to continue; by default empty.
 
     Returns:
-        The logits of the token behind each prompt [batch, vocabulary], float32 or wider, NaN for
-        a length that is out of range; and the carry after the prompts.
+        Next-token logits after each prompt [batch, vocabulary], float32 or wider, NaN for a length
+        that is out of range; and the carry after the prompts.
     """
     batch, time = prompts.shape
     if carry is None:
@@ -236,21 +236,21 @@ def check_prompts(
     capacity: int | None,
     stop_tokens: Sequence[int],
 ) -> tuple[jax.Array, jax.Array | None, int]:
-    """Refuse prompts that cannot be continued, as far as they are known.
+    """Check the arguments of generation, as far as their values are known while tracing.
 
     Args:
-        module: speaks the decoding protocol.
+        module: with the decoding protocol.
         variables: of the module.
         prompts: integer [batch, time].
         lengths: integer [batch], or None.
-        carry: history with leaves [batch, ...], or None.
+        carry: cache with leaves [batch, ...], or None.
         num_tokens: tokens to generate.
         capacity: of the cache, or None.
-        stop_tokens: they have to be in the vocabulary too.
+        stop_tokens: must be in the vocabulary.
 
     Returns:
-        The prompts, int32, with 0 beyond their lengths; the lengths; and the capacity to start
-        with.
+        The prompts, int32, with 0 beyond their lengths; the lengths; and the capacity of a new
+        cache.
 
     Raises:
         ValueError: as in `generate`.
@@ -259,7 +259,7 @@ def check_prompts(
     if missing:
         raise ValueError(
             f"{type(module).__name__} has no method {' and '.join(missing)}; give a module that "
-            "speaks the decoding protocol, such as RecurrentLM or TransformerLM"
+            "has the decoding protocol, such as RecurrentLM or TransformerLM"
         )
     if not isinstance(num_tokens, int) or num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; give a positive integer")
@@ -272,8 +272,8 @@ def check_prompts(
         )
     if 0 in shape:
         raise ValueError(
-            f"prompts of shape {shape} are empty; give at least one token, such as the one that "
-            "begins a text"
+            f"prompts of shape {shape} are empty; give at least one token, such as a "
+            "beginning-of-text token"
         )
     needed = shape[1] + num_tokens
     if capacity is not None and needed > capacity:
@@ -296,7 +296,7 @@ def check_prompts(
             "for each row of the carry"
         )
     arrays = (variables, jax.ShapeDtypeStruct(shape, jnp.int32), lengths, carry)
-    vocabulary_size = read_prompts.eval_shape(module, capacity, *arrays)[0].shape[-1]
+    vocabulary_size = prefill.eval_shape(module, capacity, *arrays)[0].shape[-1]
     ids = np.asarray(stop_tokens, np.int64).ravel()
     if not isinstance(prompts, jax.core.Tracer):
         ids = np.concatenate([np.asarray(prompts).ravel(), ids])
@@ -311,7 +311,7 @@ def check_prompts(
 
 def _check_room(capacity: int, time: int, lengths: Any, num_tokens: int) -> None:
     if isinstance(lengths, jax.core.Tracer):
-        longest = 1  # what is known of it
+        longest = 1  # the least that it can be
     else:
         longest = time if lengths is None else int(np.max(lengths))
     if longest + num_tokens > capacity:

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: pure functions, in the field's order of transforms."""
+"""Sampling of the next token from logits: temperature, top-k, top-p, min-p, repetition penalty."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from jaxnets.core import at_least_float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
-    The transforms come in this order, each on the result of the one before: repetition penalty,
-    temperature, top-k, top-p, min-p. None of them ever removes the most likely token. All but
-    `top_k` are arrays to a compiled program: another value is not compiled again.
+    The transforms are applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
+    None of them removes the most likely token. All but `top_k` are arrays of the compiled program:
+    changing a value does not recompile.
 
     Attributes:
         temperature: divides the logits; 0 is greedy decoding, the most likely token.
-        top_p: keep the fewest most likely tokens whose probabilities sum to this or more; in
-            (0, 1], 1 keeps all.
-        min_p: keep the tokens at least this times as likely as the most likely one; in [0, 1],
-            0 keeps all.
-        repetition_penalty: divide the positive logits of the tokens that the prompt or the text
-            so far has by this, and multiply the negative ones; 1 does nothing.
-        top_k: keep this many most likely tokens, and any as likely as the last of them; None
-            keeps all.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this
+            (nucleus sampling); in (0, 1], 1 keeps all.
+        min_p: keep tokens whose probability is at least this fraction of the largest one; in
+            [0, 1], 0 keeps all.
+        repetition_penalty: for tokens of the prompt and the text so far, divide positive logits
+            by this and multiply negative ones; 1 has no effect.
+        top_k: keep this many most likely tokens, and ties with the last of them; None keeps all.
 
     Raises:
         ValueError: a value outside its range.
@@ -42,8 +41,8 @@ class Sampling:
         True
 
     References:
-        Keskar et al. 2019, arXiv:1909.05858, section 4.1 (repetition penalty, here for positive
-        and negative logits alike a penalty); Fan, Lewis and Dauphin 2018, arXiv:1805.04833,
+        Keskar et al. 2019, arXiv:1909.05858, section 4.1 (repetition penalty, here a penalty
+        for positive and negative logits alike); Fan, Lewis and Dauphin 2018, arXiv:1805.04833,
         section 5 (top-k); Holtzman et al. 2019, arXiv:1904.09751, section 3.1 (top-p); Nguyen et
         al. 2024, arXiv:2407.01082, section 3 (min-p).
     """
@@ -65,17 +64,17 @@ class Sampling:
 
 
 def transform_logits(
-    logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+    logits: jax.Array, sampling: Sampling, repeated: jax.Array | None = None
 ) -> jax.Array:
-    """Apply the transforms of `sampling`; what they remove gets the logit -infinity.
+    """Apply the transforms of `sampling`; removed tokens get the logit -infinity.
 
     Args:
         logits: [batch, vocabulary].
-        sampling: temperature 0 leaves the logits undivided.
-        seen: bool [batch, vocabulary], the tokens that the repetition penalty is for.
+        sampling: temperature 0 does not divide the logits.
+        repeated: bool [batch, vocabulary], tokens to which the repetition penalty applies.
 
     Returns:
-        [batch, vocabulary], float32 or wider; their softmax is what is drawn from.
+        [batch, vocabulary], float32 or wider: logits of the distribution to sample from.
 
     Example:
         >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
@@ -83,15 +82,15 @@ def transform_logits(
         [[True, True, False]]
     """
     logits = at_least_float32(logits)
-    if seen is not None:
+    if repeated is not None:
         penalty = jnp.asarray(sampling.repetition_penalty, logits.dtype)
         penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(seen, penalized, logits)
+        logits = jnp.where(repeated, penalized, logits)
     temperature = jnp.asarray(sampling.temperature, logits.dtype)
     logits = logits / jnp.where(temperature == 0, 1, temperature)
     if sampling.top_k is not None:
         largest = lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
-        # The least of them, not the last: that slice makes XLA sort the whole vocabulary on CPU,
+        # The minimum, not the last element: slicing it makes XLA sort the whole vocabulary on CPU,
         # a hundred times slower.
         logits = _at_least(logits, jnp.min(largest, axis=-1, keepdims=True))
     top_p = jnp.asarray(sampling.top_p, logits.dtype)
@@ -101,20 +100,20 @@ def transform_logits(
 
 
 def sample_tokens(
-    keys: jax.Array, logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+    keys: jax.Array, logits: jax.Array, sampling: Sampling, repeated: jax.Array | None = None
 ) -> jax.Array:
-    """Draw one token for each row.
+    """Sample one token for each row.
 
     Args:
         keys: one key per row, [batch]: a row's token depends on its own key and logits only.
         logits: [batch, vocabulary].
-        sampling: temperature 0 takes the most likely token.
-        seen: as in `transform_logits`.
+        sampling: temperature 0 selects the most likely token.
+        repeated: as in `transform_logits`.
 
     Returns:
         int32 [batch].
     """
-    logits = transform_logits(logits, sampling, seen)
+    logits = transform_logits(logits, sampling, repeated)
 
     def draw() -> jax.Array:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -126,35 +125,35 @@ def sample_tokens(
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keep the fewest most likely tokens of each row whose probabilities sum to `top_p` or more.
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least `top_p`.
 
-    The threshold is found by bisection, which on CPU is ten times as fast as sorting a large
-    vocabulary. It goes over the bits of the probabilities, which are in the order of their values.
+    Bisection of the probability threshold is ten times as fast as sorting a large vocabulary on
+    CPU. It bisects the bits, as non-negative floats have the order of their bits as integers.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     num_bits = jnp.finfo(logits.dtype).bits
-    order = lax.bitcast_convert_type(probabilities, f"int{num_bits}")
+    bits = lax.bitcast_convert_type(probabilities, f"int{num_bits}")
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        kept = jnp.where(order >= middle, probabilities, 0)
-        enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
+        nucleus = jnp.where(bits >= middle, probabilities, 0)
+        enough = jnp.sum(nucleus, axis=-1, keepdims=True) >= top_p
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    high = jnp.max(order, axis=-1, keepdims=True) + 1
+    high = jnp.max(bits, axis=-1, keepdims=True) + 1
     threshold, _ = lax.fori_loop(0, num_bits, halve, (jnp.zeros_like(high), high))
-    return jnp.where(order < threshold, -jnp.inf, logits)
+    return jnp.where(bits < threshold, -jnp.inf, logits)
 
 
 def _at_least(logits: jax.Array, threshold: jax.Array) -> jax.Array:
-    # Written so that NaN stays: it must not look like a token that was removed.
+    # This form preserves NaN, which must not turn into a removed token.
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def _check(name: str, value: float | jax.Array, interval: str, inside: Callable[..., Any]) -> None:
     known = (int, float, np.generic, np.ndarray, jax.Array)
     if isinstance(value, jax.core.Tracer) or not isinstance(value, known):
-        return  # known only when the program runs, or a placeholder in a tree of something else
+        return  # traced, or a placeholder leaf of a transformed tree
     if not np.all(inside(np.asarray(value))):
         raise ValueError(f"{name} is {value}; give a number in {interval}")

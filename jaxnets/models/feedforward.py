@@ -28,13 +28,13 @@ class MLP(nn.Module):
     """A multilayer perceptron: dense layers with an activation between them.
 
     Attributes:
-        features: widths of the hidden layers; () is the perceptron, one linear layer.
+        features: widths of the hidden layers; () is the perceptron, a single dense layer.
         num_outputs: size of the output.
         activation: name or element-wise function.
         dropout_rate: dropout after each hidden layer, in [0, 1).
-        norm: None, "batch" or "layer", in front of each activation.
-        residual: add each hidden layer to its input wherever the width stays the same.
-        kernel_init: initializer of the hidden layers; the default suits relu and its kin.
+        norm: None, "batch" or "layer", before each activation.
+        residual: add a skip connection around each hidden layer that keeps the width.
+        kernel_init: initializer of the hidden layers; the default suits relu and its variants.
         precision: dtypes.
 
     Raises:
@@ -69,14 +69,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, ...], flattened, to [batch, num_outputs]; records "features"."""
+        """Flatten [batch, ...] and map it to [batch, num_outputs]; records "features"."""
         if inputs.ndim < 2:
             raise ValueError(
                 f"MLP got inputs of shape {inputs.shape}; give [batch, ...], one example as "
                 "inputs[None]"
             )
         policy = self.precision
-        x = inputs.reshape(inputs.shape[0], -1).astype(policy.compute)
+        x = inputs.reshape(inputs.shape[0], -1).astype(policy.compute)  # [batch, inputs]
         for index, width in enumerate(self.features):
             y = Dense(
                 width,
@@ -94,11 +94,11 @@ class MLP(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Mix the patches of each channel, then the channels of each patch, each with a residual.
+    """Token mixing over patches, then channel mixing, each an MLP with pre-norm and residual.
 
     Attributes:
-        token_width: hidden width of the mixing over patches.
-        channel_width: hidden width of the mixing over channels.
+        token_width: hidden width of the token-mixing MLP.
+        channel_width: hidden width of the channel-mixing MLP.
         dropout_rate: stochastic depth: probability of skipping a residual branch, in [0, 1).
         precision: dtypes.
     """
@@ -120,7 +120,8 @@ class MixerBlock(nn.Module):
         skip = Dropout(self.dropout_rate, per_example=True, name="skip")
         y = LayerNorm(precision=policy, name="token_norm")(x)
         y = jnp.swapaxes(y, 1, 2)  # [batch, channels, patches]
-        y = jnp.swapaxes(two_layers(y, self.token_width, patches, "token"), 1, 2)
+        y = two_layers(y, self.token_width, patches, "token")
+        y = jnp.swapaxes(y, 1, 2)  # [batch, patches, channels]
         x = x + skip(y, train=train)
         y = LayerNorm(precision=policy, name="channel_norm")(x)
         y = two_layers(y, self.channel_width, channels, "channel")
@@ -128,17 +129,17 @@ class MixerBlock(nn.Module):
 
 
 class MLPMixer(nn.Module):
-    """MLP-Mixer: an image as a table of patches by channels, mixed along either axis in turn.
+    """MLP-Mixer: MLPs alternate between the patch axis and the channel axis of an image.
 
-    The number of patches is part of the parameter shapes, so a trained network is bound to its
-    image size.
+    The parameter shapes depend on the number of patches, so a trained network accepts one image
+    size only.
 
     Attributes:
         patch_size: side of a patch in pixels; it must divide the sides of the image.
-        hidden_size: channels of a patch.
+        hidden_size: channels of a patch embedding (C in the paper).
         num_layers: number of blocks.
-        token_width: hidden width of the mixing over patches (D_S in the paper).
-        channel_width: hidden width of the mixing over channels (D_C in the paper).
+        token_width: hidden width of the token-mixing MLPs (D_S in the paper).
+        channel_width: hidden width of the channel-mixing MLPs (D_C in the paper).
         num_outputs: size of the output.
         dropout_rate: stochastic depth at the last block, growing linearly from 0 at the first.
         precision: dtypes.
@@ -147,8 +148,8 @@ class MLPMixer(nn.Module):
         ValueError: a field is out of range, or the patches do not tile the image.
 
     References:
-        Tolstikhin et al. 2021, arXiv:2105.01601, Table 1, whose numbers of parameters are those
-        at 224x224 without the last layer.
+        Tolstikhin et al. 2021, arXiv:2105.01601, Table 1, which counts parameters at 224x224
+        without the last layer.
     """
 
     patch_size: int = 4
@@ -196,7 +197,7 @@ class MLPMixer(nn.Module):
                 name=f"block_{index}",
             )(x, train=train)
         x = LayerNorm(precision=policy, name="norm")(x)
-        x = jnp.mean(x, axis=1)
+        x = jnp.mean(x, axis=1)  # [batch, channels]
         record(self, "features", x)
         return Dense(self.num_outputs, precision=policy, name="head")(x).astype(policy.output)
 
@@ -239,7 +240,7 @@ def mixer_h14(num_classes: int = 1000, **fields: Any) -> MLPMixer:
 def _mixer(
     patch_size: int, hidden_size: int, num_layers: int, num_classes: int, fields: dict[str, Any]
 ) -> MLPMixer:
-    # In every row of Table 1 the hidden widths are a half and four times the channels.
+    # In every row of Table 1 the hidden widths are C / 2 and 4 C.
     preset: dict[str, Any] = {
         "patch_size": patch_size,
         "hidden_size": hidden_size,

@@ -1,4 +1,4 @@
-"""Tools: summary of a network, doctor, comparison of runs, saliency."""
+"""Tools: model summary, installation check, comparison of runs, saliency maps."""
 
 from jaxnets.tools.comparison import Comparison, compare, read_run
 from jaxnets.tools.doctor import examine

@@ -1,4 +1,4 @@
-"""Runs side by side: which differences between their results hold up."""
+"""Comparison of runs: which differences between their results are significant."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 
 from jaxnets.metrics.supervised import confidence_interval
 
-#: A difference holds up if chance alone would show it this rarely.
+#: Significance level: a difference holds up if its corrected p-value is below this.
 LEVEL = 0.05
 
 
 def show_number(value: float, unit: str, *, sign: str = "") -> str:
-    """Write a number of a result, without the name of its unit unless that is %.
+    """Format a result; of the units only % is printed.
 
     Args:
-        value: a share where the unit is "%".
+        value: a fraction where the unit is "%".
         unit: "%" or any other.
-        sign: "+" shows the sign of positive numbers too.
+        sign: "+" also prints the sign of positive numbers.
 
     Example:
         >>> show_number(0.9926, "%"), show_number(1.88972, "nats", sign="+")
@@ -34,15 +34,15 @@ def show_number(value: float, unit: str, *, sign: str = "") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The result of a run.
+    """The result of one run.
 
     Attributes:
         name: folder.
-        metric: what the values are, with the data set.
-        unit: "%" for shares, or the unit.
+        metric: name of the data set and of the metric.
+        unit: "%" for fractions, or the unit.
         values: one per seed.
-        parameters: of one network; None where the run does not say.
-        seconds: of training, all seeds together; None where the run does not say.
+        parameters: number of parameters of one network; None if the run has no record of it.
+        seconds: of training, over all seeds; None if the run has no record of it.
     """
 
     name: str
@@ -53,19 +53,19 @@ class Run:
     seconds: float | None = None
 
     def show(self, value: float, *, sign: str = "") -> str:
-        """Return a number in the unit of the run, see `show_number`."""
+        """Format a number in the unit of the run, see `show_number`."""
         return show_number(value, self.unit, sign=sign)
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Two runs compared.
+    """The difference between two runs.
 
     Attributes:
         first: name of a run.
         second: name of another.
-        difference: mean of the second less that of the first.
-        p_value: Welch's, corrected for the number of comparisons.
+        difference: mean of the second minus mean of the first.
+        p_value: of Welch's test, corrected for the number of comparisons.
         holds_up: `p_value` below `LEVEL`.
     """
 
@@ -82,7 +82,7 @@ class Comparison:
 
     Attributes:
         runs: in the order they were given.
-        differences: of all pairs of runs with two seeds or more.
+        differences: of all pairs of runs with two or more seeds.
     """
 
     runs: tuple[Run, ...]
@@ -106,11 +106,11 @@ class Comparison:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.append("")
-        for found in self.differences:
-            shown = self.runs[0].show(found.difference, sign="+")
-            verdict = "holds up" if found.holds_up else "may be chance"
+        for pair in self.differences:
+            shown = self.runs[0].show(pair.difference, sign="+")
+            verdict = "holds up" if pair.holds_up else "may be chance"
             lines.append(
-                f"{found.second} - {found.first}: {shown}, p = {found.p_value:.2g}: {verdict}"
+                f"{pair.second} - {pair.first}: {shown}, p = {pair.p_value:.2g}: {verdict}"
             )
         if self.differences:
             lines.append(
@@ -119,11 +119,13 @@ class Comparison:
             )
         single = [run.name for run in self.runs if len(run.values) < 2]
         if single:
-            lines.append(f"one seed says nothing of chance: {', '.join(single)}; give --seeds 3")
+            lines.append(
+                f"one seed cannot be tested for significance: {', '.join(single)}; give --seeds 3"
+            )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON can hold it."""
+        """Return everything as a dict that `json.dumps` takes."""
         return dataclasses.asdict(self)
 
 
@@ -131,10 +133,10 @@ def read_run(folder: str | Path) -> Run:
     """Read the result of a finished run.
 
     Args:
-        folder: with a `result.json`.
+        folder: contains a `result.json`.
 
     Raises:
-        ValueError: no such file, or one that is no result.
+        ValueError: the file does not exist, or is not the result of a run.
     """
     path = Path(folder) / "result.json"
     try:
@@ -153,16 +155,16 @@ def read_run(folder: str | Path) -> Run:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no result of a run ({type(error).__name__}: {error}); run it again"
+            f"{path} is not the result of a run ({type(error).__name__}: {error}); run it again"
         ) from error
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Compare the means of all pairs of runs.
 
-    The test is Welch's, which lets every run have a spread of its own. Among many comparisons
-    some differ by chance; the p-values are therefore corrected by the step-down method of Holm,
-    after which the probability of even one false finding is at most `LEVEL`.
+    The test is Welch's t-test, which allows unequal variances. The p-values are corrected for
+    multiple comparisons by Holm's step-down method, so that the probability of any false
+    positive is at most `LEVEL`.
 
     Args:
         runs: two or more.
@@ -171,7 +173,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         Comparison.
 
     Raises:
-        ValueError: fewer than two runs, the same run twice, or runs that measure different things.
+        ValueError: fewer than two runs, the same run twice, or runs with different metrics.
 
     Example:
         >>> old = Run("old", "digits, test accuracy", "%", (0.90, 0.91, 0.92))
@@ -188,10 +190,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"a run is named twice among {', '.join(names)}")
-    measures = {(run.metric, run.unit): run.name for run in runs}
-    if len(measures) > 1:
-        listed = "; ".join(f"{name} has {metric}" for (metric, _), name in measures.items())
-        raise ValueError(f"the runs measure different things: {listed}; compare like with like")
+    metrics = {(run.metric, run.unit): run.name for run in runs}
+    if len(metrics) > 1:
+        listed = "; ".join(f"{name} has {metric}" for (metric, _), name in metrics.items())
+        raise ValueError(f"the runs have different metrics: {listed}; compare like with like")
     pairs = [
         pair for pair in itertools.combinations(runs, 2) if all(len(run.values) > 1 for run in pair)
     ]
@@ -210,9 +212,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _welch(first: Sequence[float], second: Sequence[float]) -> float:
-    import scipy.stats  # takes as long to import as the rest of the library
+    import scipy.stats  # as slow to import as the rest of the library
 
-    if np.ptp(first) == 0 and np.ptp(second) == 0:  # no spread: the statistic is 0 / 0, or infinite
+    if np.ptp(first) == 0 and np.ptp(second) == 0:  # no variance: 0 / 0, or infinite
         return float(first[0] == second[0])
     return float(scipy.stats.ttest_ind(first, second, equal_var=False).pvalue)
 

@@ -1,4 +1,4 @@
-"""Is this installation fit to train? Versions, devices, data, and a training step that runs."""
+"""Installation check: versions, devices, data sets, and two self-tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jaxnets.training.step import create_train_state, make_train_step
 
 _PACKAGES = ("jaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-#: Optional packages by the extra of this project that installs them.
+#: Extra of this project -> the optional packages that it installs.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "experiments": ("tyro", "matplotlib", "pillow", "jiwer", "sacrebleu"),
     "driving": ("gymnasium", "box2d", "pygame"),
@@ -43,14 +43,14 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "benchmark": ("torch", "keras", "equinox", "transformers"),
 }
 
-#: (package, version) -> what is wrong with it and what to do.
+#: (package, version) -> its known bug and the remedy.
 KNOWN_BAD: Mapping[tuple[str, str], str] = {
     ("jaxlib", "0.10.2"): (
-        "computes wrong numbers on CPU, without an error (jax issue 39103); "
+        "computes wrong results on CPU without an error (jax issue 39103); "
         "install jax 0.10.1, or 0.12.0.1 or later on Python 3.12"
     ),
     ("jaxlib", "0.11.1"): (
-        "copies the whole array for every small update inside a loop on CPU, slow but not wrong "
+        "copies the whole array for every small update inside a loop on CPU, slow but correct "
         "(jax issue 40101); install jax 0.12.0.1 or later"
     ),
 }
@@ -58,12 +58,12 @@ KNOWN_BAD: Mapping[tuple[str, str], str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Outcome of one self-test.
+    """Result of one self-test.
 
     Attributes:
-        name: what was tried.
-        error: what went wrong and what to do; None if nothing did.
-        seconds: how long it took, compiling included.
+        name: what it tests.
+        error: the failure and the remedy; None if it passed.
+        seconds: duration, compilation included.
     """
 
     name: str
@@ -73,17 +73,17 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the doctor found; prints as text.
+    """Result of `examine`; prints as text.
 
     Attributes:
-        versions: of Python and the packages, None for what is not installed.
+        versions: of Python and the packages; None for a package that is not installed.
         machine: processor, cores and memory.
         devices: one line for each device that JAX sees.
-        settings: what the environment sets.
-        data: place of each data set, or how to get it.
+        settings: settings of JAX and environment variables.
+        data: path of each data set, or how to get it.
         extras: for each extra, the packages that are missing.
         checks: the self-tests.
-        problems: everything that makes the installation unfit, with the remedy.
+        problems: all that must be repaired before training, with the remedy.
     """
 
     versions: Mapping[str, str | None]
@@ -106,7 +106,7 @@ class Report:
 
     def __str__(self) -> str:
         sections: dict[str, Mapping[str, str]] = {
-            "versions": {name: found or "not installed" for name, found in self.versions.items()},
+            "versions": {name: text or "not installed" for name, text in self.versions.items()},
             "machine": self.machine,
             "devices": {str(index): line for index, line in enumerate(self.devices)},
             "settings": self.settings,
@@ -131,13 +131,13 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at the installation and try it out, in some seconds and without the network.
+    """Check the installation, in some seconds and without network access.
 
     Returns:
-        Report; it never raises for what it finds.
+        Report; problems are reported, never raised.
     """
     versions = {name: installed_version(name) for name in _PACKAGES}
-    # A checkout on the path need not be installed.
+    # A source checkout on the path has no metadata of an installation.
     versions["jaxnets"] = jaxnets.__version__
     checks = (
         _try("a training step runs and learns", _check_training),
@@ -178,7 +178,7 @@ def installed_version(package: str) -> str | None:
 
 
 def version_problems(versions: Mapping[str, str | None]) -> list[str]:
-    """List what is known to be wrong with some versions.
+    """List missing packages and versions with known bugs.
 
     Args:
         versions: {package: version, or None if it is not installed}.
@@ -202,7 +202,7 @@ def _try(name: str, check: Callable[[], str | None]) -> Check:
     began = time.perf_counter()
     try:
         error = check()
-    except Exception as raised:  # whatever it is, the report is to name it
+    except Exception as raised:  # any failure belongs into the report
         error = f"{type(raised).__name__}: {raised}"
     return Check(name, error, time.perf_counter() - began)
 
@@ -230,8 +230,8 @@ def _check_training() -> str | None:
 
 
 def _check_sums() -> str | None:
-    # Small integers, on which float32 is exact. The shape is large enough for the compiler to
-    # choose the kernel that jaxlib 0.10.2 has wrong.
+    # Small integers, whose sums are exact in float32. At this size the compiler selects the
+    # kernel that is wrong in jaxlib 0.10.2.
     rows = (np.arange(3 * 40_000) % 50).reshape(-1, 3)
     matrix = np.array([[1, 2, 0], [0, 1, 3], [2, 0, 1]])
     expected = ((rows @ matrix.T) ** 2).sum(axis=1)
@@ -274,7 +274,7 @@ def _describe(device: jax.Device) -> str:
 
 def _settings() -> dict[str, str]:
     config = jax.config.values
-    off = "off; set JAX_COMPILATION_CACHE_DIR to keep programs between runs"
+    off = "off; set JAX_COMPILATION_CACHE_DIR to reuse compiled programs between runs"
     settings = {
         "compilation cache": config["jax_compilation_cache_dir"] or off,
         "double precision": "on" if config["jax_enable_x64"] else "off",
@@ -284,17 +284,17 @@ def _settings() -> dict[str, str]:
             settings[name] = os.environ[name]
     folder = os.environ.get("JAXNETS_DATA")
     if folder:
-        found = Path(folder).expanduser().is_dir()
-        settings["JAXNETS_DATA"] = folder if found else f"{folder} (no such folder)"
+        exists = Path(folder).expanduser().is_dir()
+        settings["JAXNETS_DATA"] = folder if exists else f"{folder} (no such folder)"
     return settings
 
 
 def _data() -> dict[str, str]:
-    places = {"digits": "comes with scikit-learn"}
+    paths = {"digits": "comes with scikit-learn"}
     for name, folder in data.locate().items():
         remedy = f"not found; downloaded to {cache_folder()} on first use, or set JAXNETS_DATA"
-        places[name] = remedy if folder is None else str(folder)
-    return places
+        paths[name] = remedy if folder is None else str(folder)
+    return paths
 
 
 def _gibibytes(num_bytes: int) -> str:

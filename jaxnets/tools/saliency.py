@@ -1,4 +1,4 @@
-"""What a network looks at: which pixels its output depends on."""
+"""Saliency maps: which pixels the output of a network depends on."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 
 def input_gradient(function: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    """Compute how much each pixel changes an output: the largest |d output / d channel|.
+    """Compute the vanilla gradient saliency of each pixel: max over channels of |d output / d x|.
 
     Args:
-        function: images -> the output that is asked about, one number an image, [batch]; no image
-            may matter to the output of another one.
+        function: images -> the output to explain, one number per image, [batch]; it must not
+            depend on the other images of the batch.
         images: floating [batch, height, width, channels].
 
     Returns:
-        [batch, height, width], at least 0.
+        [batch, height, width], non-negative.
 
     Raises:
-        ValueError: a function of another shape.
+        ValueError: a function that returns another shape.
 
     References:
         Simonyan, Vedaldi and Zisserman 2014, arXiv:1312.6034, section 3.1.
@@ -38,7 +38,7 @@ def input_gradient(function: Callable[[jax.Array], jax.Array], images: jax.Array
         if outputs.shape != images.shape[:1]:
             raise ValueError(
                 f"the function returns shape {outputs.shape} for {len(images)} images; return one "
-                f"number an image, of shape {images.shape[:1]}"
+                f"number per image, of shape {images.shape[:1]}"
             )
         return jnp.sum(outputs)
 
@@ -50,30 +50,30 @@ def visual_backprop(
     geometry: Sequence[tuple[int, int]],
     image_size: tuple[int, int],
 ) -> jax.Array:
-    """Trace back which regions the deepest active maps of a convolutional network rest on.
+    """Compute VisualBackProp: the image regions that the deepest feature maps depend on.
 
-    The mean over the channels of the deepest map is enlarged to the size of the map before it by
-    a transposed convolution with ones, and multiplied by that one's mean; and so on, up to the
-    image. Needs no gradient and hardly any time.
+    The deepest feature map, averaged over channels, is upsampled to the size of the previous map
+    by a transposed convolution with ones and multiplied by the channel mean of that map; and so
+    on, up to the image. It needs no gradient and little time.
 
     Args:
-        maps: of each convolution in order, behind its activation, at least 0,
+        maps: feature maps of each convolution in order, after its activation, non-negative,
             [batch, height, width, channels]; such as "map_0", "map_1", ... of
             `capture(PilotNet(), ...)`.
-        geometry: (size of the kernel, stride) of each convolution, without padding.
+        geometry: (kernel size, stride) of each convolution, without padding.
         image_size: height and width of the images.
 
     Returns:
-        [batch, height, width], the largest value of each image 1, or 0 where nothing is active.
+        [batch, height, width], scaled to a maximum of 1 for each image; 0 if no feature is active.
 
     Raises:
-        ValueError: geometry that does not fit the maps.
+        ValueError: geometry that does not match the maps.
 
     References:
         Bojarski et al. 2016, arXiv:1611.05418, section III.
 
     Example:
-        One active place of one map lights the pixels that it sees:
+        One active element of a map marks the pixels in its receptive field:
 
         >>> one = jnp.zeros((1, 2, 2, 1)).at[0, 0, 1, 0].set(5.0)
         >>> visual_backprop([one], [(2, 2)], (4, 4))[0].astype(int).tolist()
@@ -86,23 +86,23 @@ def visual_backprop(
     sizes = [tuple(image_size), *(tuple(values.shape[1:3]) for values in maps)]
     mask = jnp.ones((*maps[-1].shape[:3],))
     for index in reversed(range(len(maps))):
-        (kernel, stride), before = geometry[index], sizes[index]
-        expected = tuple((length - kernel) // stride + 1 for length in before)
+        (kernel, stride), size = geometry[index], sizes[index]
+        expected = tuple((length - kernel) // stride + 1 for length in size)
         if expected != sizes[index + 1]:
             raise ValueError(
                 f"a convolution of kernel {kernel} and stride {stride} makes {expected} of "
-                f"{before}, but the map has {sizes[index + 1]}; check geometry and image_size"
+                f"{size}, but the map has {sizes[index + 1]}; check geometry and image_size"
             )
-        mask = _enlarge(mask * jnp.mean(maps[index], axis=-1), kernel, stride, before)
-        # The product of many layers leaves the range of float32 otherwise.
+        mask = _upsample(mask * jnp.mean(maps[index], axis=-1), kernel, stride, size)
+        # Without normalization the product over many layers overflows or underflows float32.
         mask = mask / jnp.maximum(mask.max(axis=(1, 2), keepdims=True), 1e-30)
     return mask
 
 
-def _enlarge(values: jax.Array, kernel: int, stride: int, size: tuple[int, ...]) -> jax.Array:
-    """Convolve [batch, height, width] transposed with ones; what no kernel reached stays 0."""
+def _upsample(values: jax.Array, kernel: int, stride: int, size: tuple[int, ...]) -> jax.Array:
+    """Transpose-convolve [batch, height, width] with ones; pad to `size` with 0."""
     ones = jnp.ones((kernel, kernel, 1, 1), values.dtype)
-    wide = jax.lax.conv_transpose(
+    upsampled = jax.lax.conv_transpose(
         values[..., None],
         ones,
         (stride, stride),
@@ -111,6 +111,6 @@ def _enlarge(values: jax.Array, kernel: int, stride: int, size: tuple[int, ...])
     )[..., 0]
     missing = [
         (0, 0),
-        *((0, length - have) for length, have in zip(size, wide.shape[1:], strict=True)),
+        *((0, length - have) for length, have in zip(size, upsampled.shape[1:], strict=True)),
     ]
-    return jnp.pad(wide, missing)
+    return jnp.pad(upsampled, missing)

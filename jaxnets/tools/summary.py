@@ -1,4 +1,4 @@
-"""What a network holds and what it costs, computed from shapes alone: nothing is allocated."""
+"""Summary of a network: layers, parameters, FLOPs and memory, without allocating any array."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxnets.models.registry import MODELS
 from jaxnets.training.optimizers import OPTIMIZERS
 from jaxnets.training.step import create_train_state, make_train_step
 
-_LEARNING_RATE = 1e-3  # a constant of the program: no cost depends on it
+_LEARNING_RATE = 1e-3  # a constant of the program that does not affect its cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Layer:
     """One module of a network.
 
     Attributes:
-        path: its place, such as "stage_1_block_1/conv_1"; "" for the network itself.
-        kind: its class.
-        output: shapes of the arrays it returned at its first call.
-        num_parameters: those of all modules inside it included.
-        shapes: shape of each parameter of its own.
+        path: such as "stage_1_block_1/conv_1"; "" is the network itself.
+        kind: name of its class.
+        output: shapes of the arrays returned by its first call.
+        num_parameters: including those of all submodules.
+        shapes: shape of each of its own parameters.
     """
 
     path: str
@@ -42,22 +42,22 @@ class Layer:
 
     @property
     def depth(self) -> int:
-        """How many modules it lies inside of."""
+        """Number of modules that enclose it."""
         return self.path.count("/") + 1 if self.path else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Cost of a compiled program, as XLA counts it for the default device.
+    """Cost of a compiled program, from XLA's analyses for the default device.
 
     Attributes:
-        flops: floating point operations, two for a multiply-add. The body of a loop counts once,
-            however often it runs. NaN where the backend does not say.
-        argument_bytes: what goes in: parameters, optimizer state, batch.
-        temporary_bytes: what lives in between: activations, gradients.
-        output_bytes: what comes out.
-        alias_bytes: the part of the output that takes the place of donated arguments.
-        compile_seconds: time to trace and compile, less if it was in the compilation cache.
+        flops: floating point operations, two per multiply-add. The body of a loop counts once,
+            whatever its trip count. NaN if the backend has no cost analysis.
+        argument_bytes: of the arguments: parameters, optimizer state, batch.
+        temporary_bytes: of the temporary buffers: activations, gradients.
+        output_bytes: of the outputs.
+        alias_bytes: of the outputs that reuse the buffers of donated arguments.
+        compile_seconds: time to trace and compile, shorter with a compilation cache.
     """
 
     flops: float
@@ -69,7 +69,7 @@ class Program:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of arguments, temporaries and output together."""
+        """Memory of arguments, temporaries and outputs; aliased outputs count once."""
         total = self.argument_bytes + self.temporary_bytes + self.output_bytes
         return total - self.alias_bytes
 
@@ -79,14 +79,14 @@ class Summary:
     """Layers, parameters and cost of a network; prints as a table.
 
     Attributes:
-        model: class of the network.
+        model: name of the network's class.
         inputs: its inputs, such as "float32[32, 28, 28, 1]".
-        layers: every module that was called, outer ones before those inside them.
-        num_parameters: trainable numbers; a shared parameter counts once.
+        layers: every module that was called, in pre-order.
+        num_parameters: number of trainable elements; a shared parameter counts once.
         parameter_bytes: their size.
-        num_state: numbers in the other collections, such as running averages.
+        num_state: number of elements in other collections, such as running averages.
         state_bytes: their size.
-        forward: the evaluation of one batch; None if not compiled.
+        forward: forward pass of one batch in evaluation; None if not compiled.
         train_step: one training step with a donated state; None if not compiled.
     """
 
@@ -101,11 +101,11 @@ class Summary:
     train_step: Program | None = None
 
     def table(self, *, depth: int | None = None, shapes: bool = False) -> str:
-        """Write the layers, then the totals.
+        """Format the layers and the totals as a table.
 
         Args:
-            depth: modules inside more than this many others are left out; None shows all.
-            shapes: add a column with the shape of every parameter.
+            depth: maximum depth of the modules shown; None shows all.
+            shapes: add a column with the shape of each parameter.
 
         Returns:
             Lines of aligned text.
@@ -141,7 +141,7 @@ class Summary:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as a dict that `json.dumps` takes; an unknown number is None."""
+        """Return everything as a dict that `json.dumps` takes; unknown FLOPs are None."""
         content = dataclasses.asdict(self)
         for name in ("forward", "train_step"):
             program = getattr(self, name)
@@ -154,7 +154,7 @@ class Summary:
         return self.table()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """Show the table where a notebook would show the fields."""
+        """Print the table in a notebook instead of the fields."""
         printer.text(str(self))
 
 
@@ -166,18 +166,21 @@ def summarize(
     compiled: bool = True,
     **keywords: Any,
 ) -> Summary:
-    """Tell what a network holds and costs, without allocating any of it.
+    """Summarize layers, parameters and cost of a network, without allocating any array.
+
+    Corresponds to `flax.linen.tabulate`. Differs from it: FLOPs and memory are those of the
+    compiled forward pass and training step.
 
     Args:
         module: any Linen module.
         inputs: its inputs: arrays, `jax.ShapeDtypeStruct`s or trees of them; a tuple of integers
             is the shape of a float32 array.
-        update: objective and optimizer, to measure a training step too.
-        batch: the batch of that step, as `inputs` are; by default the first input as "inputs"
-            and int32 "labels" [batch].
+        update: objective and optimizer of the training step; None skips it.
+        batch: batch of that step, of the same types as `inputs`; by default the first input as
+            "inputs" and int32 "labels" [batch].
         compiled: whether to compile the forward pass and the training step for their FLOPs and
             memory, which takes seconds to minutes for deep networks.
-        keywords: further keyword inputs of the module, taken as constants.
+        keywords: further keyword inputs of the module, which are constants of the program.
 
     Returns:
         Summary.
@@ -243,13 +246,13 @@ def summarize_model(
     optimizer: str = "adamw",
     compiled: bool = True,
 ) -> Summary:
-    """Summarize a network of the library by its name, and a step of its usual training.
+    """Summarize a named architecture and one step of its usual training.
 
     Args:
         name: key of `models.registry.MODELS`.
         input_shape: of one example; by default the usual one of the model.
-        batch_size: examples in a batch.
-        num_outputs: number of classes or tokens, by default the usual one of the model.
+        batch_size: number of examples.
+        num_outputs: number of classes or tokens; by default the usual one of the model.
         optimizer: key of `training.optimizers.OPTIMIZERS`.
         compiled: as for `summarize`.
 
@@ -257,7 +260,7 @@ def summarize_model(
         Summary.
 
     Raises:
-        ValueError: an unknown name, a size below 1, or an input that the network refuses.
+        ValueError: an unknown name, a size below 1, or an input shape that does not fit.
 
     Example:
         >>> summarize_model("resnet50", compiled=False).num_parameters
@@ -295,15 +298,15 @@ def _trace(
 ) -> tuple[Any, dict[tuple[str, ...], Any]]:
     """Return the variables as shapes, and (kind, output shapes) of each module's first call."""
     calls: dict[tuple[str, ...], Any] = {}
-    mains: set[tuple[str, ...]] = set()  # whose __call__ was called, which counts before others
+    called: set[tuple[str, ...]] = set()  # whose __call__ ran, which counts before other methods
 
-    def watch(call: Any, args: Any, keywords: Any, context: Any) -> Any:
-        module, main = context.module, context.method_name == "__call__"
+    def intercept(call: Any, args: Any, keywords: Any, context: Any) -> Any:
+        module, is_call = context.module, context.method_name == "__call__"
         bound = module.scope is not None and context.method_name != "setup"
-        if not bound or module.path in (mains if main else calls):
+        if not bound or module.path in (called if is_call else calls):
             return call(*args, **keywords)
-        calls.setdefault(module.path)  # in the order of entry: a module stands before its own
-        mains.update({module.path} if main else ())
+        calls.setdefault(module.path)  # at entry: a module comes before its submodules
+        called.update({module.path} if is_call else ())
         output = call(*args, **keywords)
         # A method may also return a function, such as one step of a decoder for a scan.
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(output) if not callable(leaf)]
@@ -313,22 +316,22 @@ def _trace(
     def initialize(*inputs: Any) -> Any:
         return module.init(jax.random.key(0), *inputs, **keywords)
 
-    with nn.intercept_methods(watch):
+    with nn.intercept_methods(intercept):
         variables = jax.eval_shape(initialize, *inputs)
     return nn.meta.unbox(variables), calls
 
 
 def _layers(params: Any, calls: Mapping[tuple[str, ...], Any]) -> tuple[Layer, ...]:
-    within: Counter[tuple[str, ...]] = Counter()
+    num_parameters: Counter[tuple[str, ...]] = Counter()
     shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {path: {} for path in calls}
     for key, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = tuple(tree_path(key).split("/"))
         owners = [names[:length] for length in range(len(names)) if names[:length] in calls]
-        within.update(dict.fromkeys(owners, leaf.size))
+        num_parameters.update(dict.fromkeys(owners, leaf.size))
         if owners:
             shapes[owners[-1]]["/".join(names[len(owners[-1]) :])] = tuple(leaf.shape)
     return tuple(
-        Layer("/".join(path), kind, output, within[path], shapes[path])
+        Layer("/".join(path), kind, output, num_parameters[path], shapes[path])
         for path, (kind, output) in calls.items()
     )
 
@@ -390,7 +393,7 @@ def _binary(num_bytes: float) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]], *, right: set[int]) -> list[str]:
-    """Lay rows out in columns; those numbered in `right` are aligned to the right."""
+    """Format rows as aligned columns; columns in `right` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

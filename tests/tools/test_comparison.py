@@ -48,7 +48,7 @@ def test_runs_without_spread_differ_or_do_not():
 def test_one_seed_is_shown_and_not_tested():
     found = compare([run("one", 0.9), run("three", 0.8, 0.81, 0.82)])
     assert found.differences == ()
-    assert "one seed says nothing of chance: one; give --seeds 3" in str(found)
+    assert "one seed cannot be tested for significance: one; give --seeds 3" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -92,5 +92,5 @@ def test_folders_without_a_result_are_named(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "has no result.json (No such file or directory)" in capsys.readouterr().err
     (tmp_path / "result.json").write_text('{"metric": 1}')
-    with pytest.raises(ValueError, match=r"is no result of a run \(KeyError: 'dataset'\)"):
+    with pytest.raises(ValueError, match=r"is not the result of a run \(KeyError: 'dataset'\)"):
         read_run(tmp_path)

@@ -62,7 +62,7 @@ def test_the_maps_of_pilotnet_lead_back_to_a_spot_in_the_picture():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jn.input_gradient(lambda x: x, jnp.ones((2, 3, 3, 1))), r"number an image"),
+        (lambda: jn.input_gradient(lambda x: x, jnp.ones((2, 3, 3, 1))), r"number per image"),
         (lambda: jn.visual_backprop([], [], (3, 3)), "0 maps and 0 convolutions"),
         (
             lambda: jn.visual_backprop([jnp.ones((1, 3, 3, 1))], [(2, 1)], (5, 5)),

@@ -1,4 +1,4 @@
-"""Transformers: language models, encoders, translation, images, sound; their blocks and presets."""
+"""Transformers for text, images and audio: models, presets and their building blocks."""
 
 from jaxnets.models.transformer.audio import AudioTransformer
 from jaxnets.models.transformer.block import Attention, Block, FeedForward

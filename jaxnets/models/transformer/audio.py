@@ -1,4 +1,4 @@
-"""A transformer over the frames of a sound, such as those of a log-mel spectrogram."""
+"""An encoder of audio frames, such as those of a log-mel spectrogram."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from jaxnets.models.transformer.stack import Stack
 
 
 class AudioTransformer(nn.Module):
-    """Convolutions that shorten a sound, blocks, and the mean over the steps.
+    """Convolutional subsampling, transformer blocks, and the mean over time.
 
     Attributes:
         num_outputs: size of the output.
         num_layers: number of blocks.
-        config: what the blocks look like.
-        strides: by what each convolution shortens the sound.
-        max_length: number of learned positions, in steps after the convolutions; other kinds have
-            no limit.
+        config: options of the blocks.
+        strides: of each convolution along time.
+        max_length: number of learned positions, in steps after the convolutions; no limit with
+            other kinds.
         precision: dtypes.
 
     Raises:
@@ -41,7 +41,7 @@ class AudioTransformer(nn.Module):
         (2, 3)
 
     References:
-        Radford et al. 2022, arXiv:2212.04356, section 2.2 (convolutions with GELU in front of the
+        Radford et al. 2022, arXiv:2212.04356, section 2.2 (convolutions with GELU before the
         encoder); Gong, Chung and Glass 2021, arXiv:2104.01778 (classification).
     """
 
@@ -63,7 +63,7 @@ class AudioTransformer(nn.Module):
         """Map [batch, frames, channels] to [batch, num_outputs]; records "features".
 
         Args:
-            inputs: the frames; what lies beyond their lengths has no influence.
+            inputs: the frames; those beyond the lengths have no influence.
             lengths: integer [batch] in [0, frames]; by default all frames count.
             train: training mode.
 

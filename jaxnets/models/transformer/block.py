@@ -1,4 +1,4 @@
-"""One block of a transformer: attention and a feed-forward network, each on a residual branch."""
+"""One transformer block: attention and a feed-forward network, each on a residual branch."""
 
 from __future__ import annotations
 
@@ -18,144 +18,24 @@ from jaxnets.functional.attention.scores import apply_attention_weights, attenti
 from jaxnets.layers import Dense, Dropout, LayerNorm, RMSNorm
 from jaxnets.models.transformer.config import BlockConfig
 
-#: Keys and values of one layer, {"key": [batch, time, kv_heads, head_dim], ...}, or {} for none.
+#: Keys and values of one layer: {"key": [batch, time, kv_heads, head_dim], "value": the same
+#: shape}, with a context also "context_key" and "context_value"; {} without a cache.
 LayerCache: TypeAlias = Mapping[str, jax.Array]
 
 
-def make_norm(config: BlockConfig, precision: Precision, name: str | None = None) -> nn.Module:
-    """Build the norm that a config asks for."""
-    kind = LayerNorm if config.norm == "layer" else RMSNorm
-    return kind(epsilon=config.norm_epsilon, precision=precision, name=name)
-
-
-class Attention(nn.Module):
-    """Attention with its four projections; keys and values are made apart, so they can be kept.
-
-    Attributes:
-        config: the block's options.
-        residual_scale: factor of the standard deviation of the output's initial matrix.
-        precision: dtypes; the softmax is float32 or wider.
-    """
-
-    config: BlockConfig
-    residual_scale: float = 1.0
-    precision: Precision = Precision()
-
-    def setup(self) -> None:
-        config, heads = self.config, self.config.kv_heads
-        dense = functools.partial(Dense, precision=self.precision)
-        inner = functools.partial(dense, kernel_init=config.kernel_init())
-        self.query = inner(config.num_heads * config.dim_per_head, use_bias=config.use_bias)
-        self.key = inner(heads * config.dim_per_head, use_bias=config.key_bias)
-        self.value = inner(heads * config.dim_per_head, use_bias=config.use_bias)
-        self.output = dense(
-            config.features,
-            use_bias=config.use_bias,
-            kernel_init=config.kernel_init(self.residual_scale),
-        )
-        if config.qk_norm:
-            self.query_norm = RMSNorm(config.norm_epsilon, self.precision)
-            self.key_norm = RMSNorm(config.norm_epsilon, self.precision)
-        self.dropout = Dropout(config.attention_dropout_rate)
-
-    def keys_values(self, x: jax.Array, *, positions: jax.Array | None = None) -> LayerCache:
-        """Make {"key": ..., "value": ...}, each [batch, time, heads, head_dim].
-
-        Args:
-            x: [batch, time, features].
-            positions: integer [batch or 1, time]; None leaves rotary positions out.
-        """
-        shape = (*x.shape[:2], self.config.kv_heads, self.config.dim_per_head)
-        key = self.key(x).reshape(shape)
-        if self.config.qk_norm:
-            key = self.key_norm(key)
-        return {"key": self._turn(key, positions), "value": self.value(x).reshape(shape)}
-
-    def __call__(
-        self,
-        x: jax.Array,
-        seen: LayerCache,
-        *,
-        positions: jax.Array | None = None,
-        causal: bool = False,
-        window: int | None = None,
-        mask: jax.Array | None = None,
-        bias: jax.Array | None = None,
-        train: bool = False,
-    ) -> jax.Array:
-        """Map [batch, time, features] to the same shape; records "weights".
-
-        Args:
-            x: what asks.
-            seen: what is asked, as made by `keys_values`.
-            positions: of `x`, integer [batch or 1, time]; None leaves rotary positions out.
-            causal: as in `dot_product_attention`.
-            window: as in `dot_product_attention`.
-            mask: as in `dot_product_attention`.
-            bias: as in `dot_product_attention`.
-            train: training mode.
-        """
-        query = self.query(x).reshape(*x.shape[:2], self.config.num_heads, self.config.dim_per_head)
-        if self.config.qk_norm:
-            query = self.query_norm(query)
-        query = self._turn(query, positions)
-        key, value = seen["key"], seen["value"]
-        seeing: dict[str, Any] = {"causal": causal, "window": window, "mask": mask, "bias": bias}
-        dropping = train and self.config.attention_dropout_rate > 0
-        if dropping or self.is_mutable_collection("intermediates"):
-            weights = attention_weights(query, key, **seeing)
-            record(self, "weights", weights)
-            y = apply_attention_weights(self.dropout(weights, train=train), value)
-        else:
-            y = dot_product_attention(query, key, value, **seeing)
-        return self.output(y.reshape(*x.shape[:2], -1))
-
-    def _turn(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
-        if positions is None or self.config.positions != "rotary":
-            return x
-        return rotary(x, positions, theta=self.config.rope_theta)
-
-
-class FeedForward(nn.Module):
-    """Two matrices with an activation between them, or with a gate beside the first one.
-
-    output(activation(hidden(x))), or output(activation(gate(x)) hidden(x)).
-
-    Attributes:
-        config: the block's options.
-        residual_scale: factor of the standard deviation of the output's initial matrix.
-        precision: dtypes.
-    """
-
-    config: BlockConfig
-    residual_scale: float = 1.0
-    precision: Precision = Precision()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., features] to the same shape."""
-        config = self.config
-        dense = functools.partial(Dense, use_bias=config.use_bias, precision=self.precision)
-        inner = functools.partial(
-            dense, config.mlp_dim or 4 * config.features, kernel_init=config.kernel_init()
-        )
-        act, hidden = activation(config.activation_name), inner(name="hidden")(x)
-        hidden = act(inner(name="gate")(x)) * hidden if config.gated else act(hidden)
-        kernel_init = config.kernel_init(self.residual_scale)
-        return dense(config.features, kernel_init=kernel_init, name="output")(hidden)
-
-
 class BlockInputs(NamedTuple):
-    """What all blocks of a stack see alike.
+    """Inputs that all blocks of a stack share.
 
     Attributes:
         positions: integer [batch or 1, time].
-        causal: whether each step sees those up to itself only.
-        window: each step sees those less than so far away only; None means all.
+        causal: whether each step attends to itself and earlier steps only.
+        window: each step attends to steps at a smaller distance only; None means all.
         mask: of the self-attention.
         bias: of the self-attention.
-        slots: integer [batch, time], where in the cache the steps go; beyond it, nowhere.
-        context: [batch, source, features], for cross-attention; None takes it from the cache.
+        slots: integer [batch, time], index into the cache at which each step is written; an index
+            beyond the cache writes nothing.
+        context: [batch, source, features], for cross-attention; None uses the cached keys and
+            values.
         context_mask: bool [batch, 1, 1, source].
     """
 
@@ -170,7 +50,11 @@ class BlockInputs(NamedTuple):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention if asked for, and a feed-forward network, each added.
+    """Self-attention, optional cross-attention and a feed-forward network, each with a residual.
+
+    Corresponds to `torch.nn.TransformerEncoderLayer`, or with `cross` to
+    `torch.nn.TransformerDecoderLayer`. Differs from them: there is no dropout between the two
+    layers of the feed-forward network.
 
     Attributes:
         config: the block's options.
@@ -208,22 +92,23 @@ class Block(nn.Module):
 
         Args:
             x: the steps.
-            cache: as made by `start`, or {}.
-            skip_rate: probability that a branch is skipped in training.
-            inputs: what all blocks see alike.
+            cache: as returned by `start`, or {}.
+            skip_rate: probability of skipping a branch in training (stochastic depth).
+            inputs: shared by all blocks.
             train: training mode.
         """
-        kept = dict(cache)
+        next_cache = dict(cache)
 
-        def attend_self(x: jax.Array) -> jax.Array:
-            seen = self.attention.keys_values(x, positions=inputs.positions)
+        def self_attention(x: jax.Array) -> jax.Array:
+            kv = self.attention.keys_values(x, positions=inputs.positions)
             if cache:
-                rows = jnp.arange(x.shape[0])[:, None]
-                for name, new in seen.items():
-                    kept[name] = cache[name].at[rows, inputs.slots].set(new, mode="drop")
-                seen = kept
+                rows = jnp.arange(x.shape[0])[:, None]  # [batch, 1]
+                for name, new in kv.items():
+                    updated = cache[name].at[rows, inputs.slots].set(new, mode="drop")
+                    next_cache[name] = updated  # [batch, capacity, kv_heads, head_dim]
+                kv = next_cache
             return self.attention(
-                *(x, seen),
+                *(x, kv),
                 positions=inputs.positions,
                 causal=inputs.causal,
                 window=inputs.window,
@@ -232,39 +117,174 @@ class Block(nn.Module):
                 train=train,
             )
 
-        def attend_context(x: jax.Array) -> jax.Array:
-            seen: LayerCache
+        def cross_attention(x: jax.Array) -> jax.Array:
+            kv: LayerCache
             if inputs.context is None:
-                seen = {"key": cache["context_key"], "value": cache["context_value"]}
+                kv = {"key": cache["context_key"], "value": cache["context_value"]}
             else:
-                seen = self.cross_attention.keys_values(inputs.context)
-            return self.cross_attention(x, seen, mask=inputs.context_mask, train=train)
+                kv = self.cross_attention.keys_values(inputs.context)
+            return self.cross_attention(x, kv, mask=inputs.context_mask, train=train)
 
         branches: list[tuple[Any, Callable[[jax.Array], jax.Array]]]
-        branches = [(self.attention_norm, attend_self)]
+        branches = [(self.attention_norm, self_attention)]
         if self.cross:
-            branches.append((self.cross_attention_norm, attend_context))
+            branches.append((self.cross_attention_norm, cross_attention))
         branches.append((self.feed_forward_norm, self.feed_forward))
         for norm, branch in branches:
             y = branch(norm(x) if self.config.norm_first else x)
-            y = self._skip(self.dropout(y, train=train), skip_rate, train=train)
+            y = self._stochastic_depth(self.dropout(y, train=train), skip_rate, train=train)
             x = x + y if self.config.norm_first else norm(x + y)
-        return x, kept
+        return x, next_cache
 
     def start(self, batch_size: int, capacity: int, context: jax.Array | None) -> LayerCache:
-        """Return an empty cache, which holds the keys and values of the context if there is one."""
+        """Return an empty cache, together with the keys and values of the context if given."""
         shape = (batch_size, capacity, self.config.kv_heads, self.config.dim_per_head)
         empty = jnp.zeros(shape, self.precision.compute)
         cache = {"key": empty, "value": empty}
         if context is not None:
-            made = self.cross_attention.keys_values(context)
-            cache |= {f"context_{name}": array for name, array in made.items()}
+            kv = self.cross_attention.keys_values(context)
+            cache |= {f"context_{name}": array for name, array in kv.items()}
         return cache
 
-    def _skip(self, y: jax.Array, rate: float | jax.Array, *, train: bool) -> jax.Array:
+    def _stochastic_depth(self, y: jax.Array, rate: float | jax.Array, *, train: bool) -> jax.Array:
         if not train or not self.config.stochastic_depth_rate:
             return y
         # The rate is an array inside a scan over layers, which a Dropout cannot take.
         shape = (y.shape[0], 1, 1)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
-        return jnp.where(kept, y / jnp.asarray(1 - rate, y.dtype), jnp.zeros((), y.dtype))
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
+        return jnp.where(keep, y / jnp.asarray(1 - rate, y.dtype), jnp.zeros((), y.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention with its four projections.
+
+    Keys and values are computed by a method of their own, so that a caller can cache them.
+    Corresponds to `flax.linen.MultiHeadDotProductAttention` and `torch.nn.MultiheadAttention`.
+    Differs from both: kernels are [features, heads * head_dim], and the keys have a bias only with
+    `key_bias`.
+
+    Dropout of attention weights (`attention_dropout_rate` above 0, in training) has to materialize
+    the weights [batch, heads, queries, keys] and save them for the backward pass: neither tiling
+    nor cuDNN's kernel is used then. `capture` materializes them too, to record them, but the output
+    is computed as without it.
+
+    Attributes:
+        config: the block's options.
+        residual_scale: factor of the standard deviation of the output's initial kernel.
+        precision: dtypes; the softmax is float32 or wider.
+    """
+
+    config: BlockConfig
+    residual_scale: float = 1.0
+    precision: Precision = Precision()
+
+    def setup(self) -> None:
+        config, heads = self.config, self.config.kv_heads
+        dense = functools.partial(Dense, precision=self.precision)
+        inner = functools.partial(dense, kernel_init=config.kernel_init())
+        self.query = inner(config.num_heads * config.dim_per_head, use_bias=config.use_bias)
+        self.key = inner(heads * config.dim_per_head, use_bias=config.key_bias)
+        self.value = inner(heads * config.dim_per_head, use_bias=config.use_bias)
+        self.output = dense(
+            config.features,
+            use_bias=config.use_bias,
+            kernel_init=config.kernel_init(self.residual_scale),
+        )
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.norm_epsilon, self.precision)
+            self.key_norm = RMSNorm(config.norm_epsilon, self.precision)
+        self.dropout = Dropout(config.attention_dropout_rate)
+
+    def keys_values(self, x: jax.Array, *, positions: jax.Array | None = None) -> LayerCache:
+        """Project to {"key": ..., "value": ...}, each [batch, time, kv_heads, head_dim].
+
+        Args:
+            x: [batch, time, features].
+            positions: integer [batch or 1, time]; None leaves rotary positions out.
+        """
+        shape = (*x.shape[:2], self.config.kv_heads, self.config.dim_per_head)
+        key = self.key(x).reshape(shape)
+        if self.config.qk_norm:
+            key = self.key_norm(key)
+        return {"key": self._rotate(key, positions), "value": self.value(x).reshape(shape)}
+
+    def __call__(
+        self,
+        x: jax.Array,
+        kv: LayerCache,
+        *,
+        positions: jax.Array | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Map [batch, time, features] to the same shape; records "weights".
+
+        Args:
+            x: query inputs.
+            kv: keys and values, as returned by `keys_values`.
+            positions: of `x`, integer [batch or 1, time]; None leaves rotary positions out.
+            causal: as in `dot_product_attention`.
+            window: as in `dot_product_attention`.
+            mask: as in `dot_product_attention`.
+            bias: as in `dot_product_attention`.
+            train: training mode.
+        """
+        config, (batch, time, _) = self.config, x.shape
+        query = self.query(x).reshape(batch, time, config.num_heads, config.dim_per_head)
+        if config.qk_norm:
+            query = self.query_norm(query)
+        query = self._rotate(query, positions)  # [batch, time, heads, head_dim]
+        key, value = kv["key"], kv["value"]  # [batch, keys, kv_heads, head_dim]
+        options: dict[str, Any] = {"causal": causal, "window": window, "mask": mask, "bias": bias}
+        drops_weights = train and config.attention_dropout_rate > 0
+        if drops_weights or self.is_mutable_collection("intermediates"):
+            weights = attention_weights(query, key, **options)  # [batch, heads, time, keys]
+            record(self, "weights", weights)
+        if drops_weights:
+            y = apply_attention_weights(self.dropout(weights, train=train), value)
+        else:
+            y = dot_product_attention(query, key, value, **options)
+        return self.output(y.reshape(batch, time, -1))  # from [batch, time, heads, head_dim]
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        if positions is None or self.config.positions != "rotary":
+            return x
+        return rotary(x, positions, theta=self.config.rope_theta)
+
+
+class FeedForward(nn.Module):
+    """A feed-forward network of two dense layers, with or without a gate.
+
+    output(activation(hidden(x))), or with a gate output(activation(gate(x)) hidden(x)).
+
+    Attributes:
+        config: the block's options.
+        residual_scale: factor of the standard deviation of the output's initial kernel.
+        precision: dtypes.
+    """
+
+    config: BlockConfig
+    residual_scale: float = 1.0
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., features] to the same shape."""
+        config = self.config
+        dense = functools.partial(Dense, use_bias=config.use_bias, precision=self.precision)
+        inner = functools.partial(
+            dense, config.mlp_dim or 4 * config.features, kernel_init=config.kernel_init()
+        )
+        act, hidden = activation(config.activation_name), inner(name="hidden")(x)
+        hidden = act(inner(name="gate")(x)) * hidden if config.gated else act(hidden)
+        kernel_init = config.kernel_init(self.residual_scale)
+        return dense(config.features, kernel_init=kernel_init, name="output")(hidden)
+
+
+def make_norm(config: BlockConfig, precision: Precision, name: str | None = None) -> nn.Module:
+    """Build the normalization layer that `config.norm` names."""
+    kind = LayerNorm if config.norm == "layer" else RMSNorm
+    return kind(epsilon=config.norm_epsilon, precision=precision, name=name)

@@ -1,4 +1,4 @@
-"""The options of a block, bundled."""
+"""The options of a transformer block, in one hashable dataclass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxnets.checks import check_rate, check_sizes
 from jaxnets.functional.activations import activation
 from jaxnets.layers import Initializer
 
-#: How positions are told apart; None does not.
+#: Encoding of positions; None has none.
 Positions: TypeAlias = Literal["learned", "sinusoidal", "rotary", "alibi", "relative"] | None
 _POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "relative", None)
 _GATES = {"swiglu": "silu", "geglu": "gelu"}
@@ -21,38 +21,39 @@ _GATES = {"swiglu": "silu", "geglu": "gelu"}
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """What the blocks of a transformer look like; hashable.
+    """Options of the blocks of a transformer; hashable.
 
     Attributes:
-        features: width of the network.
+        features: width of the model (`d_model`).
         num_heads: number of attention heads.
-        num_kv_heads: heads of keys and values, each shared by several queries (grouped-query
+        num_kv_heads: number of key-value heads, each shared by several query heads (grouped-query
             attention); by default `num_heads`.
         head_dim: size of a head, by default features / num_heads.
-        mlp_dim: width inside the feed-forward network, by default 4 features.
+        mlp_dim: hidden width of the feed-forward network, by default 4 features.
         activation: of the feed-forward network: a name of `layers.activation`, or "swiglu" or
             "geglu" for a gated one (Shazeer 2020, arXiv:2002.05202).
         norm: "layer" or "rms".
         norm_epsilon: added to the variance.
-        norm_first: normalize the input of each branch (and the end of the stack), or else the sum
-            behind each branch, as in the paper of 2017.
+        norm_first: pre-norm: normalize the input of each branch and the output of the stack.
+            False is post-norm, as in the paper of 2017: normalize each sum x + branch(x).
         positions: "learned" or "sinusoidal" vectors added to the input; "rotary", "alibi" or
             "relative" (the bias of T5, shared by all layers) inside the attention; or None.
         rope_theta: as in `positions.rotary`.
-        window: attend to less than this distance only; by default to everything.
+        window: attend to positions at a smaller distance only; by default to all.
         qk_norm: normalize queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
-        use_bias: whether the matrices have biases, those of the keys excepted.
-        key_bias: whether those of the keys have them; without rotary positions the softmax does
-            not see such a bias, so only weights trained elsewhere need it.
+        use_bias: whether the dense layers have biases, except that of the keys.
+        key_bias: whether the projection of the keys has a bias. Without rotary positions such a
+            bias cancels in the softmax, so only weights trained elsewhere need it.
         dropout_rate: on the input of the stack and at the end of each branch.
-        attention_dropout_rate: on the attention weights.
-        stochastic_depth_rate: probability that a branch of the last block is skipped for an
-            example; it rises linearly from the first block on (Huang et al. 2016,
-            arXiv:1603.09382, equation 4).
-        init_std: standard deviation of the initial matrices, smaller by sqrt(number of branches)
-            at the ends of the branches if `norm_first` (GPT-2); None draws Glorot uniform ones.
-        scan_layers: compile one block and run it for every layer, on stacked parameters.
-        remat: compute activations again in the backward pass instead of keeping them.
+        attention_dropout_rate: on the attention weights. Above 0, training materializes the
+            weights [batch, heads, queries, keys] of every layer, without tiling or cuDNN's kernel.
+        stochastic_depth_rate: probability of skipping a branch of the last block for an example;
+            it rises linearly from the first block on (Huang et al. 2016, arXiv:1603.09382,
+            equation 4).
+        init_std: standard deviation of the initial kernels, divided by sqrt(number of branches)
+            at the ends of the branches if `norm_first` (GPT-2); None is Glorot uniform.
+        scan_layers: compile one block and scan it over the layers, on stacked parameters.
+        remat: recompute activations in the backward pass instead of saving them.
 
     Raises:
         ValueError: a field is out of range, or fields do not fit together.
@@ -119,12 +120,12 @@ class BlockConfig:
 
     @property
     def dim_per_head(self) -> int:
-        """Size of a head."""
+        """Size of a head: `head_dim`, by default features / num_heads."""
         return self.head_dim or self.features // self.num_heads
 
     @property
     def kv_heads(self) -> int:
-        """Number of heads of keys and values."""
+        """Number of key-value heads: `num_kv_heads`, by default `num_heads`."""
         return self.num_kv_heads or self.num_heads
 
     @property
@@ -138,10 +139,10 @@ class BlockConfig:
         return _GATES.get(self.activation, self.activation)
 
     def kernel_init(self, scale: float = 1.0) -> Initializer:
-        """Return the initializer of a matrix, `scale` times its standard deviation if it has one.
+        """Return the initializer of a kernel, its standard deviation multiplied by `scale`.
 
         Args:
-            scale: smaller than 1 at the end of a branch.
+            scale: below 1 at the end of a branch; without effect on Glorot or post-norm.
         """
         if self.init_std is None:
             return nn.initializers.glorot_uniform()
@@ -149,12 +150,12 @@ class BlockConfig:
 
 
 def build_preset(kind: Callable[..., Any], preset: dict[str, Any], fields: dict[str, Any]) -> Any:
-    """Build a network from options of its own and of its blocks, named alike.
+    """Build a network from one flat dict of its own fields and those of its `BlockConfig`.
 
     Args:
-        kind: a network with a field `config`.
+        kind: class of a network with a field `config`.
         preset: {name of a field of the network or of `BlockConfig`: value}.
-        fields: replace or join those of the preset.
+        fields: override or extend the preset.
 
     Returns:
         The network.

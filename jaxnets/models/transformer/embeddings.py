@@ -1,4 +1,4 @@
-"""What stands in front of the blocks: vectors of tokens, of positions and of segments."""
+"""Input embeddings: token, position and segment."""
 
 from __future__ import annotations
 
@@ -15,67 +15,19 @@ from jaxnets.models.transformer.block import make_norm
 from jaxnets.models.transformer.config import BlockConfig
 
 
-class PositionEmbedding(nn.Module):
-    """Add the vector of each position; the kinds that live inside the attention add nothing.
-
-    Attributes:
-        config: with the kind of positions.
-        max_length: number of learned vectors.
-        precision: dtypes.
-    """
-
-    config: BlockConfig
-    max_length: int
-    precision: Precision = Precision()
-
-    @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Map [batch, time, features] to the same shape.
-
-        Args:
-            x: the steps.
-            positions: integer [batch or 1, time]; by default 0, 1, 2, ... Where there is no
-                learned vector the result is NaN.
-
-        Raises:
-            ValueError: more steps than learned vectors.
-        """
-        time, policy = x.shape[1], self.precision
-        if self.config.positions == "sinusoidal":
-            where = jnp.arange(time)[None] if positions is None else positions
-            wide = jnp.promote_types(policy.compute, jnp.float32)
-            vectors = sinusoidal_positions(where, self.config.features, dtype=wide)
-        elif self.config.positions == "learned":
-            shape = (self.max_length, self.config.features)
-            init = nn.initializers.normal(self.config.init_std or 0.02)
-            table = self.param("embedding", init, shape, policy.parameter)
-            if time > self.max_length:
-                raise ValueError(
-                    f"a sequence of {time} steps is longer than the {self.max_length} learned "
-                    "positions; cut it, or build the network with a larger max_length"
-                )
-            if positions is None:
-                vectors = table[None, :time]
-            else:
-                vectors = table.at[positions].get(mode="fill", fill_value=jnp.nan)
-        else:
-            return x
-        return x + vectors.astype(x.dtype)
-
-
 class InputEmbedding(nn.Module):
-    """Turn tokens into the sum of the vectors of token, position and segment.
+    """Map tokens to the sum of their token, position and segment embeddings.
 
-    With sinusoidal positions the vectors of the tokens start with variance 1 / features and are
-    multiplied by sqrt(features), or the positions would drown them (Vaswani et al. 2017,
+    With sinusoidal positions the token embeddings start with variance 1 / features and are
+    multiplied by sqrt(features), which brings both terms to the same scale (Vaswani et al. 2017,
     arXiv:1706.03762, section 3.4).
 
     Attributes:
         vocabulary_size: number of tokens.
         config: the blocks' options.
         max_length: number of learned positions.
-        num_segments: number of kinds of text that are told apart; 0 tells none.
-        norm: normalize the sum, as BERT does.
+        num_segments: number of segment (token type) embeddings, as in BERT; 0 has none.
+        norm: normalize the sum, as in BERT.
         precision: dtypes.
     """
 
@@ -121,9 +73,11 @@ class InputEmbedding(nn.Module):
         """
         check_rank(tokens, self, layouts=["[batch, time]"])
         if not tokens.shape[1]:
-            raise ValueError(f"tokens of shape {tokens.shape} hold none; give at least 1")
+            raise ValueError(f"tokens of shape {tokens.shape} have no token; give at least 1")
         if segments is not None and not self.num_segments:
-            raise ValueError("segments for a network that has none; build it with num_segments")
+            raise ValueError(
+                "segments for a network without segment embeddings; build it with num_segments"
+            )
         if segments is not None and segments.shape != tokens.shape:
             raise ValueError(
                 f"segments of shape {segments.shape} do not fit tokens of shape {tokens.shape}; "
@@ -143,10 +97,10 @@ class InputEmbedding(nn.Module):
         return clear_padding(x, lengths)[0]
 
     def check_capacity(self, capacity: int) -> None:
-        """Refuse a history of more tokens than there are learned positions.
+        """Check that a cache is no longer than the learned positions.
 
         Raises:
-            ValueError: the capacity and the number of positions.
+            ValueError: a capacity beyond the learned positions.
         """
         if self.config.positions == "learned" and capacity > self.max_length:
             raise ValueError(
@@ -155,8 +109,56 @@ class InputEmbedding(nn.Module):
             )
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Map [..., features] to logits [..., vocabulary_size], with the vectors of the tokens."""
+        """Map [..., features] to logits [..., vocabulary_size], by the (tied) token embeddings."""
         return self.token.attend(x)
 
     def _scale(self) -> float:
         return self.config.features**0.5 if self.config.positions == "sinusoidal" else 1.0
+
+
+class PositionEmbedding(nn.Module):
+    """Add the learned or sinusoidal embedding of each position; other kinds add nothing.
+
+    Attributes:
+        config: the blocks' options, whose `positions` name the kind.
+        max_length: number of learned positions.
+        precision: dtypes.
+    """
+
+    config: BlockConfig
+    max_length: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Map [batch, time, features] to the same shape.
+
+        Args:
+            x: the steps.
+            positions: integer [batch or 1, time]; by default 0, 1, 2, ... Beyond the learned
+                positions the result is NaN.
+
+        Raises:
+            ValueError: more steps than learned positions.
+        """
+        time, policy = x.shape[1], self.precision
+        if self.config.positions == "sinusoidal":
+            positions = jnp.arange(time)[None] if positions is None else positions
+            wide = jnp.promote_types(policy.compute, jnp.float32)
+            embedded = sinusoidal_positions(positions, self.config.features, dtype=wide)
+        elif self.config.positions == "learned":
+            shape = (self.max_length, self.config.features)
+            init = nn.initializers.normal(self.config.init_std or 0.02)
+            table = self.param("embedding", init, shape, policy.parameter)
+            if time > self.max_length:
+                raise ValueError(
+                    f"a sequence of {time} steps is longer than the {self.max_length} learned "
+                    "positions; cut it, or build the network with a larger max_length"
+                )
+            if positions is None:
+                embedded = table[None, :time]
+            else:
+                embedded = table.at[positions].get(mode="fill", fill_value=jnp.nan)
+        else:
+            return x
+        return x + embedded.astype(x.dtype)  # + [batch or 1, time, features]

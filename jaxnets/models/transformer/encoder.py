@@ -1,4 +1,4 @@
-"""Transformers that read a whole text at once: features, a classifier, masked words (BERT)."""
+"""Encoders with bidirectional attention: features, a classifier, masked language model (BERT)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from jaxnets.models.transformer.stack import Stack
 
 
 class TransformerEncoder(nn.Module):
-    """Tokens to features, each of which has seen the whole text.
+    """A bidirectional encoder: tokens to features, each attending to the whole text.
 
-    The parameters of the models made from it (`TransformerClassifier`, `MaskedLM`) include those
-    of the encoder under the same names.
+    The parameters of its subclasses (`TransformerClassifier`, `MaskedLM`) include those of the
+    encoder under the same names.
 
     Attributes:
         vocabulary_size: number of tokens.
         num_layers: number of blocks.
-        config: what the blocks look like.
-        max_length: number of learned positions, the longest text; other kinds have no limit.
-        num_segments: number of kinds of text that are told apart, as by BERT; 0 tells none.
-        embedding_norm: normalize the input of the first block, as BERT does.
+        config: options of the blocks.
+        max_length: number of learned positions, the longest text; no limit with other kinds.
+        num_segments: number of segment (token type) embeddings, as in BERT; 0 has none.
+        embedding_norm: normalize the input of the first block, as in BERT.
         precision: dtypes.
 
     Raises:
@@ -81,7 +81,7 @@ class TransformerEncoder(nn.Module):
         """Map integer [batch, time] to [batch, time, features], 0 beyond the lengths.
 
         Args:
-            tokens: ids; beyond the lengths they may be anything.
+            tokens: ids; those beyond the lengths may have any value.
             lengths: integer [batch] in [0, time]; by default all tokens count.
             segments: integer [batch, time] in [0, num_segments); by default all 0.
             train: training mode.
@@ -108,12 +108,12 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerClassifier(TransformerEncoder):
-    """An encoder that maps a text to one output, such as the logits of its class.
+    """An encoder with a pooled output, such as class logits.
 
     Attributes:
         num_outputs: size of the output; None returns the pooled features.
-        pool: "first" passes the first token's features through a matrix and tanh (BERT's pooler),
-            "mean" takes the mean over the tokens.
+        pool: "first" applies a dense layer and tanh to the first token's features (BERT's
+            pooler); "mean" averages over the tokens.
 
     Raises:
         ValueError: a field is out of range.
@@ -168,7 +168,7 @@ class TransformerClassifier(TransformerEncoder):
 
 
 class MaskedLM(TransformerEncoder):
-    """An encoder that predicts the tokens hidden from it, with the vectors of its input.
+    """An encoder that predicts masked tokens, by the tied token embeddings.
 
     Example:
         >>> module = MaskedLM(100, num_layers=2, config=BlockConfig(features=16))

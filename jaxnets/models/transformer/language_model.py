@@ -1,4 +1,4 @@
-"""Transformers: the language model, and with it every model, piece and preset of the family."""
+"""The decoder-only language model and its presets (GPT-2, LLaMA)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from jaxnets.models.transformer.stack import (
 
 
 class TransformerLM(nn.Module):
-    """A language model: each token is predicted from those before it.
+    """A decoder-only (causal) language model: token t + 1 is predicted from tokens 0 to t.
 
     Attributes:
         vocabulary_size: number of tokens.
         num_layers: number of blocks.
-        config: what the blocks look like.
-        max_length: number of learned positions, the longest sequence; other kinds have no limit.
-        tied: read the logits off the vectors of the input tokens instead of a matrix of their own.
+        config: options of the blocks.
+        max_length: number of learned positions, the longest sequence; no limit with other kinds.
+        tied: the output layer is the transposed token embedding instead of a kernel of its own.
         precision: dtypes.
 
     Raises:
         ValueError: a field is out of range.
 
     Example:
-        A history grows by a prompt, then by single tokens:
+        Incremental decoding: a prompt, then single tokens:
 
         >>> module = TransformerLM(65, num_layers=2, config=BlockConfig(features=16))
         >>> tokens = jnp.zeros((3, 8), jnp.int32)
@@ -79,15 +79,15 @@ class TransformerLM(nn.Module):
     def __call__(
         self, tokens: jax.Array, lengths: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """Map tokens to the logits of the token after each; records "features".
+        """Map tokens to next-token logits; records "features".
 
         Args:
-            tokens: integer [batch, time]; beyond the lengths they may be anything.
+            tokens: integer [batch, time]; ids beyond the lengths may have any value.
             lengths: integer [batch] in [0, time]; by default all tokens count.
             train: training mode.
 
         Returns:
-            [batch, time, vocabulary_size]; what stands beyond the lengths means nothing.
+            [batch, time, vocabulary_size]; logits beyond the lengths have no meaning.
 
         Raises:
             ValueError: tokens or lengths that do not fit, more tokens than learned positions.
@@ -96,11 +96,11 @@ class TransformerLM(nn.Module):
         return self._logits(self.stack(x, lengths, train=train))
 
     def start(self, batch_size: int, capacity: int) -> StackCarry:
-        """Return the carry of an empty history with room for `capacity` tokens.
+        """Return an empty key-value cache.
 
         Args:
-            batch_size: number of histories.
-            capacity: the greatest number of tokens, prompt and continuation together.
+            batch_size: number of rows.
+            capacity: maximum number of tokens, prompt and continuation together.
 
         Returns:
             Arrays with a leading batch axis: keys and values [batch, capacity, heads, head_dim] of
@@ -113,22 +113,22 @@ class TransformerLM(nn.Module):
         return self.stack.start(batch_size, capacity)
 
     def room(self, carry: StackCarry) -> int:
-        """Return the number of tokens that a carry has room for, those it holds included."""
+        """Return the number of tokens that a carry has room for, including those it holds."""
         return cache_capacity(carry)
 
     def extend(
         self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, StackCarry]:
-        """Append tokens to each history.
+        """Append tokens to each row of the cache.
 
         Args:
-            tokens: integer [batch, time], of which the first lengths[b] are appended to row b.
+            tokens: integer [batch, time]; the first lengths[b] tokens are appended to row b.
             carry: as returned by `start` or an earlier call.
             lengths: integer [batch] in [0, time]; by default all tokens are appended.
 
         Returns:
-            Logits [batch, time, vocabulary_size] of the token after each, NaN beyond the capacity,
-            and the next carry.
+            Next-token logits [batch, time, vocabulary_size], NaN beyond the capacity, and the next
+            carry.
 
         Raises:
             ValueError: tokens or lengths that do not fit.
@@ -148,7 +148,7 @@ def gpt2_small(**fields: Any) -> TransformerLM:
     """Build GPT-2 small: 124,439,808 parameters; `fields` override its own and its config's.
 
     References:
-        Radford et al. 2019, table 2, whose counts are off; these are those of the weights.
+        Radford et al. 2019, table 2, whose counts are wrong; these are of the released weights.
     """
     return _gpt2(12, 12, 768, fields)
 
@@ -218,7 +218,11 @@ def _gpt2(num_layers: int, num_heads: int, features: int, fields: dict[str, Any]
 
 
 def _llama(
-    num_layers: int, num_heads: int, features: int, own: dict[str, Any], fields: dict[str, Any]
+    num_layers: int,
+    num_heads: int,
+    features: int,
+    overrides: dict[str, Any],
+    fields: dict[str, Any],
 ) -> TransformerLM:
     preset = {
         "num_layers": num_layers,
@@ -230,6 +234,6 @@ def _llama(
         "positions": "rotary",
         "use_bias": False,
         "tied": False,
-        **own,
+        **overrides,
     }
     return build_preset(TransformerLM, preset, fields)

@@ -1,4 +1,4 @@
-"""The masked autoencoder: a transformer that paints the patches it has not seen."""
+"""The masked autoencoder (MAE): a transformer that reconstructs masked patches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Masked(NamedTuple):
     """What a masked autoencoder returns.
 
     Attributes:
-        outputs: pixels of every patch, [batch, patches, size * size * channels], see
-            `patchify`.
-        masked: bool [batch, patches], True for the patches that were not seen.
+        outputs: predicted pixels of every patch, [batch, patches, size * size * channels], in the
+            order of `patchify`.
+        masked: bool [batch, patches], True for the patches that the encoder did not get.
     """
 
     outputs: jax.Array
@@ -36,7 +36,7 @@ class MAEOutput(NamedTuple):
 
     Attributes:
         images: [batch, height, width, channels].
-        masked: bool [batch, patches], True for the patches that were painted.
+        masked: bool [batch, patches], True for the patches that were inpainted.
     """
 
     images: jax.Array
@@ -44,29 +44,29 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder of the patches that are seen, and a small decoder that paints the others.
+    """An encoder of the visible patches and a small decoder that predicts the pixels of all.
 
-    The encoder's cost is that of the few patches it sees. Trained by `masked_reconstruction`, it
-    becomes a classifier with few labels:
+    The encoder computes the visible patches only. After training with `masked_reconstruction` it
+    can be fine-tuned as a classifier with few labels:
 
         head = classifier.init(key, images)["params"]
         params = {**head, **trained["params"]["encoder"]}  # of a VisionTransformer of its fields
 
-    It has no code to decode, so the functions of `latent_space` do not take it: features of whole
-    images are `module.apply(variables, images, method="encode")`, pictures are made by `inpaint`.
+    It has no latent code, so the functions of `latent_space` do not take it: features of whole
+    images are `module.apply(variables, images, method="encode")`, images come from `inpaint`.
 
     Attributes:
         patch_size: height and width of a patch.
         num_layers: number of the encoder's blocks.
-        config: what the encoder's blocks look like.
+        config: options of the encoder's blocks.
         decoder_num_layers: number of the decoder's blocks.
-        decoder_config: what the decoder's blocks look like.
-        mask_ratio: share of the patches that are not seen, between 0 and 1.
+        decoder_config: options of the decoder's blocks.
+        mask_ratio: fraction of the patches that are masked, between 0 and 1.
         precision: dtypes.
 
     Raises:
-        ValueError: a field is out of range; positions inside the attention, which tell the order
-            of the patches that are seen instead of where they were.
+        ValueError: a field is out of range; positions inside the attention, which would encode the
+            rank of a patch among the visible ones instead of its place in the image.
 
     Example:
         >>> block = BlockConfig(features=16)
@@ -92,14 +92,13 @@ class MaskedAutoencoder(nn.Module):
     def __post_init__(self) -> None:
         check_sizes(decoder_num_layers=self.decoder_num_layers)
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; give a share between 0 and 1")
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; give a fraction between 0 and 1")
         for name in ("config", "decoder_config"):
             config = getattr(self, name)
             if config.positions not in ("learned", "sinusoidal") or config.window is not None:
                 raise ValueError(
-                    f"{name} has positions={config.positions!r} and window={config.window}; a "
-                    "patch keeps its place only with 'learned' or 'sinusoidal' positions and "
-                    "window=None"
+                    f"{name} has positions={config.positions!r} and window={config.window}; masked "
+                    "patches need 'learned' or 'sinusoidal' positions and window=None"
                 )
         super().__post_init__()
 
@@ -111,29 +110,29 @@ class MaskedAutoencoder(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, noise: jax.Array | None = None, train: bool = False
     ) -> Masked:
-        """Hide patches and paint all of them; records "features", those of the token.
+        """Mask patches and predict the pixels of all; records "features", those of the token.
 
         Args:
             inputs: images [batch, height, width, channels] of the size that the network was
                 initialized with.
-            noise: [batch, patches]; the patches with the smallest numbers are seen. By default
-                drawn from the stream "mask" in training, and always the same in evaluation.
+            noise: [batch, patches]; the patches with the smallest values are visible. By default
+                drawn from the stream "mask" in training, and constant in evaluation.
             train: training mode.
 
         Returns:
             Masked.
 
         Raises:
-            ValueError: images that do not split into patches or have too few to hide some and
-                see some; noise of another shape.
+            ValueError: images that do not split into patches, or too few patches to mask some and
+                leave some visible; noise of another shape.
         """
         batch, height, width, channels = inputs.shape
         num_patches = (height // self.patch_size) * (width // self.patch_size)
         num_visible = num_patches - round(self.mask_ratio * num_patches)
         if not 0 < num_visible < num_patches:
             raise ValueError(
-                f"of {num_patches} patches mask_ratio {self.mask_ratio} leaves {num_visible} to "
-                "see; it must hide some and leave some, so choose smaller patches"
+                f"of {num_patches} patches mask_ratio {self.mask_ratio} leaves {num_visible} "
+                "visible; it must mask some and leave some, so choose smaller patches"
             )
         shape = (batch, num_patches)
         if noise is None and train:
@@ -143,16 +142,16 @@ class MaskedAutoencoder(nn.Module):
             noise = jnp.broadcast_to(noise, shape)
         if noise.shape != shape:
             raise ValueError(f"noise of shape {noise.shape} does not fit; give one of {shape}")
-        order = jnp.argsort(noise, axis=1)
-        place = jnp.argsort(order, axis=1)  # where in the order each patch stands
-        seen = self.encoder(inputs, order[:, :num_visible], train=train)
-        record(self, "features", seen[:, 0])
+        order = jnp.argsort(noise, axis=1)  # [batch, patches], visible ones first
+        rank = jnp.argsort(order, axis=1)  # its inverse: the place of each patch in `order`
+        encoded = self.encoder(inputs, order[:, :num_visible], train=train)
+        record(self, "features", encoded[:, 0])
         num_pixels = self.patch_size**2 * channels
-        outputs = self.decoder(seen, place, num_pixels, train=train)
-        return Masked(outputs.astype(self.precision.output), place >= num_visible)
+        outputs = self.decoder(encoded, rank, num_pixels, train=train)
+        return Masked(outputs.astype(self.precision.output), rank >= num_visible)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Map whole images to the mean of the features of their patches, [batch, features]."""
+        """Map unmasked images to the mean of their patches' features, [batch, features]."""
         x = self.encoder(images)
         return jnp.mean(x[:, 1:], axis=1).astype(self.precision.output)
 
@@ -165,35 +164,36 @@ def inpaint(
     noise: jax.Array | None = None,
     normalized: bool = True,
 ) -> MAEOutput:
-    """Hide patches of images and put what the network paints in their places.
+    """Mask patches of images and replace them by the network's predictions.
 
     Args:
         module: `MaskedAutoencoder`.
         variables: its parameters and other collections.
         images: [batch, height, width, channels].
-        noise: as for the module, which says what is hidden.
-        normalized: the network was trained with `masked_reconstruction(normalize=True)`: what it
-            paints then gets the mean and the variance of the true patch. These are looked up, not
-            predicted: the result is a picture and no measure.
+        noise: as for the module; it determines which patches are masked.
+        normalized: the network was trained with `masked_reconstruction(normalize=True)`. Its
+            predictions then get the mean and the variance of the true patch, which are not
+            predicted: use the result to look at, not to measure.
 
     Returns:
-        MAEOutput; the patches that were seen are as they were.
+        MAEOutput; visible patches are unchanged.
 
     Raises:
         ValueError: images or noise that do not fit.
     """
-    found: Any = module.apply(variables, images, noise=noise)
+    predicted: Any = module.apply(variables, images, noise=noise)
+    # [batch, patches, size * size * channels]
     patches = patchify(at_least_float32(images), module.patch_size)
-    outputs, (_, height, width, channels) = found.outputs, images.shape
+    pixels, (_, height, width, channels) = predicted.outputs, images.shape
     if normalized:
         _, mean, scale = normalize_patches(patches)
-        outputs = mean + scale * outputs
-    painted = jnp.where(found.masked[..., None], outputs, patches)
-    return MAEOutput(unpatchify(painted, (height, width, channels)), found.masked)
+        pixels = mean + scale * pixels
+    inpainted = jnp.where(predicted.masked[..., None], pixels, patches)
+    return MAEOutput(unpatchify(inpainted, (height, width, channels)), predicted.masked)
 
 
 class _PatchDecoder(nn.Module):
-    """Put the patches that were seen in their places, a learned vector in all others, and paint."""
+    """Restore the order of the patches, with a learned mask token for masked ones, and decode."""
 
     config: BlockConfig
     num_layers: int
@@ -201,18 +201,18 @@ class _PatchDecoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, seen: jax.Array, place: jax.Array, num_pixels: int, *, train: bool
+        self, encoded: jax.Array, rank: jax.Array, num_pixels: int, *, train: bool
     ) -> jax.Array:
         config, policy = self.config, self.precision
         shared: dict[str, Any] = {"kernel_init": config.kernel_init(), "precision": policy}
-        x = Dense(config.features, name="embed", **shared)(seen)
+        x = Dense(config.features, name="embed", **shared)(encoded)
         shape, init = (config.features,), nn.initializers.normal(0.02)
-        hidden = self.param("mask", init, shape, policy.parameter).astype(x.dtype)
-        num_hidden = place.shape[1] + 1 - x.shape[1]
-        hidden = jnp.broadcast_to(hidden[None, None], (x.shape[0], num_hidden, config.features))
-        patches = jnp.concatenate([x[:, 1:], hidden], axis=1)
-        patches = jnp.take_along_axis(patches, place[..., None], axis=1)
-        x = jnp.concatenate([x[:, :1], patches], axis=1)
+        mask = self.param("mask", init, shape, policy.parameter).astype(x.dtype)
+        num_masked = rank.shape[1] + 1 - x.shape[1]
+        masked = jnp.broadcast_to(mask[None, None], (x.shape[0], num_masked, config.features))
+        patches = jnp.concatenate([x[:, 1:], masked], axis=1)  # [batch, patches, features]
+        patches = jnp.take_along_axis(patches, rank[..., None], axis=1)
+        x = jnp.concatenate([x[:, :1], patches], axis=1)  # [batch, 1 + patches, features]
         x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
         x = Stack(config, self.num_layers, precision=policy, name="stack")(x, train=train)
         return Dense(num_pixels, name="pixels", **shared)(x[:, 1:])

@@ -1,4 +1,4 @@
-"""A stack of blocks: over a whole sequence, or appending to a history that it keeps."""
+"""A stack of blocks, over a whole sequence or incrementally with a key-value cache."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from jaxnets.functional.lengths import clear_padding, padding_mask
 from jaxnets.models.transformer.block import Block, BlockInputs, LayerCache, make_norm
 from jaxnets.models.transformer.config import BlockConfig
 
-#: "position" [batch], the length of each history; "layer_0", ... (or "layers") -> its keys and
-#: values; with a context, "context_lengths" [batch].
+#: The key-value cache: "position" [batch], number of cached steps of each row; "layer_0", ... (or
+#: "layers") -> LayerCache; with a context, "context_lengths" [batch].
 StackCarry: TypeAlias = Mapping[str, Any]
 
-_NUM_BUCKETS = 32  # of T5, with its default of 128 for the greatest distance
+_NUM_BUCKETS = 32  # as in T5, with its default maximum distance of 128
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, with all that they share: masks, biases, positions.
+    """Blocks one after the other; masks, biases and positions are computed once for all of them.
+
+    Corresponds to `torch.nn.TransformerEncoder`, or with `causal` and `cross` to
+    `torch.nn.TransformerDecoder`.
 
     Attributes:
         config: the blocks' options.
         num_layers: number of blocks.
-        causal: each step sees itself and what came before it, not what follows.
-        cross: the blocks also attend to a context.
+        causal: each step attends to itself and earlier steps only.
+        cross: whether the blocks also attend to a context.
         precision: dtypes.
 
     Raises:
@@ -81,7 +84,7 @@ class Stack(nn.Module):
         """Map [batch, time, features] to the same shape, 0 beyond the lengths.
 
         Args:
-            x: the steps; what lies beyond their lengths has no influence.
+            x: the steps; those beyond the lengths have no influence.
             lengths: integer [batch] in [0, time]; by default all steps count.
             context: [batch, source, features], for cross-attention.
             context_lengths: integer [batch] in [0, source]; by default all of it counts.
@@ -93,9 +96,9 @@ class Stack(nn.Module):
         positions, mask = jnp.arange(x.shape[1])[None], None
         if lengths is not None:
             x, _ = clear_padding(x, lengths)
-            # No valid step of causal attention sees padding, for it comes last.
+            # With causal attention no valid step attends to padding, which comes last.
             if not self.causal:
-                mask = padding_mask(lengths, x.shape[:2])[:, None, None]
+                mask = padding_mask(lengths, x.shape[:2])[:, None, None]  # [batch, 1, 1, time]
         context_mask = None
         if context is not None and context_lengths is not None:
             context_mask = padding_mask(context_lengths, context.shape[:2])[:, None, None]
@@ -108,7 +111,7 @@ class Stack(nn.Module):
             context=context,
             context_mask=context_mask,
         )
-        x, _ = self._run(_forward(inputs, train=train), x, {})
+        x, _ = self._apply_blocks(_forward(inputs, train=train), x, {})
         return clear_padding(x, lengths)[0]
 
     def start(
@@ -119,11 +122,11 @@ class Stack(nn.Module):
         context: jax.Array | None = None,
         context_lengths: jax.Array | None = None,
     ) -> StackCarry:
-        """Return the carry of an empty history with room for `capacity` steps.
+        """Return an empty key-value cache.
 
         Args:
-            batch_size: number of histories.
-            capacity: number of steps that fit.
+            batch_size: number of rows.
+            capacity: maximum number of steps.
             context: [batch_size, source, features], for cross-attention.
             context_lengths: integer [batch_size]; by default all of the context counts.
 
@@ -132,10 +135,10 @@ class Stack(nn.Module):
         """
         check_sizes(batch_size=batch_size, capacity=capacity)
 
-        def begin(block: Any, x: Any, cache: LayerCache, rate: Any) -> tuple[Any, LayerCache]:
+        def start_block(block: Any, x: Any, cache: LayerCache, rate: Any) -> tuple[Any, LayerCache]:
             return x, block.start(batch_size, capacity, context)
 
-        _, caches = self._run(begin, jnp.zeros(()), {}, last=False)
+        _, caches = self._apply_blocks(start_block, jnp.zeros(()), {}, with_norm=False)
         carry = {"position": jnp.zeros(batch_size, jnp.int32), **caches}
         if context is not None:
             if context_lengths is None:
@@ -146,10 +149,10 @@ class Stack(nn.Module):
     def extend(
         self, x: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, StackCarry]:
-        """Append steps to each history.
+        """Append steps to each row of the cache and attend to all cached steps.
 
         Args:
-            x: [batch, time, features], of which the first lengths[b] steps are appended to row b.
+            x: [batch, time, features]; the first lengths[b] steps are appended to row b.
             carry: as returned by `start` or an earlier call.
             lengths: integer [batch] in [0, time]; by default all steps.
 
@@ -159,7 +162,7 @@ class Stack(nn.Module):
         time = x.shape[1]
         caches = {name: cache for name, cache in carry.items() if name.startswith("layer")}
         capacity = cache_capacity(carry)
-        positions = carry["position"][:, None] + jnp.arange(time)[None]
+        positions = carry["position"][:, None] + jnp.arange(time)[None]  # [batch, time]
         keys, slots = jnp.arange(capacity)[None], positions
         if lengths is not None:
             x, _ = clear_padding(x, lengths)
@@ -176,16 +179,20 @@ class Stack(nn.Module):
             slots=slots,
             context_mask=context_mask,
         )
-        x, caches = self._run(_forward(inputs, train=False), x, caches)
+        x, caches = self._apply_blocks(_forward(inputs, train=False), x, caches)
         x = jnp.where((positions < capacity)[..., None], x, jnp.asarray(jnp.nan, x.dtype))
         appended = time if lengths is None else jnp.asarray(lengths)
         position = (carry["position"] + appended).astype(jnp.int32)
         return x, {**carry, **caches, "position": position}
 
-    def _run(
-        self, body: Callable[..., Any], x: jax.Array, caches: Mapping[str, Any], last: bool = True
+    def _apply_blocks(
+        self,
+        body: Callable[..., Any],
+        x: jax.Array,
+        caches: Mapping[str, Any],
+        with_norm: bool = True,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Run `body(block, x, cache, skip_rate) -> (x, cache)` for each block, then the norm."""
+        """Apply `body(block, x, cache, skip_rate) -> (x, cache)` to each block, then the norm."""
         config, count = self.config, self.num_layers
         rates = [config.stochastic_depth_rate * (index + 1) / count for index in range(count)]
         if config.remat:
@@ -195,20 +202,23 @@ class Stack(nn.Module):
                 body,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(1, 0),  # every leaf of a carry has the batch in front
+                in_axes=(
+                    1,
+                    0,
+                ),  # of caches [batch, layers, ...]: every leaf of a carry is batch-major
                 out_axes=1,
                 length=count,
-                # Nothing but carry and caches leaves the loop; to check that traces a layer twice.
+                # Only carry and caches leave the loop; the check would trace a layer twice.
                 check_constancy_invariants=False,
             )
             x, cache = scanned(self.layers, x, caches.get("layers", {}), jnp.asarray(rates))
-            after = {"layers": cache}
+            next_caches = {"layers": cache}
         else:
-            after = {}
+            next_caches = {}
             for index, (block, rate) in enumerate(zip(self.layer, rates, strict=True)):
                 name = f"layer_{index}"
-                x, after[name] = body(block, x, caches.get(name, {}), rate)
-        return self.norm(x) if last and config.norm_first else x, after
+                x, next_caches[name] = body(block, x, caches.get(name, {}), rate)
+        return self.norm(x) if with_norm and config.norm_first else x, next_caches
 
     def _bias(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
         kind, wide = self.config.positions, jnp.promote_types(self.precision.compute, jnp.float32)
@@ -218,6 +228,7 @@ class Stack(nn.Module):
             buckets = relative_buckets(
                 queries, keys, bidirectional=not self.causal, num_buckets=_NUM_BUCKETS
             )
+            # From [batch or 1, queries, keys, heads] to [batch or 1, heads, queries, keys].
             return jnp.moveaxis(self.relative_bias[buckets], -1, 1).astype(wide)
         return None
 
@@ -230,13 +241,13 @@ def _forward(inputs: BlockInputs, *, train: bool) -> Callable[..., Any]:
 
 
 def cache_capacity(carry: StackCarry) -> int:
-    """Return the number of steps that a carry has room for, those it holds already included."""
+    """Return the number of steps that a carry has room for, including those it already holds."""
     cache = next(cache for name, cache in carry.items() if name.startswith("layer"))
     return cache["key"].shape[-3]
 
 
 def stack_layers(params: Any) -> Any:
-    """Turn the parameters of a network into those of the same one with `scan_layers`.
+    """Stack the parameters of the layers, as a network with `scan_layers` has them.
 
     Args:
         params: nested dict with "layer_0", "layer_1", ... anywhere in it.
@@ -252,17 +263,17 @@ def stack_layers(params: Any) -> Any:
     if not isinstance(params, Mapping):
         return params
     names = [name for name in map("layer_{}".format, range(len(params))) if name in params]
-    after = {name: stack_layers(value) for name, value in params.items() if name not in names}
+    stacked = {name: stack_layers(value) for name, value in params.items() if name not in names}
     if names:
         layers = [params[name] for name in names]
-        after["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return after
+        stacked["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return stacked
 
 
 def unstack_layers(params: Any) -> Any:
-    """Turn the parameters of a network with `scan_layers` into those of the same one without.
+    """Unstack the parameters of the layers, as a network without `scan_layers` has them.
 
-    Generation is faster without, since a scan over layers copies the cache at every step.
+    Generation is faster without `scan_layers`: a scan over layers copies the cache at every step.
 
     Args:
         params: nested dict with "layers" anywhere in it.
@@ -276,9 +287,9 @@ def unstack_layers(params: Any) -> Any:
     """
     if not isinstance(params, Mapping):
         return params
-    after = {name: unstack_layers(value) for name, value in params.items() if name != "layers"}
+    unstacked = {name: unstack_layers(value) for name, value in params.items() if name != "layers"}
     if "layers" in params:
         count = len(jax.tree.leaves(params["layers"])[0])
         for index in range(count):
-            after[f"layer_{index}"] = jax.tree.map(lambda x, i=index: x[i], params["layers"])
-    return after
+            unstacked[f"layer_{index}"] = jax.tree.map(lambda x, i=index: x[i], params["layers"])
+    return unstacked

@@ -1,4 +1,4 @@
-"""The encoder-decoder transformer, which writes one sequence while it reads another."""
+"""The encoder-decoder transformer, for sequence-to-sequence tasks such as translation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from jaxnets.models.transformer.stack import Stack, StackCarry, cache_capacity
 
 
 class TransformerTranslator(nn.Module):
-    """An encoder of the source, and a decoder that predicts each token of the target.
+    """An encoder of the source and a causal decoder of the target with cross-attention.
 
-    The logits are read off the vectors of the target's tokens.
+    The output layer is the transposed token embedding of the target. Corresponds to
+    `torch.nn.Transformer` with embeddings and output layer.
 
     Attributes:
         vocabulary_size: number of tokens of the source.
-        target_vocabulary_size: number of tokens of the target; None means one vocabulary, and one
-            table of vectors, for both.
+        target_vocabulary_size: number of tokens of the target; None shares one vocabulary and one
+            embedding between both.
         num_layers: number of blocks of the encoder.
         num_decoder_layers: number of blocks of the decoder, by default `num_layers`.
-        config: what the blocks look like.
-        max_length: number of learned positions, the longest sequence; other kinds have no limit.
+        config: options of the blocks.
+        max_length: number of learned positions, the longest sequence; no limit with other kinds.
         precision: dtypes.
 
     Raises:
@@ -82,14 +83,14 @@ class TransformerTranslator(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Map a source and the target so far to the logits of the target's next tokens.
+        """Map source and shifted target (teacher forcing) to next-token logits of the target.
 
-        The weights of the cross-attention are recorded under
+        `capture` records the weights of the cross-attention as
         ["decoder"]["layer_0"]["cross_attention"]["weights"], [batch, heads, target, source].
 
         Args:
-            inputs: the source, integer [batch, source]; beyond the lengths it may be anything.
-            decoder_inputs: the target one step late, integer [batch, target].
+            inputs: the source, integer [batch, source]; ids beyond the lengths may have any value.
+            decoder_inputs: the target shifted right by one step, integer [batch, target].
             lengths: of the source, integer [batch] in [0, source]; by default all of it counts.
             train: training mode.
 
@@ -100,17 +101,17 @@ class TransformerTranslator(nn.Module):
             ValueError: tokens or lengths that do not fit.
         """
         context = self._encode(inputs, lengths, train=train)
-        x = self._target(decoder_inputs, train=train)
+        x = self._target_embedding(decoder_inputs, train=train)
         x = self.decoder(x, context=context, context_lengths=lengths, train=train)
         return self._logits(x)
 
     def start(self, source: jax.Array, lengths: jax.Array | None, capacity: int) -> StackCarry:
-        """Encode the source, and return the carry of an empty target.
+        """Encode the source and return a cache with an empty target.
 
         Args:
             source: integer [batch, source].
             lengths: integer [batch] in [0, source]; None counts all of it.
-            capacity: the greatest number of tokens of the target.
+            capacity: maximum number of tokens of the target.
 
         Returns:
             Arrays with a leading batch axis: keys and values of the source and of the target for
@@ -119,35 +120,35 @@ class TransformerTranslator(nn.Module):
         Raises:
             ValueError: tokens or lengths that do not fit, a capacity beyond the learned positions.
         """
-        self._target.check_capacity(capacity)
+        self._target_embedding.check_capacity(capacity)
         context = self._encode(source, lengths, train=False)
         return self.decoder.start(
             source.shape[0], capacity, context=context, context_lengths=lengths
         )
 
     def room(self, carry: StackCarry) -> int:
-        """Return the number of tokens that a carry has room for, those it holds included."""
+        """Return the number of tokens that a carry has room for, including those it holds."""
         return cache_capacity(carry)
 
     def extend(
         self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, StackCarry]:
-        """Append tokens to each target.
+        """Append tokens to each target in the cache.
 
         Args:
-            tokens: integer [batch, time], of which the first lengths[b] are appended to row b.
+            tokens: integer [batch, time]; the first lengths[b] tokens are appended to row b.
             carry: as returned by `start` or an earlier call.
             lengths: integer [batch] in [0, time]; by default all tokens are appended.
 
         Returns:
-            Logits [batch, time, vocabulary] of the token after each, NaN beyond the capacity, and
-            the next carry.
+            Next-token logits [batch, time, vocabulary], NaN beyond the capacity, and the next
+            carry.
 
         Raises:
             ValueError: tokens or lengths that do not fit.
         """
         positions = carry["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        x = self._target(tokens, lengths, positions=positions)
+        x = self._target_embedding(tokens, lengths, positions=positions)
         x, carry = self.decoder.extend(x, carry, lengths)
         return self._logits(x), carry
 
@@ -156,19 +157,19 @@ class TransformerTranslator(nn.Module):
         return self.encoder(x, lengths, train=train)
 
     @property
-    def _target(self) -> InputEmbedding:
-        one = self.target_vocabulary_size is None
-        return self.embedding if one else self.target_embedding
+    def _target_embedding(self) -> InputEmbedding:
+        shared = self.target_vocabulary_size is None
+        return self.embedding if shared else self.target_embedding
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        return self._target.attend(x).astype(self.precision.output)
+        return self._target_embedding.attend(x).astype(self.precision.output)
 
 
 def transformer_base(vocabulary_size: int = 37_000, **fields: Any) -> TransformerTranslator:
     """Build the base model of 2017: 63,073,280 parameters for 37,000 tokens.
 
-    The paper states 65 million. Differs from the paper in the keys, which have no bias, since the
-    softmax does not see it: `key_bias=True` gives 63,082,496.
+    The paper states 65 million. Differs from the paper: the keys have no bias, which would cancel
+    in the softmax; `key_bias=True` gives 63,082,496.
 
     Args:
         vocabulary_size: number of tokens that source and target share.

@@ -1,4 +1,4 @@
-"""A transformer over the patches of an image."""
+"""The vision transformer: an encoder over the patches of an image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from jaxnets.models.transformer.stack import Stack
 
 
 class PatchEncoder(nn.Module):
-    """Patches of an image, each of which has seen the whole image.
+    """An encoder of image patches: features of each patch, attending to the whole image.
 
     Attributes:
         patch_size: height and width of a patch.
         num_layers: number of blocks.
-        config: what the blocks look like.
-        use_token: put a learned vector in front of the patches.
+        config: options of the blocks.
+        use_token: prepend a learned token (the class token) to the patches.
         precision: dtypes.
 
     Raises:
@@ -53,12 +53,12 @@ class PatchEncoder(nn.Module):
 
         Args:
             inputs: images of the size that the network was initialized with.
-            visible: integer [batch, number], the patches that are seen, in the order in which
-                they are returned; by default all of them, row by row.
+            visible: integer [batch, num_visible], indices of the patches to encode, in the order in
+                which they are returned; by default all of them, row by row.
             train: training mode.
 
         Returns:
-            Features in the compute dtype, those of the token, if there is one, in front.
+            Features in the compute dtype; with `use_token` those of the token come first.
 
         Raises:
             ValueError: images that do not split into patches.
@@ -68,7 +68,7 @@ class PatchEncoder(nn.Module):
         x = Dense(
             config.features, kernel_init=config.kernel_init(), precision=policy, name="patch"
         )(patchify(inputs, self.patch_size))
-        first = int(self.use_token)
+        num_tokens = int(self.use_token)
         if self.use_token:
             shape, init = (config.features,), nn.initializers.normal(0.02)
             token = self.param("token", init, shape, policy.parameter).astype(x.dtype)
@@ -76,24 +76,25 @@ class PatchEncoder(nn.Module):
             x = jnp.concatenate([token, x], axis=1)
         x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
         if visible is not None:
-            seen = jnp.take_along_axis(x[:, first:], visible[..., None], axis=1)
-            x = jnp.concatenate([x[:, :first], seen], axis=1)
+            patches = jnp.take_along_axis(x[:, num_tokens:], visible[..., None], axis=1)
+            x = jnp.concatenate([x[:, :num_tokens], patches], axis=1)
+            # [batch, num_tokens + num_visible, features]
         x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
         return Stack(config, self.num_layers, precision=policy, name="stack")(x, train=train)
 
 
 class VisionTransformer(nn.Module):
-    """Patches of an image as the steps of a sequence.
+    """A vision transformer: a `PatchEncoder` with a pooled output, such as class logits.
 
-    The parameters include those of a `PatchEncoder` under the same names, so the encoder of a
+    The parameters include those of the `PatchEncoder` under the same names, so the encoder of a
     trained `MaskedAutoencoder` fits.
 
     Attributes:
         num_outputs: size of the output.
         patch_size: height and width of a patch.
         num_layers: number of blocks.
-        config: what the blocks look like.
-        pool: what the output sees: a learned "token" in front of the patches, or the "mean".
+        config: options of the blocks.
+        pool: input of the head: the learned "token", or the "mean" over the patches.
         precision: dtypes.
 
     Raises:
