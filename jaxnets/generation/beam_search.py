@@ -189,8 +189,8 @@ def _beam_search(
         finished = _best(jax.tree.map(_concatenate, finished, ended), num_beams)[0]
         live_scores = jnp.where(token == stop_token, -jnp.inf, totals)
         live, selected = _best(Beams(tokens, length, live_scores), num_beams)
-        rows = num_beams * jnp.arange(batch)[:, None]
-        source = jnp.take_along_axis(parent, selected, axis=1) + rows  # [batch, beams]
+        source = jnp.take_along_axis(parent, selected, axis=1)  # [batch, beams]
+        source = source + num_beams * jnp.arange(batch)[:, None]
         return step + 1, live, finished, source.reshape(-1)
 
     empty = Beams(
