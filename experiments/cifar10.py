@@ -1,6 +1,6 @@
 """CIFAR-10: photographs of ten classes, 32 x 32 pixels, 50,000 training and 10,000 test images.
 
-    python -m experiments.cifar10 --model cnn
+    python -m experiments.cifar10 --model convnet
 
 Where only the JPEG re-encoding of the data set is found, the result says "CIFAR-10 (JPEG q75)":
 its accuracies are not comparable with published ones.
@@ -13,17 +13,17 @@ from jaxnets.data import cifar10
 
 # The usual recipe of residual networks, shortened.
 RESIDUAL = Config(
-    model="resnet18",
+    model="resnet18_cifar",
     epochs=30,
-    optimizer="sgd",
+    optimizer="nesterov",
     learning_rate=0.1,
     weight_decay=5e-4,
     flip="random",
     crop=4,
 )
 RECIPES = {
-    "cnn": Config(
-        model="cnn", epochs=10, learning_rate=5e-3, flip="random", crop=2, average_decay=0.999
+    "convnet": Config(
+        model="convnet", epochs=10, learning_rate=5e-3, flip="random", crop=2, average_decay=0.999
     ),
     "mlp": Config(model="mlp", epochs=15, learning_rate=2e-3, flip="random"),
     "resnet9": Config(
@@ -36,10 +36,10 @@ RECIPES = {
         label_smoothing=0.1,
         average_decay=0.999,
     ),
-    "resnet18": RESIDUAL,
+    "resnet18_cifar": RESIDUAL,
     # Jordan 2024, arXiv:2404.00498, and its later Muon, for 40 minutes on two cores.
     "speedrun": Config(
-        model="whitened",
+        model="whitened_convnet",
         steps=1000,  # 10.3 passes, in whole dispatches
         batch_size=512,
         optimizer="relative_muon",
@@ -58,7 +58,7 @@ RECIPES = {
         small_side=24,
         eval_every=10_000,  # never: an evaluation takes as long as a dozen steps
     ),
-    "wrn16_4": dataclasses.replace(RESIDUAL, model="wrn16_4"),
+    "wide_resnet16_4": dataclasses.replace(RESIDUAL, model="wide_resnet16_4"),
 }
 
 if __name__ == "__main__":

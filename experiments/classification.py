@@ -23,7 +23,7 @@ from experiments.pictures import figures
 class Config(Options):
     """Options of an image classification experiment."""
 
-    model: ModelName = "cnn"
+    model: ModelName = "convnet"
     """Network; its recipe sets the defaults shown here."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the training labels."""
@@ -126,7 +126,7 @@ class ImageClassification(Problem):
 
     def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
         variables = super().initial_variables(key)
-        if self.config.model != "whitened":
+        if self.config.model != "whitened_convnet":
             return variables
         examples = {"inputs": self.dataset.train["inputs"][:5000], "labels": None}
         # The kernel is the same for every seed: computed now, not in the program that draws them.

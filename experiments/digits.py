@@ -9,8 +9,8 @@ from experiments.classification import Config, main
 from jaxnets.data import digits
 
 RECIPES = {
-    "cnn": Config(
-        model="cnn",
+    "convnet": Config(
+        model="convnet",
         epochs=60,
         batch_size=64,
         learning_rate=5e-3,

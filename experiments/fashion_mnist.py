@@ -1,7 +1,7 @@
 """Fashion-MNIST: articles of clothing, 28 x 28 pixels, 60,000 training and 10,000 test images.
 
     python -m experiments.fashion_mnist --model mlp --seeds 3
-    python -m experiments.fashion_mnist --model cnn --seeds 3
+    python -m experiments.fashion_mnist --model convnet --seeds 3
 
 Reference: 93.2% for a convolutional network in the table of the data set's own README.
 """
@@ -10,8 +10,8 @@ from experiments.classification import Config, main
 from jaxnets.data import fashion_mnist
 
 RECIPES = {
-    "cnn": Config(
-        model="cnn",
+    "convnet": Config(
+        model="convnet",
         epochs=18,
         learning_rate=5e-3,
         label_smoothing=0.05,

@@ -9,7 +9,7 @@ from experiments.classification import Config, main
 from jaxnets.data import mnist
 
 RECIPES = {
-    "cnn": Config(model="cnn", epochs=8, learning_rate=5e-3, crop=2, average_decay=0.999),
+    "convnet": Config(model="convnet", epochs=8, learning_rate=5e-3, crop=2, average_decay=0.999),
     "mlp": Config(model="mlp", epochs=10, learning_rate=3e-3),
     "lenet5": Config(model="lenet5", epochs=10, weight_decay=0.01),
     "perceptron": Config(model="perceptron", epochs=5, weight_decay=0.0),

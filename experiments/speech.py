@@ -1,6 +1,6 @@
 """Spoken digits: ten words by six speakers, 2,700 recordings for training and 300 for testing.
 
-    python -m experiments.speech --model cnn --seeds 3
+    python -m experiments.speech --model convnet --seeds 3
     python -m experiments.speech --model lstm --seeds 3
     python -m experiments.speech --model gru --seeds 3
     python -m experiments.speech --model transformer --seeds 3
@@ -31,7 +31,7 @@ from experiments.sound import SoundOptions, SoundTransform, choose_parts
 class Config(SoundOptions):
     """Options of the spoken word experiment."""
 
-    model: Literal["cnn", "lstm", "gru", "transformer"] = "cnn"
+    model: Literal["convnet", "lstm", "gru", "transformer"] = "convnet"
     """Network; its recipe sets the defaults shown here."""
     words: Literal["spoken_digits", "tone_words"] = "spoken_digits"
     """Recordings; tone_words are synthetic and need no download."""
@@ -56,7 +56,7 @@ class SpokenWords(Problem):
         self.dataset_name = dataset.name
         self.train, self.test, self.part = choose_parts(dataset, config)
         self.module = self._make_module()
-        self.loop = "map" if config.model == "cnn" else "vmap"  # each the faster one on CPU
+        self.loop = "map" if config.model == "convnet" else "vmap"  # each the faster one on CPU
         self.resident = self.train
         self.steps_per_epoch = max(len(self.train["labels"]) // config.batch_size, 1)
         batches = jn.data.sequential_batches(self.test, min(100, len(self.test["labels"])))
@@ -71,7 +71,7 @@ class SpokenWords(Problem):
             "num_outputs": self.dataset.num_classes,
             "precision": jn.Precision(compute=jnp.dtype(config.precision)),
         }
-        if config.model == "cnn":
+        if config.model == "convnet":
             return jn.ConvNet(
                 (config.width,) * config.layers,
                 kernel_size=5,
@@ -98,7 +98,9 @@ class SpokenWords(Problem):
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         batch = self.sound(batch, rng, train)
-        if self.config.model == "cnn":  # reads the silence behind the words like any other sound
+        if (
+            self.config.model == "convnet"
+        ):  # reads the silence behind the words like any other sound
             del batch["lengths"]
         return batch
 
@@ -187,7 +189,7 @@ AUGMENTED = Config(
     label_smoothing=0.1,
 )
 RECIPES = {
-    "cnn": AUGMENTED,
+    "convnet": AUGMENTED,
     "lstm": dataclasses.replace(AUGMENTED, model="lstm", epochs=30, layers=1, clip=1.0),
     "gru": dataclasses.replace(AUGMENTED, model="gru", epochs=30, layers=1, clip=1.0),
     "transformer": dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The optimizers of the experiments and their schedules, as the options say."""
+"""The optimizers of the experiments with their learning rate schedules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import optax.contrib
 
 import jaxnets as jn
 from experiments.harness.options import Options
+from jaxnets.training.optimizers import OPTIMIZERS
 
 
 def make_optimizer(
@@ -18,13 +19,13 @@ def make_optimizer(
     Args:
         options: of the run.
         num_steps: of the whole run.
-        beta1: decay of the average of gradients (adamw).
+        beta1: decay of the first moment (adamw).
 
     Returns:
         An Optax transformation.
     """
     warmup = max(1, round(options.warmup * num_steps))
-    peak, decay, mask = options.learning_rate, options.weight_decay, jn.decay_mask
+    peak = options.learning_rate
     rising = optax.linear_schedule(0.0, peak, warmup)
     if options.schedule == "constant":
         rate = rising
@@ -35,26 +36,7 @@ def make_optimizer(
         rate = optax.warmup_cosine_decay_schedule(
             0.0, peak, warmup, max(num_steps, warmup + 1), end_value=options.final_rate * peak
         )
-    penalty = optax.add_decayed_weights(decay, mask=mask)
-    optimizer = {
-        "adamw": lambda: optax.adamw(
-            rate, b1=beta1, b2=options.beta2, weight_decay=decay, mask=mask
-        ),
-        "lion": lambda: optax.lion(rate, weight_decay=decay, mask=mask),
-        "muon": lambda: optax.contrib.muon(
-            rate,
-            weight_decay=decay,
-            weight_decay_mask=mask,
-            adam_b2=options.beta2,
-            muon_weight_dimension_numbers=jn.muon_dimensions,
-            consistent_rms=0.2,  # the size of AdamW's updates, so that one rate serves both
-        ),
-        "relative_muon": lambda: _relative_muon(
-            rate, share=options.adam_share, beta2=options.beta2
-        ),
-        "sgd": lambda: optax.chain(penalty, optax.sgd(rate, momentum=0.9, nesterov=True)),
-        "rmsprop": lambda: optax.chain(penalty, optax.rmsprop(rate)),
-    }[options.optimizer]()
+    optimizer = _optimizer(options, rate, beta1)
     if options.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip), optimizer)
     if options.average_decay:
@@ -62,15 +44,40 @@ def make_optimizer(
     return optimizer
 
 
+def _optimizer(
+    options: Options, rate: optax.Schedule, beta1: float
+) -> optax.GradientTransformation:
+    """Build the optimizer of a schedule, from the library's registry where that has it."""
+    name, decay = options.optimizer, options.weight_decay
+    match name:
+        case "adamw":
+            return OPTIMIZERS[name](rate, b1=beta1, b2=options.beta2, weight_decay=decay)
+        case "lion":
+            return OPTIMIZERS[name](rate, weight_decay=decay)
+        case "muon":
+            return OPTIMIZERS[name](
+                rate,
+                weight_decay=decay,
+                adam_b2=options.beta2,
+                consistent_rms=0.2,  # AdamW's update size, so that both use one learning rate
+            )
+        case "relative_muon":
+            return _relative_muon(rate, share=options.adam_share, beta2=options.beta2)
+    l2_penalty = optax.add_decayed_weights(decay, mask=jn.decay_mask)
+    if name == "nesterov":
+        return optax.chain(l2_penalty, OPTIMIZERS["momentum"](rate, nesterov=True))
+    return optax.chain(l2_penalty, OPTIMIZERS[name](rate))
+
+
 def _relative_muon(
     rate: optax.Schedule, *, share: float, beta2: float
 ) -> optax.GradientTransformation:
-    """Take steps of a share of each convolution's norm, and train the rest by Adam.
+    """Scale Muon's update of each convolution to its kernel's norm; train the rest by Adam.
 
-    A batch norm hides the size of the kernel in front of it, so that only the size of a step
-    relative to it counts (You, Gitman and Ginsburg 2017, arXiv:1708.03888). Short momentum and
-    three iterations are those of Jordan 2024, https://github.com/KellerJordan/cifar10-airbench,
-    which scales the kernels themselves back to one norm instead.
+    A batch norm makes the output independent of the scale of the kernel before it, so only the
+    relative size of an update matters (You, Gitman and Ginsburg 2017, arXiv:1708.03888). Momentum
+    0.6 and three Newton-Schulz iterations are those of Jordan 2024,
+    https://github.com/KellerJordan/cifar10-airbench, which normalizes the kernels instead.
     """
     relative = optax.chain(
         optax.contrib.scale_by_muon(

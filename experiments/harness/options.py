@@ -29,7 +29,7 @@ class Options:
     """Steps in one dispatch of the scan executor."""
     batch_size: int = 128
     """Examples per step and network."""
-    optimizer: Literal["adamw", "sgd", "rmsprop", "lion", "muon", "relative_muon"] = "adamw"
+    optimizer: Literal["adamw", "nesterov", "rmsprop", "lion", "muon", "relative_muon"] = "adamw"
     """sgd has Nesterov momentum 0.9; relative_muon is for convolutions behind which are norms."""
     learning_rate: float = 2e-3
     """Peak rate, after a linear warm-up; of relative_muon it is a share of each kernel's norm."""

@@ -62,9 +62,11 @@ def test_all_views_count_in_evaluation_and_the_image_alone_in_training():
 
 @pytest.mark.slow
 def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened(tmp_path):
-    result = tiny(tmp_path, model="whitened", flip_test=True, shift_test=True, steps=5)
+    result = tiny(tmp_path, model="whitened_convnet", flip_test=True, shift_test=True, steps=5)
     assert result["metric"] == "test accuracy over both mirror images and three shifts"
-    problem = ImageClassification(dataclasses.replace(TINY, model="whitened", seeds=2), digits())
+    problem = ImageClassification(
+        dataclasses.replace(TINY, model="whitened_convnet", seeds=2), digits()
+    )
     kernels = problem.create_states().model_state["whitening"]["kernel"]
     train = digits().train["inputs"][:5000]
     expected = patch_whitening(normalize(train, digits().mean, digits().std))
@@ -76,7 +78,7 @@ def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened
 def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
     """A run equals one of plain steps, on shrunken images first and then on whole ones."""
     config = dataclasses.replace(
-        TINY, model="whitened", steps=5, steps_per_dispatch=2, small_side=6, small_share=0.6
+        TINY, model="whitened_convnet", steps=5, steps_per_dispatch=2, small_side=6, small_share=0.6
     )
     problem = ImageClassification(config, digits())
     assert problem.stages == [2, 5]
@@ -104,7 +106,12 @@ def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
 
 def test_images_are_mirrored_in_every_other_epoch_under_every_executor():
     config = dataclasses.replace(
-        TINY, model="mlp", flip="alternating", batch_size=600, steps_per_dispatch=4, optimizer="sgd"
+        TINY,
+        model="mlp",
+        flip="alternating",
+        batch_size=600,
+        steps_per_dispatch=4,
+        optimizer="nesterov",
     )
     trained = []
     for executor in ("scan", "jit"):

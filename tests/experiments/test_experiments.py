@@ -186,7 +186,7 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
     from jaxnets import NonFiniteError
 
     with pytest.raises(NonFiniteError, match=r"loss of member \d at steps \d+ to \d+"):
-        tiny(tmp_path, seeds=2, optimizer="sgd", learning_rate=1e30, steps=200)
+        tiny(tmp_path, seeds=2, optimizer="nesterov", learning_rate=1e30, steps=200)
     assert not (tmp_path / "result.json").exists()
     assert latest_step(tmp_path / "checkpoints") in (None, 10)
 
@@ -209,7 +209,7 @@ def call(*options):
     ("options", "message"),
     [
         (("--model", "transformer"), "invalid choice"),
-        (("--preset", "fastest"), "unknown preset 'fastest'; choose one of cnn, mlp"),
+        (("--preset", "fastest"), "unknown preset 'fastest'; choose one of convnet, mlp"),
         (("--learning-rat", "1"), "--learning-rat"),
         (("--steps", "0", "--out", "nowhere"), "error: --steps is 0; give a number above 0"),
     ],

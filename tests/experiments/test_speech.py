@@ -18,7 +18,7 @@ from experiments.sound import SoundTransform, choose_parts
 
 SHORT = {"words": "tone_words", "steps": 4, "batch_size": 8, "log_every": 2, "eval_every": 4}
 SHORT |= {"width": 4, "layers": 1, "steps_per_dispatch": 2, "checkpoint_every": 2}
-SPEECH = dataclasses.replace(speech.RECIPES["cnn"], **SHORT)
+SPEECH = dataclasses.replace(speech.RECIPES["convnet"], **SHORT)
 STRINGS = dataclasses.replace(
     digit_strings.RECIPES["gru"], **SHORT, max_digits=4, max_seconds=1.5, test_strings=7, beams=2
 )
@@ -108,7 +108,7 @@ def test_every_model_reads_the_features(model):
     batch = {name: array[:1] for name, array in problem.train.items()}
     features = problem._transform(batch, jax.random.key(0), False)
     assert features["inputs"].shape == inputs.shape
-    assert ("lengths" in features) == (model != "cnn")
+    assert ("lengths" in features) == (model != "convnet")
     output, _ = jax.eval_shape(problem.module.init_with_output, jax.random.key(0), inputs)
     assert output.shape == (1, 10)
 

@@ -36,7 +36,7 @@ def changes(options, num_steps, params, gradients, steps):
 )
 def test_the_rate_rises_and_falls_as_said(schedule, final, expected):
     options = Options(
-        optimizer="sgd",
+        optimizer="nesterov",
         learning_rate=1.0,
         warmup=0.2,
         weight_decay=0.0,

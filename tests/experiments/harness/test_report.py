@@ -22,7 +22,7 @@ from experiments.pictures.svg_chart import Series, line_chart, nice_ticks
 RESULT = {
     "experiment": "digits",
     "dataset": "digits <small>",
-    "model": "cnn",
+    "model": "convnet",
     "metric": "test accuracy",
     "unit": "%",
     "value": 0.95,
