@@ -89,7 +89,7 @@ class Addition(Problem):
         if config.model == "transformer":
             block = jn.BlockConfig(
                 features=config.width,
-                hidden_size=2 * config.width,
+                mlp_dim=2 * config.width,
                 positions="sinusoidal",
                 # Matrices of the usual standard deviation 0.02 leave the network for thousands of
                 # steps where it knows the length and the last digit of a sum, and no carry.

@@ -105,7 +105,7 @@ class Translation(SentenceProblem):
             block = jn.BlockConfig(
                 features=config.width,
                 num_heads=config.heads,
-                hidden_size=config.hidden,
+                mlp_dim=config.hidden,
                 activation="relu",
                 positions="sinusoidal",
                 dropout_rate=config.dropout,
