@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import chex
+import numpy as np
 
 
 def check_first_step(first_step: int) -> None:
@@ -80,12 +81,14 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
     """Refuse sizes that are not positive integers.
 
     Args:
-        sizes: {name: a size or several}.
+        sizes: {name: a size or several}; NumPy's integers are taken too.
 
     Raises:
         ValueError: the name and value of the first bad one.
     """
     for name, size in sizes.items():
-        for value in (size,) if isinstance(size, (int, float)) else size:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={size} must be made of positive integers")
+        single = np.ndim(size) == 0
+        for value in (size,) if single else size:
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                kind = "a positive integer" if single else "made of positive integers"
+                raise ValueError(f"{name}={size} must be {kind}")

@@ -1,4 +1,4 @@
-"""Data: deterministic sources of batches, images, text, speech, files with pinned digests."""
+"""Data: deterministic batch sources, datasets with pinned digests, text, audio, images."""
 
 from jaxnets.data import driving
 from jaxnets.data.arrays import check_arrays, pad_batch, split

@@ -1,4 +1,4 @@
-"""Data sets as dictionaries of NumPy arrays with one leading axis: checks, padding, splits."""
+"""Datasets as dictionaries of NumPy arrays with a common leading axis: checks, padding, splits."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy as np
 
 from jaxnets.core import Batch
 
-Arrays: TypeAlias = dict[str, np.ndarray]  # equal leading axis = examples
+Arrays: TypeAlias = dict[str, np.ndarray]  # {name: [examples, ...]}
 
-_BLOCK_ELEMENTS = 1 << 24  # values looked at in one go, to bound the memory of a check
+_BLOCK_ELEMENTS = 1 << 24  # checked at a time, which bounds the memory of a check
 
 
 def check_arrays(data: Mapping[str, np.ndarray], *, num_classes: int | None = None) -> Arrays:
-    """Refuse data that no network can learn from.
+    """Check that arrays can be used for training.
 
     Args:
-        data: arrays [examples, ...] by name; never copied where they already are arrays.
+        data: {name: array [examples, ...]}; NumPy arrays are not copied.
         num_classes: if given, `data["labels"]` must hold integers in [0, num_classes).
 
     Returns:
         The same arrays, as NumPy arrays.
 
     Raises:
-        ValueError: no arrays, no examples, unequal lengths, an array of objects or text, a value
-            that is not finite, labels that are not integers or out of range. The message names
-            the array, how many values are wrong and where the first one is.
+        ValueError: no arrays, no examples, unequal lengths, an array of objects or text, a
+            non-finite value, labels that are not integers or out of range. The message gives the
+            array, the number of wrong values and the index of the first.
 
     Example:
         >>> check_arrays({"inputs": np.array([[1.0], [np.nan]])})
@@ -98,13 +98,13 @@ def pad_batch(batch: Batch, batch_size: int) -> Arrays:
     """Pad a short batch with examples of weight 0, so that nothing recompiles.
 
     Args:
-        batch: arrays [examples, ...] with at most `batch_size` examples, "weights" among them or
-            not.
-        batch_size: number of examples afterwards.
+        batch: {name: array [examples, ...]} with at most `batch_size` examples, with or without
+            "weights".
+        batch_size: examples after padding.
 
     Returns:
-        The arrays [batch_size, ...], zeros behind the examples, and "weights" float32
-        [batch_size]: the given ones (else 1) for the examples and 0 for the padding.
+        The arrays [batch_size, ...], padded with zeros, and "weights" float32 [batch_size]: the
+        given ones (default 1) for the examples and 0 for the padding.
 
     Raises:
         ValueError: the batch holds more than `batch_size` examples.
@@ -117,7 +117,7 @@ def pad_batch(batch: Batch, batch_size: int) -> Arrays:
 
 
 def pad_arrays(arrays: Arrays, batch_size: int) -> Arrays:
-    """Do the work of `pad_batch` for arrays that have been checked before."""
+    """`pad_batch` for arrays that are checked already."""
     num_examples = len(next(iter(arrays.values())))
     if num_examples > batch_size:
         raise ValueError(
@@ -136,7 +136,7 @@ def pad_arrays(arrays: Arrays, batch_size: int) -> Arrays:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError for a negative seed, which NumPy's generators do not take."""
+    """Raise ValueError for a negative seed, which NumPy's generators reject."""
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; give a seed of 0 or more")
 
@@ -144,13 +144,14 @@ def check_seed(seed: int) -> None:
 def random_order(num_examples: int, seed: int, stream: int = 0) -> np.ndarray:
     """Permute 0 ... num_examples - 1 as a pure function of the arguments.
 
-    Sorts the raw words of a Philox generator. NumPy promises that these never change, which it
-    does not for `Generator.permutation`, so a run resumes in the same order under another NumPy.
+    Sorts the raw output of a Philox bit generator. NumPy guarantees that this stream never
+    changes, unlike `Generator.permutation`, so a run resumes in the same order under another
+    NumPy version.
 
     Args:
         num_examples: length of the permutation.
         seed: non-negative.
-        stream: which of the independent permutations of this seed, for example the epoch.
+        stream: selects one of the independent permutations of the seed, for example the epoch.
 
     Returns:
         The permutation, int64 [num_examples].
@@ -159,8 +160,8 @@ def random_order(num_examples: int, seed: int, stream: int = 0) -> np.ndarray:
         ValueError: negative seed.
     """
     check_seed(seed)
-    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream,)))
-    return np.argsort(words.random_raw(num_examples), kind="stable")
+    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream,)))
+    return np.argsort(bits.random_raw(num_examples), kind="stable")
 
 
 def split(
@@ -170,21 +171,22 @@ def split(
     seed: int,
     stratify: bool = False,
 ) -> tuple[Arrays, ...]:
-    """Split examples at random into parts, the same way every time.
+    """Split examples at random into parts, reproducibly.
 
     Args:
-        data: arrays [examples, ...] by name.
-        parts: number of examples of each part, together all of them; or fractions that sum to 1
-            (then sizes are rounded so that together they are all examples).
-        seed: non-negative; another seed is another split.
-        stratify: give every part the same mix of `data["labels"]`: in two parts, each class is
-            divided exactly but for the one example that rounding may move.
+        data: {name: array [examples, ...]}.
+        parts: number of examples of each part, which sum to all examples; or fractions that sum
+            to 1 (the sizes are rounded such that they sum to all examples).
+        seed: non-negative; another seed gives another split.
+        stratify: give every part the same class proportions of `data["labels"]`; with two parts
+            the count of each class is off by less than one example.
 
     Returns:
-        One dictionary of arrays per part; examples keep their order within a part.
+        One dictionary of arrays per part; examples stay in their order within a part.
 
     Raises:
-        ValueError: parts that do not add up, are negative or empty, or no labels to stratify by.
+        ValueError: parts that do not sum to the whole, are negative or empty; no labels to
+            stratify by.
 
     Example:
         >>> train, test = split({"labels": np.arange(10) % 2}, (0.8, 0.2), seed=0, stratify=True)
@@ -203,7 +205,7 @@ def split(
         remaining = remaining[np.argsort(arrays["labels"][remaining], kind="stable")]
     chosen = []
     for size in sizes:
-        # Systematic sampling: picks spread evenly over the order, hence over the sorted classes.
+        # Systematic sampling: evenly spaced picks, hence proportional for the sorted classes.
         quota = np.arange(len(remaining) + 1) * size // max(1, len(remaining))
         picked = np.diff(quota) > 0
         chosen.append(np.sort(remaining[picked]))

@@ -1,7 +1,7 @@
-"""Where data is found: one search order, pinned digests, atomic downloads, safe extraction.
+"""Files: one search order, pinned digests, atomic downloads, safe extraction.
 
-A file is looked for in this order, in each place first in the sub-folder of the data set's name
-and then directly:
+These places are searched in order; in each, first the subfolder named after the dataset and then
+the place itself:
 
 1. the `directory` argument of the loader,
 2. the folder in the environment variable `JAXNETS_DATA`,
@@ -9,8 +9,8 @@ and then directly:
 4. system folders: `/usr/share/datasets` (Debian's dataset packages),
 5. a download into the user's cache, unless the loader is told `download=False`.
 
-The first file found is used. Whatever its origin, its content must have the pinned digest; a
-wrong file is an error and never skipped in silence.
+The first match is used. Its content must have the pinned digest, wherever it comes from: a wrong
+file is an error and is never skipped silently.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from typing import IO, Any
 
 SYSTEM_FOLDERS = (Path("/usr/share/datasets"),)
 
-_TIMEOUT_SECONDS = 30.0  # without a byte from the server
+_TIMEOUT_SECONDS = 30.0  # longest wait for the next byte of the server
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFile:
-    """A file of a data set, known by its digest.
+    """A file of a dataset, identified by its digest.
 
     Attributes:
         name: as published, for example "train-images-idx3-ubyte.gz". A gzipped single file may
-            also lie there decompressed, without ".gz".
-        sha256: hexadecimal; of the content after decompression if `name` ends in ".gz" (but not
-            ".tar.gz"), so that a recompressed copy passes.
-        folders: sub-folders in which it is looked for; a download goes into the first.
+            also be present decompressed, without ".gz".
+        sha256: hexadecimal; of the decompressed content if `name` ends in ".gz" (but not
+            ".tar.gz"), so a recompressed copy passes.
+        folders: subfolders to search; a download goes into the first.
         url: where to download it; None if it cannot be downloaded.
-        hint: another way to get it, a clause for error messages.
+        hint: another way to get it, as a clause for error messages.
     """
 
     name: str
@@ -66,34 +66,34 @@ class DataFile:
 
     @property
     def download_path(self) -> Path:
-        """Where a download is kept."""
+        """Where a download is stored."""
         return cache_folder() / self.folders[0] / self.name
 
     @property
     def remedy(self) -> str:
-        """How to get the file, a clause for error messages."""
+        """How to get the file, as a clause for error messages."""
         ways = [f"download {self.url} to {self.download_path}"] if self.url else []
         return " or ".join([*ways, *([self.hint] if self.hint else [])])
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder of this library, which need not exist."""
+    """Return this library's folder in the user's cache; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # The XDG specification says to ignore relative paths.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "jaxnets"
 
 
 def search_folders(
     folders: tuple[str, ...], directory: str | os.PathLike[str] | None = None
 ) -> list[Path]:
-    """List the places of the search order of this module.
+    """List the folders of the search order, see the module docstring.
 
     Args:
-        folders: names of the data set's sub-folder.
+        folders: names of the dataset's subfolder.
         directory: the explicit argument of a loader, if any.
 
     Returns:
-        Paths, most important first; only some may exist.
+        Paths, highest priority first; they need not exist.
 
     Raises:
         NotADirectoryError: `directory` is given and is not a folder.
@@ -115,14 +115,14 @@ def search_folders(
 def find(
     files: Sequence[DataFile], directory: str | os.PathLike[str] | None = None
 ) -> tuple[DataFile, Path] | None:
-    """Return the first of some files that lies in the first place that has any of them.
+    """Return the preferred one of alternative files in the first folder that has any.
 
     Args:
-        files: alternatives of one data set, the preferred one first.
+        files: alternatives for one dataset, the preferred one first.
         directory: the explicit argument of a loader, if any.
 
     Returns:
-        The file and its path, the content unchecked, or None.
+        The file and its path, or None; the content is not checked.
     """
     for folder in search_folders(files[0].folders, directory):
         for file in files:
@@ -136,20 +136,20 @@ def find(
 def fetch(
     file: DataFile, directory: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> Path:
-    """Find a file, or else download it into the user's cache.
+    """Find a file, or download it into the user's cache.
 
     Args:
-        file: what to look for.
+        file: the file to find.
         directory: the explicit argument of a loader, if any.
         download: whether the network may be used.
 
     Returns:
-        Its path. A downloaded file has been checked; read any file with `read_verified`.
+        Its path. Only a fresh download is checked; read every file with `read_verified`.
 
     Raises:
-        FileNotFoundError: found nowhere and not to be downloaded; names the places and the remedy.
+        FileNotFoundError: not found and not downloaded; names the places and the remedy.
         OSError: the download failed.
-        ValueError: what was downloaded does not have the pinned digest.
+        ValueError: the download does not have the pinned digest.
     """
     found = find([file], directory)
     if found is not None:
@@ -166,15 +166,15 @@ def read_verified(path: Path, file: DataFile, *, origin: str | None = None) -> b
     """Read a whole file and check its digest.
 
     Args:
-        path: where it lies, gzipped or not.
-        file: what it must be.
-        origin: what to call it in errors; by default its path.
+        path: the file, gzipped or not.
+        file: its expected name and digest.
+        origin: its name in errors; by default its path.
 
     Returns:
         The content, decompressed if `file.gzipped`.
 
     Raises:
-        ValueError: truncated or wrong; names the file, both digests and the remedy.
+        ValueError: truncated or wrong content; names the file, both digests and the remedy.
     """
     content = path.read_bytes()
     state = "is not the published file"
@@ -194,10 +194,11 @@ def read_verified(path: Path, file: DataFile, *, origin: str | None = None) -> b
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name only once it is complete.
+    """Open a file that gets its final name only once it is complete.
 
     Args:
-        path: final name; missing folders are made. If the block raises, nothing is left behind.
+        path: final name; missing folders are created. If the block raises, the temporary file is
+            removed.
 
     Yields:
         A temporary file in the same folder, open for writing bytes.
@@ -216,17 +217,17 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def download_file(url: str, file: DataFile) -> Path:
-    """Download a file into the user's cache, check it, and only then give it its name.
+    """Download a file into the user's cache; it gets its final name once it is checked.
 
     Args:
-        url: where from.
-        file: what it must be.
+        url: the address.
+        file: its expected name and digest.
 
     Returns:
         `file.download_path`.
 
     Raises:
-        OSError: no connection, an error of the server, a full or read-only disk.
+        OSError: no connection, a server error, a full or read-only disk.
         ValueError: the content does not have the pinned digest.
     """
     path = file.download_path
@@ -239,7 +240,7 @@ def download_file(url: str, file: DataFile) -> Path:
             read_verified(Path(stream.name), file, origin=url)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it holds the connection
+            error.close()  # releases the connection
         raise OSError(
             f"cannot download {url} to {path} ({error}); check the connection and the disk, or "
             f"by hand {file.remedy} (sha256 {file.sha256})"
@@ -248,21 +249,21 @@ def download_file(url: str, file: DataFile) -> Path:
 
 
 def safe_extract(archive: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
-    """Extract a tar or zip archive into a new folder, and nothing outside it.
+    """Extract a tar or zip archive into a new folder and never outside it.
 
-    Every member is checked before the first is written, and the folder appears under its name
-    only once it is complete.
+    Every member is checked before the first is written; the folder gets its final name only once
+    it is complete.
 
     Args:
         archive: .zip, or .tar with any compression Python reads.
-        directory: the folder to make.
+        directory: the folder to create.
 
     Returns:
         `directory`.
 
     Raises:
-        ValueError: not an archive, or damaged, or a member with an absolute path, a "..", a link
-            or a device; data archives need none of them.
+        ValueError: not an archive, a damaged one, or a member that has an absolute path or "..",
+            or is a link or a device; data archives need none of these.
         FileExistsError: `directory` exists.
     """
     archive, directory = Path(archive), Path(directory)
@@ -300,7 +301,7 @@ def safe_extract(archive: str | os.PathLike[str], directory: str | os.PathLike[s
     return directory
 
 
-#: Name, why it is refused ("" if it is not), how to open it (None for a folder).
+#: Name, reason to refuse it ("" for none), function that opens it (None for a folder).
 _Member = tuple[str, str, Callable[[], Any] | None]
 
 
@@ -311,7 +312,7 @@ def _open_archive(archive: Path) -> Iterator[list[_Member]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the maker left it out
+                kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the archiver did not set it
                 allowed = kind in (0, stat.S_IFREG, stat.S_IFDIR)
                 opener = None if info.is_dir() else lambda info=info: zipped.open(info)
                 members.append((info.filename, "" if allowed else "a link or device", opener))

@@ -306,8 +306,8 @@ def test_unknown_costs_are_null_in_json_and_named_in_the_table(monkeypatch):
     [
         (["resnet51"], "unknown model 'resnet51'; choose from mlp, .*resnet50"),
         (["mlp", "--optimizer", "adm"], "unknown optimizer 'adm'; choose from sgd, .*adamw"),
-        (["mlp", "--batch", "0"], "batch_size=0 must be made of positive"),
-        (["mlp", "--outputs", "0"], "num_outputs=0 must be made of positive"),
+        (["mlp", "--batch", "0"], "batch_size=0 must be a positive"),
+        (["mlp", "--outputs", "0"], "num_outputs=0 must be a positive"),
         (["mae_vit_base16", "--outputs", "5"], "num_outputs is 5, and .* leave it out"),
         (["mlp", "--input", "8", "-1"], r"input_shape=\(8, -1\) must be made of positive"),
         (["lenet5", "--input", "30", "30", "1"], "LeNet5 got images of"),

@@ -1,4 +1,4 @@
-"""Sound: WAV files, resampling, spectrograms, augmentation."""
+"""Audio: WAV files, resampling, spectrograms, augmentation."""
 
 from jaxnets.data.audio.augment import (
     add_noise,

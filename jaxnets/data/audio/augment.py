@@ -1,8 +1,8 @@
-"""Random changes of signals and spectrograms as pure functions of a key.
+"""Augmentation of waveforms and spectrograms as pure functions of a key.
 
-To be called inside the compiled step with the stream "augmentation". Every example of a batch is
-changed in its own way, shapes are static, and what lies beyond an example's length is never used
-and never changed into anything but what it was or zero.
+Call them inside the compiled step with a key of the stream "augmentation". Every example of a
+batch gets its own random change, shapes are static, and with `lengths` the padding is ignored and
+zero in the result.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ def spec_augment(
     max_time_fraction: float = 1.0,
     fill: float = 0.0,
 ) -> jax.Array:
-    """Mask bands of frames and of features of each example.
+    """Mask random bands of frames and of features of each example (SpecAugment).
 
-    A mask of frames is t wide, t uniform in 0 ... min(max_time_mask, max_time_fraction * length),
-    and starts uniformly where it fits into the example; masks of features likewise. Masks may
-    overlap.
+    The width of a time mask is uniform in 0 ... min(max_time_mask, max_time_fraction * length),
+    and its start is uniform where it fits into the example; likewise for frequency masks. Masks
+    may overlap. Corresponds to `torchaudio.transforms.TimeMasking` and `FrequencyMasking` with
+    `iid_masks=True`, applied several times.
 
     Args:
         key: random key.
         features: floating [batch, frames, channels], such as log-mel features.
-        lengths: valid frames of each example, integer [batch]; all by default.
-        max_time_mask: greatest width of a mask of frames, T in the paper.
-        max_frequency_mask: greatest width of a mask of features, F in the paper.
-        num_time_masks: masks of frames.
-        num_frequency_masks: masks of features.
-        max_time_fraction: greatest part of an example that one mask of frames covers, p.
-        fill: what masks are filled with; 0 is the mean of standardized features.
+        lengths: valid frames of each example, integer [batch]; default all.
+        max_time_mask: maximum width of a time mask in frames, T in the paper.
+        max_frequency_mask: maximum width of a frequency mask in features, F in the paper.
+        num_time_masks: number of time masks.
+        num_frequency_masks: number of frequency masks.
+        max_time_fraction: maximum fraction of an example that one time mask covers, p.
+        fill: value in the masks; 0 is the mean of standardized features.
 
     Returns:
-        The shape and dtype of `features`; frames beyond each length are 0.
+        The shape and dtype of `features`; frames from each length on are 0.
 
     Raises:
-        ValueError: a number out of range, a mask wider than there are features, or lengths that
-            do not fit.
+        ValueError: an option out of range, a mask wider than the features, or lengths that do not
+            fit.
 
     Example:
         >>> masked = spec_augment(
@@ -62,8 +63,8 @@ def spec_augment(
 
     References:
         Park et al. 2019, arXiv:1904.08779, section 2 and table 1 (LibriSpeech: T 100, F 27, p 1,
-        two masks each). Differs from the paper: no time warping, which it finds to matter least
-        (section 5).
+        two masks each). Differs from the paper: no time warping, which has the smallest effect
+        there (section 5).
     """
     _check_floating(features, rank=3)
     batch, num_frames, num_channels = features.shape
@@ -75,8 +76,8 @@ def spec_augment(
         )
     if min(num_time_masks, num_frequency_masks) < 0 or not 0 <= max_time_fraction <= 1:
         raise ValueError(
-            f"{num_time_masks} and {num_frequency_masks} masks of a part of up to "
-            f"{max_time_fraction} are out of range; give 0 masks or more and a part in [0, 1]"
+            f"{num_time_masks} and {num_frequency_masks} masks of a fraction of up to "
+            f"{max_time_fraction} are out of range; give 0 masks or more and a fraction in [0, 1]"
         )
     features, valid = clear_padding(features, lengths)
     sizes = jnp.sum(valid, axis=1)
@@ -87,19 +88,21 @@ def spec_augment(
     widest = jnp.full((batch,), max_frequency_mask)
     channels = _bands(frequency_key, num_frequency_masks, widest, all_channels, num_channels)
     masked = (frames[:, :, None] | channels[:, None, :]) & valid[:, :, None]
+    # [batch, frames, channels]
     return jnp.where(masked, jnp.asarray(fill, features.dtype), features)
 
 
 def _bands(
     key: jax.Array, num_bands: int, widest: jax.Array, sizes: jax.Array, length: int
 ) -> jax.Array:
-    """Draw bands within the first `sizes` positions; bool [batch, length], True inside of any."""
+    """Draw bands within the first `sizes` positions; bool [batch, length], True in any band."""
     width_key, start_key = jax.random.split(key)
     shape = (num_bands, len(sizes))
     widths = jax.random.randint(width_key, shape, 0, widest[None] + 1)
     starts = jax.random.randint(start_key, shape, 0, sizes[None] - widths + 1)
     positions = jnp.arange(length)[None, None]
     inside = (positions >= starts[..., None]) & (positions < (starts + widths)[..., None])
+    # [bands, batch, length]
     return jnp.any(inside, axis=0)
 
 
@@ -113,19 +116,20 @@ def add_noise(
 ) -> jax.Array:
     """Add white Gaussian noise at a random signal-to-noise ratio.
 
+    Corresponds to `torchaudio.functional.add_noise` with noise and `snr` drawn for each example.
+
     Args:
         key: random key.
         samples: floating [batch, time].
-        lengths: valid samples of each example, integer [batch]; all by default.
-        min_snr: least ratio of the power of the signal to that of the noise, in decibels.
-        max_snr: greatest ratio; the one of each example is uniform between the two, and exact.
+        lengths: valid samples of each example, integer [batch]; default all.
+        min_snr: minimum ratio of signal power to noise power, in decibels.
+        max_snr: maximum ratio; that of each example is uniform between the two, and exact.
 
     Returns:
-        The shape and dtype of `samples`, 0 beyond each length. Silence stays silent.
+        The shape and dtype of `samples`, 0 from each length on. Silence stays silent.
 
     Raises:
-        ValueError: a range that is empty, samples of another rank or dtype, or lengths that do
-            not fit.
+        ValueError: an empty range, samples of another rank or dtype, or lengths that do not fit.
 
     Example:
         >>> tone = jnp.ones((1, 1000))
@@ -144,7 +148,7 @@ def add_noise(
     def energy(signal: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(signal), axis=1, keepdims=True)
 
-    tiny = jnp.finfo(samples.dtype).tiny  # an example of length 0 has no noise
+    tiny = jnp.finfo(samples.dtype).tiny  # avoids 0 / 0 for an example of length 0
     scale = jnp.sqrt(energy(samples) / jnp.maximum(energy(noise), tiny) * 10 ** (-decibels / 10))
     return samples + scale * noise
 
@@ -152,19 +156,19 @@ def add_noise(
 def random_gain(
     key: jax.Array, samples: jax.Array, *, min_decibels: float = -6.0, max_decibels: float = 6.0
 ) -> jax.Array:
-    """Make each example louder or softer by a random factor.
+    """Scale each example by a random gain.
 
     Args:
         key: random key.
         samples: floating [batch, time].
-        min_decibels: least change of the level; the factor is 10 ** (decibels / 20).
-        max_decibels: greatest change; uniform between the two. Loud samples may leave [-1, 1].
+        min_decibels: minimum gain; the factor is 10 ** (decibels / 20).
+        max_decibels: maximum gain, uniform between the two. Loud samples may exceed [-1, 1].
 
     Returns:
         The shape and dtype of `samples`.
 
     Raises:
-        ValueError: a range that is empty, or samples of another rank or dtype.
+        ValueError: an empty range, or samples of another rank or dtype.
 
     Example:
         >>> louder = random_gain(
@@ -181,18 +185,18 @@ def random_gain(
 def time_shift(
     key: jax.Array, samples: jax.Array, lengths: jax.Array | None = None, *, max_shift: int
 ) -> jax.Array:
-    """Move each example by a random offset within its own length, zeros where nothing was.
+    """Shift each example by a random offset within its own length, filled with zeros.
 
-    What is moved over either end is lost, so keep `max_shift` short.
+    Samples shifted past either end are lost, so choose a small `max_shift`.
 
     Args:
         key: random key.
         samples: floating [batch, time].
-        lengths: valid samples of each example, integer [batch]; all by default. They stay valid.
+        lengths: valid samples of each example, integer [batch]; default all. They stay valid.
         max_shift: the offset is uniform in -max_shift ... max_shift samples.
 
     Returns:
-        The shape and dtype of `samples`, 0 beyond each length.
+        The shape and dtype of `samples`, 0 from each length on.
 
     Raises:
         ValueError: negative `max_shift`, samples of another rank or dtype, or lengths that do not
@@ -210,8 +214,8 @@ def time_shift(
     offsets = jax.random.randint(key, (batch, 1), -max_shift, max_shift + 1)
     sources = jnp.arange(time)[None] - offsets
     inside = (sources >= 0) & (sources < time) & valid
-    moved = jnp.take_along_axis(samples, jnp.clip(sources, 0, time - 1), axis=1)
-    return jnp.where(inside, moved, jnp.zeros((), samples.dtype))
+    shifted = jnp.take_along_axis(samples, jnp.clip(sources, 0, time - 1), axis=1)
+    return jnp.where(inside, shifted, jnp.zeros((), samples.dtype))
 
 
 def change_speed(
@@ -223,26 +227,27 @@ def change_speed(
     max_speed: float = 1.1,
     output_time: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Play each example faster or slower, which changes its pitch too.
+    """Change the speed and the pitch of each example by a random factor (speed perturbation).
 
     Output n is the input at n * speed, interpolated linearly: `y[n] = (1 - f) x[i] + f x[i + 1]`
-    with i the whole part of n * speed and f the rest.
+    with i the integer part of n * speed and f the fractional part. Corresponds to
+    `torchaudio.transforms.SpeedPerturbation`, which resamples with a low-pass filter.
 
     Args:
         key: random key.
         samples: floating [batch, time].
-        lengths: valid samples of each example, integer [batch]; all by default.
-        min_speed: least speed, positive.
-        max_speed: greatest speed; uniform between the two, rounded to a multiple of 1/1024.
-        output_time: time axis of the result; by default what the slowest speed needs. Examples
-            that get longer than that are cut.
+        lengths: valid samples of each example, integer [batch]; default all.
+        min_speed: minimum speed, positive.
+        max_speed: maximum speed; uniform between the two, rounded to a multiple of 1/1024.
+        output_time: time axis of the result; by default the length at `min_speed`. Longer
+            examples are cut.
 
     Returns:
-        Samples [batch, output_time], 0 beyond the new lengths, and the new lengths, int32 [batch]:
+        Samples [batch, output_time], 0 from the new lengths on, and the new lengths, int32 [batch]:
         `floor((length - 1) / speed) + 1`, at most `output_time`.
 
     Raises:
-        ValueError: speeds that are not positive or an empty range, an `output_time` below 1,
+        ValueError: non-positive speeds or an empty range, an `output_time` below 1,
             signals too long for exact positions, samples of another rank or dtype, or lengths
             that do not fit.
 
@@ -274,17 +279,17 @@ def change_speed(
     lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
     steps = jax.random.randint(key, (batch, 1), slowest, fastest + 1)
     positions = jnp.arange(output_time)[None] * steps
-    first, rest = positions // _SPEED_STEPS, positions % _SPEED_STEPS
-    weights = rest.astype(samples.dtype) / _SPEED_STEPS
+    first, remainder = positions // _SPEED_STEPS, positions % _SPEED_STEPS
+    fraction = remainder.astype(samples.dtype) / _SPEED_STEPS  # [batch, output_time]
 
     def at(indices: jax.Array) -> jax.Array:
         return jnp.take_along_axis(samples, jnp.clip(indices, 0, time - 1), axis=1)
 
-    played = (1 - weights) * at(first) + weights * at(first + 1)
+    output = (1 - fraction) * at(first) + fraction * at(first + 1)
     last = (lengths[:, None] - 1) * _SPEED_STEPS  # the position of the last sample
     inside = positions <= last
-    played = jnp.where(inside, played, jnp.zeros((), samples.dtype))
-    return played, jnp.sum(inside, axis=1, dtype=jnp.int32)
+    output = jnp.where(inside, output, jnp.zeros((), samples.dtype))
+    return output, jnp.sum(inside, axis=1, dtype=jnp.int32)
 
 
 def _check_floating(array: jax.Array, *, rank: int) -> None:
@@ -299,10 +304,10 @@ def _check_floating(array: jax.Array, *, rank: int) -> None:
 def _check_range(name: str, least: float, greatest: float) -> None:
     if not (math.isfinite(least) and math.isfinite(greatest) and least <= greatest):
         raise ValueError(
-            f"{name} from {least} to {greatest} is no range; give finite least <= greatest"
+            f"{name} from {least} to {greatest} is not a range; give finite minimum <= maximum"
         )
 
 
 def _uniform(key: jax.Array, samples: jax.Array, least: float, greatest: float) -> jax.Array:
-    """Draw a value for each example, [batch, 1]."""
+    """Draw one value per example, [batch, 1]."""
     return jax.random.uniform(key, (len(samples), 1), samples.dtype, least, greatest)

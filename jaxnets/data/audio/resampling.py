@@ -1,4 +1,4 @@
-"""Change of the sample rate by a rational factor."""
+"""Resampling by a rational factor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MAX_TERM = 2048  # the filter bank holds about the square of the larger term of the ratio
+_MAX_TERM = 2048  # the filter bank has about the square of the larger term of the ratio
 
 
 def resample(
@@ -22,17 +22,21 @@ def resample(
     """Change the sample rate with a windowed-sinc filter in polyphase form.
 
     `y[m] = sum_k h[m down - k up] x[k]` with `up / down = to_rate / from_rate` in lowest terms
-    and the low-pass filter h of `resampling_filter`, which delays nothing. With the default
-    options frequencies up to 0.84 of the lower Nyquist frequency pass within 0.01 dB, and all
-    above the lower Nyquist frequency are at least 79 dB down. Zeros are taken beyond both ends, so
-    resample signals before they are padded to a batch.
+    and the zero-phase low-pass filter h of `resampling_filter`. With the default options
+    frequencies up to 0.84 of the lower Nyquist frequency pass within 0.01 dB, and all above the
+    lower Nyquist frequency are attenuated by at least 79 dB. The signal is zero-padded at both
+    ends, so resample signals before they are padded to a batch.
+
+    Equals `scipy.signal.resample_poly(samples, up, down, axis=-1, window=h)`. Corresponds to
+    `torchaudio.functional.resample(resampling_method="sinc_interp_kaiser")` with `num_zeros` for
+    its `lowpass_filter_width` (default 6); the window and the cutoff differ.
 
     Args:
         samples: floating [..., time].
         from_rate: sample rate of `samples` in hertz.
-        to_rate: wanted sample rate in hertz.
-        num_zeros: zero crossings of the sinc on each side; more make the passband wider.
-        attenuation: of what would be aliased, in decibels; at least 50.
+        to_rate: sample rate of the result in hertz.
+        num_zeros: zero crossings of the sinc on each side; more widen the passband.
+        attenuation: of the stopband in decibels, at least 50.
 
     Returns:
         [..., ceil(time * to_rate / from_rate)], dtype of `samples`.
@@ -69,19 +73,19 @@ def resample(
     if up == down or samples.size == 0:
         return samples
     impulse = up * resampling_filter(up, down, num_zeros=num_zeros, attenuation=attenuation)
-    bank, reach = _polyphase(impulse, up, down)
+    bank, num_before = _polyphase(impulse, up, down)  # [window, up]
     time = samples.shape[-1]
     length = -(-time * up // down)
     num_blocks = -(-length // up)
-    missing = (num_blocks - 1) * down + len(bank) - reach - time
+    num_after = (num_blocks - 1) * down + len(bank) - num_before - time
     blocks = jax.lax.conv_general_dilated(
         samples.reshape(-1, time, 1),
         jnp.asarray(bank[:, None], samples.dtype),
         window_strides=(down,),
-        padding=[(reach, max(0, missing))],
+        padding=[(num_before, max(0, num_after))],
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision="highest",
-    )  # [signals, blocks, up]: block q holds the outputs q up ... q up + up - 1
+    )  # [signals, blocks, up]: block q has the outputs q up ... q up + up - 1
     return blocks.reshape(len(blocks), -1)[:, :length].reshape(*samples.shape[:-1], length)
 
 
@@ -90,14 +94,14 @@ def resampling_filter(
 ) -> np.ndarray:
     """Design the low-pass filter of `resample`: a sinc in a Kaiser window.
 
-    The stop band starts at the lower of the two Nyquist frequencies, 1 / max(up, down) of that of
-    the filter, which works at `up` times the rate of the input.
+    The filter works at `up` times the input rate. Its stopband starts at the lower of the two
+    Nyquist frequencies, that is 1 / max(up, down) of its own.
 
     Args:
         up: numerator of the ratio of the rates.
         down: its denominator.
         num_zeros: zero crossings on each side.
-        attenuation: of the stop band in decibels, at least 50.
+        attenuation: of the stopband in decibels, at least 50.
 
     Returns:
         float64 [2 * num_zeros * max(up, down) + 1], symmetric, with sum 1.
@@ -109,7 +113,7 @@ def resampling_filter(
         >>> len(resampling_filter(1, 2, num_zeros=8))
         33
     """
-    # Kaiser's formula: the zeros at which the transition is as wide as the whole band.
+    # Kaiser's formula: with this many zeros the transition is as wide as the whole band.
     least_zeros = (attenuation - 7.95) / (2.285 * 2 * math.pi)
     if attenuation < 50 or num_zeros <= least_zeros:
         raise ValueError(
@@ -126,14 +130,14 @@ def resampling_filter(
 
 
 def _polyphase(impulse: np.ndarray, up: int, down: int) -> tuple[np.ndarray, int]:
-    """Return the filter of each of `up` successive outputs, [taps, up], and their reach back.
+    """Return the filters of `up` successive outputs, [window, up], and the inputs before a block.
 
-    Output r of a block reads input j, counted from the block's first, with weight
+    The coefficient of input j, relative to the first of the block, in output r of the block is
     `impulse[r down - j up + half]`.
     """
     half = len(impulse) // 2
-    reach = half // up
-    inputs = np.arange(-reach, ((up - 1) * down + half) // up + 1)
-    index = np.arange(up)[None] * down - inputs[:, None] * up + half
+    num_before = half // up
+    inputs = np.arange(-num_before, ((up - 1) * down + half) // up + 1)
+    index = np.arange(up)[None] * down - inputs[:, None] * up + half  # [window, up]
     inside = (index >= 0) & (index < len(impulse))
-    return np.where(inside, impulse[np.where(inside, index, 0)], 0.0), reach
+    return np.where(inside, impulse[np.where(inside, index, 0)], 0.0), num_before

@@ -1,7 +1,7 @@
-"""Short-time spectra: framing, Fourier transform, mel filters, log-mel features, cepstra.
+"""Spectrograms: framing, short-time Fourier transform, mel filters, log-mel features, MFCC.
 
-Frames, windows and filters follow librosa, whose conventions torchaudio shares: a periodic Hann
-window in the middle of each frame, frame t centered on sample t hop, zeros beyond the ends.
+Frames, windows and filters follow librosa and torchaudio: a periodic Hann window centered in each
+frame, frame t centered on sample t hop, zero padding at both ends (`pad_mode="constant"`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _LOG_STEP = np.log(6.4) / 27
 
 
 def frame(samples: jax.Array, frame_length: int, hop: int, *, center: bool = True) -> jax.Array:
-    """Cut a signal into overlapping frames.
+    """Split a signal into overlapping frames.
 
     Args:
         samples: [..., time].
-        frame_length: samples in a frame.
+        frame_length: samples per frame.
         hop: samples from the start of one frame to the next.
-        center: put the middle of frame t on sample t * hop, with zeros beyond both ends; else
-            frame t starts on sample t * hop, and only whole frames are taken.
+        center: center frame t on sample t * hop, with zero padding at both ends; else frame t
+            starts at sample t * hop, and only complete frames are returned.
 
     Returns:
-        [..., frames, frame_length]; 1 + time // hop frames if centered (none of an empty signal),
-        else 1 + (time - frame_length) // hop.
+        [..., frames, frame_length]; 1 + time // hop frames if centered (none for an empty
+        signal), else 1 + (time - frame_length) // hop.
 
     Raises:
         ValueError: a frame length or hop below 1.
@@ -50,26 +50,26 @@ def frame(samples: jax.Array, frame_length: int, hop: int, *, center: bool = Tru
     time, ends = samples.shape[-1], [(0, 0)] * (samples.ndim - 1)
     before = frame_length // 2 if center else 0
     num_frames = num_valid_frames(time, frame_length, hop, center=center)
-    # Blocks of `hop` samples are cut without overlap; frames are blocks side by side.
+    # Concatenate shifted views of blocks of `hop` samples, which needs no gather.
     num_blocks = -(-frame_length // hop)
     needed = (num_frames + num_blocks - 1) * hop
     padded = jnp.pad(samples, [*ends, (before, max(0, needed - before - time))])[..., :needed]
-    blocks = padded.reshape(*samples.shape[:-1], -1, hop)
+    blocks = padded.reshape(*samples.shape[:-1], -1, hop)  # [..., blocks, hop]
     shifted = [blocks[..., i : i + num_frames, :] for i in range(num_blocks)]
     return jnp.concatenate(shifted, axis=-1)[..., :frame_length]
 
 
 def num_valid_frames(lengths: Any, frame_length: int, hop: int, *, center: bool = True) -> Any:
-    """Count the frames of signals.
+    """Return the number of frames of signals.
 
     Args:
         lengths: number of samples, an integer or an integer array [...].
-        frame_length: samples in a frame.
+        frame_length: samples per frame.
         hop: samples from the start of one frame to the next.
         center: as in `frame`.
 
     Returns:
-        What `frame` returns for a signal of that length; type and shape of `lengths`.
+        The frames that `frame` returns for each length; type and shape of `lengths`.
 
     Example:
         >>> num_valid_frames(8000, 256, 80), num_valid_frames(8000, 256, 80, center=False)
@@ -91,15 +91,18 @@ def stft(
 
     `X[t, k] = sum_n window[n] x[t hop + n - fft_length / 2] exp(-2 pi i k n / fft_length)`
 
-    A real FFT is the faster way on CPU: log-mel features of 64 x 1 s at 8 kHz in frames of 256
-    take half to two thirds of the time they take by a product with the Fourier matrix.
+    Corresponds to `librosa.stft` and `torch.stft(pad_mode="constant", return_complex=True)` with
+    a Hann window, transposed to [frames, bins]; the options are `win_length`, `hop_length`,
+    `n_fft` and `center` there.
+
+    Uses a real FFT, which is faster on CPU: log-mel features of 64 x 1 s at 8 kHz in frames of 256
+    take one half to two thirds of the time of a matrix product with the Fourier matrix.
 
     Args:
         samples: floating [..., time].
-        frame_length: samples under the window.
+        frame_length: length of the window in samples.
         hop: samples from one frame to the next.
-        fft_length: even; the window stands in the middle of so many samples. By default
-            `frame_length`.
+        fft_length: even, default `frame_length`; the window is centered and zero-padded to it.
         center: as in `frame`, for frames of `fft_length`.
 
     Returns:
@@ -123,11 +126,11 @@ def stft(
             f"give for example {_power_of_two(frame_length)}"
         )
     frames = frame(samples, fft_length, hop, center=center)
-    window = np.zeros(fft_length)
+    padded = np.zeros(fft_length)
     start = (fft_length - frame_length) // 2
-    window[start : start + frame_length] = np.hanning(frame_length + 1)[:-1]  # periodic
-    weights = jnp.asarray(window, frames.dtype).reshape((1,) * (frames.ndim - 1) + (-1,))
-    return jnp.fft.rfft(frames * weights)
+    padded[start : start + frame_length] = np.hanning(frame_length + 1)[:-1]  # periodic
+    window = jnp.asarray(padded, frames.dtype).reshape((1,) * (frames.ndim - 1) + (-1,))
+    return jnp.fft.rfft(frames * window)  # [..., frames, bins]
 
 
 def mel_filterbank(
@@ -142,12 +145,15 @@ def mel_filterbank(
 ) -> np.ndarray:
     """Compute triangular filters whose centers are equally spaced on the mel scale.
 
+    Equals `librosa.filters.mel` transposed (`htk=True` is scale "htk" here) and
+    `torchaudio.functional.melscale_fbanks`, whose defaults are `mel_scale="htk"` and `norm=None`.
+
     Args:
         num_mels: number of filters.
-        num_bins: bins of the spectrum, fft_length // 2 + 1.
+        num_bins: frequency bins, fft_length // 2 + 1.
         sample_rate: in hertz.
-        low: where the first filter starts, in hertz.
-        high: where the last filter ends, in hertz; by default half the sample rate.
+        low: lower edge of the first filter in hertz, `fmin` in librosa.
+        high: upper edge of the last filter in hertz, `fmax`; by default half the sample rate.
         scale: "htk": `2595 log10(1 + f / 700)`; "slaney": linear below 1 kHz, logarithmic above.
         norm: "slaney": every filter has area 1 over frequency in hertz; None: height 1.
 
@@ -156,7 +162,7 @@ def mel_filterbank(
 
     Raises:
         ValueError: an unknown scale or norm, a frequency range outside [0, sample_rate / 2], or
-            a filter so narrow that it covers no bin.
+            a filter too narrow to cover a bin.
 
     Example:
         >>> mel_filterbank(40, 129, 8000).shape
@@ -178,6 +184,7 @@ def mel_filterbank(
             f"rate {sample_rate}; give 0 <= low < high <= {sample_rate / 2}"
         )
     edges = _to_hertz(np.linspace(_to_mel(low, scale), _to_mel(high, scale), num_mels + 2), scale)
+    # All below: [bins, mels].
     bins = np.linspace(0, sample_rate / 2, num_bins)[:, None]
     left, center, right = edges[None, :-2], edges[None, 1:-1], edges[None, 2:]
     rising, falling = (bins - left) / (center - left), (right - bins) / (right - center)
@@ -196,22 +203,28 @@ def mel_filterbank(
 class LogMel:
     """Log-mel features: `log max(floor, filters^T |stft|^2)`, in nats.
 
-    Call it inside the compiled step; it is hashable and equal to another of the same numbers. On a
-    voice-like signal of 1 s the features lie within 1e-4 of librosa's and, with 20 filters of
-    height 1 on the HTK scale, within 5e-4 of torchaudio's (tests/test_parity_audio.py).
+    Call it inside the compiled step; it is hashable and compares by value.
+
+    Corresponds to the logarithm of `librosa.feature.melspectrogram` (same filters and padding) and
+    of `torchaudio.transforms.MelSpectrogram(pad_mode="constant")`, whose filters are `scale="htk"`
+    and `norm=None` here. The options are `win_length`, `hop_length`, `n_fft`, `n_mels`, `fmin` and
+    `fmax` in librosa (`f_min`, `f_max` in torchaudio), with other defaults; features are
+    [frames, mels], not [mels, frames]. On a voice-like signal of 1 s the features are within 1e-4
+    of librosa's and, with 20 filters of height 1 on the HTK scale, within 5e-4 of torchaudio's
+    (tests/parity/test_audio.py).
 
     Attributes:
         sample_rate: in hertz.
-        frame_length: samples under the window; by default 25 ms.
+        frame_length: length of the window in samples; by default 25 ms.
         hop: samples from one frame to the next; by default 10 ms.
-        fft_length: by default the power of two from `frame_length` on.
+        fft_length: by default the next power of two from `frame_length`.
         num_mels: number of features.
         low: lowest frequency in hertz.
         high: highest frequency in hertz; by default half the sample rate.
         scale: of the filters, as in `mel_filterbank`.
         norm: of the filters, as in `mel_filterbank`.
-        floor: least power; 1e-6 lies below speech at any usual level and keeps digital silence
-            from standing out.
+        floor: minimum power; 1e-6 is below speech at any usual level and limits the contrast to
+            digital silence.
         center: as in `frame`.
 
     Raises:
@@ -243,8 +256,8 @@ class LogMel:
     def __call__(self, samples: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Map int16 or floating [batch, time] to [batch, frames, num_mels].
 
-        With `lengths` (samples of each signal) nothing beyond a length is seen, and the frames
-        from `frames(lengths)` on are 0; the others are those of the signal alone.
+        With `lengths` (samples of each signal) samples after each length are ignored, frames from
+        `frames(lengths)` on are 0, and the others equal those of the unpadded signal.
         """
         samples = to_waveform(samples)
         if samples.ndim != 2:
@@ -254,7 +267,7 @@ class LogMel:
         spectrum = stft(
             samples, frame_length=frame_length, hop=hop, fft_length=fft_length, center=self.center
         )
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)  # [batch, frames, bins]
         filters = jnp.asarray(self.filters(), power.dtype)
         mels = jnp.matmul(power, filters, precision="highest")
         features = jnp.log(jnp.where(mels < self.floor, self.floor, mels))  # NaN stays NaN
@@ -262,13 +275,13 @@ class LogMel:
             return features
         num_frames = features.shape[1]
         lengths = jnp.asarray(lengths)
-        # A negative length has made its signal NaN, which must not be hidden here.
+        # `clear_padding` has made signals of negative length NaN; do not mask these frames.
         num_valid = jnp.where(lengths < 0, num_frames, self.frames(lengths))
         valid = jnp.arange(num_frames)[None] < num_valid[:, None]
         return jnp.where(valid[..., None], features, jnp.zeros((), features.dtype))
 
     def frames(self, lengths: Any) -> Any:
-        """Count the frames of signals of `lengths` samples, an integer or an array of them."""
+        """Return the number of frames of signals of `lengths` samples, an integer or an array."""
         _, hop, fft_length = self._sizes
         return num_valid_frames(lengths, fft_length, hop, center=self.center)
 
@@ -295,16 +308,19 @@ class LogMel:
 
 
 def mfcc(log_mels: jax.Array, num_coefficients: int = 13) -> jax.Array:
-    """Compute mel-frequency cepstral coefficients, the cosine transform of log-mel features.
+    """Compute mel-frequency cepstral coefficients, the orthonormal DCT-II of log-mel features.
 
-    `c[k] = s[k] sum_m x[m] cos(pi k (m + 1/2) / M)` with s that makes the transform orthonormal. On
-    the features of a voice-like signal 13 coefficients lie within 2e-4 of what librosa makes of
-    the same logarithms, and within 2e-3 of torchaudio's, which adds 1e-6 to a power where
-    `LogMel` takes the larger of the two (tests/test_parity_audio.py).
+    `c[k] = s[k] sum_m x[m] cos(pi k (m + 1/2) / M)` with s such that the transform is orthonormal.
+
+    Corresponds to `librosa.feature.mfcc(S=log_mels, n_mfcc=13)` and, with `log_mels=True`, to
+    `torchaudio.transforms.MFCC`; by default both take decibels instead of natural logarithms. On
+    the features of a voice-like signal 13 coefficients are within 2e-4 of librosa's for the same
+    logarithms, and within 2e-3 of torchaudio's, which adds 1e-6 to the power where `LogMel` takes
+    the maximum (tests/parity/test_audio.py).
 
     Args:
         log_mels: floating [..., num_mels], from `LogMel`.
-        num_coefficients: how many of the first to keep, at most num_mels.
+        num_coefficients: number of leading coefficients to return, at most num_mels.
 
     Returns:
         [..., num_coefficients].
@@ -318,7 +334,7 @@ def mfcc(log_mels: jax.Array, num_coefficients: int = 13) -> jax.Array:
 
     References:
         Davis and Mermelstein 1980, IEEE Transactions on Acoustics, Speech and Signal Processing
-        28(4), section II. librosa takes decibels, 4.34 times our natural logarithms.
+        28(4), section II. Decibels are 4.34 times the natural logarithms.
     """
     num_mels = log_mels.shape[-1]
     if not 1 <= num_coefficients <= num_mels:
@@ -334,16 +350,17 @@ def mfcc(log_mels: jax.Array, num_coefficients: int = 13) -> jax.Array:
 
 
 def standardize(features: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """Give each feature of each example mean 0 and variance 1 over its frames.
+    """Normalize each feature of each example to mean 0 and variance 1 over its frames.
 
-    This takes out the loudness of a recording and the color of its microphone.
+    This is cepstral mean and variance normalization (CMVN): it removes the level of a recording
+    and the frequency response of its microphone.
 
     Args:
         features: floating [batch, frames, channels].
-        lengths: valid frames of each example, integer [batch]; all by default.
+        lengths: valid frames of each example, integer [batch]; default all.
 
     Returns:
-        The shape and dtype of `features`, 0 beyond each length.
+        The shape and dtype of `features`, 0 from each length on.
 
     Raises:
         ValueError: lengths that do not fit, as in `clear_padding`.

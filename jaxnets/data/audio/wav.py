@@ -1,4 +1,4 @@
-"""The WAV format: RIFF files of uncompressed samples."""
+"""Reading and writing of WAV files, RIFF files of uncompressed samples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from jaxnets.data.files import atomic_file
 
 _PCM, _FLOAT, _EXTENSIBLE = 0x0001, 0x0003, 0xFFFE
-# An extensible header names the format by a GUID: the code above and these fixed bytes.
+# An extensible header gives the format as a GUID: one of the codes above and these bytes.
 _GUID_TAIL = bytes.fromhex("000000001000800000aa00389b71")
-# Other codes that are met in practice, for the message only.
+# Other codes that occur in practice, for the error message only.
 _COMPRESSED = {
     0x0002: "Microsoft ADPCM",
     0x0006: "A-law",
@@ -33,22 +33,23 @@ def read_wav(
 ) -> tuple[np.ndarray, int]:
     """Read a WAV file of uncompressed samples.
 
-    Integers of 8, 16, 24 and 32 bits are divided by their full scale; float32 and float64 are
-    taken as they are, so only they can leave [-1, 1]. A file that is cut short, even behind its
-    last sample, is refused.
+    Integers of 8, 16, 24 and 32 bits are divided by their full scale; float32 and float64 are not
+    scaled, so only they can exceed [-1, 1]. A truncated file is refused, even if only bytes after
+    its last sample are missing. Corresponds to
+    `soundfile.read(source, dtype="float32", always_2d=True)`.
 
     Args:
         source: a path, or the content of a file.
-        mono: return the mean of the channels instead of each.
-        name: what to call `source` in errors; by default the path, or "given content".
+        mono: return the mean over the channels.
+        name: of `source` in errors; by default the path, or "given content".
 
     Returns:
-        Samples, float32 [time, channels], or [time] if `mono`, whatever the file holds; and the
+        Samples, float32 [time, channels] for every sample format, or [time] if `mono`; and the
         sample rate in hertz.
 
     Raises:
-        ValueError: not a WAV file, cut short, damaged, compressed or of an unknown type, without
-            samples, or with samples that are not finite. The message names the file.
+        ValueError: not a WAV file, truncated, damaged, compressed or of an unknown type, without
+            samples, or with non-finite samples. The message names the file.
         OSError: the file cannot be opened.
 
     Example:
@@ -74,17 +75,17 @@ def read_wav(
 
 
 def write_wav(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: int) -> None:
-    """Write samples as 16-bit PCM; the file appears under its name only once it is complete.
+    """Write samples as 16-bit PCM, atomically.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: an existing file is replaced.
         samples: [time] or [time, channels]; floats in [-1, 1], rounded to the nearest of the
-            65,536 levels, or int16, written as they are.
+            65,536 levels, or int16, written unchanged.
         sample_rate: in hertz.
 
     Raises:
-        ValueError: no samples, another shape or dtype, floats outside [-1, 1] or not finite, a
-            sample rate or a size that the format cannot hold.
+        ValueError: no samples, another shape or dtype, floats outside [-1, 1] or non-finite, a
+            sample rate or a size that the format cannot represent.
 
     Example:
         >>> import tempfile, pathlib
@@ -128,7 +129,7 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: in
 
 
 class _WavError(Exception):
-    """What is wrong and the remedy, to be put behind the name of the file."""
+    """The defect and its remedy; `read_wav` puts the name of the file before it."""
 
 
 def _decode(content: bytes) -> tuple[np.ndarray, int]:
@@ -146,7 +147,7 @@ def _decode(content: bytes) -> tuple[np.ndarray, int]:
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Iterate over the identifiers and bodies of the chunks of a RIFF file."""
+    """Iterate over the chunks of a RIFF file: identifier and body."""
     if len(content) < 12 or content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         raise _WavError(
             f"is not a WAV file: it holds {len(content)} bytes and starts with {content[:12]!r}; "
@@ -172,7 +173,7 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _read_header(chunk: memoryview) -> tuple[np.dtype, int, int]:
-    """Return the type of a sample, the number of channels and the sample rate."""
+    """Return the dtype of a sample, the number of channels and the sample rate."""
     if len(chunk) < 16:
         raise _WavError(f"describes its samples in {len(chunk)} bytes instead of 16; {_GET_ANEW}")
     code, num_channels, sample_rate, _, block, bits = struct.unpack_from("<HHIIHH", chunk)
@@ -212,7 +213,7 @@ def _to_float(chunk: memoryview, dtype: np.dtype, num_channels: int) -> np.ndarr
             f"is cut short or damaged: {len(chunk)} bytes of samples are no whole number of "
             f"blocks of {block} bytes; {_GET_ANEW}"
         )
-    if dtype.kind == "V":  # 24 bits become the upper ones of 32
+    if dtype.kind == "V":  # 24 bits become the upper 24 of 32
         padded = np.zeros((len(chunk) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(chunk, np.uint8).reshape(-1, 3)
         samples = padded.view("<i4")
@@ -225,6 +226,6 @@ def _to_float(chunk: memoryview, dtype: np.dtype, num_channels: int) -> np.ndarr
         if not np.isfinite(floats).all():
             raise _WavError(f"holds samples that are not finite float32 numbers; {_GET_ANEW}")
         return floats
-    if dtype.kind == "u":  # 8 bits are unsigned with the zero at 128
+    if dtype.kind == "u":  # 8-bit samples are unsigned with zero at 128
         return (samples.astype(np.float32) - 128) / 128
     return samples.astype(np.float32) / np.float32(2 ** (8 * samples.itemsize - 1))

@@ -1,4 +1,4 @@
-"""Batches of signals: samples as floats, and what lies beyond the end of each signal."""
+"""Waveforms: integer samples as floats."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PCM16_SCALE = 32768
 
 
 def to_waveform(samples: jax.Array) -> jax.Array:
-    """Map 16-bit samples to floats in [-1, 1); floats stay as they are.
+    """Map 16-bit samples to floats in [-1, 1); floats are returned unchanged.
 
-    Keep recordings int16 on the host and call this inside the compiled step: that halves the
-    memory and the transfer.
+    Store recordings as int16 on the host and call this inside the compiled step, which halves
+    memory and transfer. The scale is that of `torchaudio.load(normalize=True)`.
 
     Args:
         samples: int16 or floating [...].
@@ -21,7 +21,7 @@ def to_waveform(samples: jax.Array) -> jax.Array:
         [...]; float32 for int16.
 
     Raises:
-        ValueError: another dtype, whose full scale is not known.
+        ValueError: another dtype, whose full scale is unknown.
 
     Example:
         >>> to_waveform(jnp.array([-32768, 0, 16384], jnp.int16)).tolist()

@@ -1,4 +1,4 @@
-"""Sources of batches: pure functions of seed and step."""
+"""Batch sources: pure functions of seed and step."""
 
 from jaxnets.data.batches.bucketing import bucketed_batches, bucketed_pass
 from jaxnets.data.batches.grain import grain_batches

@@ -1,4 +1,4 @@
-"""Batches of sequences of similar length, padded to one of a few shapes."""
+"""Bucketing by length: batches of similar length, padded to one of a few shapes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from jaxnets.checks import check_first_step
+from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import Arrays, check_seed, random_order
-from jaxnets.data.batches.windows import check_sizes
 from jaxnets.data.text.padding import check_sequence, pad_sequences, round_up
 from jaxnets.data.text.vocabulary import BEGIN, END
 
-#: Token ids, and what belongs to them: the token ids of a translation, or an integer class.
+#: Token ids and their target: the token ids of a translation, or an integer class.
 Example: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
@@ -26,8 +25,9 @@ class Bucket:
     """Examples that are padded to the same shape.
 
     Attributes:
-        data: arrays [examples, ...] by name, among them "indices", the place of each example.
-        batch_size: examples of a batch.
+        data: {name: array [examples, ...]} with "indices", the position of each example in the
+            dataset.
+        batch_size: examples per batch.
     """
 
     data: Arrays
@@ -44,7 +44,7 @@ class BucketedBatches:
     Attributes:
         buckets: from the shortest to the longest.
         seed: of the order of the examples.
-        steps_per_shape: batches of the same shape in a row.
+        steps_per_shape: consecutive batches of the same shape.
     """
 
     buckets: tuple[Bucket, ...]
@@ -53,33 +53,33 @@ class BucketedBatches:
 
     @property
     def num_examples(self) -> int:
-        """Examples of the data set."""
+        """Examples in the dataset."""
         return sum(len(bucket) for bucket in self.buckets)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one epoch; the rest of each bucket sits it out."""
+        """Batches in one epoch; the remainder of each bucket is dropped."""
         return len(self._schedule()) * self.steps_per_shape
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions of an average epoch's inputs and labels that is padding."""
+        """Fraction of the positions of inputs and labels that is padding, averaged over epochs."""
         return _padding_share(self.buckets)
 
     def _schedule(self) -> np.ndarray:
-        """Return the bucket of every group of `steps_per_shape` batches, in order of length."""
+        """Return the bucket index of each group of `steps_per_shape` batches, shortest first."""
         groups = [
             len(bucket) // (bucket.batch_size * self.steps_per_shape) for bucket in self.buckets
         ]
         return np.repeat(np.arange(len(self.buckets)), groups)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end: arrays [batch, ...] by name."""
+        """Iterate endlessly from `first_step`: {name: array [batch, ...]}."""
         check_first_step(first_step)
         schedule, num_buckets = self._schedule(), len(self.buckets)
         first_epoch, first_position = divmod(first_step, self.steps_per_epoch)
         for epoch in itertools.count(first_epoch):
-            # Drawn without the seed: all seeds meet the shapes in one order, for populations.
+            # Independent of the seed: a population needs the same shapes in the same order.
             shapes = schedule[random_order(len(schedule), 0, epoch)]
             orders = [
                 random_order(len(bucket), self.seed, epoch * num_buckets + index)
@@ -97,7 +97,7 @@ class BucketedBatches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BucketedPass:
-    """One pass in order of length; see `bucketed_pass`.
+    """One pass sorted by length; see `bucketed_pass`.
 
     Attributes:
         buckets: from the shortest to the longest.
@@ -107,26 +107,26 @@ class BucketedPass:
 
     @property
     def num_examples(self) -> int:
-        """Examples in the pass, padding not counted."""
+        """Examples in the pass, without padding."""
         return sum(len(bucket) for bucket in self.buckets)
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions of the inputs and labels that is padding, within examples."""
+        """Fraction of the positions of inputs and labels that is padding, within examples."""
         return _padding_share(self.buckets)
 
     def __len__(self) -> int:
         return sum(-(-len(bucket) // bucket.batch_size) for bucket in self.buckets)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from batch `first_step` to the last: arrays, "indices" and "weights" [batch]."""
+        """Iterate from batch `first_step` to the last, with "indices" and "weights" [batch]."""
         check_first_step(first_step)
-        places = [
+        slices = [
             (bucket, start)
             for bucket in self.buckets
             for start in range(0, len(bucket), bucket.batch_size)
         ]
-        for bucket, start in places[first_step:]:
+        for bucket, start in slices[first_step:]:
             rows = np.arange(start, start + bucket.batch_size)
             batch = _rows(bucket.data, np.minimum(rows, len(bucket) - 1))
             yield {**batch, "weights": (rows < len(bucket)).astype(np.float32)}
@@ -142,39 +142,38 @@ def bucketed_batches(
     batch_multiple: int = 1,
     steps_per_shape: int = 1,
 ) -> BucketedBatches:
-    """Yield shuffled batches of examples of similar length without end, for training.
+    """Yield endless shuffled batches of examples of similar length, for training.
 
-    Examples are sorted by length, that of the longer side, and divided into buckets of about
-    equally many tokens. Every batch is of one bucket and has its shape: rows as long as the
-    longest of the bucket, rounded up to `multiple`, and as many rows as `tokens_per_batch` allows
-    on the longer side. In each epoch every bucket is shuffled anew and so are the batches; the
-    ragged rest of a bucket is left out, other examples in every epoch.
+    Examples are sorted by length, that of the longer side, and split into buckets with about
+    equal numbers of tokens. Every batch comes from one bucket and has its shape: rows as long as
+    the longest of the bucket, rounded up to `multiple`, and as many rows as `tokens_per_batch`
+    allows on the longer side. Each epoch shuffles every bucket and the order of the batches; the
+    remainder of a bucket is dropped, other examples in each epoch.
 
-    With a sentence as the second of each pair, the decoder reads `BEGIN` + target and has to say
-    target + `END`.
+    If the second of each pair is a sentence, batches are for teacher forcing: the decoder input
+    is `BEGIN` + target and the labels are target + `END`.
 
     Args:
-        pairs: (token ids, token ids of the target) or (token ids, integer class), each sequence
-            with at least one token and without special ids around the target.
-        tokens_per_batch: tokens of a batch with padding, on the longer side.
+        pairs: (token ids, token ids of the target) or (token ids, integer class); each sequence
+            has at least one token, and targets no special ids.
+        tokens_per_batch: tokens per batch on the longer side, padding included.
         seed: non-negative; the batches are a pure function of the seed and the step.
-        num_buckets: at most so many shapes; fewer where rounded lengths coincide.
-        multiple: rows have a multiple of so many tokens.
-        batch_multiple: batches have a multiple of so many examples, for example the number of
-            devices.
-        steps_per_shape: so many batches in a row have the same shape, from every multiple of this
-            number on, so that `chunked` can stack them.
+        num_buckets: maximum number of shapes; fewer where rounded lengths coincide.
+        multiple: row lengths are multiples of this.
+        batch_multiple: batch sizes are multiples of this, for example the number of devices.
+        steps_per_shape: consecutive batches of the same shape, counted from step 0, so that
+            `chunked` can stack them.
 
     Returns:
         A source of {"inputs": int32 [batch, source], "lengths": int32 [batch]} with, for targets,
         {"decoder_inputs", "labels": int32 [batch, target], "label_lengths": int32 [batch]}, or,
         for classes, {"labels": int32 [batch]}; and the properties `steps_per_epoch` and
-        `padding_share`. The shapes come in the same order for every seed, so `member_batches`
-        can put several seeds side by side.
+        `padding_share`. The order of the shapes is the same for every seed, so `member_batches`
+        can stack several seeds.
 
     Raises:
-        ValueError: no pairs, an empty sequence, ids that are no integers, targets of mixed kinds,
-            an example longer than `tokens_per_batch` allows, fewer examples than one batch.
+        ValueError: no pairs, an empty sequence, ids that are not integers, targets of mixed kinds,
+            an example longer than `tokens_per_batch`, fewer examples than one batch.
 
     Example:
         >>> pairs = [([5, 6, 7], [8, 9]), ([5], [9, 9]), ([6, 7], [8]), ([5, 5], [8])]
@@ -189,14 +188,15 @@ def bucketed_batches(
     """
     check_seed(seed)
     check_sizes(batch_multiple=batch_multiple, steps_per_shape=steps_per_shape)
-    examples = _parsed(pairs)
-    smallest = batch_multiple * steps_per_shape  # examples without which a bucket has no batch
+    examples = _parse(pairs)
+    smallest = batch_multiple * steps_per_shape  # examples that a bucket needs for one batch
     if len(pairs) < smallest:
         raise ValueError(
             f"{len(pairs)} examples are fewer than batch_multiple={batch_multiple} times "
             f"steps_per_shape={steps_per_shape}; give more examples or lower these"
         )
-    groups = _joined(_grouped(examples.longest_side(), num_buckets, multiple), smallest)
+    groups = _group_by_length(examples.longest_side(), num_buckets, multiple)
+    groups = _merge_small(groups, smallest)
     buckets = []
     for group in groups:
         bucket = examples.bucket(group, tokens_per_batch, multiple)
@@ -220,8 +220,8 @@ def bucketed_pass(
 ) -> BucketedPass:
     """Yield every example once, the shortest first, for evaluation and decoding.
 
-    The last batch of a bucket is filled up with its last example, with weight 0 but with its own
-    index, so `results[batch["indices"]] = outputs` puts all results into the original order.
+    The last batch of a bucket is padded with copies of its last example, with weight 0 and the
+    same index, so `results[batch["indices"]] = outputs` restores the original order.
 
     Args:
         pairs: as in `bucketed_batches`.
@@ -230,8 +230,8 @@ def bucketed_pass(
         multiple: as there.
 
     Returns:
-        A source of the arrays of `bucketed_batches` with "indices" int32 [batch], the place of
-        each example in `pairs`, and "weights" float32 [batch]. It ends, and `source(0)` is the
+        A source of the arrays of `bucketed_batches` with "indices" int32 [batch], the position of
+        each example in `pairs`, and "weights" float32 [batch]. It is finite: `source(0)` is the
         whole pass.
 
     Raises:
@@ -242,8 +242,8 @@ def bucketed_pass(
         >>> [batch["indices"].tolist() for batch in source(0)]
         [[1, 1], [0]]
     """
-    examples = _parsed(pairs)
-    groups = _grouped(examples.longest_side(), num_buckets, multiple)
+    examples = _parse(pairs)
+    groups = _group_by_length(examples.longest_side(), num_buckets, multiple)
     return BucketedPass(
         tuple(examples.bucket(group, tokens_per_batch, multiple) for group in groups)
     )
@@ -258,14 +258,14 @@ class _Examples:
     classes: np.ndarray | None
 
     def longest_side(self) -> np.ndarray:
-        """Return the tokens of the longer side, special ids counted, int [examples]."""
+        """Return the length of the longer side with special ids, int [examples]."""
         lengths = np.array([len(source) for source in self.sources])
         if self.targets is None:
             return lengths
         return np.maximum(lengths, [len(target) + 1 for target in self.targets])
 
     def bucket(self, group: np.ndarray, tokens_per_batch: int, multiple: int) -> Bucket:
-        """Pad the examples of the indices `group` to one shape."""
+        """Pad the examples with the indices `group` to one shape."""
         check_sizes(tokens_per_batch=tokens_per_batch)
         inputs, lengths = pad_sequences([self.sources[i] for i in group], multiple=multiple)
         data = {"indices": group.astype(np.int32), "inputs": inputs, "lengths": lengths}
@@ -287,7 +287,7 @@ class _Examples:
         return Bucket(data, tokens_per_batch // longest)
 
 
-def _parsed(pairs: Sequence[Example]) -> _Examples:
+def _parse(pairs: Sequence[Example]) -> _Examples:
     if len(pairs) == 0:
         raise ValueError("pairs is empty; give at least one (token ids, target)")
     firsts, seconds = zip(*pairs, strict=True)
@@ -305,12 +305,12 @@ def _parsed(pairs: Sequence[Example]) -> _Examples:
     return _Examples(sources, None, classes.astype(np.int32))
 
 
-def _grouped(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.ndarray]:
-    """Return the indices of the examples of each bucket, in order of length."""
+def _group_by_length(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.ndarray]:
+    """Return the example indices of each bucket, shortest bucket first."""
     check_sizes(num_buckets=num_buckets, multiple=multiple)
     order = np.argsort(lengths, kind="stable")
-    # Quantiles of the tokens, not of the examples: the long ones, where padding costs most, are
-    # then divided as finely as the short ones, and all buckets have about equally many batches.
+    # Quantiles of tokens, not of examples: long examples, where padding costs most, get as many
+    # buckets as short ones, and all buckets have about the same number of batches.
     tokens = np.cumsum(lengths[order])
     last = np.searchsorted(tokens * num_buckets, tokens[-1] * np.arange(1, num_buckets + 1))
     bounds = np.unique(round_up(lengths[order[last]], multiple))
@@ -318,16 +318,16 @@ def _grouped(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.nd
     return np.split(order, ends[:-1])
 
 
-def _joined(groups: list[np.ndarray], smallest: int) -> list[np.ndarray]:
-    """Join neighbors until each group has `smallest` examples."""
-    joined: list[np.ndarray] = []
+def _merge_small(groups: list[np.ndarray], smallest: int) -> list[np.ndarray]:
+    """Merge neighboring groups until each has `smallest` examples."""
+    merged: list[np.ndarray] = []
     for group in groups:
-        if joined and len(joined[-1]) < smallest:
-            group = np.concatenate([joined.pop(), group])
-        joined.append(group)
-    if len(joined) > 1 and len(joined[-1]) < smallest:
-        joined[-2:] = [np.concatenate(joined[-2:])]
-    return joined
+        if merged and len(merged[-1]) < smallest:
+            group = np.concatenate([merged.pop(), group])
+        merged.append(group)
+    if len(merged) > 1 and len(merged[-1]) < smallest:
+        merged[-2:] = [np.concatenate(merged[-2:])]
+    return merged
 
 
 def _padding_share(buckets: Sequence[Bucket]) -> float:

@@ -1,4 +1,4 @@
-"""Grain pipelines for data that does not fit in memory, with exact resume."""
+"""Grain pipelines for data larger than memory, with exact resume."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import check_seed
 
 
 class RandomAccessSource(Protocol):
-    """Anything with a length whose examples are read by index."""
+    """A dataset with a length and random access by index."""
 
     def __len__(self) -> int: ...
 
@@ -22,22 +23,21 @@ class RandomAccessSource(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GrainBatches:
-    """Batches of a Grain data set; see `grain_batches`.
+    """Batches of a Grain dataset; see `grain_batches`.
 
     Attributes:
         dataset: an endless `grain.MapDataset` whose element s is the batch of step s.
-        num_threads: threads that read ahead; 0 reads when asked.
+        num_threads: threads that read ahead; 0 reads on demand.
     """
 
     dataset: Any
     num_threads: int
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end and without reading what comes before."""
+        """Iterate endlessly from `first_step`; earlier batches are not read."""
         import grain
 
-        if first_step < 0:
-            raise ValueError(f"first step {first_step} is negative; steps count from 0")
+        check_first_step(first_step)
         options = grain.ReadOptions(
             num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads
         )
@@ -52,19 +52,19 @@ def grain_batches(
     transform: Callable[[Any, np.random.Generator], Batch] | None = None,
     num_threads: int = 0,
 ) -> GrainBatches:
-    """Yield shuffled batches of examples that are read one by one, without end.
+    """Yield endless shuffled batches of examples that are read by index.
 
-    Only the examples of a batch are in memory. Each epoch has its own order and holds every
-    example once; a batch may span two epochs. The order, and the generators that `transform`
-    gets, are pure functions of the seed and the position, so a run resumes at any step.
+    Only the examples of a batch are in memory. Each epoch has its own order and contains every
+    example once; a batch may span two epochs. The order and the generators passed to `transform`
+    are pure functions of the seed and the position, so a run resumes at any step.
 
     Args:
-        source: read by index; examples are dictionaries of arrays (or what `transform` takes).
+        source: random access to examples, dictionaries of arrays (or what `transform` takes).
         batch_size: examples per batch.
         seed: non-negative.
         transform: (example, generator) -> dictionary of arrays of equal shapes; decodes and
             augments. With threads it must be thread-safe.
-        num_threads: threads that read and transform ahead; worth it for slow storage.
+        num_threads: threads that read and transform ahead, for slow storage.
 
     Returns:
         A source of {name: array [batch, ...]}.
@@ -84,12 +84,11 @@ def grain_batches(
         raise ImportError("this pipeline needs Grain; run `pip install grain`") from error
     if len(source) == 0:
         raise ValueError("the source holds no examples; give at least one")
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is below 1; give at least 1")
+    check_sizes(batch_size=batch_size)
     if num_threads < 0:
         raise ValueError(f"cannot read with {num_threads} threads; give 0 or more")
     check_seed(seed)
-    # Grain adds the epoch to the seed: spread, or seed 1 would be seed 0 an epoch later.
+    # Grain adds the epoch to the seed. Without hashing, seed 1 would be seed 0 an epoch later.
     order_seed, transform_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     dataset = grain.MapDataset.source(source).shuffle(seed=order_seed)
     if transform is not None:

@@ -1,4 +1,4 @@
-"""Batches put on the device ahead of time by a background thread."""
+"""Prefetching: a background thread puts batches on the device ahead of time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import jax
 
 from jaxnets.core import Batch, BatchSource
 
-_JOIN_SECONDS = 5.0  # longest wait for a source that is stuck, so that leaving never hangs
+_JOIN_SECONDS = 5.0  # longest wait for a blocked source, so that closing never hangs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrefetchedBatches:
-    """A source whose batches wait on the device; see `prefetch`."""
+    """A source with a queue of batches on the device; see `prefetch`."""
 
     source: BatchSource
     size: int
@@ -26,11 +26,11 @@ class PrefetchedBatches:
 
     @property
     def steps_per_batch(self) -> int:
-        """Steps in one batch of the source underneath."""
+        """Steps per batch of the wrapped source."""
         return getattr(self.source, "steps_per_batch", 1)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on; the thread starts with the first batch asked for."""
+        """Iterate from `first_step`; the thread starts with the first `next`."""
         producer = _Producer(self, first_step)
         try:
             producer.start()
@@ -41,7 +41,7 @@ class PrefetchedBatches:
 
 
 class _Producer:
-    """The thread of one iteration, with at most `size` batches made ahead of the consumer."""
+    """The thread of one iterator, at most `size` batches ahead of the consumer."""
 
     def __init__(self, batches: PrefetchedBatches, first_step: int) -> None:
         self._batches = batches
@@ -49,11 +49,11 @@ class _Producer:
         self._slots = threading.Semaphore(batches.size)
         self._ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
         self._stopped = False
-        # A daemon, because an ordinary thread would be waited for before `atexit` can stop it.
+        # A daemon: Python joins other threads before `atexit` could stop them.
         self._thread = threading.Thread(target=self._run, name="jaxnets-prefetch", daemon=True)
 
     def start(self) -> None:
-        # A thread that is inside the device's runtime while Python is torn down can crash it.
+        # A thread inside the device runtime while Python shuts down can crash the process.
         atexit.register(self.stop)
         self._thread.start()
 
@@ -65,7 +65,7 @@ class _Producer:
         return item
 
     def stop(self) -> None:
-        if self._stopped:  # by `atexit`; now the iterator is dropped from a module torn down
+        if self._stopped:  # by `atexit`, before the iterator is dropped at shutdown
             return
         atexit.unregister(self.stop)
         self._stopped = True
@@ -81,22 +81,22 @@ class _Producer:
                     return
                 self._ready.put(self._batches.device_put(batch))
             self._ready.put(None)
-        except BaseException as error:  # handed to the consumer, with its traceback
+        except BaseException as error:  # raised in the consumer, with its traceback
             self._ready.put(error)
 
 
 def prefetch(
     source: BatchSource, *, size: int = 2, device_put: Callable[[Batch], Any] = jax.device_put
 ) -> PrefetchedBatches:
-    """Make batches and put them on the device while the current step runs.
+    """Produce batches and transfer them to the device while the current step runs.
 
-    The order is that of the source. An exception in the thread is raised where the batch is
-    asked for, with the traceback of the thread. The thread ends when the iterator is exhausted,
-    closed or dropped, and when the interpreter exits.
+    The order is that of the source. An exception in the thread is raised by `next` in the
+    consumer, with the thread's traceback. The thread ends when the iterator is exhausted, closed
+    or garbage-collected, and when the interpreter exits.
 
     Args:
         source: any batch source; each iterator runs it in its own thread.
-        size: batches that may wait on the device.
+        size: batches that may be queued on the device.
         device_put: batch -> batch on the device, for example with a sharding:
             `lambda batch: jax.device_put(batch, sharding)`.
 
@@ -113,5 +113,5 @@ def prefetch(
         (4,)
     """
     if size < 1:
-        raise ValueError(f"cannot keep {size} batches ready; give a size of 1 or more")
+        raise ValueError(f"size {size} leaves no room for a batch; give a size of 1 or more")
     return PrefetchedBatches(source, size, device_put)

@@ -1,8 +1,8 @@
 """Batch sources that are pure functions of (seed, step), so that any run resumes exactly.
 
-A source takes the first step and returns an iterator of batches from there on. The order of
-examples is arithmetic on the step, never the state of an iterator: batch `s` is the same
-whether the run started at step 0 or was resumed at `s`.
+A source maps the first step to an iterator over the batches from that step on. The order of the
+examples is a function of the step, never the state of an iterator: batch `s` is the same whether
+the run started at step 0 or resumed at `s`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch, BatchSource
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed, pad_arrays, random_order
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexBatches:
-    """Endless batches of example indices, every epoch in its own order; see `index_batches`."""
+    """Endless batches of example indices, shuffled in each epoch; see `index_batches`."""
 
     num_examples: int
     batch_size: int
     seed: int
 
     def __post_init__(self) -> None:
-        _check_batch_size(self.batch_size)
+        check_sizes(batch_size=self.batch_size)
         if self.batch_size > self.num_examples:
             raise ValueError(
                 f"batch size {self.batch_size} is larger than the {self.num_examples} examples; "
@@ -36,12 +37,12 @@ class IndexBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one epoch; the rest of `num_examples % batch_size` examples sits it out."""
+        """Batches in one epoch; the remaining `num_examples % batch_size` examples are dropped."""
         return self.num_examples // self.batch_size
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end: {"indices": int32 [batch]}."""
-        _check_first_step(first_step)
+        """Iterate endlessly from `first_step`: {"indices": int32 [batch]}."""
+        check_first_step(first_step)
         first_epoch, position = divmod(first_step, self.steps_per_epoch)
         for epoch in itertools.count(first_epoch):
             order = random_order(self.num_examples, self.seed, epoch).astype(np.int32)
@@ -63,7 +64,7 @@ class ShuffledBatches:
         return self.order.steps_per_epoch
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end: arrays [batch, ...] by name."""
+        """Iterate endlessly from `first_step`: {name: array [batch, ...]}."""
         for batch in self.order(first_step):
             indices = batch["indices"]
             yield {name: np.take(array, indices, axis=0) for name, array in self.data.items()}
@@ -71,7 +72,7 @@ class ShuffledBatches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpochBatches:
-    """Batches that tell their epoch; see `with_epochs`."""
+    """Batches with the number of their epoch; see `with_epochs`."""
 
     source: IndexBatches | ShuffledBatches
 
@@ -81,7 +82,7 @@ class EpochBatches:
         return self.source.steps_per_epoch
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end: what the source gives and "epochs"."""
+        """Iterate endlessly from `first_step`: the batches of the source with "epochs"."""
         for step, batch in enumerate(self.source(first_step), first_step):
             size = len(next(iter(batch.values())))
             yield {**batch, "epochs": np.full(size, step // self.steps_per_epoch, np.int32)}
@@ -89,22 +90,22 @@ class EpochBatches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequentialBatches:
-    """One pass in order with the last batch padded; see `sequential_batches`."""
+    """One pass in order, the last batch padded; see `sequential_batches`."""
 
     data: Arrays
     batch_size: int
 
     @property
     def num_examples(self) -> int:
-        """Examples in the pass, padding not counted."""
+        """Examples in the pass, without padding."""
         return len(next(iter(self.data.values())))
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from batch `first_step` to the last one: arrays and "weights" [batch]."""
-        _check_first_step(first_step)
+        """Iterate from batch `first_step` to the last: arrays with "weights" [batch]."""
+        check_first_step(first_step)
         for start in range(first_step * self.batch_size, self.num_examples, self.batch_size):
             stop = start + self.batch_size
             batch = {name: array[start:stop] for name, array in self.data.items()}
@@ -113,30 +114,30 @@ class SequentialBatches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MemberBatches:
-    """Batches of several sources side by side; see `member_batches`."""
+    """Batches of several sources, stacked; see `member_batches`."""
 
     sources: tuple[BatchSource, ...]
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on: arrays [members, batch, ...] by name."""
+        """Iterate from `first_step`: {name: array [members, batch, ...]}."""
         for batches in zip(*(source(first_step) for source in self.sources), strict=False):
             yield {name: np.stack([b[name] for b in batches]) for name in batches[0]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChunkedBatches:
-    """Several steps' batches stacked on a new leading axis; see `chunked`.
+    """Batches of several steps, stacked on a new leading axis; see `chunked`.
 
     Attributes:
-        source: where the batches come from.
-        steps_per_batch: steps in one stacked batch.
+        source: the source of the batches.
+        steps_per_batch: steps per stacked batch.
     """
 
     source: BatchSource
     steps_per_batch: int
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate over chunks, the first of which starts at `first_step`, whatever it is."""
+        """Iterate over chunks; the first starts at `first_step`, which need not be a multiple."""
         batches = iter(self.source(first_step))
         while chunk := list(itertools.islice(batches, self.steps_per_batch)):
             if len(chunk) < self.steps_per_batch:
@@ -148,12 +149,12 @@ class ChunkedBatches:
 
 
 def index_batches(num_examples: int, batch_size: int, *, seed: int) -> IndexBatches:
-    """Yield the indices of `shuffled_batches`, for data that lives on the device.
+    """Yield the example indices of `shuffled_batches`, for data that is on the device.
 
     Args:
-        num_examples: examples of the data set.
+        num_examples: examples in the dataset.
         batch_size: examples per batch.
-        seed: non-negative; the same seed gives exactly the order of `shuffled_batches`.
+        seed: non-negative; the same seed gives the order of `shuffled_batches`.
 
     Returns:
         A source of {"indices": int32 [batch]}, with the property `steps_per_epoch`.
@@ -172,14 +173,15 @@ def index_batches(num_examples: int, batch_size: int, *, seed: int) -> IndexBatc
 def shuffled_batches(
     data: Mapping[str, np.ndarray], batch_size: int, *, seed: int
 ) -> ShuffledBatches:
-    """Yield shuffled batches without end, for training.
+    """Yield endless shuffled batches, for training.
 
     Step s belongs to epoch s // steps_per_epoch, whose permutation is a pure function of the seed
-    and the epoch. The ragged rest of an epoch (examples % batch_size) is dropped, other examples
-    in every epoch, so that each batch is full.
+    and the epoch. The remainder of an epoch (examples % batch_size) is dropped, other examples in
+    each epoch, so every batch is full. Corresponds to `torch.utils.data.DataLoader` with
+    `shuffle=True, drop_last=True`, but the order is a function of the step.
 
     Args:
-        data: arrays [examples, ...] by name, kept as they are (images may stay uint8).
+        data: {name: array [examples, ...]}, not converted (images may stay uint8).
         batch_size: examples per batch.
         seed: non-negative.
 
@@ -202,13 +204,13 @@ def shuffled_batches(
 
 
 def with_epochs(source: IndexBatches | ShuffledBatches) -> EpochBatches:
-    """Let each batch tell its epoch, for changes that depend on it such as `alternating_flip`.
+    """Add the epoch to each batch, for augmentation that depends on it (`alternating_flip`).
 
     Args:
         source: made by `index_batches` or `shuffled_batches`.
 
     Returns:
-        A source of its batches with "epochs": int32 [batch], all of one value, counted from 0.
+        A source of the same batches with "epochs": int32 [batch], the epoch counted from 0.
 
     Example:
         >>> source = with_epochs(index_batches(4, 2, seed=0))
@@ -222,14 +224,14 @@ def sequential_batches(data: Mapping[str, np.ndarray], batch_size: int) -> Seque
     """Yield every example once and in order, for evaluation.
 
     The last batch is padded with examples of weight 0, and every batch has "weights", so one
-    compiled program serves all of them and the weighted sums are exact.
+    compiled program serves all batches and weighted sums are exact.
 
     Args:
-        data: arrays [examples, ...] by name.
+        data: {name: array [examples, ...]}.
         batch_size: examples per batch.
 
     Returns:
-        A source of {name: array [batch, ...]} with "weights" float32 [batch]; it ends, and
+        A source of {name: array [batch, ...]} with "weights" float32 [batch]. It is finite:
         `source(0)` is the whole pass.
 
     Raises:
@@ -240,7 +242,7 @@ def sequential_batches(data: Mapping[str, np.ndarray], batch_size: int) -> Seque
         >>> [batch["weights"].tolist() for batch in source(0)]
         [[1.0, 1.0], [1.0, 0.0]]
     """
-    _check_batch_size(batch_size)
+    check_sizes(batch_size=batch_size)
     return SequentialBatches(check_arrays(data), batch_size)
 
 
@@ -252,7 +254,7 @@ def member_batches(sources: Sequence[BatchSource]) -> MemberBatches:
 
     Returns:
         A source of {name: array [members, batch, ...]}, for `population_step` with
-        `shared_batch=False`. It ends with the first source that ends.
+        `shared_batch=False`. It ends with the shortest source.
 
     Raises:
         ValueError: no source.
@@ -268,15 +270,15 @@ def member_batches(sources: Sequence[BatchSource]) -> MemberBatches:
 
 
 def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:
-    """Stack the batches of several steps, for an executor that scans over them.
+    """Stack the batches of several steps, for `scan_steps`.
 
     Args:
         source: any batch source; put `prefetch` around the result, not inside it.
         num_steps: steps per chunk.
 
     Returns:
-        A source of {name: array [num_steps, batch, ...]} with `steps_per_batch` = num_steps. Its
-        first step may be any step: the first chunk starts there.
+        A source of {name: array [num_steps, batch, ...]} with `steps_per_batch` = num_steps. The
+        first chunk starts at the first step, which need not be a multiple of num_steps.
 
     Raises:
         ValueError: `num_steps` below 1; while iterating, a source that ends within a chunk.
@@ -289,13 +291,3 @@ def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:
     if num_steps < 1:
         raise ValueError(f"a chunk of {num_steps} steps is empty; give num_steps of 1 or more")
     return ChunkedBatches(source, num_steps)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is below 1; give at least 1")
-
-
-def _check_first_step(first_step: int) -> None:
-    if first_step < 0:
-        raise ValueError(f"first step {first_step} is negative; steps count from 0")

@@ -1,6 +1,6 @@
-"""Windows over one long text of token ids: random ones, parallel streams, one exact pass.
+"""Windows over one long sequence of token ids: random, parallel streams, or one exact pass.
 
-In every window "labels" are "inputs" one step later: token t + 1 is predicted from tokens up to t.
+In every window "labels" are "inputs" shifted by one: token t + 1 is predicted from tokens up to t.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from jaxnets.checks import check_first_step
+from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import check_seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Endless batches of windows at random places; see `token_windows`."""
+    """Endless batches of windows at random positions; see `token_windows`."""
 
     tokens: np.ndarray
     batch_size: int
@@ -28,23 +28,23 @@ class TokenWindows:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that together hold about as many tokens as the text, at least 1."""
+        """Batches with about as many tokens as the text, at least 1."""
         return max(1, len(self.tokens) // (self.batch_size * self.length))
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end: int32 arrays [batch, length]."""
+        """Iterate endlessly from `first_step`: int32 arrays [batch, length]."""
         check_first_step(first_step)
         num_starts = len(self.tokens) - self.length
         for step in itertools.count(first_step):
-            words = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(step,)))
+            bits = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(step,)))
             # The remainder of 64 random bits is uniform to within num_starts / 2^64.
-            starts = words.random_raw(self.batch_size) % np.uint64(num_starts)
+            starts = bits.random_raw(self.batch_size) % np.uint64(num_starts)
             yield _windows(self.tokens, starts.astype(np.int64), self.length)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStreams:
-    """Endless batches whose rows go on reading where they stopped; see `token_streams`."""
+    """Endless batches whose rows continue those of the previous batch; see `token_streams`."""
 
     tokens: np.ndarray
     batch_size: int
@@ -52,11 +52,11 @@ class TokenStreams:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches after which every part of the text has been read once."""
+        """Batches after which the whole text was read once."""
         return (len(self.tokens) - 1) // (self.batch_size * self.length)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end: int32 arrays [batch, length]."""
+        """Iterate endlessly from `first_step`: int32 arrays [batch, length]."""
         check_first_step(first_step)
         part = self.steps_per_epoch * self.length
         rows = np.arange(self.batch_size) * part
@@ -67,7 +67,7 @@ class TokenStreams:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequentialWindows:
-    """One pass in which every token is predicted once; see `sequential_windows`."""
+    """One pass that predicts every token once; see `sequential_windows`."""
 
     tokens: np.ndarray
     batch_size: int
@@ -76,7 +76,7 @@ class SequentialWindows:
 
     @property
     def num_predictions(self) -> int:
-        """Tokens that are predicted in the pass: all but the first."""
+        """Predicted tokens in the pass: all but the first."""
         return len(self.tokens) - 1
 
     @property
@@ -88,11 +88,12 @@ class SequentialWindows:
         return -(-self.num_windows // self.batch_size)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from batch `first_step` to the last: arrays and "weights" [batch, length]."""
+        """Iterate from batch `first_step` to the last: arrays with "weights" [batch, length]."""
         check_first_step(first_step)
         position = np.arange(self.length)[None]
         for step in range(first_step, len(self)):
             window = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[:, None]
+            # All masks are [batch, length].
             start = window * self.stride
             inside = (window < self.num_windows) & (start + position < self.num_predictions)
             new = (window == 0) | (position >= self.length - self.stride)
@@ -107,10 +108,10 @@ class SequentialWindows:
 def token_windows(
     tokens: npt.ArrayLike, *, batch_size: int, length: int, seed: int
 ) -> TokenWindows:
-    """Yield windows that start anywhere in the text, each place as likely as any other.
+    """Yield windows that start at uniformly random positions of the text.
 
-    The starts of step s are a pure function of the seed and s. There are no epochs: windows
-    overlap, and a token may be seen again before another is seen at all.
+    The starts of step s are a pure function of the seed and s. There are no epochs: positions are
+    drawn with replacement and windows overlap.
 
     Args:
         tokens: integer [tokens]; may be a memory-mapped file.
@@ -119,11 +120,11 @@ def token_windows(
         seed: non-negative.
 
     Returns:
-        A source of {"inputs": int32 [batch, length], "labels": the same one token later}, with
-        the property `steps_per_epoch`.
+        A source of {"inputs": int32 [batch, length], "labels": the same shifted by one token},
+        with the property `steps_per_epoch`.
 
     Raises:
-        ValueError: tokens that are no integers or negative, a text shorter than length + 1
+        ValueError: tokens that are not integers or negative, a text shorter than length + 1
             tokens, a size below 1, a negative seed.
 
     Example:
@@ -132,28 +133,29 @@ def token_windows(
         True
     """
     check_seed(seed)
-    return TokenWindows(_checked(tokens, length, batch_size=batch_size), batch_size, length, seed)
+    text = _check_tokens(tokens, length, batch_size=batch_size)
+    return TokenWindows(text, batch_size, length, seed)
 
 
 def token_streams(tokens: npt.ArrayLike, *, batch_size: int, length: int) -> TokenStreams:
-    """Yield consecutive windows in every row, for networks that carry state between batches.
+    """Yield consecutive windows in every row, for truncated backpropagation through time.
 
-    The text is cut into `batch_size` equal parts. Row b starts with part b, and each batch goes
-    on where the one before stopped; after its own part a row reads the next one, and after the
-    last part the first. So a carried state fits everywhere but where a row comes to the end of
-    the text. Less than batch_size x length tokens at the very end are left out.
+    The text is split into `batch_size` equal parts. Row b starts with part b, and each batch
+    continues the previous one, so a network may carry its state from batch to batch. After its
+    own part a row continues with the next one, and after the last part with the first: only there
+    the carried state does not match. Fewer than batch_size x length tokens at the end are dropped.
 
     Args:
         tokens: integer [tokens].
-        batch_size: rows that read in parallel.
+        batch_size: parallel streams.
         length: tokens per window.
 
     Returns:
-        A source of {"inputs": int32 [batch, length], "labels": the same one token later}, with
-        the property `steps_per_epoch`.
+        A source of {"inputs": int32 [batch, length], "labels": the same shifted by one token},
+        with the property `steps_per_epoch`.
 
     Raises:
-        ValueError: tokens that are no integers or negative, a text shorter than
+        ValueError: tokens that are not integers or negative, a text shorter than
             batch_size * length + 1 tokens, a size below 1.
 
     Example:
@@ -161,33 +163,33 @@ def token_streams(tokens: npt.ArrayLike, *, batch_size: int, length: int) -> Tok
         >>> next(batches)["inputs"].tolist(), next(batches)["inputs"].tolist()
         ([[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]])
     """
-    text = _checked(tokens, length, batch_size=batch_size, rows=batch_size)
+    text = _check_tokens(tokens, length, batch_size=batch_size, rows=batch_size)
     return TokenStreams(text, batch_size, length)
 
 
 def sequential_windows(
     tokens: npt.ArrayLike, *, batch_size: int, length: int, stride: int | None = None
 ) -> SequentialWindows:
-    """Yield one pass over the whole text for evaluation: each token but the first counts once.
+    """Yield one sliding-window pass for evaluation: each token but the first counts once.
 
-    Window w starts at token w * stride. The first window predicts all of its tokens; every later
-    one has weight 1 for its last `stride` tokens only, which are new, and 0 for the rest, which
-    are context: each of its predictions sees at least length - stride tokens before its own
-    input. A smaller stride costs length / stride as much and gives the loss of a longer context.
+    Window w starts at token w * stride. The first window predicts all of its tokens. Every later
+    one has weight 1 for its last `stride` tokens, which are new, and 0 for the others, which are
+    context: each of its predictions has at least length - stride tokens before its own input. A
+    smaller stride costs length / stride times as much and gives the loss of a longer context.
 
     Args:
         tokens: integer [tokens].
         batch_size: windows per batch; the last batch is padded with weight 0.
         length: tokens per window.
-        stride: tokens from one window to the next, at most `length`, which is the default.
+        stride: tokens from one window to the next, at most and by default `length`.
 
     Returns:
         A source of {"inputs", "labels": int32 [batch, length], "weights": float32
-        [batch, length]}. It ends, and `source(0)` is the whole pass; `num_predictions` is the sum
-        of all weights.
+        [batch, length]}. It is finite: `source(0)` is the whole pass. `num_predictions` is the
+        sum of all weights.
 
     Raises:
-        ValueError: tokens that are no integers or negative, a text shorter than length + 1
+        ValueError: tokens that are not integers or negative, a text shorter than length + 1
             tokens, a size below 1, a stride above the length.
 
     Example:
@@ -199,7 +201,7 @@ def sequential_windows(
         [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
     """
     stride = length if stride is None else stride
-    text = _checked(tokens, length, batch_size=batch_size, stride=stride)
+    text = _check_tokens(tokens, length, batch_size=batch_size, stride=stride)
     if stride > length:
         raise ValueError(
             f"stride={stride} skips tokens between windows of length={length}; "
@@ -208,27 +210,13 @@ def sequential_windows(
     return SequentialWindows(text, batch_size, length, stride)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Refuse sizes that are not positive integers.
-
-    Args:
-        sizes: {name: size}.
-
-    Raises:
-        ValueError: the name and value of the first bad one.
-    """
-    for name, size in sizes.items():
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name}={size} must be a positive integer")
-
-
-def _checked(tokens: npt.ArrayLike, length: int, *, rows: int = 1, **sizes: int) -> np.ndarray:
-    """Return the text as an array, if `rows` windows of `length` tokens and a label fit into it."""
+def _check_tokens(tokens: npt.ArrayLike, length: int, *, rows: int = 1, **sizes: int) -> np.ndarray:
+    """Return the tokens as an array; they must hold `rows` windows of `length` and one label."""
     check_sizes(length=length, **sizes)
     text = np.asarray(tokens)
     if text.ndim != 1 or text.dtype.kind not in "iu":
         raise ValueError(
-            f"tokens of shape {text.shape} and type {text.dtype} are no text; "
+            f"tokens of shape {text.shape} and type {text.dtype} are not a text; "
             "give integers [tokens], such as tokenizer.encode(text)"
         )
     if len(text) <= rows * length:
@@ -242,5 +230,5 @@ def _checked(tokens: npt.ArrayLike, length: int, *, rows: int = 1, **sizes: int)
 
 
 def _windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:
-    rows = text[starts[:, None] + np.arange(length + 1)[None]].astype(np.int32)
+    rows = text[starts[:, None] + np.arange(length + 1)[None]].astype(np.int32)  # [batch, length+1]
     return {"inputs": rows[:, :-1], "labels": rows[:, 1:]}

@@ -1,4 +1,4 @@
-"""Data sets, each checked by its digest."""
+"""Datasets, each verified by its digest."""
 
 from jaxnets.data.datasets.catalog import locate
 from jaxnets.data.datasets.cifar import cifar10

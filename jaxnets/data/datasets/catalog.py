@@ -1,4 +1,4 @@
-"""Which data sets there are and where each one is found."""
+"""Catalog of the datasets and where each is located."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxnets.data.datasets import cifar, images, speech, text
 from jaxnets.data.files import DataFile, find
 
-# By the name of the loader: the files that stand for the data set, one per layout.
+# {name of the loader: one representative file per layout of the dataset}
 _FILES: dict[str, tuple[DataFile, ...]] = {
     "mnist": images.MNIST_FILES[:1],
     "fashion_mnist": images.FASHION_MNIST_FILES[:1],
@@ -21,14 +21,14 @@ _FILES: dict[str, tuple[DataFile, ...]] = {
 
 
 def locate(directory: str | os.PathLike[str] | None = None) -> dict[str, Path | None]:
-    """Tell where each data set would be read from, without reading or downloading it.
+    """Return where each dataset would be read from, without reading or downloading it.
 
     Args:
         directory: the explicit argument of a loader, if any.
 
     Returns:
-        The folder of each data set by the name of its loader, None where it would be downloaded.
-        What comes with scikit-learn or Python is not listed.
+        {name of the loader: folder, or None if it would be downloaded}. Datasets that come with
+        scikit-learn or Python are not listed.
 
     Example:
         >>> {"mnist", "multi30k"} <= set(locate())

@@ -1,4 +1,4 @@
-"""CIFAR-10 from its binary version, or from JPEG re-encodings of it."""
+"""CIFAR-10 from its binary version, or from a JPEG re-encoding."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ JPEG = DataFile(
     folders=_FOLDERS,
     hint=f"use the original: download {_URL}",
 )
-LAYOUTS = (BINARIES[0], ARCHIVE, JPEG)  # the file that stands for each
+LAYOUTS = (BINARIES[0], ARCHIVE, JPEG)  # one representative file each
 
 
 def cifar10(
@@ -65,28 +65,28 @@ def cifar10(
 ) -> ImageDataset:
     """Load CIFAR-10: 50,000 training and 10,000 test color images.
 
-    Three layouts are known, tried in this order in every place of the search order of
-    `jaxnets.data.files` (sub-folders `cifar10`, `cifar-10-batches-bin`, `cifar10_jpeg`):
+    Three layouts are supported and tried in this order in every place of the search order of
+    `jaxnets.data.files` (subfolders `cifar10`, `cifar-10-batches-bin`, `cifar10_jpeg`):
 
     1. `data_batch_1.bin` ... `data_batch_5.bin` and `test_batch.bin`, the binary version;
     2. `cifar-10-binary.tar.gz`, the same as published; extracted once into the user's cache;
     3. `cifar10_jpeg.npz`, the images as JPEG of quality 75, decoded once into the user's cache.
        These are not the original pixels and results are not comparable with published ones, so
-       the data set is then named "CIFAR-10 (JPEG q75)". Needs Pillow.
+       the dataset is named "CIFAR-10 (JPEG q75)". Needs Pillow.
 
-    The pickled Python version is not read, because unpickling runs code.
+    The pickled Python version is not supported, because unpickling executes code.
 
     Args:
-        directory: where to look first.
+        directory: the folder to search first.
         download: whether to download the binary version (170 MB) if no layout is found.
 
     Returns:
         Images [32, 32, 3] of 10 classes.
 
     Raises:
-        FileNotFoundError: a file is found nowhere and `download` is off.
+        FileNotFoundError: a file is not found and `download` is False.
         ValueError: a file is truncated or not the published one.
-        OSError: the download failed, or there is no place to extract to.
+        OSError: the download failed, or the cache is not writable.
         ImportError: the JPEG layout without Pillow.
 
     References:
@@ -96,7 +96,7 @@ def cifar10(
     file, path = found or (ARCHIVE, fetch(ARCHIVE, directory, download=download))
     if file is JPEG:
         return _from_jpeg(path)
-    return _from_binaries(_extracted(path) if file is ARCHIVE else path.parent)
+    return _from_binaries(_extract(path) if file is ARCHIVE else path.parent)
 
 
 def _from_binaries(folder: Path) -> ImageDataset:
@@ -112,10 +112,10 @@ def _from_binaries(folder: Path) -> ImageDataset:
 
 
 def decode_records(content: bytes) -> Arrays:
-    """Decode records of the binary version: a label byte, then red, green and blue planes.
+    """Decode records of the binary version: a label byte, then the red, green and blue planes.
 
     Args:
-        content: whole records of 3,073 bytes.
+        content: complete records of 3,073 bytes.
 
     Returns:
         {"inputs": uint8 [examples, 32, 32, 3], "labels": int32 [examples]}.
@@ -125,19 +125,19 @@ def decode_records(content: bytes) -> Arrays:
     """
     if len(content) % _RECORD_BYTES:
         raise ValueError(
-            f"{len(content)} bytes are no whole number of CIFAR-10 records of {_RECORD_BYTES} "
+            f"{len(content)} bytes are not a whole number of CIFAR-10 records of {_RECORD_BYTES} "
             "bytes; get the file anew"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
-    planes = records[:, 1:].reshape(-1, 3, 32, 32)
+    planes = records[:, 1:].reshape(-1, 3, 32, 32)  # [examples, channels, height, width]
     return {
         "inputs": np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
         "labels": records[:, 0].astype(np.int32),
     }
 
 
-def _extracted(archive: Path) -> Path:
-    """Return the folder of the .bin files, whose digests are checked when they are read."""
+def _extract(archive: Path) -> Path:
+    """Return the folder of the .bin files, whose digests are verified on reading."""
     extracted = cache_folder() / "cifar10" / "extracted"
     if not extracted.is_dir():
         read_verified(archive, ARCHIVE)
@@ -150,7 +150,7 @@ def _from_jpeg(path: Path) -> ImageDataset:
     with np.load(io.BytesIO(read_verified(path, JPEG)), allow_pickle=False) as archive:
         for part in ("train", "test"):
             parts[part] = {
-                "inputs": _decoded(archive, part),
+                "inputs": _decode_or_load(archive, part),
                 "labels": archive[f"{part}_labels"].astype(np.int32),
             }
     mean, std = (0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)
@@ -159,8 +159,8 @@ def _from_jpeg(path: Path) -> ImageDataset:
     )
 
 
-def _decoded(archive: Mapping[str, np.ndarray], part: str) -> np.ndarray:
-    """Return the pixels of "train" or "test", decoded or from the cache."""
+def _decode_or_load(archive: Mapping[str, np.ndarray], part: str) -> np.ndarray:
+    """Return the pixels of "train" or "test", from the cache if it has them."""
     offsets = archive[f"{part}_offsets"]
     cached = cache_folder() / "cifar10_jpeg" / f"{part}-{JPEG.sha256[:16]}.npy"
     if cached.is_file():
@@ -175,12 +175,12 @@ def _decoded(archive: Mapping[str, np.ndarray], part: str) -> np.ndarray:
         with atomic_file(cached) as stream:
             np.save(stream, images, allow_pickle=False)
     except OSError as error:
-        warnings.warn(f"decoded pixels are not kept in {cached} ({error})", stacklevel=4)
+        warnings.warn(f"decoded pixels are not cached in {cached} ({error})", stacklevel=4)
     return images
 
 
 def decode_jpegs(encoded: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Decode JPEG images that lie end to end in one array.
+    """Decode JPEG images that are concatenated in one array.
 
     Args:
         encoded: uint8 [bytes].

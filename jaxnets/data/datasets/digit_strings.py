@@ -1,4 +1,4 @@
-"""Strings of spoken digits, put together from recordings of single ones."""
+"""Strings of spoken digits, concatenated from recordings of single digits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed
 
@@ -16,7 +17,7 @@ _MAX_ATTEMPTS = 1000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DigitStringBatches:
-    """Endless batches of fresh digit strings; see `digit_string_batches`.
+    """Endless batches of new digit strings; see `digit_string_batches`.
 
     Attributes:
         strings: draws the strings.
@@ -29,9 +30,8 @@ class DigitStringBatches:
     seed: int
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Iterate from `first_step` on, without end."""
-        if first_step < 0:
-            raise ValueError(f"first step {first_step} is negative; steps count from 0")
+        """Iterate endlessly from `first_step`."""
+        check_first_step(first_step)
         for step in itertools.count(first_step):
             yield self.strings.draw(self.batch_size, self.seed, step)
 
@@ -47,33 +47,33 @@ def digit_strings(
     max_seconds: float | None = None,
     sample_rate: int = 8000,
 ) -> Arrays:
-    """Put strings of digits together from whole recordings, for recognition with CTC.
+    """Concatenate whole recordings to strings of digits, for speech recognition with CTC.
 
-    The number of digits, the speaker (one for a string), the recordings and the silences between
-    them (exact zeros, none at the ends) are uniform and independent. Take the test part for test
-    strings: then no recording of them has been heard in training.
+    The number of digits, the speaker (one per string), the recordings and the silences between
+    them (exact zeros, none at the ends) are uniform and independent. Make test strings from the
+    test part, so that none of their recordings is in the training data.
 
     Args:
         part: "inputs" [examples, time], "lengths", "labels" and "speakers" [examples], such as
             `spoken_digits().train`.
         num_strings: strings to make.
         seed: non-negative; the result is a pure function of the arguments.
-        min_digits: least number of digits.
-        max_digits: greatest number of digits.
+        min_digits: minimum number of digits.
+        max_digits: maximum number of digits.
         max_gap_seconds: longest silence between two digits.
-        max_seconds: time axis of the result; longer strings are drawn anew. Of strings of the
-            spoken digits with the default options, half are at most 2.5 s long, 99% 5.0 s and
-            99.9% 5.7 s. By default the longest string made sets the axis.
+        max_seconds: time axis of the result; longer strings are redrawn. Of strings of the spoken
+            digits with the default options, half are at most 2.5 s long, 99% 5.0 s and 99.9%
+            5.7 s. By default the longest string drawn sets the axis.
         sample_rate: of the recordings, in hertz.
 
     Returns:
         {"inputs": dtype of the recordings [strings, time], "lengths": int32 [strings] in samples,
-        "labels": int32 [strings, max_digits], each the digit + 1 because 0 is the blank of CTC,
-        with 0 behind the end, "label_lengths": int32 [strings]}.
+        "labels": int32 [strings, max_digits], the digit + 1 because 0 is the blank of CTC, padded
+        with 0, "label_lengths": int32 [strings]}.
 
     Raises:
-        ValueError: numbers out of range, missing arrays, or a `max_seconds` that hardly any
-            string fits into.
+        ValueError: options out of range, missing arrays, or a `max_seconds` that is too short for
+            almost every string.
 
     Example:
         >>> from jaxnets.data.datasets.speech import tone_words
@@ -102,21 +102,21 @@ def digit_string_batches(
     max_seconds: float | None = None,
     sample_rate: int = 8000,
 ) -> DigitStringBatches:
-    """Yield fresh strings of digits without end, for training.
+    """Yield endless batches of new digit strings, for training.
 
     Args:
         part: as in `digit_strings`.
         batch_size: strings per batch.
         seed: non-negative; the batch of a step is a pure function of the arguments and the step.
-        min_digits: least number of digits.
-        max_digits: greatest number of digits.
+        min_digits: minimum number of digits.
+        max_digits: maximum number of digits.
         max_gap_seconds: longest silence between two digits.
-        max_seconds: time axis of every batch; longer strings are drawn anew. By default the
-            longest possible string sets it, which is far longer than a usual one.
+        max_seconds: time axis of every batch; longer strings are redrawn. By default the longest
+            possible string sets it, which is far longer than a typical one.
         sample_rate: of the recordings, in hertz.
 
     Returns:
-        A source of what `digit_strings` returns, with the same shapes in every batch.
+        A source of the arrays of `digit_strings`, with the same shapes in every batch.
 
     Raises:
         ValueError: as `digit_strings`, or a batch size below 1.
@@ -131,21 +131,20 @@ def digit_string_batches(
     """
     maker = _maker(part, min_digits, max_digits, max_gap_seconds, max_seconds, sample_rate)
     check_seed(seed)
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is below 1; give at least 1")
+    check_sizes(batch_size=batch_size)
     return DigitStringBatches(maker, batch_size, seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _StringMaker:
-    """Draws strings; times in samples.
+    """Draws strings; all times are in samples.
 
     Attributes:
         part: the recordings.
         by_speaker: indices of the recordings of each speaker.
-        num_digits: least and greatest number of digits.
+        num_digits: minimum and maximum number of digits.
         max_gap: longest silence.
-        max_time: no string is longer.
+        max_time: longest string.
     """
 
     part: Arrays
@@ -155,14 +154,14 @@ class _StringMaker:
     max_time: int
 
     def draw(self, num_strings: int, *seed: int) -> Arrays:
-        """Make strings as a pure function of the seed and, behind it, the step if there is one."""
-        # Raw words, which NumPy promises never to change, unlike the methods of a Generator.
-        words = np.random.Philox(np.random.SeedSequence(seed[0], spawn_key=seed[1:]))
+        """Draw strings as a pure function of (seed,) or (seed, step)."""
+        # NumPy guarantees that raw bits never change, unlike the methods of a Generator.
+        bits = np.random.Philox(np.random.SeedSequence(seed[0], spawn_key=seed[1:]))
         inputs = np.zeros((num_strings, self.max_time), self.part["inputs"].dtype)
         labels = np.zeros((num_strings, self.num_digits[1]), np.int32)
         lengths, label_lengths = (np.zeros(num_strings, np.int32) for _ in range(2))
         for row in range(num_strings):
-            chosen, gaps = self._choose(words)
+            chosen, gaps = self._choose(bits)
             end = 0
             for recording, gap in zip(chosen, gaps, strict=True):
                 start, end = end + gap, end + gap + self.part["lengths"][recording]
@@ -176,11 +175,11 @@ class _StringMaker:
             "label_lengths": label_lengths,
         }
 
-    def _choose(self, words: np.random.Philox) -> tuple[np.ndarray, np.ndarray]:
-        """Return the recordings of a string that is not too long, and the silence before each."""
+    def _choose(self, bits: np.random.Philox) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the recordings of a string that fits `max_time`, and the silence before each."""
         least, greatest = self.num_digits
         for _ in range(_MAX_ATTEMPTS):
-            count, speaker, *rest = words.random_raw(2 + 2 * greatest).tolist()
+            count, speaker, *rest = bits.random_raw(2 + 2 * greatest).tolist()
             count = least + count % (greatest - least + 1)
             recordings = self.by_speaker[speaker % len(self.by_speaker)]
             chosen = recordings[[word % len(recordings) for word in rest[:count]]]

@@ -1,4 +1,4 @@
-"""Image data sets in the IDX format and from scikit-learn: digits, MNIST, Fashion-MNIST."""
+"""Image datasets: scikit-learn's digits, MNIST and Fashion-MNIST, and the IDX decoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DIGITS_HELD_OUT = 360  # 20% of the 1,797 images, rounded up
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Images and labels in memory, with what is needed to normalize and name them.
+    """Images and labels in memory, with the statistics and names that belong to them.
 
     Attributes:
         name: for titles and reports.
@@ -55,8 +55,9 @@ class ImageDataset:
 def digits() -> ImageDataset:
     """Load scikit-learn's 8 x 8 handwritten digits, which need no download.
 
-    The 17 gray levels 0 ... 16 are spread over 0 ... 255. The split is ours and always the same:
-    1,437 training and 360 held-out images, stratified by class.
+    The 17 gray levels 0 ... 16 are scaled to 0 ... 255. The split is fixed and not official: 1,437
+    training and 360 held-out images, stratified by class. The images are those of
+    `sklearn.datasets.load_digits`.
 
     Returns:
         Images [8, 8, 1] of 10 classes.
@@ -124,15 +125,15 @@ def mnist(
     """Load MNIST: 60,000 training and 10,000 test images of handwritten digits.
 
     Args:
-        directory: where to look first for the four IDX files, gzipped or not, themselves or in a
-            sub-folder `mnist`; the rest of the search order is that of `jaxnets.data.files`.
-        download: whether to download what is found nowhere.
+        directory: the folder to search first for the four IDX files, gzipped or not, directly or
+            in a subfolder `mnist`; then the search order of `jaxnets.data.files`.
+        download: whether to download files that are not found.
 
     Returns:
         Images [28, 28, 1] of 10 classes.
 
     Raises:
-        FileNotFoundError: a file is found nowhere and `download` is off.
+        FileNotFoundError: a file is not found and `download` is False.
         ValueError: a file is truncated or not the published one.
         OSError: the download failed.
 
@@ -150,16 +151,16 @@ def fashion_mnist(
     """Load Fashion-MNIST: 60,000 training and 10,000 test images of articles of clothing.
 
     Args:
-        directory: where to look first for the four IDX files, gzipped or not, themselves or in a
-            sub-folder `fashion_mnist`; the rest of the search order is that of
-            `jaxnets.data.files`, which includes Debian's package.
-        download: whether to download what is found nowhere.
+        directory: the folder to search first for the four IDX files, gzipped or not, directly or
+            in a subfolder `fashion_mnist`; then the search order of `jaxnets.data.files`, which
+            includes Debian's package.
+        download: whether to download files that are not found.
 
     Returns:
         Images [28, 28, 1] of 10 classes.
 
     Raises:
-        FileNotFoundError: a file is found nowhere and `download` is off.
+        FileNotFoundError: a file is not found and `download` is False.
         ValueError: a file is truncated or not the published one.
         OSError: the download failed.
 
@@ -195,18 +196,18 @@ def decode_idx(content: bytes, *, name: str = "IDX file") -> np.ndarray:
     """Decode the bytes of an IDX file.
 
     The format is two zero bytes, a type code, the number of axes, the length of each axis as
-    big-endian uint32, then the values.
+    big-endian uint32, then the values in row-major order.
 
     Args:
         content: the whole file, decompressed.
-        name: what to call it in errors.
+        name: of the file, for errors.
 
     Returns:
-        Array of the shape and type in the header, in the machine's byte order; a read-only view
-        of `content` where the bytes allow it.
+        Array of the shape and dtype of the header, in native byte order; a read-only view of
+        `content` where no byte swap is needed.
 
     Raises:
-        ValueError: a wrong header, or fewer or more bytes than it announces.
+        ValueError: a wrong header, or another number of bytes than it announces.
 
     Example:
         >>> decode_idx(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9]))

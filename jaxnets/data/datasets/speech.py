@@ -1,4 +1,4 @@
-"""Speech data sets: the Free Spoken Digit Dataset, and synthetic words for trying things out."""
+"""Speech datasets: the Free Spoken Digit Dataset, and synthetic words for quick tests."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from jaxnets.data.files import DataFile, atomic_file, fetch, find
 _REPOSITORY = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 _COMMIT = "26eb9aaf"
 _FOLDERS = ("fsdd", "free-spoken-digit-dataset")
-# Of the recordings, not of an archive, so that every archive and clone of them passes; see
+# Of the recordings, not of an archive, so that every archive and clone passes; see
 # `recordings_digest`.
 _SHA256 = "1801eae019c063377d98f831d3f93574f259475df7332bb0e3d1b080fb5e6959"
 _SAMPLE_RATE = 8000
-_NUM_TEST = 5  # recordings of each digit by each speaker, the first ones
+_NUM_TEST = 5  # the first recordings of each digit by each speaker
 _NAME = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
 
 ARCHIVE = DataFile(
@@ -40,7 +40,7 @@ ARCHIVE = DataFile(
     hint=f"clone {_REPOSITORY} at commit {_COMMIT} into a folder fsdd",
 )
 RECORDINGS = dataclasses.replace(ARCHIVE, name="recordings/0_george_0.wav")
-LAYOUTS = (ARCHIVE, RECORDINGS)  # the file that stands for each
+LAYOUTS = (ARCHIVE, RECORDINGS)  # one representative file each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class SpeechDataset:
 
     Attributes:
         name: for titles and reports.
-        train: {"inputs": int16 [examples, time], 0 beyond the end of each recording, "lengths":
+        train: {"inputs": int16 [examples, time], padded with zeros, "lengths":
             int32 [examples] in samples, "labels": int32 [examples], "speakers": int32 [examples]}.
         test: the same for the held-out examples.
         class_names: name of each label.
@@ -87,23 +87,24 @@ def spoken_digits(
 
     Recordings last 0.14 to 2.28 s: half of them at most 0.42 s, 95% at most 0.66 s, 99% at most
     0.92 s, all but three at most 1.30 s. Levels differ by a factor of 15 between speakers.
-    In full the arrays take 110 MB; `max_seconds=1.0` takes half and cuts 0.8% of the recordings.
+    The arrays take 110 MB; with `max_seconds=1.0` they take half and 0.8% of the recordings are
+    cut.
 
-    Two layouts are read, in every place of the search order of `jaxnets.data.files`: an archive
-    `fsdd_recordings.tar.gz` with the recordings in a folder `recordings`, straight from memory,
+    Two layouts are supported in every place of the search order of `jaxnets.data.files`: an archive
+    `fsdd_recordings.tar.gz` with the recordings in a folder `recordings`, which is not extracted,
     and that folder itself, as in a clone of the repository.
 
     Args:
-        directory: where to look first, itself or a sub-folder `fsdd`.
-        download: whether to download what is found nowhere.
-        max_seconds: cut longer recordings at this time.
+        directory: the folder to search first, directly or in a subfolder `fsdd`.
+        download: whether to download a dataset that is not found.
+        max_seconds: longer recordings are cut at this time.
 
     Returns:
         Recordings at 8 kHz, in the order of digit, speaker and number, padded to the longest.
 
     Raises:
-        FileNotFoundError: found nowhere and `download` is off.
-        ValueError: a damaged or incomplete copy, or a time that is not positive.
+        FileNotFoundError: not found and `download` is False.
+        ValueError: a damaged or incomplete copy, or a non-positive time.
         OSError: the download failed.
 
     References:
@@ -121,14 +122,14 @@ def spoken_digits(
 
 
 def read_recordings(path: Path, *, origin: str | None = None) -> dict[str, bytes]:
-    """Read the contents of all recordings and check that they are the published ones.
+    """Read all recordings and check that they are the published ones.
 
     Args:
         path: the archive, or one of the recordings in its folder.
-        origin: what to call it in errors; by default its path.
+        origin: its name in errors; by default its path.
 
     Returns:
-        The content of each WAV file by its name, in the order of the names.
+        {name: content of the WAV file}, sorted by name.
 
     Raises:
         ValueError: damaged, incomplete or changed; names the remedy.
@@ -139,7 +140,7 @@ def read_recordings(path: Path, *, origin: str | None = None) -> dict[str, bytes
     else:
         try:
             with tarfile.open(path) as archive:
-                for member in archive:  # nothing is written, so no name in it can do harm
+                for member in archive:  # nothing is written, so member names are harmless
                     place = PurePosixPath(member.name)
                     stream = archive.extractfile(member) if member.isreg() else None
                     if stream and place.parent.name == "recordings" and place.suffix == ".wav":
@@ -158,13 +159,13 @@ def read_recordings(path: Path, *, origin: str | None = None) -> dict[str, bytes
 
 
 def recordings_digest(contents: Mapping[str, bytes]) -> str:
-    """Return a digest of files that depends on their names and contents alone.
+    """Return a digest of files that depends only on their names and contents.
 
-    It is the sha256 of what `sha256sum *` prints for them in the order of their names in ASCII:
+    It is the sha256 of the output of `sha256sum`, sorted by name in ASCII order:
     `LC_ALL=C; sha256sum *.wav | sha256sum`.
 
     Args:
-        contents: content of each file by its name.
+        contents: {name: content of the file}.
 
     Returns:
         Hexadecimal sha256.
@@ -179,14 +180,14 @@ def decode_recordings(
     """Decode recordings `{digit}_{speaker}_{number}.wav` and split them by their number.
 
     Args:
-        contents: content of each WAV file, 16 bits and one channel at 8 kHz, by its name.
-        max_seconds: cut longer recordings at this time.
+        contents: {name: content of the WAV file}, 16 bits and one channel at 8 kHz.
+        max_seconds: longer recordings are cut at this time.
 
     Returns:
         The training and the test part as in `SpeechDataset`, and the names of the speakers.
 
     Raises:
-        ValueError: a name of another form, a WAV file that is damaged or of another rate.
+        ValueError: a name of another form, a WAV file that is damaged or has another rate.
     """
     keyed = {}
     for name, content in contents.items():
@@ -215,13 +216,13 @@ def decode_recordings(
 
 
 def pad_signals(signals: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Put signals of unequal lengths into one array.
+    """Pad signals of unequal lengths to one array.
 
     Args:
         signals: arrays [time] of one dtype, at least one.
 
     Returns:
-        [signals, longest time] with 0 beyond the end of each, and the lengths, int32 [signals].
+        [signals, longest time], padded with zeros, and the lengths, int32 [signals].
 
     Example:
         >>> pad_signals([np.array([1, 2]), np.array([3])])
@@ -236,16 +237,16 @@ def pad_signals(signals: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tone_words(*, num_train: int = 200, num_test: int = 50, seed: int = 0) -> SpeechDataset:
-    """Make ten synthetic words of two tones each, for trying things out without a download.
+    """Synthesize ten words of two tones each, for quick tests without a download.
 
-    Each word is one of the ten pairs of five tones, the lower one first, said by one of two
-    speakers of different pitch in 0.1 to 0.2 s with a little noise. Any sensible network gets
-    all of them right.
+    Each word is one of the ten pairs of five tones, the lower one first, spoken by one of two
+    speakers of different pitch in 0.1 to 0.2 s with a little noise. Any reasonable network
+    classifies all of them correctly.
 
     Args:
         num_train: training examples.
         num_test: held-out examples.
-        seed: non-negative; what is made is a pure function of the arguments.
+        seed: non-negative; the dataset is a pure function of the arguments.
 
     Returns:
         Recordings at 8 kHz of 10 classes.
@@ -281,9 +282,9 @@ def tone_words(*, num_train: int = 200, num_test: int = 50, seed: int = 0) -> Sp
 
 
 def _fetch(directory: str | os.PathLike[str] | None, *, download: bool) -> Path:
-    """Download the archive, whose own digest is not stable, and check what it holds."""
+    """Download the archive and check its contents; the digest of the archive is not stable."""
     if not download or ARCHIVE.url is None:
-        return fetch(ARCHIVE, directory, download=False)  # raises, with the places it looked at
+        return fetch(ARCHIVE, directory, download=False)  # raises and names the places
     path = ARCHIVE.download_path
     try:
         with atomic_file(path) as stream:
@@ -293,7 +294,7 @@ def _fetch(directory: str | os.PathLike[str] | None, *, download: bool) -> Path:
             read_recordings(Path(stream.name), origin=ARCHIVE.url)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it holds the connection
+            error.close()  # releases the connection
         raise OSError(
             f"cannot download {ARCHIVE.url} to {path} ({error}); check the connection and the "
             f"disk, or {ARCHIVE.remedy}"

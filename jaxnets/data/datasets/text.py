@@ -1,4 +1,4 @@
-"""Text data sets: tiny Shakespeare, Python's own manual, Multi30k, SST-2."""
+"""Text datasets: tiny Shakespeare, the topics of Python's help, Multi30k, SST-2."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SentencePair: TypeAlias = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class TextDataset:
-    """One running text.
+    """One continuous text.
 
     Attributes:
         name: for titles and reports.
-        train: the first nine tenths of the characters, rounded down.
-        validation: the rest.
+        train: the first 90% of the characters, rounded down.
+        validation: the remaining characters.
     """
 
     name: str
@@ -37,8 +37,8 @@ class TranslationDataset:
     Attributes:
         name: for titles and reports.
         train: (source, target) sentences.
-        validation: the same, for choosing a recipe.
-        test: the same, for the result.
+        validation: the same, for tuning.
+        test: the same, for the final result.
         source_language: ISO 639-1 code.
         target_language: ISO 639-1 code.
     """
@@ -53,7 +53,7 @@ class TranslationDataset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sentences:
-    """Sentences with a label each.
+    """Labeled sentences.
 
     Attributes:
         texts: the sentences.
@@ -69,13 +69,13 @@ class Sentences:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SentenceDataset:
-    """Sentences to be classified.
+    """Sentences for classification.
 
     Attributes:
         name: for titles and reports.
         train: sentences and labels.
-        validation: the same, for choosing a recipe.
-        test: the same, for the result.
+        validation: the same, for tuning.
+        test: the same, for the final result.
         class_names: name of each label.
     """
 
@@ -150,15 +150,15 @@ def tiny_shakespeare(
     """Load tiny Shakespeare: 1,115,394 characters of plays, 65 of them distinct.
 
     Args:
-        directory: where to look first for `input.txt`, itself or in a sub-folder
-            `tinyshakespeare`; the rest of the search order is that of `jaxnets.data.files`.
-        download: whether to download what is found nowhere.
+        directory: the folder to search first for `input.txt`, directly or in a subfolder
+            `tinyshakespeare`; then the search order of `jaxnets.data.files`.
+        download: whether to download files that are not found.
 
     Returns:
-        1,003,854 characters for training and the 111,540 after them for validation.
+        1,003,854 characters for training and the following 111,540 for validation.
 
     Raises:
-        FileNotFoundError: the file is found nowhere and `download` is off.
+        FileNotFoundError: the file is not found and `download` is False.
         ValueError: the file is truncated or not the published one.
         OSError: the download failed.
 
@@ -172,11 +172,11 @@ def tiny_shakespeare(
 def python_topics() -> TextDataset:
     """Load the topics of Python's help system, which need no download.
 
-    The text is that of the running Python: it differs between versions (465,048 characters in
-    some 3.11, 510,664 in some 3.13), so results are comparable within one version only.
+    The text belongs to the running Python and differs between versions (465,048 characters in one
+    3.11, 510,664 in one 3.13), so results are comparable within one version only.
 
     Returns:
-        The topics in alphabetical order, nine tenths of the characters for training.
+        The topics in alphabetical order, 90% of the characters for training.
 
     Example:
         >>> python_topics().train.splitlines()[0]
@@ -199,21 +199,20 @@ def multi30k(
     """Load Multi30k task 1: captions of Flickr images in English and German.
 
     29,000 pairs for training, 1,014 for validation, and the 1,000 of test_2016_flickr. The
-    sentences are raw: neither tokenized nor lower-cased nor stripped.
+    sentences are raw: not tokenized, not lower-cased, not stripped.
 
     Args:
-        directory: where to look first for `train.en.gz` and the like, gzipped or not, themselves
-            or in a sub-folder `multi30k`; the rest of the search order is that of
-            `jaxnets.data.files`.
+        directory: the folder to search first for `train.en.gz` etc., gzipped or not, directly or
+            in a subfolder `multi30k`; then the search order of `jaxnets.data.files`.
         source_language: "en" or "de".
         target_language: the other one.
-        download: whether to download what is found nowhere.
+        download: whether to download files that are not found.
 
     Returns:
         Pairs (source, target).
 
     Raises:
-        FileNotFoundError: a file is found nowhere and `download` is off.
+        FileNotFoundError: a file is not found and `download` is False.
         ValueError: other languages, or a file that is truncated or not the published one.
         OSError: the download failed.
 
@@ -242,23 +241,22 @@ def multi30k(
 def sst2(
     directory: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> SentenceDataset:
-    """Load SST-2, the sentences of the Stanford Sentiment Treebank that are good or bad.
+    """Load SST-2, the sentences of the Stanford Sentiment Treebank with binary labels.
 
     6,920 sentences for training, 872 for validation, 1,821 for testing, lower-cased, with spaces
-    between the tokens. All are kept as published: two test sentences ("no" and "what 's next ?")
-    also stand in the training part, with the same label, and nine training sentences repeat
-    others.
+    between the tokens. They are as published: two test sentences ("no" and "what 's next ?") are
+    also in the training part, with the same label, and nine training sentences are duplicates.
 
     Args:
-        directory: where to look first for `train.tsv`, `dev.tsv` and `test.tsv`, themselves or in
-            a sub-folder `sst2`; the rest of the search order is that of `jaxnets.data.files`.
-        download: whether to download what is found nowhere.
+        directory: the folder to search first for `train.tsv`, `dev.tsv` and `test.tsv`, directly
+            or in a subfolder `sst2`; then the search order of `jaxnets.data.files`.
+        download: whether to download files that are not found.
 
     Returns:
         Sentences of the classes "negative" (0) and "positive" (1).
 
     Raises:
-        FileNotFoundError: a file is found nowhere and `download` is off.
+        FileNotFoundError: a file is not found and `download` is False.
         ValueError: a file is truncated or not the published one.
         OSError: the download failed.
 
@@ -282,11 +280,11 @@ def decode_pairs(
 
     Args:
         source: UTF-8, one sentence per line.
-        target: the same number of lines.
+        target: likewise, with the same number of lines.
         names: of the two files, for errors.
 
     Returns:
-        (source, target) sentences, each as it is but for its line end.
+        (source, target) sentences, without line ends.
 
     Raises:
         ValueError: unequal numbers of lines, an empty line, or not UTF-8.
@@ -305,7 +303,7 @@ def decode_pairs(
 
 
 def decode_labeled(content: bytes, *, num_classes: int, name: str = "file") -> Sentences:
-    """Decode lines of a sentence, a tab and an integer label.
+    """Decode lines with a sentence, a tab and an integer label.
 
     Args:
         content: UTF-8, `text<TAB>label` per line.
@@ -316,8 +314,8 @@ def decode_labeled(content: bytes, *, num_classes: int, name: str = "file") -> S
         The sentences and labels in order.
 
     Raises:
-        ValueError: a line that is empty, has no text or not one tab, a label that is no class,
-            or not UTF-8. The message gives the number of the line.
+        ValueError: a line that is empty, has no text or not exactly one tab, a label out of range,
+            or not UTF-8. The message gives the line number.
 
     Example:
         >>> decode_labeled(b"so good\\t1\\nso bad\\t0\\n", num_classes=2).labels.tolist()
@@ -347,7 +345,7 @@ def _split_text(name: str, text: str) -> TextDataset:
 
 
 def _lines(content: bytes, name: str) -> list[str]:
-    """Split at line ends only: `str.splitlines` would also split at rarer separators."""
+    """Split at line ends only; `str.splitlines` splits at rarer separators too."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

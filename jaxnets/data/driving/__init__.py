@@ -1,9 +1,9 @@
-"""Driving: gymnasium's CarRacing-v3 as car and camera, an expert, recordings, augmentation.
+"""Driving: imitation learning on gymnasium's CarRacing-v3: expert, recordings, augmentation.
 
-Needs the extra `driving` (`pip install 'jaxnets[driving]'`) once a car is made; what only reads
-recordings or changes pictures works without it.
+`RacingCar` needs the extra `driving` (`pip install 'jaxnets[driving]'`); reading recordings and
+augmentation work without it.
 
-Tracks are pure functions of a seed. Those for training, tuning and testing are apart:
+Tracks are pure functions of a seed. The seeds for training, tuning and testing are disjoint:
 `TRAINING_SEEDS`, `TUNING_SEEDS` and `TEST_SEEDS`.
 """
 

@@ -1,7 +1,8 @@
-"""Changes of recorded frames as pure functions of a key, with controls to match.
+"""Augmentation of recorded frames and their controls, for imitation learning.
 
-All are for the rows of the camera's picture that show the world (`NUM_WORLD_ROWS`), seen from
-above with the car pointing up.
+`move_car` and `moved_controls` synthesize recovery examples: off-center, rotated views with the
+expert's corrective controls. The others are a mirror image and photometric augmentation. All take
+the frame rows that show the world (`NUM_WORLD_ROWS`), a bird's-eye view with the car pointing up.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ import jax.numpy as jnp
 
 from jaxnets.data.driving.expert import FULL_LOCK, WHEELBASE, ExpertStyle
 
-#: Where the center of the car is in the picture: row, column.
+#: Center of the car in the frame: row, column.
 CAR_PLACE = (72.0, 48.0)
-#: Pixels a meter, up and across; the picture is flattened from 1000x800.
+#: Pixels per meter, vertical and horizontal; frames are downscaled from 1000 x 800.
 PIXELS_PER_METER = (16.2 * 96 / 800, 16.2 * 96 / 1000)
-#: Decisions at the start of a drive, of four frames each, in which the camera zooms in.
+#: Decisions at the start of a drive, of four frames each, while the camera zooms in.
 ZOOMING_DECISIONS = 13
 
-# Half the car's height and width in the picture, with its blurred edge.
+# Half the height and width of the car in the frame, with its blurred edge.
 _CAR_EXTENT = (8, 4)
 
 
 def move_car(frames: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
-    """Show what the camera would see if the car stood further to the left and turned to the left.
+    """Render the view of a car that is shifted and rotated to the left (recovery augmentation).
 
-    The picture is moved and turned the other way about the car, which stays where it is; what
-    comes in from outside is the nearest pixel of the edge.
+    The frame is transformed inversely around the car, which stays in place. Pixels from outside
+    the frame are the nearest pixel of its border.
 
     Args:
         frames: [batch, height, width, channels], uint8 or floating.
@@ -35,24 +36,27 @@ def move_car(frames: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
 
     Returns:
         Shape and dtype of `frames`.
+
+    References:
+        Bojarski et al. 2016, arXiv:1604.07316, section 5.2 (artificial shifts and rotations).
     """
     frames = jnp.asarray(frames)
     height, width = frames.shape[1:3]
     down, across = PIXELS_PER_METER
-    rows = (CAR_PLACE[0] - jnp.arange(height)) / down  # meters in front of the car
+    rows = (CAR_PLACE[0] - jnp.arange(height)) / down  # meters ahead of the car
     columns = (jnp.arange(width) - CAR_PLACE[1]) / across  # meters to its right
     filled = _without_car(frames)
 
     def one(frame: jax.Array, filled: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
         cosine, sine = jnp.cos(turn), jnp.sin(turn)
         forward, right = rows[:, None], columns[None, :]
-        # Where the moved camera's pixel lies for the camera that took the picture.
+        # Coordinates in the recorded frame of each pixel of the new view.
         source_forward = forward * cosine + right * sine
         source_right = right * cosine - forward * sine - shift
         row = jnp.clip(jnp.round(CAR_PLACE[0] - source_forward * down), 0, height - 1)
         column = jnp.clip(jnp.round(CAR_PLACE[1] + source_right * across), 0, width - 1)
-        flat = filled.reshape(height * width, -1)
-        moved = flat[(row * width + column).astype(jnp.int32)]
+        flat = filled.reshape(height * width, -1)  # [pixels, channels]
+        moved = flat[(row * width + column).astype(jnp.int32)]  # [height, width, channels]
         return jnp.where(_car_mask(height, width)[..., None], frame, moved)
 
     return jax.vmap(one)(frames, filled, shift, turn)
@@ -61,11 +65,10 @@ def move_car(frames: jax.Array, shift: jax.Array, turn: jax.Array) -> jax.Array:
 def moved_controls(
     controls: jax.Array, speeds: jax.Array, shift: jax.Array, turn: jax.Array, style: ExpertStyle
 ) -> jax.Array:
-    """Correct the expert's controls for a car that stands further to the left and turned.
+    """Compute the expert's controls for the car of `move_car`.
 
-    Pure pursuit is undone, to find the point that the expert steered for, and done again from the
-    new place; what the steering held against the turning of the car is kept. Gas is eased for the
-    new angle.
+    Pure pursuit is inverted to recover the lookahead point, and evaluated again from the new pose;
+    the yaw damping in the steering is unchanged. Gas is eased for the new angle.
 
     Args:
         controls: steering, gas and brake of the expert, [batch, 3].
@@ -78,14 +81,14 @@ def moved_controls(
         [batch, 3].
     """
     steering, gas, brake = jnp.moveaxis(controls, -1, 0)
-    reach = style.reach + style.reach_seconds * speeds
-    sine = jnp.tan(-steering / style.steering) * reach / (2 * WHEELBASE)
+    lookahead = style.reach + style.reach_seconds * speeds
+    sine = jnp.tan(-steering / style.steering) * lookahead / (2 * WHEELBASE)
     sine = jnp.clip(sine, -0.95, 0.95)
-    left, ahead = reach * sine, reach * jnp.sqrt(1 - jnp.square(sine))
-    moved = left - shift
+    left, ahead = lookahead * sine, lookahead * jnp.sqrt(1 - jnp.square(sine))
+    shifted = left - shift
     left, ahead = (
-        moved * jnp.cos(turn) - ahead * jnp.sin(turn),
-        moved * jnp.sin(turn) + ahead * jnp.cos(turn),
+        shifted * jnp.cos(turn) - ahead * jnp.sin(turn),
+        shifted * jnp.sin(turn) + ahead * jnp.cos(turn),
     )
     square = jnp.maximum(jnp.square(left) + jnp.square(ahead), 1e-6)
     # sin(bearing) / distance, as in `pursuit_angle`
@@ -99,7 +102,7 @@ def moved_controls(
 def random_mirror(
     key: jax.Array, frames: jax.Array, controls: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mirror half of the examples left to right, and their steering.
+    """Mirror each example left to right with probability 1/2, with its steering.
 
     Args:
         key: random key.
@@ -112,20 +115,20 @@ def random_mirror(
     chosen = jax.random.bernoulli(key, 0.5, (len(frames),))
     flip = chosen.reshape((-1,) + (1,) * (frames.ndim - 1))
     signs = jnp.array([-1, 1, 1], controls.dtype).reshape((1,) * (controls.ndim - 1) + (3,))
-    turned = chosen.reshape((-1,) + (1,) * (controls.ndim - 1))
+    flip_controls = chosen.reshape((-1,) + (1,) * (controls.ndim - 1))
     return (
         jnp.where(flip, frames[..., ::-1, :], frames),
-        jnp.where(turned, controls * signs, controls),
+        jnp.where(flip_controls, controls * signs, controls),
     )
 
 
 def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Array:
-    """Darken each example on one side of a random line.
+    """Darken each example by a random factor on one side of a random line.
 
     Args:
         key: random key.
         frames: floating [batch, ..., height, width, channels], black at 0.
-        strength: share of the light that is taken away at most, in [0, 1].
+        strength: maximum fraction of the light that is removed, in [0, 1].
 
     Returns:
         The shape of `frames`.
@@ -147,7 +150,9 @@ def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Arr
 
 
 def random_brightness(key: jax.Array, frames: jax.Array, strength: float) -> jax.Array:
-    """Multiply each example by a random number in [1 - strength, 1 + strength].
+    """Scale each example by a random factor in [1 - strength, 1 + strength].
+
+    Corresponds to `torchvision.transforms.ColorJitter(brightness=strength)`, without clipping.
 
     Args:
         key: random key.
@@ -167,12 +172,13 @@ def random_brightness(key: jax.Array, frames: jax.Array, strength: float) -> jax
 
 
 def _without_car(frames: jax.Array) -> jax.Array:
-    """Paint the car over with what lies right in front of it."""
+    """Replace the car by the pixels directly ahead of it."""
     height, width = frames.shape[1:3]
     row, column = (round(place) for place in CAR_PLACE)
     tall, wide = _CAR_EXTENT
     strip = frames[:, row - tall - 1 : row - tall, column - wide : column + wide + 1]
     rows = jnp.broadcast_to(strip, (len(frames), height, *strip.shape[2:]))
+    # [batch, height, strip_width, channels]
     painted = frames.at[:, :, column - wide : column + wide + 1].set(rows)
     return jnp.where(_car_mask(height, width)[None, :, :, None], painted, frames)
 

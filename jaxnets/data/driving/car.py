@@ -1,4 +1,4 @@
-"""The car of CarRacing-v3, its camera and what an expert may know of the track."""
+"""The CarRacing-v3 environment: car, camera, score and privileged state."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ TRAINING_SEEDS = range(0, 50_000)
 TUNING_SEEDS = range(50_000, 60_000)
 TEST_SEEDS = range(100_000, 100_050)
 
-#: Pixels of the camera: height, width, channels.
+#: Shape of a camera frame: height, width, channels.
 FRAME_SHAPE = (96, 96, 3)
-#: Rows of the picture that show the world; below them is a panel with instruments and score.
+#: Frame rows that show the world; below is a panel with instruments and score.
 NUM_WORLD_ROWS = 84
-#: Half the width of the road, in meters of the simulation.
+#: Half the width of the road in meters.
 HALF_ROAD = 40 / 6
-#: Frames after which a drive ends, as in the registered environment.
+#: Frames per episode, as in the registered environment.
 MAX_FRAMES = 1000
 FRAMES_PER_SECOND = 50
 
-# Pixels by which lines drawn smoothly may reach beyond their polygon.
+# Pixels by which antialiased edges may exceed their polygon.
 _DRAWING_MARGIN = 2.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CarView:
-    """Where the car is and how it moves, which its own driver cannot see.
+    """Pose and motion of the car: privileged state, not observable from the frames.
 
     Attributes:
         position: float64 [2], in meters.
@@ -47,16 +47,17 @@ class CarView:
 
 @dataclasses.dataclass
 class Score:
-    """What a drive has come to so far.
+    """Score of a drive so far.
 
     Attributes:
-        points: 1000 for all tiles of the track, minus 0.1 a frame, minus 100 for leaving the field.
-        frames: driven.
-        frames_off_road: frames after which the center of the car was beside the road.
-        share_visited: of the tiles, in [0, 1].
-        finished: whether the share of the tiles was visited at which gymnasium takes a lap for
-            complete, 95%. (Gymnasium ends a drive only when all tiles were visited, or the first
-            one after these, which a car that has missed a tile never does.)
+        points: the return: 1000 for all tiles of the track, minus 0.1 per frame, minus 100 for
+            leaving the field.
+        frames: simulated frames.
+        frames_off_road: frames with the center of the car off the road.
+        share_visited: fraction of tiles visited, in [0, 1].
+        finished: whether 95% of the tiles were visited, gymnasium's threshold for a complete lap.
+            (Gymnasium ends an episode only when all tiles were visited, or the first one after
+            these, which a car that has missed a tile never does.)
     """
 
     points: float = 0.0
@@ -67,25 +68,26 @@ class Score:
 
 
 class RacingCar:
-    """Gymnasium's CarRacing-v3, without a window, driven by one decision every few frames.
+    """Headless CarRacing-v3 of gymnasium with frame skip.
 
-    The physics, the scores and every pixel are gymnasium's; what is saved is the drawing of
-    frames that nobody looks at, and of polygons outside the picture.
+    Physics, scores and every pixel equal gymnasium's. It is faster because skipped frames are not
+    rendered, nor polygons outside the frame.
 
     Args:
-        frames_per_decision: for how many of the 50 frames a second the controls are held.
-        max_frames: frames after which a drive ends.
+        frames_per_decision: frame skip: each decision is applied for so many of the 50 frames per
+            second.
+        max_frames: frames per episode.
 
     Attributes:
-        frame: what the camera saw last, uint8 [96, 96, 3].
-        score: of this drive.
-        track: center line of this drive's track in the direction of driving, [points, 2].
-        over: whether the drive has ended: the lap is closed, the car has left the field, or the
-            frames are used up.
+        frame: the last rendered camera frame, uint8 [96, 96, 3].
+        score: of this episode.
+        track: center line of the track in driving direction, [points, 2].
+        over: whether the episode has ended: the lap is complete, the car has left the field, or
+            `max_frames` is reached.
 
     Raises:
         ImportError: gymnasium, Box2D or pygame is missing; names the extra to install.
-        ValueError: numbers below 1.
+        ValueError: an argument below 1.
 
     Example:
         >>> car = RacingCar(frames_per_decision=4)  # doctest: +SKIP
@@ -107,13 +109,13 @@ class RacingCar:
         self.track = np.zeros((0, 2))
 
     def reset(self, seed: int, *, look: bool = True) -> None:
-        """Start a drive on the track of a seed.
+        """Start an episode on the track of a seed.
 
         Args:
             seed: non-negative; the track is a pure function of it.
-            look: take a picture.
+            look: render a frame.
         """
-        self._environment.looking = look
+        self._environment.render_frames = look
         frame, _ = self._environment.reset(seed=seed)
         if look:
             self.frame = frame
@@ -121,14 +123,14 @@ class RacingCar:
         self.score, self.over = Score(), False
 
     def step(self, controls: np.ndarray, *, look: bool = True) -> None:
-        """Hold the controls for the frames of one decision, or until the drive is over.
+        """Apply the controls for `frames_per_decision` frames, or until the episode ends.
 
         Args:
             controls: steering in [-1, 1], positive to the right; gas and brake in [0, 1].
-            look: take a picture at the end.
+            look: render the last frame.
 
         Raises:
-            ValueError: controls that are not three finite numbers, or a drive that is over.
+            ValueError: controls that are not three finite numbers, or an episode that is over.
         """
         controls = np.asarray(controls, np.float64)
         if controls.shape != (3,) or not np.isfinite(controls).all():
@@ -141,8 +143,8 @@ class RacingCar:
         environment, score = self._environment, self.score
         for frame in range(1, self._frames_per_decision + 1):
             last = frame == self._frames_per_decision or score.frames + 1 == self._max_frames
-            environment.looking = look and last
-            picture, reward, ended, _, _ = environment.step(controls)
+            environment.render_frames = look and last
+            rendered, reward, ended, _, _ = environment.step(controls)
             score.points += float(reward)
             score.frames += 1
             score.frames_off_road += int(self.distance_to_center() > HALF_ROAD)
@@ -151,31 +153,31 @@ class RacingCar:
             self.over = bool(ended) or score.frames == self._max_frames
             if self.over or last:
                 break
-        if picture is not None:
-            self.frame = picture
+        if rendered is not None:
+            self.frame = rendered
 
     def view(self) -> CarView:
-        """Return what an expert may know, and a passenger cannot."""
+        """Return the privileged state for the expert."""
         hull = self._environment.car.hull
         forward = np.array(hull.GetWorldVector((0, 1)))
         return CarView(np.array(hull.position), forward, self.speed, float(hull.angularVelocity))
 
     @property
     def speed(self) -> float:
-        """What the speedometer shows, in meters per second."""
+        """Speed in meters per second."""
         velocity = self._environment.car.hull.linearVelocity
         return float(np.hypot(velocity[0], velocity[1]))
 
     def distance_to_center(self) -> float:
-        """Return how far the car is from the nearest point of the center line, in meters."""
+        """Return the distance in meters to the nearest point of the center line."""
         x, y = self._environment.car.hull.position
         return float(np.sqrt(((self.track - np.array([[x, y]])) ** 2).sum(axis=1).min()))
 
 
 @functools.cache
 def _environment_class() -> Any:
-    """Derive the environment from gymnasium's, which is imported only here."""
-    # No window, no sound, no greeting: this runs on machines without any of them.
+    """Subclass gymnasium's environment, which is imported only here."""
+    # No window, no sound, no banner: for headless machines.
     for name, value in (
         ("SDL_VIDEODRIVER", "dummy"),
         ("SDL_AUDIODRIVER", "dummy"),
@@ -185,10 +187,10 @@ def _environment_class() -> Any:
     try:
         import warnings
 
-        with warnings.catch_warnings():  # pygame's own use of pkg_resources, Box2D's of swig
+        with warnings.catch_warnings():  # pygame imports pkg_resources, Box2D is wrapped by SWIG
             warnings.simplefilter("ignore")
             from gymnasium.envs.box2d import car_racing
-    except Exception as error:  # gymnasium raises an error of its own for Box2D and pygame
+    except Exception as error:  # gymnasium has its own exception for missing Box2D and pygame
         if not isinstance(error, ImportError) and "gymnasium" not in type(error).__module__:
             raise
         raise ImportError(
@@ -198,11 +200,11 @@ def _environment_class() -> Any:
     base: Any = car_racing.CarRacing
 
     class Environment(base):
-        looking = True
-        drawn_road: Any = None
+        render_frames = True
+        cached_road: Any = None
 
         def _render(self, mode: str) -> Any:
-            return super()._render(mode) if self.looking else None
+            return super()._render(mode) if self.render_frames else None
 
         def _render_road(self, zoom: float, translation: Any, angle: float) -> None:
             def draw(polygon: Any, color: Any) -> None:
@@ -217,9 +219,9 @@ def _environment_class() -> Any:
             )
             side = car_racing.PLAYFIELD
             field = [(side, side), (side, -side), (-side, -side), (-side, side)]
-            # Where the field fills the picture there is no edge to draw, and filling is cheap.
-            reach = np.hypot(car_racing.WINDOW_W, car_racing.WINDOW_H) / zoom
-            if max(map(abs, self.car.hull.position)) + reach < side:
+            # No edge of the field is in view: filling the frame is cheaper than a polygon.
+            view_radius = np.hypot(car_racing.WINDOW_W, car_racing.WINDOW_H) / zoom
+            if max(map(abs, self.car.hull.position)) + view_radius < side:
                 self.surf.fill(self.bg_color)
             else:
                 self._draw_colored_polygon(
@@ -228,8 +230,8 @@ def _environment_class() -> Any:
             grass = _grass(car_racing.GRASS_DIM)
             for index in visible(grass):
                 draw(grass[index].tolist(), self.grass_color)
-            if self.drawn_road is not self.road_poly:  # a new list at each reset
-                self.drawn_road = self.road_poly
+            if self.cached_road is not self.road_poly:  # a new list at each reset
+                self.cached_road = self.road_poly
                 self.road_corners = np.array([polygon for polygon, _ in self.road_poly], float)
             for index in visible(self.road_corners):
                 polygon, color = self.road_poly[index]
@@ -240,7 +242,7 @@ def _environment_class() -> Any:
 
 @functools.cache
 def _grass(size: float) -> np.ndarray:
-    """Return the corners of the patches of grass in the order of drawing, [patches, 4, 2]."""
+    """Return the corners of the grass patches in drawing order, [patches, 4, 2]."""
     corners = np.array([(1, 0), (0, 0), (0, 1), (1, 1)], float)
     places = np.array([(x, y) for x in range(-20, 20, 2) for y in range(-20, 20, 2)], float)
     return size * (places[:, None] + corners[None])
@@ -254,13 +256,13 @@ def _visible(
     angle: float,
     size: tuple[int, int],
 ) -> np.ndarray:
-    """Return the indices of the polygons [polygons, corners, 2] that may touch the picture."""
+    """Return the indices of the polygons [polygons, corners, 2] that may intersect the frame."""
     cosine, sine = np.cos(angle), np.sin(angle)
     x, y = polygons[..., 0], polygons[..., 1]
-    across = (x * cosine - y * sine) * zoom + translation[0]
-    along = (x * sine + y * cosine) * zoom + translation[1]
+    columns = (x * cosine - y * sine) * zoom + translation[0]  # pixels, [polygons, corners]
+    rows = (x * sine + y * cosine) * zoom + translation[1]
     inside = np.ones(len(polygons), bool)
-    for values, length in ((across, size[0]), (along, size[1])):
+    for values, length in ((columns, size[0]), (rows, size[1])):
         inside &= values.max(axis=1) >= -_DRAWING_MARGIN
         inside &= values.min(axis=1) <= length + _DRAWING_MARGIN
     return np.flatnonzero(inside)

@@ -1,4 +1,4 @@
-"""A driver that sees the whole track: it follows the center line and brakes for the bends."""
+"""The privileged expert: pure pursuit of the center line with a planned speed profile."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import numpy as np
 
 from jaxnets.data.driving.car import HALF_ROAD, CarView
 
-#: Metres from the front to the rear axle of gymnasium's car.
+#: Meters between the front and rear axles of gymnasium's car.
 WHEELBASE = 3.24
-#: Steering is the angle of the front wheels that is asked for, in radians; they turn so far.
+#: Steering commands the angle of the front wheels in radians; this is its limit.
 FULL_LOCK = 0.4
-# Less brake than this only heats it.
+# Weaker braking is rounded to none.
 _LEAST_BRAKE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertStyle:
-    """How an expert drives.
+    """Parameters of the expert.
 
-    The numbers were searched for on the tracks of `TUNING_SEEDS`, and then speed and sideways
-    acceleration lowered, for less than 1% of the points, so that a bend is always in the picture
-    before the car has to brake for it, and so that a push costs little.
+    They were tuned on the tracks of `TUNING_SEEDS`. Then speed and lateral acceleration were
+    lowered, at a cost of less than 1% of the points, so that a bend is always in the frame before
+    the car has to brake for it, and so that a disturbance costs little.
 
     Attributes:
-        lateral: sideways acceleration allowed in bends, in meters per second squared.
-        braking: deceleration that the plan counts on, in meters per second squared.
+        lateral: maximum lateral acceleration in bends, in meters per second squared.
+        braking: deceleration that the speed profile assumes, in meters per second squared.
         top_speed: in meters per second.
-        reach: meters from the car to the point it steers for, at rest.
-        reach_seconds: what a meter per second adds to the reach.
-        steering: factor on the angle of pure pursuit, which knows of no slip.
-        damping: seconds; the turning of the car is held against by this times its yaw rate.
-        preview: seconds; the speed is that planned for where the car will be then.
-        gas: pedal per meter per second that the car is too slow.
-        brake: pedal per meter per second that it is too fast.
-        ease: share of the gas that is taken back at full lock, lest the rear slides.
+        reach: lookahead distance of pure pursuit at rest, in meters.
+        reach_seconds: increase of the lookahead distance per meter per second.
+        steering: gain on the angle of pure pursuit, which does not model slip.
+        damping: seconds; yaw damping, this times the yaw rate is subtracted from the angle.
+        preview: seconds; the target speed is that planned for the position at this time ahead.
+        gas: pedal per meter per second below the target speed (proportional control).
+        brake: pedal per meter per second above it.
+        ease: fraction of the gas that is released at full lock, against oversteer.
     """
 
     lateral: float = 95.0
@@ -53,28 +53,28 @@ class ExpertStyle:
 
 
 class Expert:
-    """A driver of one track.
+    """A privileged controller for one track.
 
-    It steers by pure pursuit: the front wheels are turned so that a circle through the point of
-    the center line some meters ahead would be driven, `atan(2 wheelbase sin(bearing) / distance)`.
-    Its speed at each point is the least of the top speed, of `sqrt(lateral / curvature)`, and of
-    that from which the bends behind can still be braked for.
+    Steering is pure pursuit: the angle of the front wheels for the circle through a lookahead
+    point on the center line, `atan(2 wheelbase sin(bearing) / distance)`. The speed profile is the
+    minimum of the top speed, of `sqrt(lateral / curvature)`, and of the speed from which the car
+    can still brake for the bends ahead.
 
     Args:
-        track: center line, a closed line in the direction of driving, [points, 2], in meters.
-        style: how to drive.
+        track: center line, closed, in driving direction, [points, 2], in meters.
+        style: parameters of the controller.
 
     Attributes:
-        speeds: planned for each point of the track, in meters per second.
+        speeds: planned at each point of the track, in meters per second.
 
     Raises:
-        ValueError: a track that is no line of points.
+        ValueError: a track that is not a line of at least 8 points.
 
     References:
         Coulter 1992, CMU-RI-TR-92-01 (pure pursuit).
 
     Example:
-        On a circle of radius 100 the speed is that of the allowed sideways acceleration:
+        On a circle of radius 100 the lateral acceleration limits the speed:
 
         >>> turns = np.linspace(0, 2 * np.pi, 200, endpoint=False)
         >>> circle = 100 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
@@ -86,18 +86,18 @@ class Expert:
         track = np.asarray(track, np.float64)
         if track.ndim != 2 or track.shape[1] != 2 or len(track) < 8:
             raise ValueError(
-                f"a track of shape {track.shape} is no line; give at least 8 points [points, 2]"
+                f"a track of shape {track.shape} is not a line; give at least 8 points [points, 2]"
             )
         self.track, self.style = track, ExpertStyle() if style is None else style
-        ways = np.roll(track, -1, axis=0) - track
-        self._steps = np.linalg.norm(ways, axis=1)
-        self._directions = ways / np.maximum(self._steps, 1e-9)[:, None]
-        self.speeds = self._plan()
+        segments = np.roll(track, -1, axis=0) - track
+        self._steps = np.linalg.norm(segments, axis=1)
+        self._directions = segments / np.maximum(self._steps, 1e-9)[:, None]
+        self.speeds = self._plan_speeds()
 
-    def _plan(self) -> np.ndarray:
-        """Plan the speeds: by curvature, then backwards twice round for the braking."""
+    def _plan_speeds(self) -> np.ndarray:
+        """Compute the speed profile: from the curvature, then a backward pass over two laps."""
         style = self.style
-        # Over a few points, as the line is a little uneven where its ends were joined.
+        # Curvature over a few points: the line is slightly uneven where its ends were joined.
         ahead = np.roll(self.track, -3, axis=0) - self.track
         behind = self.track - np.roll(self.track, 3, axis=0)
         turn = np.arctan2(ahead[:, 1], ahead[:, 0]) - np.arctan2(behind[:, 1], behind[:, 0])
@@ -106,16 +106,16 @@ class Expert:
         speeds = np.sqrt(style.lateral / np.maximum(turn / length, 1e-9))
         speeds = np.minimum(speeds, style.top_speed)
         for index in reversed(range(2 * len(speeds))):
-            here, then = index % len(speeds), (index + 1) % len(speeds)
-            braked = math.sqrt(speeds[then] ** 2 + 2 * style.braking * self._steps[here])
-            speeds[here] = min(speeds[here], braked)
+            here, following = index % len(speeds), (index + 1) % len(speeds)
+            fastest = math.sqrt(speeds[following] ** 2 + 2 * style.braking * self._steps[here])
+            speeds[here] = min(speeds[here], fastest)
         return speeds
 
     def controls(self, view: CarView) -> np.ndarray:
-        """Decide from where the car is and how it moves.
+        """Compute the controls from the state of the car.
 
         Args:
-            view: of the car, which may be anywhere, as this is also asked while others drive.
+            view: of the car, which may be anywhere: the expert also labels the drives of others.
 
         Returns:
             Steering in [-1, 1], gas and brake in [0, 1], float32 [3].
@@ -123,40 +123,41 @@ class Expert:
         style = self.style
         nearest = self._nearest(view)
         target = self.track[self._ahead(nearest, style.reach + style.reach_seconds * view.speed)]
-        way = target - view.position
+        offset = target - view.position
         forward = view.forward
         bearing = math.atan2(
-            forward[0] * way[1] - forward[1] * way[0], forward[0] * way[0] + forward[1] * way[1]
+            forward[0] * offset[1] - forward[1] * offset[0],
+            forward[0] * offset[0] + forward[1] * offset[1],
         )
-        distance = max(float(np.hypot(*way)), 1e-6)
+        distance = max(float(np.hypot(*offset)), 1e-6)
         angle = style.steering * pursuit_angle(bearing, distance) - style.damping * view.yaw_rate
         steering = -min(max(angle, -FULL_LOCK), FULL_LOCK)
         planned = self.speeds[self._ahead(nearest, style.preview * view.speed)]
-        lack = float(planned) - view.speed
-        gas = min(max(style.gas * lack, 0.0), 1.0) * (1 - style.ease * abs(steering) / FULL_LOCK)
-        brake = min(max(-style.brake * lack, 0.0), 0.8)
+        error = float(planned) - view.speed
+        gas = min(max(style.gas * error, 0.0), 1.0) * (1 - style.ease * abs(steering) / FULL_LOCK)
+        brake = min(max(-style.brake * error, 0.0), 0.8)
         return np.array([steering, gas, brake if brake > _LEAST_BRAKE else 0.0], np.float32)
 
     def _nearest(self, view: CarView) -> int:
-        """Return the nearest point, rather of a piece of road that leads where the car points."""
+        """Return the index of the nearest point, preferring road in the heading of the car."""
         distances = np.linalg.norm(self.track - view.position[None], axis=1)
         return int((distances - HALF_ROAD * (self._directions @ view.forward)).argmin())
 
     def _ahead(self, start: int, meters: float) -> int:
-        """Return the first point at least so far along the line from another one."""
-        index, gone = start, 0.0
-        while gone < meters:
-            gone += self._steps[index]
+        """Return the index of the first point at least `meters` further along the track."""
+        index, distance = start, 0.0
+        while distance < meters:
+            distance += self._steps[index]
             index = (index + 1) % len(self.track)
         return index
 
 
 def pursuit_angle(bearing: float, distance: float) -> float:
-    """Return the angle of the front wheels on the circle through a point.
+    """Return the pure-pursuit angle of the front wheels for the circle through a point.
 
     Args:
-        bearing: of the point, in radians to the left of where the car points.
-        distance: to it, in meters.
+        bearing: of the point, in radians to the left of the heading.
+        distance: to the point, in meters.
 
     Returns:
         Radians to the left.

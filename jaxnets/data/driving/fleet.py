@@ -1,4 +1,4 @@
-"""Several cars that are driven side by side by one driver, in processes of their own."""
+"""A vectorized environment: several cars, in worker processes, driven by one driver."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 from jaxnets.data.driving.car import HALF_ROAD, MAX_FRAMES, RacingCar, Score
 from jaxnets.data.driving.expert import Expert, ExpertStyle
 
-# A recording ends when the car is so far from the center line: there is nothing to learn there.
+# With `give_up` an episode ends at this distance from the center line in meters.
 _LOST = 4 * HALF_ROAD
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observation:
-    """What the drivers of several cars see at the time of a decision.
+    """Batched observations of several cars, and the labels of the expert.
 
     Attributes:
         frames: uint8 [cars, 96, 96, 3].
         speeds: in meters per second, float32 [cars].
-        labels: what the expert would do, float32 [cars, 3].
+        labels: controls of the expert in this state, float32 [cars, 3].
         seeds: of the tracks, int32 [cars].
-        decisions: number of earlier decisions of each drive, int32 [cars]; 0 starts one.
+        decisions: index of the decision within each drive, int32 [cars]; 0 at the start.
     """
 
     frames: np.ndarray
@@ -38,64 +38,65 @@ class Observation:
 
 
 class Driver(Protocol):
-    """Whoever decides for several cars at once; steering in [-1, 1], gas and brake in [0, 1]."""
+    """A policy for several cars at once; steering in [-1, 1], gas and brake in [0, 1]."""
 
     def start(self, num_cars: int) -> Any:
-        """Return what the driver remembers in front of the first decision."""
+        """Return the initial state of the policy."""
         ...
 
     def decide(self, memory: Any, observation: Observation) -> tuple[Any, np.ndarray]:
-        """Return the new memory, and steering, gas and brake of each car, float [cars, 3].
+        """Return the new state, and steering, gas and brake of each car, float [cars, 3].
 
-        The memory of a car whose drive begins (`observation.decisions` is 0) must not matter.
+        The result must not depend on the state of a car whose drive starts
+        (`observation.decisions` is 0).
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertDriver:
-    """The expert, who may be jostled, so that recordings show how to recover.
+    """The expert, optionally with noise injection, so that recordings contain recoveries.
 
-    The noise on steering and gas is the average of the last few random numbers, as slow as the
-    wandering of a poor driver.
+    The noise on steering and gas is autocorrelated (autoregressive of order 1), as the drift of a
+    poor driver.
 
     Attributes:
-        noise: standard deviation of what is added to the steering, and twice of what to the gas.
+        noise: standard deviation of the noise on the steering; that on the gas is twice as large.
 
     References:
-        Laskey et al. 2017, arXiv:1703.09327 (noise injected into the expert's controls).
+        Laskey et al. 2017, arXiv:1703.09327 (DART: noise injected into the expert's controls).
     """
 
     noise: float = 0.0
 
     def start(self, num_cars: int) -> np.ndarray:
-        """Return noise of zero."""
+        """Return noise of 0, [cars, 2]."""
         return np.zeros((num_cars, 2))
 
     def decide(self, memory: np.ndarray, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
-        """Do what the expert says, jostled."""
+        """Return the labels of the expert plus noise."""
         controls = observation.labels.astype(np.float64)
         if not self.noise:
             return memory, controls
-        kept = 0.8
+        correlation = 0.8  # of successive decisions
         memory = np.where(observation.decisions[:, None] == 0, 0.0, memory)
         pairs = zip(observation.seeds, observation.decisions, strict=True)
         drawn = [np.random.default_rng((int(s), int(d))).normal(size=2) for s, d in pairs]
-        memory = kept * memory + (1 - kept**2) ** 0.5 * np.array(drawn)
+        memory = correlation * memory + (1 - correlation**2) ** 0.5 * np.array(drawn)
         controls[:, :2] += self.noise * memory * np.array([[1.0, 2.0]])
         return memory, controls
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drive:
-    """A drive on one track.
+    """A drive: the trajectory of one episode.
 
     Attributes:
         seed: of the track.
-        score: what it came to.
-        arrays: one row a decision: "frames" uint8 [decisions, 96, 96, 3] if they were looked at,
+        score: at the end.
+        arrays: one row per decision: "frames" uint8 [decisions, 96, 96, 3] if they were rendered,
             "speeds" float32 [decisions] in meters per second, "controls" float32 [decisions, 3]
-            that drove the car, "labels" float32 [decisions, 3] of the expert, "seeds" and
+            applied to the car, "labels" float32 [decisions, 3] of the expert, "seeds" and
             "decisions" int32 [decisions].
     """
 
@@ -106,16 +107,16 @@ class Drive:
 
 @dataclasses.dataclass(frozen=True)
 class FleetConfig:
-    """How a fleet drives.
+    """Options of `drive`.
 
     Attributes:
-        num_cars: driven side by side.
-        num_workers: processes that hold them; 0 is this one.
+        num_cars: cars simulated at the same time.
+        num_workers: processes that simulate them; 0 for this process.
         frames_per_decision: as in `RacingCar`.
         max_frames: as in `RacingCar`.
-        look: take pictures.
-        give_up: end a drive where the car is far off the road, where there is nothing to learn;
-            not for measuring.
+        look: render frames.
+        give_up: end a drive when the car is far off the road, where there is nothing to learn; not
+            for evaluation.
         style: of the expert.
     """
 
@@ -136,60 +137,62 @@ class FleetConfig:
 
 
 def drive(driver: Driver, seeds: Sequence[int], config: FleetConfig) -> Iterator[Drive]:
-    """Drive a track for each seed, several at a time; a car that is done takes the next one.
+    """Drive one episode per seed, several at a time; a car that is done takes the next seed.
+
+    Corresponds to a `gymnasium.vector.AsyncVectorEnv`, with whole episodes as results.
 
     Args:
-        driver: decides for all cars at once.
+        driver: the policy for all cars.
         seeds: of the tracks.
-        config: how.
+        config: of the fleet.
 
     Yields:
-        The drives in the order of the seeds. They are a pure function of the arguments; the number
-        of workers does not matter.
+        The drives in the order of the seeds. They are a pure function of the arguments and do not
+        depend on the number of workers.
 
     Raises:
         ImportError: see `RacingCar`.
     """
     num_cars = min(config.num_cars, len(seeds))
-    waiting = list(reversed(list(enumerate(seeds))))
-    done: dict[int, Drive] = {}
-    given = 0
-    with _garages(config, num_cars) as ask:
-        places: list[int | None] = [None] * num_cars
+    pending = list(reversed(list(enumerate(seeds))))
+    finished: dict[int, Drive] = {}
+    num_yielded = 0
+    with _open_workers(config, num_cars) as execute:
+        episodes: list[int | None] = [None] * num_cars  # index into seeds
         rows: list[list[tuple[Any, ...]]] = [[] for _ in range(num_cars)]
-        seen: list[_Seen | None] = [None] * num_cars
+        reports: list[_Report | None] = [None] * num_cars
         memory = driver.start(num_cars)
         while True:
-            free = [car for car in range(num_cars) if places[car] is None][: len(waiting)]
-            fresh = {}
-            for car in free:
-                places[car], fresh[car] = waiting.pop()
-            for car, first in ask({car: ("reset", seed) for car, seed in fresh.items()}).items():
-                seen[car], rows[car] = first, []
-            active = [car for car in range(num_cars) if places[car] is not None]
+            idle = [car for car in range(num_cars) if episodes[car] is None][: len(pending)]
+            started = {}
+            for car in idle:
+                episodes[car], started[car] = pending.pop()
+            resets = {car: ("reset", seed) for car, seed in started.items()}
+            for car, report in execute(resets).items():
+                reports[car], rows[car] = report, []
+            active = [car for car in range(num_cars) if episodes[car] is not None]
             if not active:
                 return
-            memory, controls = driver.decide(memory, _observation(seen, rows))
+            memory, controls = driver.decide(memory, _observation(reports, rows))
             for car in active:
-                now = seen[car]
-                assert now is not None
-                rows[car].append((*now.values, np.asarray(controls[car], np.float32)))
-            answers = ask({car: ("step", controls[car]) for car in active})
-            for car, now in answers.items():
-                seen[car] = now
-                place = places[car]
-                if now.score is not None and place is not None:
-                    seed = int(seeds[place])
-                    done[place] = Drive(seed, now.score, _arrays(seed, rows[car]))
-                    places[car] = None
-            while given in done:
-                yield done.pop(given)
-                given += 1
+                last = reports[car]
+                assert last is not None
+                rows[car].append((*last.values, np.asarray(controls[car], np.float32)))
+            for car, report in execute({car: ("step", controls[car]) for car in active}).items():
+                reports[car] = report
+                episode = episodes[car]
+                if report.score is not None and episode is not None:
+                    seed = int(seeds[episode])
+                    finished[episode] = Drive(seed, report.score, _arrays(seed, rows[car]))
+                    episodes[car] = None
+            while num_yielded in finished:
+                yield finished.pop(num_yielded)
+                num_yielded += 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Seen:
-    """What a car reports: frame, speed and label, the seed of its track, its score at the end."""
+class _Report:
+    """State of a car: (frame, speed, label), seed of the track, and the score at the end."""
 
     values: tuple[np.ndarray | None, float, np.ndarray]
     seed: int
@@ -199,15 +202,15 @@ class _Seen:
 _BLANK = np.zeros((96, 96, 3), np.uint8)
 
 
-def _observation(seen: Sequence[_Seen | None], rows: Sequence[Sequence[Any]]) -> Observation:
-    """Stack what the cars report; a car that has no track left repeats its last report."""
-    known = [now for now in seen if now is not None]
-    frames, speeds, labels = zip(*(now.values for now in known), strict=True)
+def _observation(reports: Sequence[_Report | None], rows: Sequence[Sequence[Any]]) -> Observation:
+    """Stack the reports; a car without a further track repeats its last report."""
+    known = [report for report in reports if report is not None]
+    frames, speeds, labels = zip(*(report.values for report in known), strict=True)
     return Observation(
         np.stack([_BLANK if frame is None else frame for frame in frames]),
         np.array(speeds, np.float32),
         np.stack(labels),
-        np.array([now.seed for now in known], np.int32),
+        np.array([report.seed for report in known], np.int32),
         np.array([len(row) for row in rows], np.int32),
     )
 
@@ -224,87 +227,87 @@ def _arrays(seed: int, rows: Sequence[tuple[Any, ...]]) -> dict[str, np.ndarray]
     return arrays if frames[0] is None else {"frames": np.stack(frames), **arrays}
 
 
-class _Garage:
-    """Some of the cars, with an expert in each."""
+class _Cars:
+    """The cars of one process, each with its expert."""
 
     def __init__(self, config: FleetConfig) -> None:
         self._config = config
         self._cars: dict[int, tuple[RacingCar, int, Expert]] = {}
 
-    def __call__(self, orders: dict[int, tuple[str, Any]]) -> dict[int, _Seen]:
-        return {car: self._follow(car, *order) for car, order in orders.items()}
+    def __call__(self, commands: dict[int, tuple[str, Any]]) -> dict[int, _Report]:
+        return {car: self._execute(car, *command) for car, command in commands.items()}
 
-    def _follow(self, number: int, order: str, argument: Any) -> _Seen:
+    def _execute(self, index: int, command: str, argument: Any) -> _Report:
         config = self._config
-        if order == "reset":
-            if number in self._cars:
-                car = self._cars[number][0]
+        if command == "reset":
+            if index in self._cars:
+                car = self._cars[index][0]
             else:
                 car = RacingCar(
                     frames_per_decision=config.frames_per_decision, max_frames=config.max_frames
                 )
             car.reset(int(argument), look=config.look)
-            self._cars[number] = car, int(argument), Expert(car.track, config.style)
+            self._cars[index] = car, int(argument), Expert(car.track, config.style)
         else:
-            self._cars[number][0].step(argument, look=config.look)
-        car, seed, expert = self._cars[number]
+            self._cars[index][0].step(argument, look=config.look)
+        car, seed, expert = self._cars[index]
         over = car.over or (config.give_up and car.distance_to_center() > _LOST)
         frame = car.frame if config.look else None
-        return _Seen(
+        return _Report(
             (frame, car.speed, expert.controls(car.view())), seed, car.score if over else None
         )
 
 
 @contextlib.contextmanager
-def _garages(
+def _open_workers(
     config: FleetConfig, num_cars: int
-) -> Iterator[Callable[[dict[int, tuple[str, Any]]], dict[int, _Seen]]]:
-    """Open the garages; what is yielded passes orders on to them and collects the answers."""
+) -> Iterator[Callable[[dict[int, tuple[str, Any]]], dict[int, _Report]]]:
+    """Start the workers and yield a function that executes commands and returns the reports."""
     if not config.num_workers:
-        yield _Garage(config)
+        yield _Cars(config)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    links: list[Connection] = []
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
+    connections: list[Connection] = []
     workers = []
     for _ in range(min(config.num_workers, num_cars)):
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=_serve, args=(theirs, config), daemon=True)
+        parent, child = context.Pipe()
+        worker = context.Process(target=_serve, args=(child, config), daemon=True)
         worker.start()
-        theirs.close()
-        links.append(ours)
+        child.close()
+        connections.append(parent)
         workers.append(worker)
 
-    def ask(orders: dict[int, tuple[str, Any]]) -> dict[int, _Seen]:
-        shares: list[dict[int, tuple[str, Any]]] = [{} for _ in links]
-        for car, order in orders.items():
-            shares[car % len(links)][car] = order
-        for link, share in zip(links, shares, strict=True):
-            link.send(share)
-        answers: dict[int, _Seen] = {}
-        for link in links:
-            answer = link.recv()
+    def execute(commands: dict[int, tuple[str, Any]]) -> dict[int, _Report]:
+        parts: list[dict[int, tuple[str, Any]]] = [{} for _ in connections]
+        for car, command in commands.items():
+            parts[car % len(connections)][car] = command
+        for connection, part in zip(connections, parts, strict=True):
+            connection.send(part)
+        reports: dict[int, _Report] = {}
+        for connection in connections:
+            answer = connection.recv()
             if isinstance(answer, Exception):
                 raise answer
-            answers |= answer
-        return dict(sorted(answers.items()))
+            reports |= answer
+        return dict(sorted(reports.items()))
 
     try:
-        yield ask
+        yield execute
     finally:
-        for link in links:
-            link.close()  # at which the worker ends
+        for connection in connections:
+            connection.close()  # ends the worker
         for worker in workers:
             worker.join()
 
 
-def _serve(link: Connection, config: FleetConfig) -> None:
-    """Answer orders until the other side hangs up."""
-    garage = _Garage(config)
+def _serve(connection: Connection, config: FleetConfig) -> None:
+    """Execute commands in a worker until the connection is closed."""
+    cars = _Cars(config)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError, ConnectionResetError):
         while True:
-            orders = link.recv()
+            commands = connection.recv()
             try:
-                answer: Any = garage(orders)
+                answer: Any = cars(commands)
             except Exception as error:
                 answer = error
-            link.send(answer)
+            connection.send(answer)

@@ -1,4 +1,4 @@
-"""Recorded drives on disk: shards of whole drives, and a list of them that is written last."""
+"""Recordings on disk: shards of whole drives, and an index that is written last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxnets.data.driving.fleet import Drive
 from jaxnets.data.files import atomic_file
 
-_LIST = "recordings.json"
+_INDEX = "recordings.json"
 _DRIVES_PER_SHARD = 8
 
 
@@ -24,70 +24,70 @@ def write_recordings(
 ) -> dict[str, np.ndarray]:
     """Write drives into a folder, shard by shard.
 
-    A folder whose writing was stopped has no list and counts as none.
+    If writing is interrupted, the folder has no index and counts as empty.
 
     Args:
-        folder: made if missing; a list in it is replaced.
-        drives: in the order in which they are to be read.
-        settings: what they are a function of, as JSON can hold it.
+        folder: created if missing; an existing index is replaced.
+        drives: in the order of reading.
+        settings: everything that determines the drives, serializable as JSON.
 
     Returns:
-        What `read_recordings` returns.
+        The arrays of `read_recordings`.
 
     Raises:
         ValueError: no drive.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _LIST).unlink(missing_ok=True)
+    (folder / _INDEX).unlink(missing_ok=True)
     shards: list[dict[str, str]] = []
     scores: list[float] = []
-    waiting: list[Drive] = []
+    buffer: list[Drive] = []
 
     def write() -> None:
         name = f"drives_{len(shards):03d}.npz"
         content = io.BytesIO()
-        arrays: Any = _join([drive.arrays for drive in waiting])
+        arrays: Any = _join([drive.arrays for drive in buffer])
         np.savez_compressed(content, **arrays)
         with atomic_file(folder / name) as file:
             file.write(content.getbuffer())
         digest = hashlib.sha256(content.getbuffer()).hexdigest()
         shards.append({"name": name, "sha256": digest})
-        waiting.clear()
+        buffer.clear()
 
     for drive in drives:
-        waiting.append(drive)
+        buffer.append(drive)
         scores.append(round(drive.score.points, 3))
-        if len(waiting) == _DRIVES_PER_SHARD:
+        if len(buffer) == _DRIVES_PER_SHARD:
             write()
-    if waiting:
+    if buffer:
         write()
     if not shards:
         raise ValueError("there is no drive to write; give at least one seed")
-    listed = {"settings": dict(settings), "points": scores, "shards": shards}
-    with atomic_file(folder / _LIST) as file:
-        file.write(json.dumps(listed, indent=2).encode())
+    index = {"settings": dict(settings), "points": scores, "shards": shards}
+    with atomic_file(folder / _INDEX) as file:
+        file.write(json.dumps(index, indent=2).encode())
     return read_recordings(folder, settings)
 
 
 def has_recordings(folder: Path) -> bool:
-    """Whether a folder holds recordings that were written to the end.
+    """Return whether a folder has complete recordings.
 
     Args:
         folder: as given to `write_recordings`; it need not exist.
     """
-    return (folder / _LIST).is_file()
+    return (folder / _INDEX).is_file()
 
 
 def read_points(folder: Path) -> list[float]:
-    """Return the points of each recorded drive, by CarRacing's count: about 900 for a whole lap.
+    """Return the points of each recorded drive, as in `Score`: about 900 for a full lap.
 
     Args:
         folder: as given to `write_recordings`.
 
     Raises:
-        FileNotFoundError: the folder holds no finished recordings, see `has_recordings`.
+        FileNotFoundError: the folder has no complete recordings, see `has_recordings`.
     """
-    return json.loads((folder / _LIST).read_text())["points"]
+    return json.loads((folder / _INDEX).read_text())["points"]
 
 
 def read_recordings(
@@ -97,10 +97,10 @@ def read_recordings(
 
     Args:
         folder: as written by `write_recordings`.
-        settings: what the recordings must have been made with; by default anything.
+        settings: required settings of the recordings; by default not checked.
 
     Returns:
-        The arrays of `Drive`, all drives one behind the other: {name: [decisions, ...]}.
+        The arrays of `Drive`, concatenated over the drives: {name: [decisions, ...]}.
 
     Raises:
         FileNotFoundError: no recordings, or a shard is missing.
@@ -108,14 +108,14 @@ def read_recordings(
     """
     remedy = f"remove {folder} and record again"
     try:
-        listed = json.loads((folder / _LIST).read_text())
-        found, shards = listed["settings"], listed["shards"]
+        index = json.loads((folder / _INDEX).read_text())
+        found, shards = index["settings"], index["shards"]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} holds no complete recordings ({_LIST} is missing); record first"
+            f"{folder} has no complete recordings ({_INDEX} is missing); record first"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _LIST} is damaged ({error!r}); {remedy}") from error
+        raise ValueError(f"{folder / _INDEX} is damaged ({error!r}); {remedy}") from error
     wanted = None if settings is None else json.loads(json.dumps(dict(settings)))
     if wanted is not None and wanted != found:
         changed = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
@@ -142,7 +142,7 @@ def _read_shard(path: Path, digest: str, remedy: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"shard {path} is no archive of arrays ({error}); {remedy}") from error
+        raise ValueError(f"shard {path} is not an archive of arrays ({error}); {remedy}") from error
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -150,11 +150,11 @@ def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def windows(decisions: np.ndarray, length: int) -> np.ndarray:
-    """List the windows of consecutive decisions that lie within one drive.
+    """Return all windows of consecutive decisions that do not cross drives.
 
     Args:
-        decisions: number of each decision in its drive, integer [decisions].
-        length: decisions in a window.
+        decisions: index of each decision within its drive, integer [decisions].
+        length: decisions per window.
 
     Returns:
         The indices of each window's decisions, int32 [windows, length].
@@ -170,7 +170,7 @@ def windows(decisions: np.ndarray, length: int) -> np.ndarray:
         raise ValueError(f"a window of {length} decisions; give a length of 1 or more")
     starts = np.arange(len(decisions) - length + 1)
     if len(starts):
-        drives = np.concatenate([[0], np.cumsum(decisions[1:] == 0)])  # number of the drive
+        drives = np.concatenate([[0], np.cumsum(decisions[1:] == 0)])  # index of the drive
         starts = starts[drives[starts + length - 1] == drives[starts]]
     if not len(starts):
         raise ValueError(f"no drive has {length} decisions; use shorter windows")

@@ -1,4 +1,4 @@
-"""Sequences of token ids of unequal length in one array."""
+"""Padding of token sequences of unequal length to one array."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from jaxnets.data.batches.windows import check_sizes
+from jaxnets.checks import check_sizes
 from jaxnets.data.text.vocabulary import PAD
 
-Size = TypeVar("Size", int, np.ndarray)
+Lengths = TypeVar("Lengths", int, np.ndarray)
 
 
 def pad_sequences(
@@ -21,19 +21,21 @@ def pad_sequences(
     multiple: int = 1,
     truncate: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write sequences of token ids into one array, with `PAD` behind each.
+    """Pad sequences of token ids to one length with `PAD` on the right.
+
+    Corresponds to `torch.nn.utils.rnn.pad_sequence(batch_first=True)`.
 
     Args:
         sequences: integer [tokens], each with at least one token.
-        length: of the rows; by default that of the longest sequence.
-        multiple: round the default length up to a multiple, so that fewer shapes are compiled.
-        truncate: cut what is longer than `length`, which is an error otherwise.
+        length: of each row; by default that of the longest sequence.
+        multiple: the default length is rounded up to a multiple, so that fewer shapes compile.
+        truncate: cut sequences longer than `length`, which otherwise are an error.
 
     Returns:
-        int32 [sequences, length], and the number of tokens of each, int32 [sequences].
+        int32 [sequences, length], and the length of each sequence, int32 [sequences].
 
     Raises:
-        ValueError: no sequences, an empty one, one that is longer than `length`, ids that are no
+        ValueError: no sequences, an empty one, one longer than `length`, ids that are not
             integers or negative.
 
     Example:
@@ -62,23 +64,23 @@ def pad_sequences(
     return padded, lengths
 
 
-def round_up(size: Size, multiple: int) -> Size:
-    """Return the smallest multiple that is not below `size`, elementwise."""
-    return -(-size // multiple) * multiple
+def round_up(lengths: Lengths, multiple: int) -> Lengths:
+    """Round lengths up to a multiple, elementwise."""
+    return -(-lengths // multiple) * multiple
 
 
 def check_sequence(ids: npt.ArrayLike, index: int) -> np.ndarray:
-    """Return token ids as an array.
+    """Check one sequence and return it as an array.
 
     Args:
         ids: integer [tokens].
-        index: number of the sequence, for errors.
+        index: of the sequence, for errors.
 
     Returns:
-        The ids as they are.
+        The ids, not converted.
 
     Raises:
-        ValueError: no tokens, more than one axis, or ids that are no integers or negative.
+        ValueError: no tokens, more than one axis, or ids that are not integers or negative.
     """
     array = np.asarray(ids)
     if array.ndim != 1 or array.size == 0:

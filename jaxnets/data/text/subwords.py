@@ -1,4 +1,4 @@
-"""Subword tokenizers: byte-pair encoding, trained on the fly."""
+"""Subword tokenizer: byte-level byte-pair encoding (BPE), trained here."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from jaxnets.data.text.vocabulary import (
 
 @dataclasses.dataclass(frozen=True)
 class SubwordTokenizer(SavedTokenizer):
-    """Byte-pair encoding over the bytes of the text, by Hugging Face's `tokenizers`.
+    """Byte-level byte-pair encoding, by Hugging Face's `tokenizers`.
 
-    Merges never cross the border between a word with its leading space, a number and
-    punctuation. All 256 bytes are in the vocabulary, so every text is encoded without unknown
-    tokens and comes back exactly; `UNKNOWN` is never produced. A text that spells a special token
-    ("<pad>") is encoded as the characters it is.
+    Corresponds to `tokenizers.models.BPE` with the `ByteLevel` pre-tokenizer and decoder, as in
+    GPT-2: merges never cross the boundary between a word with its leading space, a number and
+    punctuation. All 256 bytes are in the vocabulary, so every text round-trips exactly and
+    `UNKNOWN` is never produced. Differs from the library's default: special tokens in a text
+    ("<pad>") are encoded as ordinary characters.
 
     Attributes:
-        model: the trained tokenizer as the JSON of `tokenizers`.
+        model: the trained tokenizer as the JSON of `tokenizers`, as `Tokenizer.to_str` gives it.
 
     Raises:
         ImportError: `tokenizers` is not installed.
@@ -56,13 +57,14 @@ class SubwordTokenizer(SavedTokenizer):
     def train(
         cls, texts: Iterable[str], *, vocabulary_size: int, min_count: int = 2
     ) -> SubwordTokenizer:
-        """Learn merges from some texts; the same texts in any order give the same tokenizer.
+        """Learn the merges; the same texts in any order give the same tokenizer.
 
         Args:
             texts: the training sentences, of both languages for a shared vocabulary.
-            vocabulary_size: at least 260: the special ids, the 256 bytes, then the merges.
-            min_count: pairs that occur less often are not merged, so that few texts may give
-                fewer tokens than asked for.
+            vocabulary_size: at least 260: the special ids, the 256 bytes, then the merges;
+                `vocab_size` of `BpeTrainer`.
+            min_count: rarer pairs are not merged, so few texts may give fewer tokens than
+                `vocabulary_size`; `min_frequency` of `BpeTrainer`.
 
         Returns:
             The tokenizer.
@@ -110,15 +112,15 @@ class SubwordTokenizer(SavedTokenizer):
             tokenizer = library.Tokenizer.from_str(self.model)
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(
-                f"model {str(self.model)[:40]!r} is no tokenizer's JSON ({error}); "
+                f"model {str(self.model)[:40]!r} is not the JSON of a tokenizer ({error}); "
                 "make the tokenizer with SubwordTokenizer.train"
             ) from error
-        tokenizer.encode_special_tokens = True  # as ordinary characters; the JSON lacks the option
+        tokenizer.encode_special_tokens = True  # as characters; the JSON does not store this
         return tokenizer
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens, special ids among them."""
+        """Number of tokens, special ids included."""
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str, *, add_special: bool = False) -> np.ndarray:
@@ -126,21 +128,21 @@ class SubwordTokenizer(SavedTokenizer):
 
         Args:
             text: any text.
-            add_special: put `BEGIN` in front and `END` behind.
+            add_special: add `BEGIN` at the start and `END` at the end.
         """
         return sentence_ids(self._tokenizer.encode(text).ids, add_special=add_special)
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text of integer ids [tokens], without the special ones.
 
-        Bytes that are not UTF-8, as in a text cut within a character, become U+FFFD.
+        Bytes that are not UTF-8, as of a text cut within a character, become U+FFFD.
 
         Raises:
-            ValueError: ids that are no integers or outside the vocabulary.
+            ValueError: ids that are not integers or outside the vocabulary.
         """
         return self._tokenizer.decode(check_ids(ids, self.vocabulary_size).tolist())
 
-    # A pickled library tokenizer forgets its option; the model alone says everything.
+    # Pickle only the model: the pickled library tokenizer loses `encode_special_tokens`.
     def __reduce__(self) -> tuple[type[SubwordTokenizer], tuple[str]]:
         return type(self), (self.model,)
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, by characters, bytes or words, and their files."""
+"""Tokenizers of characters, bytes and words; loading of saved tokenizers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from jaxnets.data.text.vocabulary import (
 
 @dataclasses.dataclass(frozen=True)
 class CharacterTokenizer(SavedTokenizer):
-    """One token per character.
+    """One token per Unicode code point.
 
     Attributes:
         characters: the vocabulary in order; character i has id i.
 
     Raises:
-        ValueError: no characters, or not sorted by code point without repetition.
+        ValueError: no characters, or not sorted by code point and distinct.
 
     Example:
         >>> tokenizer = CharacterTokenizer.from_text("hello world")
@@ -61,10 +61,10 @@ class CharacterTokenizer(SavedTokenizer):
 
     @classmethod
     def from_text(cls, text: str) -> CharacterTokenizer:
-        """Take the distinct characters of a text, sorted by code point, as the vocabulary.
+        """Build the vocabulary from the distinct characters of a text, sorted by code point.
 
         Args:
-            text: with every character that is to be encoded later: the whole text, not only its
+            text: must contain every character to encode later: the whole text, not only its
                 training part.
 
         Returns:
@@ -90,16 +90,16 @@ class CharacterTokenizer(SavedTokenizer):
         Raises:
             ValueError: a character that is not in the vocabulary.
         """
-        wanted = _code_points(text)
-        ids = np.searchsorted(self._code_points, wanted)
-        ids = np.minimum(ids, self.vocabulary_size - 1)  # beyond the last character
-        unknown = self._code_points[ids] != wanted
+        code_points = _code_points(text)
+        ids = np.searchsorted(self._code_points, code_points)
+        ids = np.minimum(ids, self.vocabulary_size - 1)  # code points above the last character
+        unknown = self._code_points[ids] != code_points
         if unknown.any():
             position = int(np.argmax(unknown))
             raise ValueError(
                 f"character {text[position]!r} at position {position} is not among the "
-                f"{self.vocabulary_size} of this tokenizer; build it with from_text from all of "
-                "the text, or use ByteTokenizer, which knows every character"
+                f"{self.vocabulary_size} of this tokenizer; build it with from_text from the whole "
+                "text, or use ByteTokenizer, which encodes every character"
             )
         return ids.astype(np.int32)
 
@@ -107,7 +107,7 @@ class CharacterTokenizer(SavedTokenizer):
         """Return the characters of integer ids [characters].
 
         Raises:
-            ValueError: ids that are no integers or outside the vocabulary.
+            ValueError: ids that are not integers or outside the vocabulary.
         """
         checked = check_ids(ids, self.vocabulary_size)
         return self._code_points[checked].tobytes().decode("utf-32-le", "surrogatepass")
@@ -115,7 +115,7 @@ class CharacterTokenizer(SavedTokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer(SavedTokenizer):
-    """One token per byte of the UTF-8 encoding: 256 tokens for any text of any language.
+    """One token per byte of the UTF-8 encoding: 256 tokens for every language.
 
     Example:
         >>> ByteTokenizer().encode("né").tolist()
@@ -137,7 +137,7 @@ class ByteTokenizer(SavedTokenizer):
         """Return the text of integer ids [bytes]; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: ids that are no integers or outside the vocabulary.
+            ValueError: ids that are not integers or outside the vocabulary.
         """
         checked = check_ids(ids, self.vocabulary_size)
         return checked.astype(np.uint8).tobytes().decode(errors="replace")
@@ -145,15 +145,16 @@ class ByteTokenizer(SavedTokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class WordTokenizer(SavedTokenizer):
-    """One token per word between white space; rare words are unknown.
+    """One token per word, split at white space; rare words are unknown.
 
-    Decoding joins the words with single spaces and writes unknown ones as "<unk>".
+    Decoding joins the words with single spaces and writes unknown ones as "<unk>". Corresponds to
+    `tokenizers.models.WordLevel` with the `WhitespaceSplit` pre-tokenizer.
 
     Attributes:
-        words: the vocabulary in order; word i has id i + 4, behind the special ids.
+        words: the vocabulary in order; word i has id i + 4, after the special ids.
 
     Raises:
-        ValueError: no words, a word twice or with white space.
+        ValueError: no words, a repeated word or one with white space.
 
     Example:
         >>> tokenizer = WordTokenizer.train(["a good film", "a bad film", "a film"], min_count=2)
@@ -176,12 +177,12 @@ class WordTokenizer(SavedTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], *, min_count: int = 1) -> WordTokenizer:
-        """Take the words of some texts as the vocabulary, the most frequent ones first.
+        """Build the vocabulary from the words of some texts, most frequent first.
 
         Args:
             texts: the training sentences.
-            min_count: words that occur less often are left out, and so are unknown: training
-                then has examples of unknown words, which the test will hold.
+            min_count: rarer words are left out and encoded as `UNKNOWN`, so that training has
+                examples of unknown words, as test data will.
 
         Returns:
             The tokenizer; words of equal frequency are in alphabetical order.
@@ -216,7 +217,7 @@ class WordTokenizer(SavedTokenizer):
 
         Args:
             text: one sentence.
-            add_special: put `BEGIN` in front and `END` behind.
+            add_special: add `BEGIN` at the start and `END` at the end.
         """
         return sentence_ids(
             [self._ids.get(word, UNKNOWN) for word in text.split()], add_special=add_special
@@ -226,7 +227,7 @@ class WordTokenizer(SavedTokenizer):
         """Return the words of integer ids [words], without `PAD`, `BEGIN` and `END`.
 
         Raises:
-            ValueError: ids that are no integers or outside the vocabulary.
+            ValueError: ids that are not integers or outside the vocabulary.
         """
         checked = check_ids(ids, self.vocabulary_size).tolist()
         return " ".join(self._vocabulary[index] for index in checked if index >= UNKNOWN)
@@ -244,12 +245,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         path: the JSON file.
 
     Returns:
-        A tokenizer that gives the same ids as the saved one.
+        A tokenizer equal to the saved one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not the file of a tokenizer.
-        ImportError: a subword tokenizer where `tokenizers` is not installed.
+        ValueError: not a tokenizer file.
+        ImportError: a subword tokenizer, and `tokenizers` is not installed.
     """
     content = Path(path).read_bytes()
     try:

@@ -1,4 +1,4 @@
-"""What tokenizers share: special ids, the protocol, the file, checks.
+"""Shared by the tokenizers: special ids, protocol, file format, checks.
 
 Tokenizers of sentences (`SubwordTokenizer`, `WordTokenizer`) have four special ids: `PAD` 0,
 `BEGIN` 1, `END` 2 and `UNKNOWN` 3. Those of running text (`CharacterTokenizer`, `ByteTokenizer`)
@@ -19,21 +19,21 @@ import numpy.typing as npt
 
 from jaxnets.data.files import atomic_file
 
-#: Fills rows up to the length of the longest.
+#: Padding, on the right of a sequence.
 PAD = 0
-#: In front of a sentence.
+#: Beginning of a sentence.
 BEGIN = 1
-#: Behind a sentence.
+#: End of a sentence.
 END = 2
 #: A word that is not in the vocabulary.
 UNKNOWN = 3
 
-#: How the special tokens are written, in the order of their ids.
+#: Strings of the special tokens, in the order of their ids.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer can do."""
+    """Interface of every tokenizer."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -45,11 +45,11 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """Return the text of token ids, integer [tokens]; special ids have none."""
+        """Return the text of token ids, integer [tokens], without special ids."""
         ...
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file for `load_tokenizer`; it appears only once it is complete."""
+        """Write a JSON file for `load_tokenizer`, atomically."""
         ...
 
 
@@ -59,10 +59,10 @@ class SavedTokenizer:
     kind: ClassVar[str]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file for `load_tokenizer`; it appears only once it is complete.
+        """Write a JSON file for `load_tokenizer`, atomically.
 
         Args:
-            path: where to; missing folders are made, a file there is replaced.
+            path: missing folders are created, an existing file is replaced.
         """
         assert dataclasses.is_dataclass(self)
         content = {"tokenizer": self.kind}
@@ -72,19 +72,19 @@ class SavedTokenizer:
 
 
 def list_texts(texts: Iterable[str]) -> list[str]:
-    """Return texts as a list; raise ValueError for a single string, an iterable of characters."""
+    """Return texts as a list; raise ValueError for a single string."""
     if isinstance(texts, str):
         raise ValueError(f"texts is the single string {texts[:40]!r}; give a list of strings")
     return list(texts)
 
 
 def sentence_ids(ids: Sequence[int], *, add_special: bool) -> np.ndarray:
-    """Return ids as int32 [tokens], on request between `BEGIN` and `END`."""
+    """Return ids as int32 [tokens]; with `add_special` between `BEGIN` and `END`."""
     return np.array([BEGIN, *ids, END] if add_special else ids, np.int32)
 
 
 def check_ids(ids: npt.ArrayLike, vocabulary_size: int) -> np.ndarray:
-    """Return ids that can be decoded as an array.
+    """Check ids to decode and return them as an array.
 
     Args:
         ids: integer [tokens].
@@ -94,7 +94,7 @@ def check_ids(ids: npt.ArrayLike, vocabulary_size: int) -> np.ndarray:
         The ids, integer [tokens].
 
     Raises:
-        ValueError: ids that are no integers, have another number of axes, or are outside the
+        ValueError: ids that are not integers, have another number of axes, or are outside the
             vocabulary.
     """
     array = np.asarray(ids)

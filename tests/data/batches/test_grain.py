@@ -85,7 +85,7 @@ def test_grain_batches_can_be_chunked_and_prefetched():
     ("arguments", "message"),
     [
         ({"source": []}, "holds no examples"),
-        ({"batch_size": 0}, "batch size 0 is below 1"),
+        ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
         ({"num_threads": -1}, "cannot read with -1 threads"),
         ({"seed": -1}, "seed -1 is negative"),
     ],

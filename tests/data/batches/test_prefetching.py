@@ -122,5 +122,5 @@ assert next(batches) == 0
 
 
 def test_a_size_without_room_for_a_batch_is_refused():
-    with pytest.raises(ValueError, match="cannot keep 0 batches ready"):
+    with pytest.raises(ValueError, match="size 0 leaves no room"):
         prefetch(count_from, size=0)

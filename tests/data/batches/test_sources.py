@@ -154,11 +154,11 @@ def test_every_member_gets_exactly_the_batches_of_its_own_source(first_step):
     ("make", "message"),
     [
         (lambda: shuffled_batches(DATA, 24, seed=0), "batch size 24 is larger than the 23"),
-        (lambda: shuffled_batches(DATA, 0, seed=0), "batch size 0 is below 1"),
+        (lambda: shuffled_batches(DATA, 0, seed=0), "batch_size=0 must be a positive integer"),
         (lambda: shuffled_batches(DATA, 5, seed=-1), "seed -1 is negative"),
         (lambda: shuffled_batches({"inputs": np.full(3, np.nan)}, 1, seed=0), "non-finite"),
         (lambda: index_batches(5, 6, seed=0), "batch size 6 is larger than the 5"),
-        (lambda: sequential_batches(DATA, 0), "batch size 0 is below 1"),
+        (lambda: sequential_batches(DATA, 0), "batch_size=0 must be a positive integer"),
         (lambda: sequential_batches({}, 1), "no arrays"),
         (lambda: member_batches([]), "sources is empty"),
         (lambda: chunked(index_batches(5, 5, seed=0), 0), "chunk of 0 steps"),

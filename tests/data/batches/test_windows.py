@@ -191,7 +191,7 @@ def test_a_short_last_batch_is_padded_with_weight_zero():
         (lambda t: token_streams(t, batch_size=2, length=2.0), "length=2.0"),
         (lambda t: token_windows(t, batch_size=2, length=4, seed=-1), "seed -1 is negative"),
         (lambda t: token_windows(t - 103, batch_size=2, length=4, seed=0), "id -3 is negative"),
-        (lambda t: token_streams(t / 2, batch_size=2, length=4), "float64 are no text"),
+        (lambda t: token_streams(t / 2, batch_size=2, length=4), "float64 are not a text"),
         (lambda t: sequential_windows(t[None], batch_size=2, length=4), r"\(1, 50\)"),
         (lambda t: sequential_windows([], batch_size=2, length=4), r"\(0,\)"),
         (lambda t: next(token_windows(t, batch_size=2, length=4, seed=0)(-1)), "first step -1"),

@@ -248,7 +248,7 @@ def test_a_truncated_part_of_the_binary_version_is_named(small_cifar):
 
 
 def test_a_broken_record_is_refused():
-    with pytest.raises(ValueError, match="3072 bytes are no whole number"):
+    with pytest.raises(ValueError, match="3072 bytes are not a whole number"):
         cifar.decode_records(bytes(3072))
 
 
@@ -315,7 +315,7 @@ def test_a_cache_that_cannot_be_written_costs_only_a_warning(small_jpeg, tmp_pat
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    with pytest.warns(UserWarning, match="decoded pixels are not kept"):
+    with pytest.warns(UserWarning, match="decoded pixels are not cached"):
         assert len(cifar10(folder, download=False).test["labels"]) == 3
 
 

@@ -379,7 +379,7 @@ def test_wrong_arguments_are_refused(options, message):
 
 
 def test_a_wrong_batch_size_or_step_is_refused():
-    with pytest.raises(ValueError, match="batch size 0"):
+    with pytest.raises(ValueError, match="batch_size=0"):
         digit_string_batches(PART, batch_size=0, seed=0)
     with pytest.raises(ValueError, match="first step -1"):
         next(digit_string_batches(PART, batch_size=2, seed=0)(-1))

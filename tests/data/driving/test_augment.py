@@ -1,4 +1,6 @@
-"""Changed pictures, and controls that match them: against the expert in the moved car."""
+"""Driving augmentation: shifted views, and controls against the expert in the shifted car."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +14,42 @@ STYLE = driving.ExpertStyle()
 ROW, COLUMN = (round(place) for place in driving.CAR_PLACE)
 
 
+compiled_move = jax.jit(driving.move_car)
+compiled_controls = jax.jit(functools.partial(driving.moved_controls, style=STYLE))
+
+
+def move_one(frame, shift, turn):
+    """Return one frame of the shifted and turned car; one program serves all tests."""
+    pair = np.stack([frame, frame])
+    return np.asarray(compiled_move(pair, np.float32([shift, 0]), np.float32([turn, 0])))[0]
+
+
 def road(edge):
-    """A road to the left of a column, without a car."""
+    """Draw a road to the left of a column, without a car."""
     frame = np.zeros((84, 96, 3), np.uint8)
     frame[:, :edge] = 200
     return frame
 
 
-def test_a_car_that_is_not_moved_sees_the_same():
-    frames = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 84, 96, 3), np.uint8))
-    found = driving.move_car(frames, jnp.zeros(2), jnp.zeros(2))
+def test_the_view_of_a_car_that_is_not_moved_is_unchanged():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 84, 96, 3), np.uint8)
+    found = compiled_move(frames, np.zeros(2, np.float32), np.zeros(2, np.float32))
     np.testing.assert_array_equal(found, frames)
 
 
-def test_a_car_further_left_sees_the_road_further_right_and_each_by_its_own():
-    frames = jnp.asarray(np.stack([road(70)] * 2))
-    found = np.asarray(driving.move_car(frames, jnp.array([4.0, -4.0]), jnp.zeros(2)))
+def test_a_shift_of_the_car_to_the_left_moves_the_road_to_the_right_in_each_example():
+    frames = np.stack([road(70)] * 2)
+    found = np.asarray(compiled_move(frames, np.float32([4.0, -4.0]), np.zeros(2, np.float32)))
     pixels = 4 * driving.PIXELS_PER_METER[1]  # 6.2
     edges = (found[:, 10, :, 0] > 100).sum(axis=1)
     np.testing.assert_allclose(edges, [70 + pixels, 70 - pixels], atol=0.6)
 
 
-def test_a_car_turned_left_sees_what_was_ahead_to_its_right():
+def test_a_turn_of_the_car_to_the_left_moves_what_is_ahead_to_the_right():
     frame = np.zeros((84, 96, 3), np.uint8)
     frame[20:23, 47:50] = 255  # 52 pixels, 26 meters, straight ahead
-    (found,) = driving.move_car(jnp.asarray(frame[None]), jnp.zeros(1), jnp.full(1, 0.2))
-    rows, columns = np.nonzero(np.asarray(found)[..., 0])
+    found = move_one(frame, 0.0, 0.2)
+    rows, columns = np.nonzero(found[..., 0])
     meters = (ROW - 21) / driving.PIXELS_PER_METER[0]
     right = meters * np.sin(0.2) * driving.PIXELS_PER_METER[1]
     ahead = meters * np.cos(0.2) * driving.PIXELS_PER_METER[0]
@@ -45,11 +57,10 @@ def test_a_car_turned_left_sees_what_was_ahead_to_its_right():
     assert rows.mean() == pytest.approx(ROW - ahead, abs=1)
 
 
-def test_the_car_itself_stays_where_it_is_and_leaves_no_ghost():
+def test_the_car_itself_stays_in_place_without_a_second_image():
     frame = road(96)
     frame[ROW - 5 : ROW + 6, COLUMN - 2 : COLUMN + 3] = [255, 0, 0]
-    (found,) = driving.move_car(jnp.asarray(frame[None]), jnp.full(1, 3.0), jnp.full(1, 0.1))
-    np.testing.assert_array_equal(found, frame)
+    np.testing.assert_array_equal(move_one(frame, 3.0, 0.1), frame)
 
 
 def expert_controls(*, left, turn, speed):
@@ -59,45 +70,42 @@ def expert_controls(*, left, turn, speed):
     return driving.Expert(track, STYLE).controls(view)
 
 
-@pytest.mark.parametrize("place", [(1.0, 0.0), (-1.5, 0.0), (0.0, 0.1), (0.8, -0.2), (1.0, 0.1)])
+@pytest.mark.parametrize("pose", [(1.0, 0.0), (-1.5, 0.0), (0.0, 0.1), (0.8, -0.2), (1.0, 0.1)])
 @pytest.mark.parametrize("speed", [30.0, 60.0])
-def test_moved_controls_are_what_the_expert_does_from_there(place, speed):
-    left, turn = place
+def test_moved_controls_are_those_of_the_expert_in_the_new_pose(pose, speed):
+    left, turn = pose
     before = expert_controls(left=0.0, turn=0.0, speed=speed)
-    found = driving.moved_controls(
-        jnp.asarray(before)[None],
-        jnp.full(1, speed),
-        jnp.full(1, left),
-        jnp.full(1, turn),
-        STYLE,
-    )
+    columns = [np.full(20, value, np.float32) for value in (speed, left, turn)]
+    found = np.asarray(compiled_controls(np.tile(before, (20, 1)), *columns))
     expected = expert_controls(left=left, turn=turn, speed=speed)
-    np.testing.assert_allclose(found[0], expected, atol=0.01)
+    np.testing.assert_allclose(found, np.tile(expected, (20, 1)), atol=0.01)
     assert abs(expected[0]) > 0.03
 
 
-def test_controls_are_kept_where_the_car_is():
+def test_the_controls_of_a_car_that_is_not_moved_are_unchanged():
     random = np.random.default_rng(0)
     controls = random.uniform([-0.35, 0, 0], [0.35, 0.3, 0.8], (20, 3)).astype(np.float32)
-    zeros, speeds = jnp.zeros(20), jnp.asarray(random.uniform(5, 70, 20), jnp.float32)
-    found = driving.moved_controls(jnp.asarray(controls), speeds, zeros, zeros, STYLE)
+    zeros, speeds = np.zeros(20, np.float32), random.uniform(5, 70, 20).astype(np.float32)
+    found = compiled_controls(controls, speeds, zeros, zeros)
     np.testing.assert_allclose(found, controls, atol=1e-5)
 
 
 def test_half_of_the_examples_are_mirrored_with_their_steering():
-    frames = jnp.asarray(np.random.default_rng(0).integers(0, 256, (200, 1, 4, 6, 3), np.uint8))
-    controls = jnp.tile(jnp.array([[[0.3, 0.5, 0.1]]]), (200, 1, 1))
-    moved, changed = driving.random_mirror(jax.random.key(0), frames, controls)
-    mirrored = np.asarray(changed)[:, 0, 0] < 0
+    frames = np.random.default_rng(0).integers(0, 256, (200, 1, 4, 6, 3), np.uint8)
+    controls = np.tile(np.float32([[[0.3, 0.5, 0.1]]]), (200, 1, 1))
+    changed = jax.jit(driving.random_mirror)(jax.random.key(0), frames, controls)
+    new_frames, new_controls = map(np.asarray, changed)
+    mirrored = new_controls[:, 0, 0] < 0
     assert 70 < mirrored.sum() < 130
-    np.testing.assert_array_equal(moved[mirrored], frames[mirrored][..., ::-1, :])
-    np.testing.assert_array_equal(moved[~mirrored], frames[~mirrored])
-    np.testing.assert_array_equal(changed[..., 1:], controls[..., 1:])
+    np.testing.assert_array_equal(new_frames[mirrored], frames[mirrored][..., ::-1, :])
+    np.testing.assert_array_equal(new_frames[~mirrored], frames[~mirrored])
+    np.testing.assert_array_equal(new_controls[..., 1:], controls[..., 1:])
 
 
 def test_a_shadow_darkens_one_side_of_a_line_by_one_factor():
-    frames = jnp.ones((50, 2, 20, 30, 3))  # windows of two: the same shadow on both
-    found = np.asarray(driving.random_shadow(jax.random.key(0), frames, 0.6))
+    frames = np.ones((50, 2, 20, 30, 3), np.float32)  # windows of two: the same shadow on both
+    shadow = jax.jit(lambda key, x: driving.random_shadow(key, x, 0.6))
+    found = np.asarray(shadow(jax.random.key(0), frames))
     assert found.min() > 0.39 and found.max() == 1
     shaded = 0
     for example in found:
@@ -109,8 +117,9 @@ def test_a_shadow_darkens_one_side_of_a_line_by_one_factor():
 
 
 def test_brightness_is_one_factor_for_each_example():
-    frames = jnp.ones((50, 4, 5, 3))
-    found = np.asarray(driving.random_brightness(jax.random.key(0), frames, 0.2))
+    frames = np.ones((50, 4, 5, 3), np.float32)
+    brightness = jax.jit(lambda key, x: driving.random_brightness(key, x, 0.2))
+    found = np.asarray(brightness(jax.random.key(0), frames))
     assert (found.reshape(50, -1).std(axis=1) < 1e-6).all()
     factors = found[:, 0, 0, 0]
     assert 0.8 <= factors.min() < 0.85 and 1.15 < factors.max() <= 1.2

@@ -218,7 +218,7 @@ class Confused(Straight):
     [
         (lambda: driving.RacingCar(frames_per_decision=0), "frames_per_decision 0"),
         (lambda: driving.FleetConfig(num_cars=0), "num_cars 0"),
-        (lambda: driving.Expert(np.zeros((3, 2))), r"shape \(3, 2\) is no line"),
+        (lambda: driving.Expert(np.zeros((3, 2))), r"shape \(3, 2\) is not a line"),
     ],
 )
 def test_what_does_not_fit_is_named(make, message):

@@ -209,7 +209,7 @@ def test_every_sentence_of_multi30k_comes_back_exactly():
         (lambda: SubwordTokenizer.train(["", ""], vocabulary_size=300), "the 2 texts are empty"),
         (lambda: SubwordTokenizer.train("ab", vocabulary_size=300), "single string 'ab'"),
         (lambda: SubwordTokenizer.train(["ab"], vocabulary_size=259), "=259 .* at least 260"),
-        (lambda: SubwordTokenizer("{}"), "'{}' is no tokenizer's JSON"),
+        (lambda: SubwordTokenizer("{}"), "'{}' is not the JSON of a tokenizer"),
     ],
 )
 def test_a_tokenizer_that_cannot_work_is_refused(make, message):

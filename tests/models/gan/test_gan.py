@@ -200,7 +200,7 @@ def test_images_are_generated_in_batches_as_all_at_once():
         generate_images(module, variables, latents, LABELS + 1)
     with pytest.raises(ValueError, match="of 3 classes got no labels"):
         generate_images(module, variables, latents)
-    with pytest.raises(ValueError, match="batch_size=0 must be made of positive integers"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a positive integer"):
         generate_images(module, variables, latents, LABELS, batch_size=0)
 
 
