@@ -1,3 +1,5 @@
+"""Files: search order, digests, downloads from a local server, safe extraction."""
+
 import dataclasses
 import errno
 import gzip
@@ -31,7 +33,7 @@ FILE = DataFile("letters.gz", SHA256, folders=("words", "old-words"))
 
 @pytest.fixture(autouse=True)
 def own_places(monkeypatch, tmp_path):
-    """An empty cache and system folder, no environment variable, no proxy."""
+    """Use an empty cache and system folder, no environment variable, no proxy."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAXNETS_DATA", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -46,7 +48,7 @@ def write(path, content=CONTENT):
 
 @pytest.fixture
 def server():
-    """A web server on this machine: a dictionary of what it answers, and its address."""
+    """Run a local web server; return its {path: answer} and its address."""
     answers = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -61,7 +63,7 @@ def server():
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))  # poll interval
         thread.start()
         yield answers, f"http://127.0.0.1:{running.server_port}"
         running.shutdown()

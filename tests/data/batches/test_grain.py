@@ -1,3 +1,6 @@
+"""Grain pipelines: order, resume, threads, argument checks."""
+
+import functools
 import itertools
 import sys
 
@@ -35,12 +38,20 @@ def labels(batches):
     return [batch["labels"].tolist() for batch in batches]
 
 
+def noisy_batches(num_threads):
+    return grain_batches(Counting(), 3, seed=4, transform=add_noise, num_threads=num_threads)
+
+
+@functools.cache
+def uninterrupted(num_threads):
+    return take(noisy_batches(num_threads), 0, 13)
+
+
 @pytest.mark.parametrize("num_threads", [0, 2])
 @pytest.mark.parametrize("first_step", [0, 1, 4, 9])
-def test_batches_from_a_step_equal_those_of_a_fresh_run_skipped_to_it(first_step, num_threads):
-    source = grain_batches(Counting(), 3, seed=4, transform=add_noise, num_threads=num_threads)
-    whole = take(source, 0, first_step + 4)
-    for one, other in zip(take(source, first_step, 4), whole[first_step:], strict=True):
+def test_batches_from_a_step_equal_those_of_an_uninterrupted_run(first_step, num_threads):
+    expected = uninterrupted(num_threads)[first_step : first_step + 4]
+    for one, other in zip(take(noisy_batches(num_threads), first_step, 4), expected, strict=True):
         assert one.keys() == other.keys() == {"inputs", "labels", "noise"}
         for name in one:
             np.testing.assert_array_equal(one[name], other[name], strict=True)

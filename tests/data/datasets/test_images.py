@@ -1,3 +1,5 @@
+"""Image datasets: the published ones where present, small ones in their layout, bad files."""
+
 import dataclasses
 import gzip
 import hashlib
@@ -23,19 +25,24 @@ def empty_places(monkeypatch, tmp_path):
 
 
 def needs(*files):
-    """Skip unless one of the files of a data set is on this machine."""
+    """Skip unless one of the files of a dataset is on this machine."""
     return pytest.mark.skipif(
         find(files) is None, reason=f"{files[0].name} is not here; set JAXNETS_DATA to its folder"
     )
 
 
 def assert_statistics_are_those_of_the_training_pixels(dataset):
-    pixels = dataset.train["inputs"].reshape(-1, dataset.image_shape[-1])
-    # Exact integer sums, by the number of times each of the 256 values occurs.
-    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T])
-    values = np.arange(256) / 255
-    mean = counts @ values / len(pixels)
-    std = np.sqrt(counts @ values**2 / len(pixels) - mean**2)
+    height, width, channels = dataset.image_shape
+    pixels = dataset.train["inputs"].reshape(len(dataset.train["inputs"]), -1)
+    assert len(pixels) * 255**2 < 2**32  # so that the sums over images are exact in uint32
+    sums = pixels.sum(axis=0, dtype=np.uint32)
+    squares = np.einsum("ij,ij->j", pixels, pixels, dtype=np.uint32, casting="unsafe")
+    count = len(pixels) * height * width
+    mean, square = (
+        total.reshape(-1, channels).sum(axis=0, dtype=np.uint64) / count / scale
+        for total, scale in ((sums, 255), (squares, 255**2))
+    )
+    std = np.sqrt(square - mean**2)
     np.testing.assert_allclose(dataset.mean, mean, atol=5.1e-5, rtol=0)
     np.testing.assert_allclose(dataset.std, std, atol=5.1e-5, rtol=0)
 
@@ -65,7 +72,7 @@ def test_digits_have_the_statistics_they_name():
     assert_statistics_are_those_of_the_training_pixels(digits())
 
 
-def test_a_data_set_with_a_label_beyond_its_classes_is_refused():
+def test_a_dataset_with_a_label_out_of_range_is_refused():
     part = {"inputs": np.zeros((2, 4, 4, 1), np.uint8), "labels": np.array([0, 2], np.int32)}
     with pytest.raises(ValueError, match=r"outside \[0, 2\), first 2"):
         ImageDataset("odd", part, part, ("a", "b"), (0.5,), (0.5,))
@@ -104,8 +111,8 @@ def test_a_malformed_idx_file_is_refused(content, message):
         decode_idx(content, name="digits.idx")
 
 
-def write_idx_data_set(folder, files):
-    """Write a tiny data set of the IDX layout; return its files with fitting digests."""
+def write_idx_dataset(folder, files):
+    """Write a tiny dataset in the IDX layout; return its files with matching digests."""
     pinned = []
     for file, count in zip(files, (3, 3, 2, 2), strict=True):
         if "images" in file.name:
@@ -120,7 +127,7 @@ def write_idx_data_set(folder, files):
 
 
 def test_the_four_idx_files_become_images_and_labels(tmp_path, monkeypatch, empty_places):
-    monkeypatch.setattr(images, "MNIST_FILES", write_idx_data_set(tmp_path, images.MNIST_FILES))
+    monkeypatch.setattr(images, "MNIST_FILES", write_idx_dataset(tmp_path, images.MNIST_FILES))
     dataset = mnist(tmp_path, download=False)
     assert dataset.train["inputs"].shape == (3, 28, 28, 1)
     assert dataset.train["inputs"][1, 0, :3, 0].tolist() == [784 % 251, 785 % 251, 786 % 251]
@@ -132,16 +139,16 @@ def test_the_four_idx_files_become_images_and_labels(tmp_path, monkeypatch, empt
 @pytest.mark.parametrize(
     "load, files", [(mnist, "MNIST_FILES"), (fashion_mnist, "FASHION_MNIST_FILES")]
 )
-def test_a_file_of_another_data_set_with_the_same_name_is_refused(
+def test_a_file_of_another_dataset_with_the_same_name_is_refused(
     tmp_path, empty_places, load, files
 ):
-    write_idx_data_set(tmp_path, getattr(images, files))
+    write_idx_dataset(tmp_path, getattr(images, files))
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is not the published file"):
         load(tmp_path, download=False)
 
 
 @pytest.mark.parametrize("load", [mnist, fashion_mnist, cifar10])
-def test_a_data_set_found_nowhere_is_an_error_with_the_address(empty_places, load):
+def test_a_missing_dataset_is_an_error_with_the_address(empty_places, load):
     with pytest.raises(FileNotFoundError, match="download http"):
         load(download=False)
 
@@ -177,7 +184,7 @@ def test_fashion_mnist_is_the_published_one():
 
 
 def make_binaries(folder):
-    """Write six small .bin files; return them with fitting digests, and the pixels of each."""
+    """Write six small .bin files; return them with matching digests, and the pixels of each."""
     generator = np.random.default_rng(0)
     pinned, pixels = [], []
     for file in cifar.BINARIES:
@@ -194,7 +201,7 @@ def make_binaries(folder):
 
 @pytest.fixture
 def small_cifar(tmp_path, monkeypatch, empty_places):
-    """A small CIFAR-10 in the binary layout, its folder and its pixels."""
+    """Make a small CIFAR-10 in the binary layout; return its folder and its pixels."""
     folder = tmp_path / "data" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
     binaries, pixels = make_binaries(folder)
@@ -262,7 +269,7 @@ def test_a_pickled_version_is_not_read(tmp_path, empty_places):
 
 @pytest.fixture
 def small_jpeg(tmp_path, monkeypatch, empty_places):
-    """A small CIFAR-10 in the JPEG layout; returns its folder and roughly its pixels."""
+    """Make a small CIFAR-10 in the JPEG layout; return its folder and its original pixels."""
     Image = pytest.importorskip("PIL.Image")
     ramp = np.linspace(0, 255, 32).astype(np.uint8)
     pixels = np.stack([np.broadcast_to(ramp[:, None, None], (32, 32, 3)) // n for n in (1, 2, 3)])
@@ -297,12 +304,14 @@ def test_the_jpeg_layout_says_so_in_its_name_and_is_close_to_the_pixels(small_jp
     assert np.abs(difference).max() < 12
 
 
-def test_decoded_pixels_are_kept_and_a_damaged_copy_is_made_anew(small_jpeg, tmp_path, monkeypatch):
+def test_decoded_pixels_are_cached_and_a_damaged_cache_is_replaced(
+    small_jpeg, tmp_path, monkeypatch
+):
     folder, _ = small_jpeg
     first = cifar10(folder, download=False)
-    kept = sorted((tmp_path / "cache/jaxnets/cifar10_jpeg").iterdir())
-    assert [path.name.split("-")[0] for path in kept] == ["test", "train"]
-    kept[1].write_bytes(kept[1].read_bytes()[:-5])
+    cached = sorted((tmp_path / "cache/jaxnets/cifar10_jpeg").iterdir())
+    assert [path.name.split("-")[0] for path in cached] == ["test", "train"]
+    cached[1].write_bytes(cached[1].read_bytes()[:-5])
     again = cifar10(folder, download=False)
     np.testing.assert_array_equal(first.train["inputs"], again.train["inputs"])
     monkeypatch.setitem(sys.modules, "PIL", None)  # nothing is decoded from here on

@@ -1,4 +1,4 @@
-"""Text data sets: the published ones where they are here, small ones in their layout, bad lines."""
+"""Text datasets: the published ones where present, small ones in their layout, bad lines."""
 
 import collections
 import dataclasses
@@ -29,7 +29,7 @@ def needs(file):
 
 
 def write(folder, files, contents):
-    """Write small files under the names of a data set; return them with fitting digests."""
+    """Write small files under the names of a dataset; return them with matching digests."""
     folder.mkdir(parents=True, exist_ok=True)
     pinned = []
     for file, content in zip(files, contents, strict=True):
@@ -51,7 +51,7 @@ def test_a_text_is_split_at_nine_tenths_of_its_characters(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("source", "target"), [("en", "de"), ("de", "en")])
-def test_sentences_are_paired_in_the_asked_direction(
+def test_sentences_are_paired_in_the_requested_direction(
     tmp_path, monkeypatch, empty_places, source, target
 ):
     contents = [f"{file.name} 1 \n{file.name} 2\n".encode() for file in text.MULTI30K_FILES]

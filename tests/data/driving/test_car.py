@@ -1,13 +1,18 @@
-"""The car is gymnasium's, the expert is good, and a fleet drives as each car alone."""
+"""The car equals gymnasium's, the expert is good, and a fleet equals its cars one by one."""
 
+import multiprocessing
+import os
 import sys
+import threading
+import types
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
 
 from jaxnets.data import driving
+from jaxnets.data.driving import fleet
 from jaxnets.data.driving.car import CarView, _environment_class
-from jaxnets.data.driving.fleet import _BLANK
 
 pytest.importorskip("Box2D")
 pytest.importorskip("gymnasium")
@@ -19,7 +24,7 @@ def wavy(index):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages that gymnasium imports
-def test_every_pixel_and_every_point_is_that_of_gymnasium():
+def test_every_pixel_and_every_point_equals_gymnasium():
     car = driving.RacingCar(frames_per_decision=3)
     car.reset(seed=5)
     import gymnasium
@@ -38,7 +43,7 @@ def test_every_pixel_and_every_point_is_that_of_gymnasium():
     assert car.score.frames == 75 and not car.over
 
 
-def test_a_car_that_leaves_the_field_has_lost_100_points_and_is_over():
+def test_leaving_the_field_costs_100_points_and_ends_the_drive():
     car = driving.RacingCar()
     car.reset(seed=0, look=False)
     outwards = car.view().position + np.outer(np.arange(150), car.view().forward) * 3.5
@@ -54,19 +59,19 @@ def test_a_car_that_leaves_the_field_has_lost_100_points_and_is_over():
         car.step(np.zeros(3))
 
 
-def test_looking_away_changes_nothing_but_the_picture():
-    seen, unseen = driving.RacingCar(), driving.RacingCar()
-    seen.reset(seed=1)
-    unseen.reset(seed=1, look=False)
+def test_rendering_does_not_change_the_simulation():
+    rendered, blind = driving.RacingCar(), driving.RacingCar()
+    rendered.reset(seed=1)
+    blind.reset(seed=1, look=False)
     for index in range(8):
-        seen.step(wavy(index))
-        unseen.step(wavy(index), look=False)
-    assert seen.score == unseen.score
-    np.testing.assert_array_equal(seen.view().position, unseen.view().position)
-    np.testing.assert_array_equal(unseen.frame, _BLANK)
+        rendered.step(wavy(index))
+        blind.step(wavy(index), look=False)
+    assert rendered.score == blind.score
+    np.testing.assert_array_equal(rendered.view().position, blind.view().position)
+    assert not blind.frame.any() and rendered.frame.any()
 
 
-def test_the_frames_of_a_drive_are_used_up_within_a_decision():
+def test_the_last_decision_is_cut_at_max_frames():
     car = driving.RacingCar(frames_per_decision=4, max_frames=10)
     car.reset(seed=0, look=False)
     lengths = []
@@ -81,7 +86,7 @@ def test_the_frames_of_a_drive_are_used_up_within_a_decision():
     ("controls", "message"),
     [([0.0, 1.0], "three finite numbers"), ([np.nan, 0, 0], "three finite numbers")],
 )
-def test_controls_that_are_none_are_refused(controls, message):
+def test_invalid_controls_are_refused(controls, message):
     car = driving.RacingCar()
     car.reset(seed=0, look=False)
     with pytest.raises(ValueError, match=message):
@@ -98,7 +103,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     _environment_class.cache_clear()
 
 
-def test_tracks_for_training_tuning_and_testing_are_apart():
+def test_tracks_for_training_tuning_and_testing_are_disjoint():
     parts = [driving.TRAINING_SEEDS, driving.TUNING_SEEDS, driving.TEST_SEEDS]
     assert len(driving.TEST_SEEDS) == 50
     assert len(set().union(*parts)) == sum(map(len, parts))
@@ -122,7 +127,7 @@ def test_the_expert_steers_back_to_the_line():
     np.testing.assert_allclose(left, right * [-1, 1, 1], rtol=1e-5)
 
 
-def test_the_plan_brakes_for_a_bend_no_harder_than_it_may():
+def test_the_speed_profile_respects_lateral_acceleration_and_braking():
     turns = np.linspace(0, np.pi, 40)
     bend = np.stack([30 * np.cos(turns) - 30, 30 * np.sin(turns)], axis=1)
     straight = np.stack([np.zeros(100), np.linspace(-300, -3, 100)], axis=1)
@@ -153,36 +158,36 @@ def test_the_expert_reaches_850_points_on_average_over_the_50_test_tracks():
     assert np.mean([drive.score.finished for drive in found]) >= 0.95
 
 
-def test_a_fleet_drives_as_each_car_alone_in_any_number_of_processes():
+def test_a_fleet_equals_its_cars_one_by_one_in_any_number_of_processes():
     seeds = [3, 1, 2]
     short = {"max_frames": 60}
-    alone = [drives([seed], **short)[0] for seed in seeds]
+    singles = [drives([seed], **short)[0] for seed in seeds]
     for config in ({"num_cars": 2}, {"num_cars": 3, "num_workers": 2, "look": False}):
         found = drives(seeds, **config, **short)
         assert [drive.seed for drive in found] == seeds
-        for one, other in zip(alone, found, strict=True):
+        for one, other in zip(singles, found, strict=True):
             assert one.score == other.score
             for name, array in other.arrays.items():
                 np.testing.assert_array_equal(array, one.arrays[name], err_msg=name)
-    arrays = alone[0].arrays
+    arrays = singles[0].arrays
     assert arrays["frames"].shape == (15, 96, 96, 3) and arrays["frames"].dtype == np.uint8
     assert arrays["decisions"].tolist() == list(range(15)) and set(arrays["seeds"]) == {3}
     np.testing.assert_array_equal(arrays["labels"], arrays["controls"])
 
 
-def test_a_jostled_expert_is_off_its_labels_and_the_same_each_time():
+def test_an_expert_with_noise_deviates_from_its_labels_reproducibly():
     config = driving.FleetConfig(look=False, max_frames=80)
     first, again = (
         next(iter(driving.drive(driving.ExpertDriver(0.1), [4], config))).arrays for _ in range(2)
     )
     np.testing.assert_array_equal(first["controls"], again["controls"])
-    moved = first["controls"] - first["labels"]
-    assert 0.01 < np.abs(moved[:, 0]).mean() < 0.2
-    assert not moved[:, 2].any()
+    noise = first["controls"] - first["labels"]
+    assert 0.01 < np.abs(noise[:, 0]).mean() < 0.2
+    assert not noise[:, 2].any()
 
 
 class Straight:
-    """A driver that is soon lost."""
+    """A driver that soon leaves the road."""
 
     def start(self, num_cars):
         return None
@@ -191,7 +196,7 @@ class Straight:
         return memory, np.tile([0.0, 0.1, 0.0], (len(observation.speeds), 1))
 
 
-def test_a_drive_that_is_lost_is_given_up_where_that_is_wanted():
+def test_a_drive_far_off_the_road_ends_early_with_give_up():
     lengths = []
     for give_up in (False, True):
         config = driving.FleetConfig(look=False, give_up=give_up)
@@ -200,14 +205,21 @@ def test_a_drive_that_is_lost_is_given_up_where_that_is_wanted():
     assert lengths[1] < lengths[0]
 
 
-def test_errors_of_a_worker_reach_the_caller():
+def test_errors_of_a_worker_reach_the_caller(monkeypatch):
+    def start_thread(target, args, daemon):
+        connection, config = args  # the caller closes its copy
+        copy = Connection(os.dup(connection.fileno()))
+        return threading.Thread(target=target, args=(copy, config), daemon=daemon)
+
+    context = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Process=start_thread)
+    monkeypatch.setattr(fleet.multiprocessing, "get_context", lambda method: context)
     config = driving.FleetConfig(look=False, num_workers=1)
     with pytest.raises(ValueError, match="three finite numbers"):
         list(driving.drive(Confused(), [0], config))
 
 
 class Confused(Straight):
-    """A driver without an answer."""
+    """A driver whose controls are not finite."""
 
     def decide(self, memory, observation):
         return memory, np.full((len(observation.speeds), 3), np.nan)
@@ -221,6 +233,6 @@ class Confused(Straight):
         (lambda: driving.Expert(np.zeros((3, 2))), r"shape \(3, 2\) is not a line"),
     ],
 )
-def test_what_does_not_fit_is_named(make, message):
+def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Recordings on disk: what is written is read, and what is damaged is named."""
+"""Recordings on disk: round trip, interrupted writing, damage that is named."""
 
 import json
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path / "drives"
 
 
-def test_what_is_written_is_read_in_the_same_order(folder):
+def test_drives_round_trip_in_order(folder):
     assert driving.has_recordings(folder)
     found = driving.read_recordings(folder, SETTINGS)
     assert set(found) == {"frames", "speeds", "decisions"}
@@ -47,13 +47,13 @@ def test_writing_twice_gives_the_same_bytes(folder, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_a_recording_that_was_stopped_counts_as_none(tmp_path):
-    def stopped():
+def test_interrupted_recordings_count_as_none(tmp_path):
+    def interrupted():
         yield from DRIVES[:12]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        driving.write_recordings(tmp_path, stopped(), SETTINGS)
+        driving.write_recordings(tmp_path, interrupted(), SETTINGS)
     assert not driving.has_recordings(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"recordings.json is missing\); record first"):
         driving.read_recordings(tmp_path)
@@ -72,7 +72,7 @@ def test_a_damaged_shard_is_named(folder):
         driving.read_recordings(folder)
 
 
-def test_a_damaged_list_is_named(folder):
+def test_a_damaged_index_is_named(folder):
     (folder / "recordings.json").write_text("{")
     with pytest.raises(ValueError, match=r"recordings.json is damaged .*; remove"):
         driving.read_recordings(folder)
@@ -91,7 +91,7 @@ def test_nothing_to_write_is_an_error(tmp_path):
         driving.write_recordings(tmp_path, [], SETTINGS)
 
 
-def test_windows_stay_within_drives():
+def test_windows_do_not_cross_drives():
     decisions = np.concatenate([drive.arrays["decisions"] for drive in DRIVES])
     found = driving.windows(decisions, 4)
     lengths = [len(drive.arrays["decisions"]) for drive in DRIVES]
