@@ -81,14 +81,19 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
     """Refuse sizes that are not positive integers.
 
     Args:
-        sizes: {name: a size or several}; NumPy's integers are taken too.
+        sizes: {name: a size or several}, Python's or NumPy's integers.
 
     Raises:
         ValueError: the name and value of the first bad one.
+
+    Example:
+        >>> check_sizes(strides=(2, np.int64(1)), batch_size=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: batch_size=0 must be a positive integer
     """
     for name, size in sizes.items():
-        single = np.ndim(size) == 0
-        for value in (size,) if single else size:
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                kind = "a positive integer" if single else "made of positive integers"
-                raise ValueError(f"{name}={size} must be {kind}")
+        values = size if isinstance(size, Sequence) else (size,)
+        if not all(isinstance(value, (int, np.integer)) and value > 0 for value in values):
+            kind = "made of positive integers" if values is size else "a positive integer"
+            raise ValueError(f"{name}={size} must be {kind}")
