@@ -124,7 +124,7 @@ class ImageAutoencoder(Problem):
         )
         self.module = self._make_module()
         self.low = (self.module.likelihood.image_range or (0.0, 1.0))[0]
-        self.loop = "vmap" if config.coder == "dense" else "map"
+        self.population_strategy = "vmap" if config.coder == "dense" else "map"
         self.resident = self.dataset.train
         self.steps_per_epoch = max(len(self.resident["labels"]) // config.batch_size, 1)
         batches = jn.data.sequential_batches(self.test, min(1000, len(self.test["labels"])))

@@ -105,7 +105,7 @@ class ImageClassification(Problem):
         several = config.flip_test or config.shift_test
         viewed = Viewed(self.module, mirrored=config.flip_test, shifted=config.shift_test)
         self.judged = viewed if several else self.module
-        self.loop = "map" if prefers_map(config.model) else "vmap"
+        self.population_strategy = "map" if prefers_map(config.model) else "vmap"
         self.resident = dict(dataset.train)
         if config.flip == "alternating":
             self.resident["numbers"] = np.arange(len(dataset.train["labels"]), dtype=np.int32)

@@ -101,7 +101,7 @@ class Driving(Problem):
     """An expert, a network that imitates it, and the tracks for both."""
 
     dataset_name = "CarRacing-v3"
-    loop = "map"
+    population_strategy = "map"
     eval_name = "validation"
 
     def __init__(self, config: Config) -> None:

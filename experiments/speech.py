@@ -56,7 +56,8 @@ class SpokenWords(Problem):
         self.dataset_name = dataset.name
         self.train, self.test, self.part = choose_parts(dataset, config)
         self.module = self._make_module()
-        self.loop = "map" if config.model == "convnet" else "vmap"  # each the faster one on CPU
+        # Each is the faster one on CPU.
+        self.population_strategy = "map" if config.model == "convnet" else "vmap"
         self.resident = self.train
         self.steps_per_epoch = max(len(self.train["labels"]) // config.batch_size, 1)
         batches = jn.data.sequential_batches(self.test, min(100, len(self.test["labels"])))

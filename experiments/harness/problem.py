@@ -43,7 +43,7 @@ class Problem(abc.ABC):
         dataset_name: for the result.
         module: the network.
         objective: what is lowered.
-        loop: how a population runs, see `jaxnets.population_step`.
+        population_strategy: how a population runs, see `jaxnets.population_step`.
         resident: training arrays that live on the device under the scan executor; None if the
             batches come from the host.
         steps_per_epoch: batches in one pass over the training data.
@@ -55,7 +55,7 @@ class Problem(abc.ABC):
     dataset_name: str
     module: Any
     objective: jn.Objective
-    loop: Literal["vmap", "map"] = "map"
+    population_strategy: Literal["vmap", "map"] = "map"
     resident: Mapping[str, np.ndarray] | None = None
     steps_per_epoch: int
     eval_batches: Sequence[jn.Batch]
@@ -152,7 +152,9 @@ class Problem(abc.ABC):
 
     def executor(self) -> jn.Executor:
         """Compile the one step as the options say."""
-        step = jn.population_step(self.train_step(), shared_batch=False, loop=self.loop)
+        step = jn.population_step(
+            self.train_step(), shared_batch=False, strategy=self.population_strategy
+        )
         if self.options.executor == "scan":
             if self.resident is not None:
                 return jn.resident_steps(step, self.resident, donate=True)
@@ -169,7 +171,8 @@ class Problem(abc.ABC):
     ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
         """Compile the evaluation of the whole population."""
         step = jn.population_step(
-            jn.make_eval_step(self.objective if objective is None else objective), loop=self.loop
+            jn.make_eval_step(self.objective if objective is None else objective),
+            strategy=self.population_strategy,
         )
         return jax.jit(lambda states, batch: step(self.evaluated(states), batch))
 

@@ -49,7 +49,7 @@ def find_learning_rate(
     rng: jax.Array,
     learning_rates: Sequence[float] | None = None,
     num_steps: int = 100,
-    loop: Literal["vmap", "map"] = "vmap",
+    strategy: Literal["vmap", "map"] = "vmap",
 ) -> LearningRateSearch:
     """Train one network at many learning rates at once, as a population.
 
@@ -64,7 +64,7 @@ def find_learning_rate(
         rng: root key.
         learning_rates: by default 17 rates from 1e-5 to 1e-1, two per factor of 3.16.
         num_steps: steps for each rate.
-        loop: as for `population_step`.
+        strategy: as for `population_step`.
 
     Returns:
         LearningRateSearch; `print` it.
@@ -85,7 +85,7 @@ def find_learning_rate(
         return dataclasses.replace(state, opt_state=opt_state)
 
     states = jax.vmap(create)(jnp.asarray(rates, jnp.float32))
-    step = jit_step(population_step(make_train_step(update), loop=loop))
+    step = jit_step(population_step(make_train_step(update), strategy=strategy))
     losses = []
     for batch in itertools.islice(batches(0), num_steps):
         states, metrics = step(states, batch)

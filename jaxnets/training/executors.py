@@ -88,7 +88,7 @@ def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = Fals
 
 
 def population_step(
-    step: StepFn, *, shared_batch: bool = True, loop: Literal["vmap", "map"] = "vmap"
+    step: StepFn, *, shared_batch: bool = True, strategy: Literal["vmap", "map"] = "vmap"
 ) -> StepFn:
     """Run one step of every member of a population: seeds and hyper-parameters as an array axis.
 
@@ -96,7 +96,7 @@ def population_step(
         step: a step of one member; an evaluation step `(state, batch) -> metrics` will do too.
         shared_batch: every member sees the same batch [batch, ...]; otherwise the batch has a
             leading member axis.
-        loop: "vmap" computes the members side by side: fast on accelerators and for small
+        strategy: "vmap" computes the members side by side: fast on accelerators and for small
             networks. "map" computes them one after the other inside the program: on CPU faster
             than "vmap" for convolutional and large networks, and with less memory.
 
@@ -105,15 +105,15 @@ def population_step(
         `jax.vmap(create)(keys, ...)`; so have its metrics.
 
     Raises:
-        ValueError: an unknown `loop`.
+        ValueError: an unknown `strategy`.
     """
-    if loop not in ("vmap", "map"):
-        raise ValueError(f"loop is {loop!r}; choose 'vmap' or 'map'")
+    if strategy not in ("vmap", "map"):
+        raise ValueError(f"strategy is {strategy!r}; choose 'vmap' or 'map'")
 
     def population(
         state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
-        if loop == "vmap":
+        if strategy == "vmap":
             return jax.vmap(
                 lambda member, batch: _call(step, member, batch, axis_name),
                 in_axes=(0, None if shared_batch else 0),

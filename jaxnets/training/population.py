@@ -21,8 +21,8 @@ from jaxnets.training.executors import jit_step, population_step
 
 #: How the members of a population are computed: side by side, one after the other inside one
 #: program, each by a call of one program, or in one group for each core, in threads.
-PopulationLoop: TypeAlias = Literal["vmap", "map", "members", "threads"]
-_WAYS: tuple[PopulationLoop, ...] = get_args(PopulationLoop)
+PopulationStrategy: TypeAlias = Literal["vmap", "map", "members", "threads"]
+_STRATEGIES: tuple[PopulationStrategy, ...] = get_args(PopulationStrategy)
 
 # Calls that are timed for each way; the shortest one counts, because other work only lengthens.
 _TIMED_CALLS = 3
@@ -34,7 +34,7 @@ class PopulationExecutor:
     Which way that is depends on network, batch and device. The first call therefore compiles all
     of them and times them in turns on copies of the state, which costs as much memory as one more
     state; later calls take the fastest one. They compute the same up to rounding. A run that is to
-    resume bit for bit has to go on in the same way: give `remember`, or tell `loop`.
+    resume bit for bit has to go on in the same way: give `remember`, or tell `strategy`.
 
     On CPU the program of a small network keeps one core busy. "threads" then trains one group of
     members on each core, and pays where a call is long against handing out the members: make it of
@@ -44,7 +44,7 @@ class PopulationExecutor:
         step: a step of one member; `scan_steps` of one will do too.
         shared_batch: every member sees the same batch; otherwise the batch has a leading member
             axis.
-        loop: "vmap" computes the members side by side, "map" one after the other inside one
+        strategy: "vmap" computes the members side by side, "map" one after the other inside one
             program, "members" each by a call of its own, "threads" one group for each core, and
             its members one after the other; None measures, threads on CPU only.
         remember: JSON file with the way that was found and the times of all; read where it
@@ -52,11 +52,11 @@ class PopulationExecutor:
         donate: reuse the memory of the state that is passed in, which is then gone for the caller.
 
     Attributes:
-        loop: the way that is taken; None before the first call.
+        strategy: the way that is taken; None before the first call.
         milliseconds: the time of a call in each way, {} where nothing was measured.
 
     Raises:
-        ValueError: an unknown `loop`, or a file that does not hold one.
+        ValueError: an unknown `strategy`, or a file that does not hold one.
 
     Example:
         >>> import optax
@@ -69,7 +69,7 @@ class PopulationExecutor:
         ...     return create_train_state(module.init(key, batch["inputs"]), update, rng=key)
         >>> executor = PopulationExecutor(make_train_step(update))
         >>> states, metrics = executor(jax.vmap(create)(jnp.arange(3)), batch)
-        >>> executor.loop == min(executor.milliseconds, key=executor.milliseconds.get)
+        >>> executor.strategy == min(executor.milliseconds, key=executor.milliseconds.get)
         True
     """
 
@@ -78,62 +78,64 @@ class PopulationExecutor:
         step: StepFn,
         *,
         shared_batch: bool = True,
-        loop: PopulationLoop | None = None,
+        strategy: PopulationStrategy | None = None,
         remember: str | os.PathLike[str] | None = None,
         donate: bool = False,
     ) -> None:
-        self.milliseconds: dict[PopulationLoop, float] = {}
+        self.milliseconds: dict[PopulationStrategy, float] = {}
         self._remember = None if remember is None else Path(remember)
         self._make = functools.partial(_compile, step, shared_batch=shared_batch, donate=donate)
         self._run: Executor | None = None
-        if loop is None and self._remember is not None and self._remember.exists():
-            loop = _read(self._remember)
-        if loop is not None and loop not in _WAYS:
+        if strategy is None and self._remember is not None and self._remember.exists():
+            strategy = _read(self._remember)
+        if strategy is not None and strategy not in _STRATEGIES:
             raise ValueError(
-                f"loop is {loop!r}; choose 'vmap', 'map', 'members' or 'threads', or None to "
-                "measure"
+                f"strategy is {strategy!r}; choose 'vmap', 'map', 'members' or 'threads', or "
+                "None to measure"
             )
-        self.loop: PopulationLoop | None = loop
+        self.strategy: PopulationStrategy | None = strategy
 
     def __call__(self, states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Return the states after the step and its metrics, all with a leading member axis."""
         if self._run is None:
-            self._run = self._make(self.loop) if self.loop else self._fastest(states, batch)
+            self._run = self._make(self.strategy) if self.strategy else self._fastest(states, batch)
         return self._run(states, batch)
 
     def _fastest(self, states: TrainState, batch: Batch) -> Executor:
-        """Find `loop`, and return what runs it."""
-        ways = {loop: self._make(loop) for loop in _candidates(states)}
-        seconds: dict[PopulationLoop, list[float]] = {loop: [] for loop in ways}
+        """Find `strategy`, and return what runs it."""
+        ways = {strategy: self._make(strategy) for strategy in _candidates(states)}
+        seconds: dict[PopulationStrategy, list[float]] = {strategy: [] for strategy in ways}
         # In turns, so that a moment in which the machine is busy slows all of them. The first
         # round compiles.
         for turn in range(1 + _TIMED_CALLS):
-            for loop, run in ways.items():
+            for strategy, run in ways.items():
                 own = jax.block_until_ready(_copied(states))
                 began = time.perf_counter()
                 jax.block_until_ready(run(own, batch))
                 if turn > 0:
-                    seconds[loop].append(time.perf_counter() - began)
-        self.milliseconds = {loop: round(1000 * min(each), 4) for loop, each in seconds.items()}
-        self.loop = fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
+                    seconds[strategy].append(time.perf_counter() - began)
+        self.milliseconds = {
+            strategy: round(1000 * min(each), 4) for strategy, each in seconds.items()
+        }
+        self.strategy = fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
         if self._remember is not None:
-            content = {"loop": fastest, "milliseconds": self.milliseconds}
+            content = {"strategy": fastest, "milliseconds": self.milliseconds}
             unfinished = self._remember.with_name(f".{self._remember.name}.{os.getpid()}")
             unfinished.write_text(json.dumps(content))
             unfinished.replace(self._remember)
         return ways[fastest]
 
 
-def _candidates(states: TrainState) -> Sequence[PopulationLoop]:
+def _candidates(states: TrainState) -> Sequence[PopulationStrategy]:
     leaf = jax.tree.leaves(states)[0]
     on_cpu = {device.platform for device in leaf.devices()} == {"cpu"}
     worth_it = on_cpu and min(len(leaf), usable_cores()) > 1
-    return [way for way in _WAYS if way != "threads" or worth_it]
+    return [way for way in _STRATEGIES if way != "threads" or worth_it]
 
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())["loop"]
+        return json.loads(path.read_text())["strategy"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold the way to run a population ({error!r}); delete it to measure "
@@ -141,14 +143,14 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _compile(step: StepFn, loop: str, *, shared_batch: bool, donate: bool) -> Executor:
-    if loop == "members":
+def _compile(step: StepFn, strategy: str, *, shared_batch: bool, donate: bool) -> Executor:
+    if strategy == "members":
         return _member_by_member(step, shared_batch=shared_batch, donate=donate)
-    if loop == "threads":
+    if strategy == "threads":
         return _groups_in_threads(step, shared_batch=shared_batch, donate=donate)
     ways: dict[str, Literal["vmap", "map"]] = {"vmap": "vmap", "map": "map"}
     return jit_step(
-        population_step(step, shared_batch=shared_batch, loop=ways[loop]), donate=donate
+        population_step(step, shared_batch=shared_batch, strategy=ways[strategy]), donate=donate
     )
 
 
@@ -174,7 +176,7 @@ def _member_by_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Exec
 
 
 def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
-    population = population_step(step, shared_batch=shared_batch, loop="map")
+    population = population_step(step, shared_batch=shared_batch, strategy="map")
     together, cores = jax.jit(population, donate_argnums=(0,)), usable_cores()
     workers = ThreadPoolExecutor(cores, thread_name_prefix="population")
     programs: dict[Any, Executor] = {}

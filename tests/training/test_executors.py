@@ -135,15 +135,15 @@ def test_executors_agree_in_float64_under_adam(name, enable_x64):
     assert report.largest < 1e-10, report.table()
 
 
-@pytest.mark.parametrize("loop", ["vmap", "map"])
+@pytest.mark.parametrize("strategy", ["vmap", "map"])
 @pytest.mark.parametrize(
     "name",
     mostly_slow(
         ["mlp", "mlp_batch_norm", "conv_net_batch_norm", "lstm"], ["mlp_batch_norm", "lstm"]
     ),
 )
-def test_each_of_eight_members_equals_its_solo_run(name, loop):
-    check_population(name, loop, optax.sgd, Precision(), 1e-6)
+def test_each_of_eight_members_equals_its_solo_run(name, strategy):
+    check_population(name, strategy, optax.sgd, Precision(), 1e-6)
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_members_equal_their_solo_runs_in_float64_under_adam(name, enable_x64):
     check_population(name, "vmap", optax.adam, DOUBLE, 1e-10)
 
 
-def check_population(name, loop, make_optimizer, precision, tolerance):
+def check_population(name, strategy, make_optimizer, precision, tolerance):
     _, make_module, _ = NETWORKS[name]
     module = make_module(precision)
     _, _, batch = problem(name, optax.sgd(0.1), precision)
@@ -171,7 +171,7 @@ def check_population(name, loop, make_optimizer, precision, tolerance):
 
     solo = jit_step(make_train_step(update))
     states = jax.vmap(create)(jnp.arange(8), rates)
-    step = jit_step(scan_steps(population_step(make_train_step(update), loop=loop)))
+    step = jit_step(scan_steps(population_step(make_train_step(update), strategy=strategy)))
     batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
     states, metrics = step(states, batches)
     assert metrics["loss"].count.shape == (8,)
@@ -186,14 +186,14 @@ def test_members_with_batches_of_their_own():
     step, state, batch = problem("mlp", optax.sgd(0.1))
     states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     batches = jax.tree.map(lambda x: np.stack([x, x[::-1]]), batch)
-    for loop in ("vmap", "map"):
-        run = jit_step(population_step(step, shared_batch=False, loop=loop))
+    for strategy in ("vmap", "map"):
+        run = jit_step(population_step(step, shared_batch=False, strategy=strategy))
         results, _ = run(states, batches)
         first, _ = jit_step(step)(state, batch)
         assert distance(first, member_of(results, 0)) < 1e-6
         assert distance(first, member_of(results, 1)) < 1e-6
-    with pytest.raises(ValueError, match="loop is 'for'"):
-        population_step(step, loop="for")
+    with pytest.raises(ValueError, match="strategy is 'for'"):
+        population_step(step, strategy="for")
 
 
 def test_populations_run_on_a_mesh_and_under_pmap():
@@ -202,7 +202,7 @@ def test_populations_run_on_a_mesh_and_under_pmap():
     expected, _ = jit_step(population_step(step))(states, batch)
     for run in (
         pmap_step(population_step(step)),
-        pmap_step(population_step(step, loop="map")),
+        pmap_step(population_step(step, strategy="map")),
         sharded_step(population_step(step), data_mesh()),
     ):
         assert distance(expected, run(states, batch)[0]) < 1e-6

@@ -186,9 +186,9 @@ LOOPS = [*((name, "vmap") for name in ALL), ("quantized", "map")]
 
 
 @pytest.mark.parametrize(
-    ("name", "loop"), mostly_slow(LOOPS, [("vae", "vmap"), ("quantized", "map")])
+    ("name", "strategy"), mostly_slow(LOOPS, [("vae", "vmap"), ("quantized", "map")])
 )
-def test_each_member_of_a_population_equals_its_solo_run(name, loop):
+def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     update, state, batch = problem(name, optimizer)
 
@@ -198,7 +198,7 @@ def test_each_member_of_a_population_equals_its_solo_run(name, loop):
         return dataclasses.replace(state, opt_state=opt_state, rng=key)
 
     rates = jnp.array([0.01, 0.1])
-    step = jn.jit_step(jn.population_step(jn.make_train_step(update), loop=loop))
+    step = jn.jit_step(jn.population_step(jn.make_train_step(update), strategy=strategy))
     states, solo = jax.vmap(create)(rates), jn.jit_step(jn.make_train_step(update))
     for _ in range(2):
         states, _ = step(states, batch)

@@ -207,22 +207,24 @@ def check_executors(update, state, batch, *, tolerance):
 LOOPS = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
 
 
-@pytest.mark.parametrize(("name", "loop"), mostly_slow(LOOPS, [("gpt2", "vmap")]))
-def test_each_member_of_a_population_equals_its_solo_run(name, loop):
+@pytest.mark.parametrize(("name", "strategy"), mostly_slow(LOOPS, [("gpt2", "vmap")]))
+def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
-    check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), loop, tolerance=1e-6)
+    check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), strategy, tolerance=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "loop"), LOOPS)
-def test_each_of_eight_members_equals_its_solo_run_in_float64_under_adam(name, loop, enable_x64):
+@pytest.mark.parametrize(("name", "strategy"), LOOPS)
+def test_each_of_eight_members_equals_its_solo_run_in_float64_under_adam(
+    name, strategy, enable_x64
+):
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
     update, create, batch = problem(name, optimizer, DOUBLE)
     check_double(jax.eval_shape(create, 0))
-    check_population(update, create, batch, np.linspace(1e-3, 2e-2, 8), loop, tolerance=1e-10)
+    check_population(update, create, batch, np.linspace(1e-3, 2e-2, 8), strategy, tolerance=1e-10)
 
 
-def check_population(update, create, batch, rates, loop, *, tolerance):
+def check_population(update, create, batch, rates, strategy, *, tolerance):
     """Check networks of seeds and learning rates of their own, created together and one by one."""
 
     def start(seed, rate):
@@ -231,7 +233,7 @@ def check_population(update, create, batch, rates, loop, *, tolerance):
         return dataclasses.replace(state, opt_state=opt_state)
 
     seeds = np.arange(len(rates))
-    step = jit_step(scan_steps(population_step(make_train_step(update), loop=loop)))
+    step = jit_step(scan_steps(population_step(make_train_step(update), strategy=strategy)))
     states = jax.jit(jax.vmap(start))(seeds, rates)
     states, metrics = step(states, jax.tree.map(lambda x: np.stack([x] * 2), batch))
     assert metrics["loss"].count.shape == rates.shape

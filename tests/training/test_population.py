@@ -45,23 +45,25 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("loop", ["vmap", "map", "members", "threads", None])
-def test_every_way_computes_the_same_as_the_step_of_a_population(loop, states, batch):
+@pytest.mark.parametrize("strategy", ["vmap", "map", "members", "threads", None])
+def test_every_way_computes_the_same_as_the_step_of_a_population(strategy, states, batch):
     expected, metrics = jit_step(population_step(STEP))(states, batch)
-    executor = PopulationExecutor(STEP, loop=loop)
+    executor = PopulationExecutor(STEP, strategy=strategy)
     for _ in range(2):  # the measured call, then the chosen way
         actual, found = executor(states, batch)
         assert_close(actual, expected)
         assert_close(found, metrics)
 
 
-@pytest.mark.parametrize("loop", ["members", "threads"])
+@pytest.mark.parametrize("strategy", ["members", "threads"])
 @pytest.mark.parametrize("donate", [False, True])
-def test_members_with_batches_of_their_own_and_several_steps_a_call(donate, loop, states, batch):
+def test_members_with_batches_of_their_own_and_several_steps_a_call(
+    donate, strategy, states, batch
+):
     own = jax.tree.map(lambda x: np.stack([[x, x], [x[::-1], x], [x, x[::-1]]]), batch)
     steps = scan_steps(STEP)
     expected, metrics = jit_step(population_step(steps, shared_batch=False))(states, own)
-    executor = PopulationExecutor(steps, shared_batch=False, loop=loop, donate=donate)
+    executor = PopulationExecutor(steps, shared_batch=False, strategy=strategy, donate=donate)
     kept = jax.tree.leaves(states.params)[0]
     actual, found = executor(states, own)
     assert_close(actual, expected)
@@ -73,14 +75,14 @@ def test_the_first_call_measures_all_ways_and_writes_what_it_found(
     states, batch, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(population, "usable_cores", lambda: 2)
-    path = tmp_path / "loop.json"
+    path = tmp_path / "strategy.json"
     executor = PopulationExecutor(STEP, remember=path)
-    assert executor.loop is None
+    assert executor.strategy is None
     executor(states, batch)
     assert set(executor.milliseconds) == {"vmap", "map", "members", "threads"}
-    assert executor.milliseconds[executor.loop] == min(executor.milliseconds.values())
+    assert executor.milliseconds[executor.strategy] == min(executor.milliseconds.values())
     assert json.loads(path.read_text()) == {
-        "loop": executor.loop,
+        "strategy": executor.strategy,
         "milliseconds": executor.milliseconds,
     }
 
@@ -91,13 +93,13 @@ def measured(monkeypatch, seconds_of):
     clock, calls, compiled = [0.0], [], []
     real = population._compile
 
-    def slow(step, loop, **options):
-        run = real(step, loop, **options)
-        compiled.append(loop)
+    def slow(step, strategy, **options):
+        run = real(step, strategy, **options)
+        compiled.append(strategy)
 
         def timed(states, batch):
-            clock[0] += seconds_of(loop, len(calls))
-            calls.append(loop)
+            clock[0] += seconds_of(strategy, len(calls))
+            calls.append(strategy)
             return run(states, batch)
 
         return timed
@@ -111,10 +113,10 @@ SECONDS = {"vmap": 3.0, "map": 1.0, "members": 2.0}
 
 
 def test_the_shortest_time_decides(states, batch, monkeypatch):
-    executor, calls, compiled = measured(monkeypatch, lambda loop, _: SECONDS[loop])
+    executor, calls, compiled = measured(monkeypatch, lambda strategy, _: SECONDS[strategy])
     for _ in range(2):
         executor(states, batch)
-    assert executor.loop == "map"
+    assert executor.strategy == "map"
     assert executor.milliseconds == {"vmap": 3000.0, "map": 1000.0, "members": 2000.0}
     assert calls[-2:] == ["map", "map"]
     assert sorted(compiled) == ["map", "members", "vmap"]
@@ -122,8 +124,8 @@ def test_the_shortest_time_decides(states, batch, monkeypatch):
 
 @pytest.mark.parametrize("busy", [range(9), range(3, 9), range(6, 12)])
 def test_a_moment_in_which_the_machine_is_busy_does_not_decide(busy, states, batch, monkeypatch):
-    def seconds_of(loop, call):
-        return SECONDS[loop] * (10 if call in busy else 1)
+    def seconds_of(strategy, call):
+        return SECONDS[strategy] * (10 if call in busy else 1)
 
     executor, _, _ = measured(monkeypatch, seconds_of)
     executor(states, batch)
@@ -131,24 +133,24 @@ def test_a_moment_in_which_the_machine_is_busy_does_not_decide(busy, states, bat
 
 
 def test_a_remembered_way_is_taken_without_measuring(states, batch, tmp_path):
-    path = tmp_path / "loop.json"
-    path.write_text('{"loop": "members"}')
+    path = tmp_path / "strategy.json"
+    path.write_text('{"strategy": "members"}')
     executor = PopulationExecutor(STEP, remember=path)
     executor(states, batch)
-    assert executor.loop == "members"
+    assert executor.strategy == "members"
     assert executor.milliseconds == {}
 
 
 def test_an_unknown_way_and_a_broken_file_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="loop is 'for'"):
-        PopulationExecutor(STEP, loop="for")
+    with pytest.raises(ValueError, match="strategy is 'for'"):
+        PopulationExecutor(STEP, strategy="for")
     for content in ("", "[]", '{"milliseconds": {}}'):
-        path = tmp_path / "loop.json"
+        path = tmp_path / "strategy.json"
         path.write_text(content)
         with pytest.raises(ValueError, match="delete it to measure"):
             PopulationExecutor(STEP, remember=path)
-    path.write_text('{"loop": "for"}')
-    with pytest.raises(ValueError, match="loop is 'for'"):
+    path.write_text('{"strategy": "for"}')
+    with pytest.raises(ValueError, match="strategy is 'for'"):
         PopulationExecutor(STEP, remember=path)
 
 
@@ -159,7 +161,7 @@ def test_the_members_are_dealt_out_to_any_number_of_cores(
 ):
     monkeypatch.setattr(population, "usable_cores", lambda: cores)
     expected, metrics = jit_step(population_step(STEP))(states, batch)
-    actual, found = PopulationExecutor(STEP, loop="threads", donate=donate)(states, batch)
+    actual, found = PopulationExecutor(STEP, strategy="threads", donate=donate)(states, batch)
     assert_close(actual, expected)
     assert_close(found, metrics)
     assert jax.tree.leaves(states)[0].is_deleted() == donate
@@ -179,12 +181,12 @@ def test_the_callers_context_holds_for_all_threads(states, batch):
         return STEP(state, batch)
 
     with jax.default_matmul_precision("highest"):
-        PopulationExecutor(step, loop="threads")(states, batch)
+        PopulationExecutor(step, strategy="threads")(states, batch)
     assert set(seen) == {"highest"}
 
 
 def test_batches_of_another_size_get_a_program_of_their_own(states, batch):
-    executor = PopulationExecutor(STEP, loop="threads")
+    executor = PopulationExecutor(STEP, strategy="threads")
     step = jit_step(population_step(STEP))
     for size in (6, 4, 6):
         part = jax.tree.map(lambda x, size=size: x[:size], batch)
@@ -196,5 +198,5 @@ def test_a_step_that_cannot_be_compiled_leaves_the_states_alone(states, batch):
         raise RuntimeError("a step that fails")
 
     with pytest.raises(RuntimeError, match="a step that fails"):
-        PopulationExecutor(failing, loop="threads", donate=True)(states, batch)
+        PopulationExecutor(failing, strategy="threads", donate=True)(states, batch)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states))

@@ -155,37 +155,37 @@ def check_executors(updates, state, batch, others, *, tolerance):
 
 
 RUNS = [
-    pytest.param(name, loop, marks=[pytest.mark.slow] * slow)
-    for name, loop, slow in [
+    pytest.param(name, strategy, marks=[pytest.mark.slow] * slow)
+    for name, strategy, slow in [
         *[("spectral", "map", False), ("wgan_gp", "vmap", True), ("spectral", "vmap", True)],
         *[("wgan_gp", "map", True), ("r3gan", "map", True), ("r3gan", "vmap", True)],
     ]
 ]
 
 
-@pytest.mark.parametrize(("name", "loop"), RUNS)
-def test_each_member_of_a_population_equals_its_solo_run(name, loop):
+@pytest.mark.parametrize(("name", "strategy"), RUNS)
+def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     updates, _, batch, _ = built(name, Precision())
     states = [built(name, Precision(), seed=seed)[1] for seed in (0, 1)]
-    check_members(updates, states, batch, loop, tolerance=1e-6)
+    check_members(updates, states, batch, strategy, tolerance=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loop", ["map", "vmap"])
-def test_each_member_with_a_batch_norm_equals_its_solo_run(loop, enable_x64):
+@pytest.mark.parametrize("strategy", ["map", "vmap"])
+def test_each_member_with_a_batch_norm_equals_its_solo_run(strategy, enable_x64):
     # In float64, for the reason given above.
     updates, _, batch, _ = built("dcgan", DOUBLE)
     states = [built("dcgan", DOUBLE, seed=seed)[1] for seed in (0, 1)]
-    check_members(updates, states, as_double(batch), loop, tolerance=1e-10)
+    check_members(updates, states, as_double(batch), strategy, tolerance=1e-10)
 
 
-def check_members(updates, states, batch, loop, *, tolerance):
+def check_members(updates, states, batch, strategy, *, tolerance):
     states = [
         dataclasses.replace(state, rng=jax.random.key(seed)) for seed, state in enumerate(states)
     ]
     batch = without(batch, "latents")
     step = make_train_step(updates)
-    population = jit_step(scan_steps(population_step(step, loop=loop)))
+    population = jit_step(scan_steps(population_step(step, strategy=strategy)))
     members, metrics = population(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
         jax.tree.map(lambda x: np.stack([x] * 2), batch),
