@@ -1,4 +1,4 @@
-"""Checks of arguments that name the value and the remedy."""
+"""Argument checks whose error messages name the value and the remedy."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 
 
 def check_first_step(first_step: int) -> None:
-    """Refuse a negative first step.
+    """Check that a first step is not negative.
 
     Raises:
-        ValueError: the step.
+        ValueError: it is negative.
     """
     if first_step < 0:
         raise ValueError(f"first step {first_step} is negative; steps count from 0")
 
 
 def check_same_shape(**arrays: Any) -> None:
-    """Refuse arrays of different shapes.
+    """Check that arrays have the same shape; shapes that broadcast do not pass.
 
     Args:
-        arrays: {name: array}; broadcasting is not allowed.
+        arrays: {name: array}.
 
     Raises:
-        ValueError: the names and shapes.
+        ValueError: the shapes differ; the message has the names and shapes.
 
     Example:
         >>> import numpy as np
@@ -43,15 +43,15 @@ def check_same_shape(**arrays: Any) -> None:
 
 
 def check_rank(inputs: Any, caller: object, *, layouts: Sequence[str]) -> None:
-    """Refuse inputs whose number of axes fits none of the layouts.
+    """Check that the inputs have as many axes as one of the layouts.
 
     Args:
-        inputs: the array that the caller got.
+        inputs: the array that the caller was given.
         caller: a model, whose class is named in the message, or the name of a function.
-        layouts: such as "[batch, height, width, channels]"; each comma adds an axis.
+        layouts: such as "[batch, height, width, channels]"; the rank is the number of names.
 
     Raises:
-        ValueError: the shape, the layouts that fit, and what to do.
+        ValueError: the rank is different; the message has the shape, the layouts and the remedy.
     """
     if inputs.ndim not in [layout.count(",") + 1 for layout in layouts]:
         name = caller if isinstance(caller, str) else type(caller).__name__
@@ -62,29 +62,29 @@ def check_rank(inputs: Any, caller: object, *, layouts: Sequence[str]) -> None:
         )
 
 
-#: Layouts of a network whose kernels take their rank from the input.
+#: Layouts of a convolutional network, whose kernels get their rank from the input.
 IMAGES_OR_AUDIO = ("[batch, height, width, channels]", "[batch, time, channels]")
 IMAGES = IMAGES_OR_AUDIO[:1]
 
 
 def check_rate(rate: float) -> None:
-    """Refuse a dropout rate outside of [0, 1).
+    """Check that a dropout rate is in [0, 1).
 
     Raises:
-        ValueError: the rate is not a probability below 1.
+        ValueError: it is not.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout rate {rate} must be at least 0 and below 1")
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:
-    """Refuse sizes that are not positive integers.
+    """Check that sizes are positive integers.
 
     Args:
-        sizes: {name: a size or several}, Python's or NumPy's integers.
+        sizes: {name: one size, or a sequence of sizes}; Python or NumPy integers.
 
     Raises:
-        ValueError: the name and value of the first bad one.
+        ValueError: one is not; the message has its name and value.
 
     Example:
         >>> check_sizes(strides=(2, np.int64(1)), batch_size=0)

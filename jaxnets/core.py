@@ -1,7 +1,9 @@
-"""The types that every other file speaks: sums, objectives, updates, train state, random streams.
+"""The types that every other module uses, and how a Linen module becomes a pure function.
 
-Nothing here imports Flax. An objective is any function on pytrees with the signature of
-`Objective`; `apply_module` calls anything that has Linen's `apply`.
+Types: `Mean`, `Objective`, `Update`, `TrainState`, `StepFn`, `BatchSource`, `Precision`.
+Functions: `apply_module`, `record`, `capture`, random streams. Nothing here imports Flax: an
+objective is any function on pytrees with the signature of `Objective`, and `apply_module` calls
+anything that has Linen's `apply`.
 """
 
 from __future__ import annotations
@@ -9,82 +11,38 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-
-def record(module: Any, name: str, value: jax.Array) -> None:
-    """Make a value inside a network readable with `capture`; free when nobody reads it.
-
-    Args:
-        module: the module that computes the value.
-        name: such as "features".
-        value: the array; a second call with the same name replaces it.
-    """
-    module.sow("intermediates", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-
-
-def capture(
-    module: Any, variables: Any, *inputs: Any, **keywords: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Run a network in evaluation and return what it recorded, such as its features.
-
-    Args:
-        module: any Linen network.
-        variables: parameters and other collections, as given by `module.init`.
-        inputs: inputs of the network.
-        keywords: further keyword inputs; `capture_intermediates=True` records the output of
-            every layer too, under `[layer]["__call__"][0]`.
-
-    Returns:
-        The output, and {name: array} of the values recorded by the network itself, with one
-        nested dict for each submodule that recorded some.
-
-    Example:
-        >>> import flax.linen as nn
-        >>> class Doubled(nn.Module):
-        ...     @nn.compact
-        ...     def __call__(self, x):
-        ...         record(self, "doubled", 2 * x)
-        ...         return 3 * x
-        >>> output, recorded = capture(Doubled(), {}, 1.0)
-        >>> output, recorded["doubled"]
-        (3.0, 2.0)
-    """
-    output, state = module.apply(variables, *inputs, mutable=["intermediates"], **keywords)
-    return output, dict(state.get("intermediates", {}))
-
-
-#: Name of the mapped axis over which executors split a batch. Batch normalization and the
-#: train step reduce over this axis where an executor has bound it.
+#: Name of the mapped axis over which executors split a batch. Where an executor has bound it,
+#: batch normalization and the train step reduce over it.
 DATA_AXIS = "data"
 
-#: Nested dict of trainable arrays.
+#: Trainable arrays: a pytree, nested dicts in Linen.
 Params: TypeAlias = Any
-#: Further collections: "batch_stats", "hyperparameters", ...; {} if none.
+#: Other variable collections: "batch_stats", "hyperparameters", ...; {} if none.
 ModelState: TypeAlias = Mapping[str, Any]
 #: Arrays whose leading axis is examples; optional "weights" [batch], 0 = padding.
 Batch: TypeAlias = Mapping[str, Any]
 #: Weighted sums by name.
 Metrics: TypeAlias = dict[str, "Mean"]
-#: First step -> the batches from there on.
-BatchSource: TypeAlias = Callable[[int], Iterator[Batch]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A weighted sum and its weight, from which the mean is taken at the very end.
+    """A weighted sum and the sum of its weights; `compute` divides them.
 
-    Merging anywhere (batches, microbatches, scan steps, devices) is leaf-wise addition, so the
-    mean is exact for uneven batches, where a mean of means is not.
+    Means are merged by adding their leaves: over batches, microbatches, scan steps, devices. So
+    the result is exact for batches of different sizes, where a mean of means is not.
 
     Attributes:
         total: sum of weight times value, [...].
-        count: sum of the weights; its shape is a prefix of the shape of `total`.
+        count: sum of the weights; its shape is a leading part of the shape of `total`.
 
     Example:
         >>> first, second = Mean.of(jnp.array([1.0, 2.0, 3.0])), Mean.of(jnp.array([6.0]))
@@ -102,12 +60,12 @@ class Mean:
         Args:
             values: [batch, ...], any numeric dtype; summed in float32 or wider.
             weights: [batch] or any other leading part of the shape of `values`, 0 = ignore; by
-                default every element of `values` counts 1. A value of weight 0 is ignored even
-                where it is not finite, and no gradient reaches it; but 0 times NaN is NaN, so what
-                it was computed from has to be finite for gradients further back to be.
+                default every element of `values` has weight 1. A value of weight 0 is ignored
+                even if it is NaN or infinite, and its gradient is 0. But 0 times NaN is NaN in
+                the chain rule: the operations that produced the value have to be finite too.
 
         Returns:
-            Mean with `total` of the shape left after the axes of `weights`, and a scalar `count`.
+            Mean whose `total` has the remaining axes of `values`, and a scalar `count`.
 
         Raises:
             ValueError: the shape of `weights` is not a leading part of the shape of `values`.
@@ -122,17 +80,23 @@ class Mean:
                 f"weights of shape {weights.shape} do not fit values of shape {values.shape}; "
                 f"give weights of shape {values.shape[:1]} (one per example) or {values.shape}"
             )
+        # [batch, 1, ...]
         expanded = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
-        kept = jnp.where(expanded == 0, jnp.zeros_like(values), values)
-        return cls(jnp.sum(kept * expanded, axis=tuple(range(weights.ndim))), jnp.sum(weights))
+        masked = jnp.where(expanded == 0, jnp.zeros_like(values), values)
+        return cls(jnp.sum(masked * expanded, axis=tuple(range(weights.ndim))), jnp.sum(weights))
 
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
     def compute(self) -> jax.Array:
-        """Return `total / count`, NaN where nothing was counted. Shape of `total`."""
+        """Return `total / count`, with the shape of `total`; NaN where `count` is 0.
+
+        NumPy arrays, such as sums in float64, are divided by NumPy.
+        """
+        xp = jnp if isinstance(self.count, jax.Array) else np
         missing = jnp.ndim(self.total) - jnp.ndim(self.count)
-        return self.total / jnp.reshape(self.count, jnp.shape(self.count) + (1,) * missing)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.total / xp.reshape(self.count, jnp.shape(self.count) + (1,) * missing)
 
 
 @jax.tree_util.register_dataclass
@@ -141,9 +105,9 @@ class ObjectiveOutput:
     """What an objective returns.
 
     Attributes:
-        loss: sum of the per-example losses and the sum of their weights, never a mean.
-        model_state: the collections after this batch, with the tree structure of the ones before.
-        metrics: further weighted sums to report.
+        loss: sum of the per-example losses, and sum of their weights; not their mean.
+        model_state: the collections after this batch; same tree structure as before it.
+        metrics: other weighted sums to report.
     """
 
     loss: Mean
@@ -156,13 +120,13 @@ class Objective(Protocol):
 
     Args:
         params: trainable parameters.
-        model_state: further collections; returned with the same tree structure.
-        batch: arrays [batch, ...]; "weights" [batch] weighs the examples, 0 = padding.
-        rng: key of this step, to be split into streams with `rng_streams`.
-        train: training mode: noise is drawn, running averages move.
+        model_state: other collections; returned with the same tree structure.
+        batch: arrays [batch, ...]; "weights" [batch] are the examples' weights, 0 = padding.
+        rng: key of this step; `rng_streams` derives one key per stream from it.
+        train: training mode: noise is drawn and running averages are updated.
 
     Returns:
-        ObjectiveOutput with sums, never means.
+        ObjectiveOutput, which holds sums, not means.
     """
 
     def __call__(
@@ -175,9 +139,9 @@ class Update:
     """One gradient phase of a step.
 
     Attributes:
-        objective: the loss to lower.
+        objective: the loss to minimize.
         optimizer: any Optax transformation.
-        wrt: top-level key of `params` to train (one network of several); None trains all of it.
+        wrt: top-level key of `params` to train, that is one network of several; None trains all.
     """
 
     objective: Objective
@@ -188,11 +152,14 @@ class Update:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes while training, arrays only: saving it is saving the run.
+    """Everything that changes during training, as arrays: a checkpoint of it resumes the run.
+
+    Corresponds to `flax.training.train_state.TrainState`, but holds no functions: the optimizer
+    is in `Update`. It also has the random key and the model state.
 
     Attributes:
-        step: int32 scalar, completed steps.
-        rng: root key of the run, constant; the keys of a step are folded from it and `step`.
+        step: int32 scalar, number of completed steps.
+        rng: root key of the run, constant; `fold_in` with `step` derives the keys of a step.
         params: trainable parameters.
         model_state: other collections ("batch_stats", "hyperparameters", ...); {} if none.
         opt_state: optimizer state, or {wrt: optimizer state} where updates name their network.
@@ -206,7 +173,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `module.apply` takes: the parameters beside the other collections."""
+        """The variables for `module.apply`: "params" and the other collections."""
         return {"params": self.params, **self.model_state}
 
 
@@ -214,12 +181,12 @@ class StepFn(Protocol):
     """One training step as a pure function.
 
     Args:
-        state: where the step starts.
+        state: the state before the step.
         batch: arrays [batch, ...].
         axis_name: mapped axis over which the batch is split, if any; sums are reduced over it.
 
     Returns:
-        The next state, and the metrics as sums.
+        The state after the step, and the metrics as sums.
     """
 
     def __call__(
@@ -227,19 +194,44 @@ class StepFn(Protocol):
     ) -> tuple[TrainState, Metrics]: ...
 
 
+#: A compiled step: `(state, batch) -> (state, metrics)`.
 Executor: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class BatchSource(Protocol):
+    """Where batches come from: any function from the first step to an iterator of batches.
+
+    The iterator yields the batches of `first_step`, `first_step + 1` and so on, so a resumed run
+    gets the batches that it would have got. A source whose batches hold several steps is a
+    `ChunkedBatchSource`.
+    """
+
+    def __call__(self, first_step: int, /) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class ChunkedBatchSource(BatchSource, Protocol):
+    """A batch source with several steps in a batch, on a new leading axis; see `data.chunked`.
+
+    Attributes:
+        steps_per_batch: size of that axis.
+    """
+
+    @property
+    def steps_per_batch(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The one precision policy of a network.
+    """The dtypes of a network (mixed precision).
 
-    Norms, softmax and losses are computed in float32 or wider whatever the policy says.
+    `parameter` is Linen's `param_dtype` and `compute` its `dtype`. Norms, softmax and losses are
+    computed in float32 or wider under every policy.
 
     Attributes:
-        parameter: dtype in which parameters are kept and updated.
+        parameter: dtype in which parameters are stored and updated.
         compute: dtype of matrix products, convolutions and activations.
-        output: dtype of what the network returns.
+        output: dtype of the network's output.
 
     Example:
         >>> Precision(compute=jnp.bfloat16).parameter.__name__
@@ -249,6 +241,11 @@ class Precision:
     parameter: Any = jnp.float32
     compute: Any = jnp.float32
     output: Any = jnp.float32
+
+
+def steps_per_batch(source: BatchSource) -> int:
+    """Return the number of steps in each batch of a source: 1 unless it is chunked."""
+    return source.steps_per_batch if isinstance(source, ChunkedBatchSource) else 1
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
@@ -266,11 +263,12 @@ def at_least_float32(array: jax.Array) -> jax.Array:
 def rng_streams(rng: jax.Array, *names: str) -> dict[str, jax.Array]:
     """Derive one key per named stream.
 
-    A stream's key depends on `rng` and its own name only, so adding a stream shifts no other.
+    The key of a stream depends only on `rng` and the name of the stream, so adding a stream does
+    not change the others.
 
     Args:
         rng: key of this step.
-        names: streams such as "dropout", "latent", "augmentation".
+        names: names of streams, such as "dropout", "latent", "augmentation".
 
     Returns:
         {name: key}.
@@ -289,18 +287,20 @@ def apply_module(
 ) -> tuple[Any, ModelState]:
     """Call a Linen module as a pure function of parameters and model state.
 
+    `module.apply` with all collections of `model_state` mutable in training, and none otherwise.
+
     Args:
         module: anything with Linen's `apply`.
         params: its parameters.
         model_state: its other collections.
         inputs: positional inputs of the module.
-        rngs: key per stream, used only when `train`; without training no stream is passed, so a
-            network that draws noise in evaluation raises instead of being random in silence.
+        rngs: one key per stream; passed on in training only. So a module that draws noise in
+            evaluation raises an error, and is never random unnoticed.
         train: training mode: the collections may change.
-        keywords: further keyword inputs of the module.
+        keywords: other keyword inputs of the module.
 
     Returns:
-        The output, and the collections afterwards (unchanged when not `train`).
+        The output, and the collections after the call; unchanged when not `train`.
     """
     variables = {"params": params, **model_state}
     if not train:
@@ -311,11 +311,55 @@ def apply_module(
     return output, {**model_state, **changed}
 
 
-def bound_data_axis() -> str | None:
-    """Return `DATA_AXIS` if the executor that is tracing has bound it, else None.
+def record(module: Any, name: str, value: jax.Array) -> None:
+    """Let `capture` return an intermediate value of a module; costs nothing otherwise.
 
-    A network asks this instead of being told, so that one definition computes the same batch
-    statistics under every executor.
+    Corresponds to `module.sow("intermediates", ...)`, but stores one array, not a tuple.
+
+    Args:
+        module: the module that computes the value.
+        name: such as "features".
+        value: the array; a second call with the same name replaces it.
+    """
+    module.sow("intermediates", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def capture(
+    module: Any, variables: Any, *inputs: Any, **keywords: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Apply a module and also return the intermediate values that it records, such as features.
+
+    Args:
+        module: any Linen module.
+        variables: parameters and other collections, as returned by `module.init`.
+        inputs: inputs of the module.
+        keywords: other keyword inputs; with `capture_intermediates=True` the output of every
+            layer is recorded too, under `[layer]["__call__"][0]`.
+
+    Returns:
+        The output, and {name: array} of the recorded values, with a nested dict for each
+        submodule that recorded any.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Doubled(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         record(self, "doubled", 2 * x)
+        ...         return 3 * x
+        >>> output, recorded = capture(Doubled(), {}, 1.0)
+        >>> output, recorded["doubled"]
+        (3.0, 2.0)
+    """
+    output, state = module.apply(variables, *inputs, mutable=["intermediates"], **keywords)
+    return output, dict(state.get("intermediates", {}))
+
+
+def bound_data_axis() -> str | None:
+    """Return `DATA_AXIS` if it is bound where this is traced, else None.
+
+    Batch normalization calls this at trace time, so it needs no `axis_name` argument and computes
+    the same batch statistics under every executor.
     """
     try:
         jax.lax.axis_index(DATA_AXIS)
@@ -325,12 +369,12 @@ def bound_data_axis() -> str | None:
 
 
 def tree_path(path: tuple[Any, ...]) -> str:
-    """Write a key path of a pytree as `params/hidden_0/kernel`.
+    """Return a key path of a pytree as a string, such as `params/hidden_0/kernel`.
 
     Args:
-        path: as given by `jax.tree_util.tree_flatten_with_path`.
+        path: from `jax.tree_util.tree_flatten_with_path`.
 
     Returns:
-        The names joined with slashes.
+        The keys joined with slashes.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/")

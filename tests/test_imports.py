@@ -1,12 +1,10 @@
-"""The import direction of the library, read from its sources."""
+"""Imports between the packages of the library, read from the sources, and at run time."""
 
 import ast
 import pathlib
 import subprocess
 import sys
 import types
-
-import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxnets"
@@ -22,60 +20,84 @@ LEVELS = (
 )
 FAMILIES = ("feedforward", "convolutional", "recurrent", "transformer", "autoencoder", "gan")
 USE_FLAX = {"layers", "models", "tools"}
-FILES = [
-    pytest.param(path, path.relative_to(ROOT).with_suffix("").parts, id=str(path.relative_to(ROOT)))
+INIT_NAMES = {"__all__", "__dir__", "__getattr__", "__version__"}
+#: {path: syntax tree}, the path as parts without the suffix: ("jaxnets", "training", "loop").
+TREES = {
+    path.relative_to(ROOT).with_suffix("").parts: ast.parse(path.read_text())
     for path in sorted(PACKAGE.rglob("*.py"))
-]
+}
 
 
-def imported(path):
-    """Return the dotted names of all that a file imports, as tuples."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(tree):
+    """Return the dotted names that a module imports, as tuples."""
+    names = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
+            names += [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from ((*node.module.split("."), alias.name) for alias in node.names)
+            module = "." * node.level + (node.module or "")
+            names += [(*module.split("."), alias.name) for alias in node.names]
+    return names
+
+
+IMPORTS = {parts: imports_of(tree) for parts, tree in TREES.items()}
 
 
 def test_every_package_has_a_level():
-    tops = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
-    assert tops - {"__init__"} == set(sum(LEVELS, ()))
+    assert {parts[1] for parts in TREES} - {"__init__"} == set(sum(LEVELS, ()))
 
 
-@pytest.mark.parametrize(("path", "parts"), FILES)
-def test_a_file_imports_its_own_package_and_lower_levels_only(path, parts):
-    if parts[1] == "__init__":
-        return
-    level = next(i for i, packages in enumerate(LEVELS) if parts[1] in packages)
-    below = set(sum(LEVELS[:level], ())) | {parts[1]} | ({"core"} if level == 0 else set())
-    own = {name[1] for name in imported(path) if name[0] == "jaxnets" and len(name) > 1}
-    assert own - below - {"__version__"} == set()
+def test_imports_are_absolute():
+    assert [
+        (parts, name) for parts, names in IMPORTS.items() for name in names if not name[0]
+    ] == []
 
 
-@pytest.mark.parametrize(("path", "parts"), FILES)
-def test_a_family_imports_no_other_family(path, parts):
-    if parts[1] == "models" and parts[2] in FAMILIES:
-        used = {name[2] for name in imported(path) if name[:2] == ("jaxnets", "models")}
-        assert used <= {parts[2]}
+def test_a_file_imports_its_own_package_and_lower_levels_only():
+    offenders = []
+    for parts in TREES.keys() - {("jaxnets", "__init__")}:
+        level = next(i for i, packages in enumerate(LEVELS) if parts[1] in packages)
+        allowed = {*sum(LEVELS[:level], ()), parts[1], "__version__", "core" if level == 0 else ""}
+        own = {name[1] for name in IMPORTS[parts] if name[0] == "jaxnets" and len(name) > 1}
+        offenders += [(parts, package) for package in own - allowed]
+    assert offenders == []
 
 
-@pytest.mark.parametrize(("path", "parts"), FILES)
-def test_flax_and_orbax_are_imported_where_they_belong(path, parts):
-    names = {name[0] for name in imported(path)}
-    assert "flax" not in names or parts[1] in USE_FLAX
-    assert "orbax" not in names or parts == ("jaxnets", "training", "checkpoint")
+def test_a_family_imports_no_other_family():
+    offenders = [
+        (parts, name)
+        for parts, names in IMPORTS.items()
+        if parts[1] == "models" and parts[2] in FAMILIES
+        for name in names
+        if name[:2] == ("jaxnets", "models") and name[2] != parts[2]
+    ]
+    assert offenders == []
 
 
-@pytest.mark.parametrize(("path", "parts"), [p for p in FILES if "__init__" in p.values[1]])
-def test_the_init_file_of_a_package_defines_nothing(path, parts):
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign):
-            names = {name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
-            assert names <= {"__all__", "__dir__", "__getattr__", "__version__"}
-        else:
-            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            assert is_docstring or isinstance(node, ast.Import | ast.ImportFrom)
+def test_flax_and_orbax_are_imported_only_where_they_belong():
+    packages = {parts: {name[0] for name in names} for parts, names in IMPORTS.items()}
+    assert {parts[1] for parts, names in packages.items() if "flax" in names} <= USE_FLAX
+    with_orbax = [parts for parts, names in packages.items() if "orbax" in names]
+    assert with_orbax == [("jaxnets", "training", "checkpoint")]
+
+
+def defines_something(node):
+    if isinstance(node, ast.Assign):
+        names = {name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
+        return not names <= INIT_NAMES
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return not is_docstring and not isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def test_the_init_files_define_nothing():
+    offenders = [
+        (parts, node.lineno)
+        for parts, tree in TREES.items()
+        if parts[-1] == "__init__"
+        for node in tree.body
+        if defines_something(node)
+    ]
+    assert offenders == []
 
 
 def run(code):
@@ -84,49 +106,60 @@ def run(code):
     ).stdout.strip()
 
 
-def test_names_are_loaded_when_they_are_used():
-    loaded = "sorted(name for name in sys.modules if name.startswith('jaxnets.'))"
-    output = run(f"import sys, jaxnets; print({loaded}); jaxnets.fit; print({loaded})")
-    before, after = (set(ast.literal_eval(line)) for line in output.splitlines())
-    assert before == set()
+#: Some functions have the name of a module, which must not shadow them.
+SHADOWED = "print([callable(getattr(jn, n)) for n in ('adversarial', 'beam_search', 'dcgan')])"
+
+#: Prints the loaded modules of the library after `import jaxnets`, and after one name.
+LOAD_ONE = f"""
+import sys
+import jaxnets as jn
+def loaded(): return sorted(name for name in sys.modules if name.startswith('jaxnets.'))
+print(loaded())
+jn.fit
+print(loaded())
+{SHADOWED}
+"""
+
+#: Loads those modules first, then the functions of the same names, and then every name.
+LOAD_ALL = f"""
+import sys, jax
+before = dict(jax.config.values)
+import jaxnets.generation.beam_search, jaxnets.objectives.adversarial, jaxnets.models.gan
+import jaxnets as jn
+{SHADOWED}
+for name in jn.__all__:
+    getattr(jn, name)
+heavy = {{'orbax', 'grain', 'matplotlib', 'sklearn', 'PIL', 'torch', 'tyro', 'tensorboardX',
+          'wandb', 'gymnasium', 'pygame', 'Box2D'}}
+print(sorted(heavy & set(sys.modules)))
+print([name for name, value in before.items() if jax.config.values[name] != value])
+"""
+
+
+def test_a_name_loads_only_the_modules_that_it_needs():
+    before, after, functions = map(ast.literal_eval, run(LOAD_ONE).splitlines())
+    assert before == []
     assert "jaxnets.training.loop" in after
     assert not any(name.startswith(("jaxnets.models", "jaxnets.layers")) for name in after)
+    assert functions == [True, True, True]
 
 
-def test_the_whole_library_is_light_and_changes_no_configuration():
-    code = (
-        "import sys, jax; before = dict(jax.config.values); import jaxnets;"
-        "[getattr(jaxnets, name) for name in jaxnets.__all__];"
-        "assert all(jax.config.values[name] == value for name, value in before.items());"
-        "heavy = {'orbax', 'grain', 'matplotlib', 'sklearn', 'PIL', 'torch', 'tyro', "
-        "'tensorboardX', 'wandb', 'gymnasium', 'pygame', 'Box2D'};"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    assert run(code) == "[]"
-
-
-def test_a_function_called_like_a_module_stays_a_function():
-    look = (
-        "print([callable(getattr(jn, name)) for name in ('adversarial', 'beam_search', 'dcgan')])"
-    )
-    modules = (
-        "import jaxnets.generation.beam_search, jaxnets.objectives.adversarial;"
-        "import jaxnets.models.gan; "
-    )
-    for first in ("", modules):
-        assert run(f"{first}import jaxnets as jn; {look}") == "[True, True, True]"
+def test_all_names_load_no_heavy_package_and_change_no_configuration():
+    functions, heavy, changed = map(ast.literal_eval, run(LOAD_ALL).splitlines())
+    assert functions == [True, True, True]
+    assert heavy == []
+    assert changed == []
 
 
 def test_every_exported_name_exists_and_is_documented():
     import jaxnets
 
-    for name in jaxnets.__all__:
-        value = getattr(jaxnets, name)
-        if isinstance(value, type | types.FunctionType | types.ModuleType):
-            assert value.__doc__, name
+    values = {name: getattr(jaxnets, name) for name in jaxnets.__all__}
+    documented = (type, types.FunctionType, types.ModuleType)
+    assert [n for n, v in values.items() if isinstance(v, documented) and not v.__doc__] == []
 
 
-def test_no_file_is_two_things():
+def test_no_file_is_longer_than_600_lines():
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines())
         for folder in ("jaxnets", "experiments")

@@ -1,9 +1,9 @@
-"""Save and restore training states: atomic, checked, strict; the only file that imports Orbax.
+"""Save and restore training states: atomic, with checksums. The only module that imports Orbax.
 
-A checkpoint is a folder `step_00000100` with the arrays as Orbax writes them (`state_0/`) and a
-`manifest.json` that names every leaf and the sha256 of every file. The manifest is moved into
-place last, in one atomic rename: a checkpoint exists exactly when its manifest does, so a save
-that is killed at any moment leaves the checkpoints before it, and nothing that looks like one.
+A checkpoint is a folder `step_00000100` with the arrays in Orbax's format (`state_0/`) and a
+`manifest.json` with the path of every leaf and the sha256 of every file. The manifest is renamed
+into place last, atomically, and a folder without a manifest is not a checkpoint. So a save that is
+killed at any moment leaves the earlier checkpoints intact and no partial one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FOLDER = re.compile(r"step_(\d+)")
 
 
 class CheckpointError(OSError):
-    """A checkpoint cannot be written, or what is on disk is damaged."""
+    """A checkpoint cannot be written, or its files are damaged."""
 
 
 def save(
@@ -43,23 +43,23 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     step: int | None = None,
 ) -> Path:
-    """Write one checkpoint; it appears whole or not at all.
+    """Write one checkpoint atomically.
 
-    A checkpoint of the same step is replaced, and what killed saves left behind is removed. Where
-    several processes train, each of them calls this with a directory that all of them see.
+    Replaces a checkpoint of the same step, and removes the remains of killed saves. With several
+    processes, all of them call this, with a directory on a file system that they share.
 
     Args:
-        directory: folder of the run's checkpoints, made if missing; one run per folder.
+        directory: folder of the run's checkpoints, created if missing; one run per folder.
         state: pytree of arrays, such as a `TrainState`; typed random keys are allowed.
-        metadata: anything JSON can hold, given back by `restore`.
-        step: number of the checkpoint; `state.step` by default.
+        metadata: any JSON value; `restore` returns it.
+        step: step of the checkpoint; `state.step` by default.
 
     Returns:
         Folder of the checkpoint.
 
     Raises:
-        TypeError: a leaf is not an array, or JSON cannot hold the metadata.
-        CheckpointError: the disk is full, read-only or not writable; nothing older is lost.
+        TypeError: a leaf is not an array, or the metadata is not JSON-serializable.
+        CheckpointError: the disk is full, read-only or not writable; older checkpoints are intact.
     """
     leaves = _named_leaves(state)
     step = int(np.max(np.asarray(state.step))) if step is None else step
@@ -91,8 +91,8 @@ def save(
         for partial in folder.glob(f"{payload.name}*") if payload else ():
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"cannot save step {step} in {directory}: free some space or choose a directory that "
-            f"can be written; the checkpoints before it are untouched; {error}"
+            f"cannot save step {step} in {directory}: free some space or choose a writable "
+            f"directory; earlier checkpoints are intact; {error}"
         ) from error
     return folder
 
@@ -100,36 +100,36 @@ def save(
 def restore(
     directory: str | os.PathLike[str], template: Any, *, step: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """Read a checkpoint back, bit for bit, in the form and place of a template.
+    """Read a checkpoint, bit for bit, with the structure and the shardings of a template.
 
     Args:
         directory: folder of the run's checkpoints.
-        template: pytree of the saved structure; its leaves are arrays or `jax.ShapeDtypeStruct`
-            (from `jax.eval_shape`), whose shardings say on which devices the leaves go: these
-            need not be the devices, nor as many, as when saving.
-        step: the checkpoint to read; None takes the newest that is intact, with a warning about
-            each damaged one that is passed over.
+        template: pytree with the structure of the saved state. Leaves are arrays or
+            `jax.ShapeDtypeStruct` (from `jax.eval_shape`); each leaf is restored with the sharding
+            of its template. Devices, and their number, may differ from those of the save.
+        step: the checkpoint to read; None: the newest intact one, with a warning for each damaged
+            one that is skipped.
 
     Returns:
         State with the structure of `template`, and the metadata given to `save`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        CheckpointError: the one asked for, or every one, is damaged.
-        ValueError: structure, shape or dtype of a leaf differ from the template's.
+        CheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
+        ValueError: the structure, or shape or dtype of a leaf, differs from the template.
     """
     steps = all_steps(directory)
     if not steps or step not in (None, *steps):
-        found = f"there are steps {steps}" if steps else "there is none"
+        available = f"there are steps {steps}" if steps else "there is none"
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise FileNotFoundError(f"no {wanted} in {directory}: {found}")
+        raise FileNotFoundError(f"no {wanted} in {directory}: {available}")
     for candidate in reversed(steps) if step is None else [step]:
         try:
             manifest = _read_manifest(_folder(directory, candidate))
         except CheckpointError as error:
             if step is not None or candidate == steps[0]:
                 raise
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}; trying the previous checkpoint", stacklevel=2)
             continue
         break
     _check_template(_named_leaves(template), manifest["leaves"], _folder(directory, candidate))
@@ -137,13 +137,13 @@ def restore(
 
 
 def all_steps(directory: str | os.PathLike[str]) -> list[int]:
-    """List the steps of the complete checkpoints.
+    """Return the steps of all complete checkpoints.
 
     Args:
         directory: folder of the run's checkpoints; it need not exist.
 
     Returns:
-        Steps, oldest first; [] if there are none.
+        Steps in ascending order; [] if there are none.
     """
     folders = Path(directory).glob("step_*") if Path(directory).is_dir() else ()
     matches = (_FOLDER.fullmatch(folder.name) for folder in folders if _exists(folder))
@@ -151,22 +151,22 @@ def all_steps(directory: str | os.PathLike[str]) -> list[int]:
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """Find the newest complete checkpoint.
+    """Return the step of the newest complete checkpoint.
 
     Args:
         directory: folder of the run's checkpoints; it need not exist.
 
     Returns:
-        Its step, None if there is none.
+        The step; None if there is no checkpoint.
     """
     return max(all_steps(directory), default=None)
 
 
 def verify(directory: str | os.PathLike[str], step: int) -> None:
-    """Compare every file of a checkpoint with its sha256.
+    """Check the sha256 of every file of a checkpoint.
 
     Raises:
-        CheckpointError: naming the file that is missing or damaged.
+        CheckpointError: a file is missing or damaged; the message has its name.
     """
     _read_manifest(_folder(directory, step))
 
@@ -178,18 +178,18 @@ def prune(
 
     Args:
         directory: folder of the run's checkpoints.
-        keep: how many of the newest stay.
-        protect: steps that stay beside them.
+        keep: number of the newest checkpoints to keep.
+        protect: steps to keep in addition.
 
     Returns:
-        The steps removed.
+        The removed steps.
     """
     steps = all_steps(directory)
     removed = [step for step in steps[: max(len(steps) - keep, 0)] if step not in protect]
     multihost_utils.sync_global_devices("checkpoints are listed")
     for step in removed if jax.process_index() == 0 else ():
         folder = _folder(directory, step)
-        # Without its manifest it is no checkpoint: a kill from here on leaves no half of one.
+        # Without its manifest it is not a checkpoint, so a kill from here on leaves no partial one.
         (folder / _MANIFEST).unlink()
         shutil.rmtree(folder)
     multihost_utils.sync_global_devices("checkpoints are pruned")
@@ -197,13 +197,13 @@ def prune(
 
 
 def parameters_sha256(params: Any) -> str:
-    """Digest parameters: equal exactly when every path, dtype, shape and bit is.
+    """Return a digest of parameters, which depends on every path, dtype, shape and bit.
 
     Args:
         params: pytree of arrays.
 
     Returns:
-        Hexadecimal sha256 over the leaves in the order of their paths.
+        Hexadecimal sha256 over the leaves, sorted by path.
 
     Example:
         >>> parameters_sha256({"a": jnp.zeros(2), "b": jnp.ones(3)})[:8]
@@ -268,7 +268,7 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Keep Orbax's threads from logging a traceback each beside the one error that is raised."""
+    """Silence Orbax's threads, which log a traceback each besides the error that is raised."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -281,7 +281,7 @@ def _quiet_absl() -> Iterator[None]:
 def _write_arrays(payload: Path, leaves: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
-    # Orbax refuses arrays without elements; the manifest holds all there is to know of them.
+    # Orbax does not accept arrays without elements; the manifest has their shape and dtype.
     stored = {path: _key_data(leaf) for path, leaf in leaves.items() if leaf.size}
     with _quiet_absl(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(payload, args=ocp.args.PyTreeSave(stored))
@@ -303,7 +303,7 @@ def _read_arrays(folder: Path, manifest: Mapping[str, Any], template: Any) -> An
     for path, target in targets.items():
         array = arrays.get(path, np.zeros(target.shape, None if path in keys else target.dtype))
         if not isinstance(target, np.ndarray):
-            # Uncommitted where the template is, so that any mesh may take it as before.
+            # Uncommitted if the template is, so that jit can place it on any mesh.
             array = jnp.asarray(array)
         leaves.append(jax.random.wrap_key_data(array, impl=keys[path]) if path in keys else array)
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -323,13 +323,13 @@ def _check_template(targets: Mapping[str, Any], saved: list[dict[str, Any]], whe
     for path in [*known, *targets]:
         if path not in targets or path not in known:
             place = "the checkpoint only" if path in known else "the template only"
-            raise ValueError(f"{path} is in {place}; {where} holds another kind of state")
+            raise ValueError(f"{path} is in {place}; {where} holds a different kind of state")
         shapes = tuple(known[path]["shape"]), tuple(targets[path].shape)
         dtypes = known[path]["dtype"], str(targets[path].dtype)
         if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
             raise ValueError(
                 f"{path} is {dtypes[0]}{list(shapes[0])} in {where} but {dtypes[1]}"
-                f"{list(shapes[1])} in the template; restore with the configuration of the save"
+                f"{list(shapes[1])} in the template; restore with the same configuration as saved"
             )
 
 
@@ -337,7 +337,7 @@ def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     body = json.dumps(content)
     temporary = folder / f"{_MANIFEST}.new"
     with temporary.open("w") as file:
-        # The digest stands in a line of its own and covers every byte after that line.
+        # The first line is the digest of every byte after it.
         file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
         file.flush()
         os.fsync(file.fileno())

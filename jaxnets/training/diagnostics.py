@@ -1,4 +1,4 @@
-"""The first checks of a new network: can it learn one batch, and at which learning rate."""
+"""First checks of a new network: can it overfit one batch, and with which learning rate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jaxnets.training.step import create_train_state, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateSearch:
-    """Losses of a population over learning rates.
+    """The training losses of several learning rates.
 
     Attributes:
-        learning_rates: [rates], rising.
-        losses: training loss [steps, rates]; not finite where a rate diverged.
+        learning_rates: [rates], ascending.
+        losses: training loss [steps, rates]; not finite if the rate diverged.
         best: the rate with the lowest mean loss over the last tenth of the steps.
     """
 
@@ -51,18 +51,18 @@ def find_learning_rate(
     num_steps: int = 100,
     strategy: Literal["vmap", "map"] = "vmap",
 ) -> LearningRateSearch:
-    """Train one network at many learning rates at once, as a population.
+    """Train a network with many learning rates at once, as a population.
 
-    Unlike a sweep of the rate within one run, every rate is tried from the same start for the
-    same number of steps.
+    Every rate starts from the same parameters and trains for the same number of steps, unlike the
+    learning rate range test, which increases the rate within one run.
 
     Args:
         objective: the loss.
-        make_optimizer: takes `learning_rate`, such as `optax.adam`.
-        variables: what `module.init` returned; every member starts from it.
-        batches: BatchSource.
+        make_optimizer: function of `learning_rate`, such as `optax.adam`.
+        variables: from `module.init`; the start of every member.
+        batches: batch source.
         rng: root key.
-        learning_rates: by default 17 rates from 1e-5 to 1e-1, two per factor of 3.16.
+        learning_rates: by default 17 rates from 1e-5 to 1e-1, four per decade.
         num_steps: steps for each rate.
         strategy: as for `population_step`.
 
@@ -70,7 +70,7 @@ def find_learning_rate(
         LearningRateSearch; `print` it.
 
     Raises:
-        ValueError: no rate, or none at which the loss stays finite.
+        ValueError: there is no rate, or the loss is finite with none of them.
     """
     rates = np.geomspace(1e-5, 1e-1, 17) if learning_rates is None else np.sort(learning_rates)
     if rates.size == 0 or np.min(rates) <= 0:
@@ -102,12 +102,12 @@ def find_learning_rate(
 
 @dataclasses.dataclass(frozen=True)
 class OverfitReport:
-    """Whether a network can learn one batch by heart.
+    """Whether a network can overfit one batch.
 
     Attributes:
         losses: training loss [steps].
-        passed: the last loss is finite and at most `target` times the first.
-        target: see there.
+        passed: the last loss is finite and at most `target` times the first loss.
+        target: argument of `overfit_one_batch`.
     """
 
     losses: np.ndarray
@@ -115,10 +115,10 @@ class OverfitReport:
     target: float
 
     def __str__(self) -> str:
-        verdict = "learnt" if self.passed else "did NOT learn"
+        verdict = "overfits" if self.passed else "does NOT overfit"
         return (
-            f"{verdict} one batch by heart: loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g} in "
-            f"{len(self.losses)} steps (wanted {self.target:g} of the first)"
+            f"{verdict} one batch: loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g} in "
+            f"{len(self.losses)} steps (target: {self.target:g} times the first)"
         )
 
 
@@ -131,18 +131,18 @@ def overfit_one_batch(
     num_steps: int = 200,
     target: float = 0.1,
 ) -> OverfitReport:
-    """Train on one batch only: a new network's first test.
+    """Train on a single batch, the first test of a new network.
 
-    A network that cannot learn a single batch by heart has a wrong loss, a dead layer, inputs
-    that carry nothing, or an optimizer that does not move it.
+    If a network cannot overfit one batch, its loss is wrong, a layer is dead, the inputs have no
+    information, or the optimizer does not change the parameters.
 
     Args:
         update: as for `make_train_step`.
-        variables: what `module.init` returned.
+        variables: from `module.init`.
         batch: a few dozen examples.
         rng: root key.
-        num_steps: steps on the batch, all in one dispatch.
-        target: the share of the first loss that counts as learnt.
+        num_steps: steps on the batch, all in one call.
+        target: pass if the last loss is at most this fraction of the first.
 
     Returns:
         OverfitReport; `print` it.

@@ -1,4 +1,4 @@
-"""Proof that a step computes the same under every executor."""
+"""Check that a step computes the same result under every executor."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from jaxnets.training.step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class EquivalenceReport:
-    """Largest absolute difference of every leaf from a reference, executor by executor.
+    """Largest absolute difference of every leaf from a reference, for every executor.
 
     Attributes:
-        reference: what the others were compared with: "eager" or "jit".
-        differences: {executor: {leaf path: difference}}; leaves of the final state and of the
-            metrics of the last step.
-        skipped: {executor: why it was not run}.
-        num_devices: devices that pmap and the mesh used.
+        reference: the reference, "eager" or "jit".
+        differences: {executor: {leaf path: difference}}, for the leaves of the final state and of
+            the metrics of the last step.
+        skipped: {executor: reason}.
+        num_devices: number of devices of pmap and the mesh.
     """
 
     reference: str
@@ -41,18 +41,18 @@ class EquivalenceReport:
 
     @property
     def largest(self) -> float:
-        """The largest difference of all; NaN if any difference is."""
+        """The largest difference of all leaves and executors; NaN if any difference is NaN."""
         values = [value for leaves in self.differences.values() for value in leaves.values()]
         return float(np.max(values)) if values else 0.0
 
     def table(self, num_leaves: int = 20) -> str:
-        """Write the differences as a table, the leaves that differ most first.
+        """Format the differences as a table, largest first.
 
         Args:
-            num_leaves: rows at most.
+            num_leaves: maximum number of rows.
 
         Returns:
-            Text with a column per executor.
+            Text with one column per executor.
         """
         names = list(self.differences)
         worst = {
@@ -91,18 +91,18 @@ def check_equivalence(
 ) -> EquivalenceReport:
     """Run a step under every executor and compare the results leaf by leaf.
 
-    Run it in float32 with SGD (differences of rounding, about 1e-7), or in float64. Adam turns
-    the rounding noise of a gradient that is mathematically zero into a full step, and dropout
-    draws other masks for every split of the batch: switch both off.
+    Use SGD in float32 (rounding differences of about 1e-7), or float64. Adam turns the rounding
+    noise of a gradient that is mathematically zero into a full step, so use SGD instead. Dropout
+    draws different masks for every split of the batch, so set its rate to 0.
 
     Args:
         step: from `make_train_step`, or your own `(state, batch, *, axis_name=None)`.
-        state: the state to start from; not consumed.
-        batch: the same for each step; its size divisible by devices and microbatches.
+        state: the initial state; not donated.
+        batch: the batch of every step; its size is divisible by devices and microbatches.
         num_steps: steps to run under each executor.
-        num_microbatches: parts for the microbatched run, which needs a step of `make_train_step`.
-        reference: "eager" runs the step operation by operation; "jit" saves that time where
-            another test compares the two.
+        num_microbatches: parts of the microbatched run, which needs a step of `make_train_step`.
+        reference: "eager" runs the step without jit; "jit" is faster, and sufficient if another
+            test compares jit with eager.
 
     Returns:
         EquivalenceReport; `print` it.
@@ -119,7 +119,7 @@ def check_equivalence(
     def scanned() -> Any:
         run = jit_step(scan_steps(step))
         current = state
-        if num_steps > 1:  # all but one step in one dispatch, the last alone for its metrics
+        if num_steps > 1:  # the last step is a call of its own because metrics are summed
             stack = jax.tree.map(lambda x: jnp.stack([x] * (num_steps - 1)), batch)
             current, _ = run(current, stack)
         return run(current, jax.tree.map(lambda x: x[None], batch))
@@ -136,7 +136,7 @@ def check_equivalence(
         parts = dataclasses.replace(step, num_microbatches=num_microbatches)
         runs["microbatched"] = lambda: repeated(jit_step(parts))
     else:
-        skipped["microbatched"] = "only a step of make_train_step can be split"
+        skipped["microbatched"] = "only a step of make_train_step has microbatches"
     if reference == "jit":
         expected = _leaves(runs.pop("jit")())
     else:
@@ -154,7 +154,7 @@ def check_equivalence(
 
 def _leaves(result: tuple[TrainState, Any]) -> dict[str, np.ndarray]:
     state, metrics = result
-    # Means, not totals: the rounding of a sum grows with the batch.
+    # Means, not totals, because the rounding error of a sum grows with the batch.
     means = jax.tree.map(
         lambda x: x.compute() if isinstance(x, Mean) else x,
         metrics,

@@ -1,7 +1,8 @@
-"""Executors: each takes a step and returns a plain `(state, batch) -> (state, metrics)`.
+"""Step transforms and executors; none of them depends on a model, a loss or an optimizer.
 
-None of them knows a model, a loss or an optimizer. `scan_steps` and `population_step` return
-steps again, so they nest under the others: `pmap_step(scan_steps(step), batch_axis=1)`.
+A step transform (`scan_steps`, `population_step`) takes a step and returns a step. An executor
+(`jit_step`, `resident_steps`, `pmap_step`, `sharded_step`) takes a step and returns a compiled
+`(state, batch) -> (state, metrics)`. So they compose: `pmap_step(scan_steps(step), batch_axis=1)`.
 """
 
 from __future__ import annotations
@@ -17,29 +18,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.core import DATA_AXIS, Batch, Executor, Metrics, StepFn, TrainState
 
-
-def jit_step(step: StepFn, *, donate: bool = False) -> Executor:
-    """Compile a step for one device.
-
-    Args:
-        step: `(state, batch, *, axis_name=None) -> (state, metrics)`.
-        donate: reuse the memory of the state that is passed in, which is then gone for the caller.
-
-    Returns:
-        The compiled `(state, batch) -> (state, metrics)`.
-    """
-    return jax.jit(lambda state, batch: step(state, batch), donate_argnums=(0,) if donate else ())
+# Step transforms: a step in, a step out. They nest in each other and in every executor.
 
 
 def scan_steps(step: StepFn) -> StepFn:
-    """Run K steps in one dispatch, which saves the host's share of a small step.
+    """Run K steps in one call with `lax.scan`, which saves K - 1 times the dispatch overhead.
 
     Args:
-        step: a step of batches [batch, ...].
+        step: a step on batches [batch, ...].
 
     Returns:
-        A step of stacked batches [K, batch, ...] (`data.chunked` makes them) that adds its
-        metrics up over the K steps.
+        A step on stacked batches [K, batch, ...], as from `data.chunked`. Its metrics are summed
+        over the K steps.
     """
 
     def scanned(
@@ -54,55 +44,23 @@ def scan_steps(step: StepFn) -> StepFn:
     return scanned
 
 
-def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = False) -> Executor:
-    """Run K steps in one dispatch on a data set that lives on the device.
-
-    Only indices travel from the host; the batches are gathered inside the compiled scan, in
-    exactly the order of `data.shuffled_batches` with the same seed.
-
-    Args:
-        step: a step of batches [batch, ...].
-        data: arrays [examples, ...]; moved to the device once, here.
-        donate: as for `jit_step`.
-
-    Returns:
-        An executor of `{"indices": int32 [K, batch]}`, as made by
-        `data.chunked(data.index_batches(...), K)`; what else a batch holds goes to the step as it
-        is, such as the "epochs" of `data.with_epochs`.
-    """
-    resident = jax.device_put(dict(data))
-
-    def run(state: TrainState, data: Batch, selection: Batch) -> tuple[TrainState, Metrics]:
-        # `data` is an argument, not a constant of the program, which would be compiled into it.
-        def gathered(
-            state: TrainState, selection: Batch, *, axis_name: str | None = None
-        ) -> tuple[TrainState, Metrics]:
-            others = {name: array for name, array in selection.items() if name != "indices"}
-            batch = {name: array[selection["indices"]] for name, array in data.items()}
-            return _call(step, state, {**batch, **others}, axis_name)
-
-        return scan_steps(gathered)(state, selection)
-
-    compiled = jax.jit(run, donate_argnums=(0,) if donate else ())
-    return lambda state, selection: compiled(state, resident, selection)
-
-
 def population_step(
     step: StepFn, *, shared_batch: bool = True, strategy: Literal["vmap", "map"] = "vmap"
 ) -> StepFn:
-    """Run one step of every member of a population: seeds and hyper-parameters as an array axis.
+    """Run a step for every member of a population: an array axis of seeds and hyper-parameters.
 
     Args:
-        step: a step of one member; an evaluation step `(state, batch) -> metrics` will do too.
-        shared_batch: every member sees the same batch [batch, ...]; otherwise the batch has a
+        step: a step of one member, or an evaluation step `(state, batch) -> metrics`.
+        shared_batch: all members get the same batch [batch, ...]; otherwise the batch has a
             leading member axis.
-        strategy: "vmap" computes the members side by side: fast on accelerators and for small
-            networks. "map" computes them one after the other inside the program: on CPU faster
-            than "vmap" for convolutional and large networks, and with less memory.
+        strategy: "vmap" vectorizes over the members (`jax.vmap`): fast on accelerators and for
+            small networks. "map" computes them sequentially inside the program (`jax.lax.map`):
+            on CPU faster than "vmap" for convolutional and large networks, and it needs less
+            memory. `PopulationExecutor` has two more, of several programs or threads.
 
     Returns:
-        A step of a state whose leaves have a leading member axis, from
-        `jax.vmap(create)(keys, ...)`; so have its metrics.
+        A step of a state whose leaves have a leading member axis, as from
+        `jax.vmap(create)(keys, ...)`. Its metrics have that axis too.
 
     Raises:
         ValueError: an unknown `strategy`.
@@ -127,6 +85,55 @@ def population_step(
     return population
 
 
+# Executors: a step in, a compiled `(state, batch) -> (state, metrics)` out.
+
+
+def jit_step(step: StepFn, *, donate: bool = False) -> Executor:
+    """Compile a step for one device.
+
+    Args:
+        step: `(state, batch, *, axis_name=None) -> (state, metrics)`.
+        donate: donate the buffers of the input state, which the caller cannot use afterwards.
+
+    Returns:
+        The compiled `(state, batch) -> (state, metrics)`.
+    """
+    return jax.jit(lambda state, batch: step(state, batch), donate_argnums=(0,) if donate else ())
+
+
+def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = False) -> Executor:
+    """Compile K steps in one call on a data set that stays in device memory.
+
+    Only indices are transferred from the host. Batches are gathered inside the compiled scan, in
+    exactly the order of `data.shuffled_batches` with the same seed.
+
+    Args:
+        step: a step on batches [batch, ...].
+        data: arrays [examples, ...]; transferred to the device once, here.
+        donate: as for `jit_step`.
+
+    Returns:
+        An executor on batches `{"indices": int32 [K, batch]}`, as from
+        `data.chunked(data.index_batches(...), K)`. Other arrays of a batch, such as the "epochs"
+        of `data.with_epochs`, are passed to the step unchanged.
+    """
+    resident = jax.device_put(dict(data))
+
+    def run(state: TrainState, data: Batch, selection: Batch) -> tuple[TrainState, Metrics]:
+        # `data` is an argument because a closure would embed it in the program as a constant.
+        def gathered(
+            state: TrainState, selection: Batch, *, axis_name: str | None = None
+        ) -> tuple[TrainState, Metrics]:
+            others = {name: array for name, array in selection.items() if name != "indices"}
+            batch = {name: array[selection["indices"]] for name, array in data.items()}
+            return _call(step, state, {**batch, **others}, axis_name)
+
+        return scan_steps(gathered)(state, selection)
+
+    compiled = jax.jit(run, donate_argnums=(0,) if donate else ())
+    return lambda state, selection: compiled(state, resident, selection)
+
+
 def pmap_step(
     step: StepFn,
     *,
@@ -134,23 +141,22 @@ def pmap_step(
     devices: Sequence[jax.Device] | None = None,
     donate: bool = False,
 ) -> Executor:
-    """Split every batch over the local devices with `jax.pmap`.
+    """Compile a data-parallel step with `jax.pmap`: every batch is split over the local devices.
 
-    The state is one ordinary, un-replicated tree before and after, so the same checkpoint serves
-    every executor.
+    The state has no device axis, so a checkpoint can be used by every executor.
 
     Args:
-        step: a step that reduces over `axis_name`, which is bound to `DATA_AXIS` here.
-        batch_axis: axis of the batch's arrays that is split; 1 for `scan_steps`.
+        step: a step that reduces over its `axis_name`, which is `DATA_AXIS` here.
+        batch_axis: axis of the batch's arrays to split; 1 for `scan_steps`.
         devices: by default all local devices.
         donate: as for `jit_step`.
 
     Returns:
-        An executor of the same batches as `jit_step`'s.
+        An executor on the same batches as that of `jit_step`.
 
     Raises:
-        ValueError: a step that takes no `axis_name`; at the call, a batch size that is not
-            divisible by the number of devices.
+        ValueError: the step has no `axis_name`; at the call, the batch size is not divisible by
+            the number of devices.
     """
     _require_axis_name(step)
     devices = list(devices) if devices is not None else jax.local_devices()
@@ -166,19 +172,67 @@ def pmap_step(
     def split(array: Any) -> Any:
         _check_divisible(array.shape[batch_axis], len(devices), "devices")
         before, after = array.shape[:batch_axis], array.shape[batch_axis + 1 :]
+        # [..., devices, batch / devices, ...]
         return array.reshape(*before, len(devices), array.shape[batch_axis] // len(devices), *after)
 
     return _bounded(lambda state, batch: mapped(state, jax.tree.map(split, dict(batch))), devices)
 
 
+def sharded_step(
+    step: StepFn,
+    mesh: Mesh,
+    state_sharding: Any = None,
+    *,
+    batch_spec: PartitionSpec | None = None,
+    donate: bool = False,
+) -> Executor:
+    """Compile a step for a device mesh with `jax.jit`; the compiler inserts the collectives.
+
+    Args:
+        step: computes with global batches; its `axis_name` stays None.
+        mesh: from `data_mesh`, or a mesh with more axes.
+        state_sharding: a sharding per leaf, as from `fsdp_sharding`; None replicates the state.
+        batch_spec: partition of the batch's arrays; None splits the leading axis over
+            `DATA_AXIS`. Give `PartitionSpec(None, DATA_AXIS)` for `scan_steps`.
+        donate: as for `jit_step`.
+
+    Returns:
+        An executor on the same batches as that of `jit_step`.
+
+    Raises:
+        ValueError: at the call, a size of the batch is not divisible by the devices of its axis.
+    """
+    spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state_sharding = replicated if state_sharding is None else state_sharding
+    compiled = jax.jit(
+        lambda state, batch: step(state, batch),
+        in_shardings=(state_sharding, NamedSharding(mesh, spec)),
+        out_shardings=(state_sharding, replicated),
+        donate_argnums=(0,) if donate else (),
+    )
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        for array in jax.tree.leaves(dict(batch)):
+            for size, names in zip(array.shape, spec, strict=False):
+                names = (names,) if isinstance(names, str) else names or ()
+                _check_divisible(size, math.prod(mesh.shape[name] for name in names), "devices")
+        return compiled(state, dict(batch))
+
+    return _bounded(run, mesh.devices.flat)
+
+
+# Meshes and shardings for `sharded_step`.
+
+
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay devices out in a mesh with the one axis `DATA_AXIS`.
+    """Make a mesh of devices with one axis, `DATA_AXIS`.
 
     Args:
         devices: by default all devices of all processes.
 
     Returns:
-        A mesh whose axis is Auto: the compiler propagates shardings through the network.
+        A mesh whose axis has the type Auto: the compiler propagates shardings.
     """
     devices = list(devices) if devices is not None else jax.devices()
     return jax.make_mesh(
@@ -187,31 +241,32 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Place a copy of every array of a tree on every device of a mesh.
+    """Replicate every array of a tree over the devices of a mesh.
 
     Args:
-        tree: arrays.
-        mesh: of any shape.
+        tree: pytree of arrays.
+        mesh: any mesh.
 
     Returns:
-        The tree, on the mesh.
+        The tree, replicated.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def fsdp_sharding(tree: Any, mesh: Mesh, *, min_bytes: int = 4 * 2**20) -> Any:
-    """Choose shardings that split large arrays over the data axis (fully sharded data parallel).
+    """Choose shardings that partition large arrays over the data axis (FSDP, ZeRO stage 3).
 
     Args:
-        tree: a TrainState or any arrays; `jax.eval_shape` results will do.
-        mesh: with the axis `DATA_AXIS`.
-        min_bytes: smaller arrays stay replicated, because gathering them costs more than it saves.
+        tree: a TrainState or any pytree of arrays or `jax.ShapeDtypeStruct`.
+        mesh: a mesh with the axis `DATA_AXIS`.
+        min_bytes: smaller arrays are replicated, because gathering them costs more than it saves.
 
     Returns:
-        A tree of shardings: the largest divisible axis of each large array is split.
+        A tree of shardings: each large array is partitioned on its largest axis whose size is
+        divisible by the number of devices.
 
     References:
-        Zhao et al., 2023, arXiv:2304.11277; the rule on axes follows common practice.
+        Zhao et al., 2023, arXiv:2304.11277; the choice of the axis follows common practice.
     """
     num_devices = mesh.shape[DATA_AXIS]
 
@@ -227,55 +282,11 @@ def fsdp_sharding(tree: Any, mesh: Mesh, *, min_bytes: int = 4 * 2**20) -> Any:
     return jax.tree.map(choose, tree)
 
 
-def sharded_step(
-    step: StepFn,
-    mesh: Mesh,
-    state_sharding: Any = None,
-    *,
-    batch_spec: PartitionSpec | None = None,
-    donate: bool = False,
-) -> Executor:
-    """Compile a step for a device mesh; the compiler inserts the collectives.
-
-    Args:
-        step: computes with global batches; `axis_name` stays None.
-        mesh: from `data_mesh`, or with more axes.
-        state_sharding: a sharding per leaf, as from `fsdp_sharding`; None replicates the state.
-        batch_spec: how the batch's arrays are split; by default the leading axis over
-            `DATA_AXIS`, and `PartitionSpec(None, DATA_AXIS)` for `scan_steps`.
-        donate: as for `jit_step`.
-
-    Returns:
-        An executor of the same batches as `jit_step`'s.
-
-    Raises:
-        ValueError: at the call, a batch size that is not divisible by the devices of its axis.
-    """
-    spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state_sharding = everywhere if state_sharding is None else state_sharding
-    compiled = jax.jit(
-        lambda state, batch: step(state, batch),
-        in_shardings=(state_sharding, NamedSharding(mesh, spec)),
-        out_shardings=(state_sharding, everywhere),
-        donate_argnums=(0,) if donate else (),
-    )
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        for array in jax.tree.leaves(dict(batch)):
-            for size, names in zip(array.shape, spec, strict=False):
-                names = (names,) if isinstance(names, str) else names or ()
-                _check_divisible(size, math.prod(mesh.shape[name] for name in names), "devices")
-        return compiled(state, dict(batch))
-
-    return _bounded(run, mesh.devices.flat)
-
-
 def _bounded(executor: Executor, devices: Iterable[jax.Device]) -> Executor:
-    """Keep one call in flight where the devices share the threads of one CPU.
+    """Wait for each call if the devices are several virtual devices of one CPU.
 
-    Programs with collectives that are queued behind each other on fake CPU devices take each
-    other's threads, and then wait for each other for ever. Accelerators queue calls freely.
+    They share one thread pool. Two queued programs with collectives can each occupy threads that
+    the other one needs, which is a deadlock. Accelerators have a queue per device: no wait.
     """
     devices = list(devices)
     if len(devices) == 1 or devices[0].platform != "cpu":
@@ -286,7 +297,7 @@ def _bounded(executor: Executor, devices: Iterable[jax.Device]) -> Executor:
 def _call(
     step: Callable[..., Any], state: TrainState, batch: Batch, axis_name: str | None
 ) -> tuple[TrainState, Metrics]:
-    # A user's own step needs no axis_name as long as no executor splits its batch.
+    # A user's own step needs no `axis_name` unless an executor splits its batch.
     if axis_name is None:
         return step(state, batch)
     _require_axis_name(step)

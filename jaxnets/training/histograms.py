@@ -1,4 +1,4 @@
-"""Hooks that return histograms of parameters and of gradients, for the writers that show them."""
+"""Hooks that return histograms of parameters and of gradients."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxnets.training.step import TrainStep
 def parameter_histograms(*, prefix: str = "params", num_bins: int = 64) -> Hook:
     """Return a histogram of every parameter; wrap it in `every`.
 
-    They are counted where the parameters are; only the counts travel. The members of a population
-    are counted together.
+    The values are counted on the device, and only the counts are transferred. In a population one
+    histogram covers all members.
 
     Args:
-        prefix: the histograms are called `prefix/path`, such as "params/hidden_0/kernel".
-        num_bins: intervals of each.
+        prefix: names are `prefix/path`, such as "params/hidden_0/kernel".
+        num_bins: number of bins.
 
     Returns:
         Hook for `fit`.
@@ -46,15 +46,15 @@ def gradient_histograms(
 ) -> Hook:
     """Return a histogram of the gradient of every parameter; wrap it in `every`.
 
-    The train step keeps no gradient, so it is computed again, on a batch that stays the same: what
-    changes from one histogram to the next is the network. Whether gradients vanish or explode
-    towards the first layers shows here.
+    The train step does not return gradients, so they are computed here again, always on the same
+    batch: differences between two histograms come from the parameters only. They show whether
+    gradients vanish or explode towards the first layers.
 
     Args:
-        train_step: what `make_train_step` returned.
-        batch: of one network; all members of a population see it.
-        prefix: the histograms are called `prefix/path`.
-        num_bins: intervals of each.
+        train_step: from `make_train_step`.
+        batch: batch of one network; all members of a population get it.
+        prefix: names are `prefix/path`.
+        num_bins: number of bins.
 
     Returns:
         Hook for `fit`.
@@ -73,8 +73,8 @@ def _named(tree: Any, prefix: str, num_bins: int) -> dict[str, Histogram]:
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     counted = jax.device_get(_count([leaf for _, leaf in pairs], num_bins))
     return {
-        f"{prefix}/{tree_path(path)}": Histogram(*found)
-        for (path, _), found in zip(pairs, counted, strict=True)
+        f"{prefix}/{tree_path(path)}": Histogram(*counts_and_edges)
+        for (path, _), counts_and_edges in zip(pairs, counted, strict=True)
     }
 
 
@@ -83,12 +83,12 @@ def _count_leaf(leaf: jax.Array, num_bins: int) -> tuple[jax.Array, jax.Array]:
     finite = jnp.isfinite(values)
     low = jnp.min(values, where=finite, initial=jnp.inf)
     high = jnp.max(values, where=finite, initial=-jnp.inf)
-    # A constant, or nothing that is finite, has an interval too.
+    # A constant, or an array without a finite value, gets an interval of width 1.
     low, high = jnp.where(low <= high, low, 0.0), jnp.where(low <= high, high, 0.0)
     low, high = jnp.where(low < high, low, low - 0.5), jnp.where(low < high, high, high + 0.5)
-    place = jnp.clip((values - low) / (high - low) * num_bins, 0, num_bins - 1)
-    place = jnp.where(finite, place, 0.0).astype(jnp.int32)
-    counts = jnp.zeros(num_bins, jnp.int32).at[place].add(finite.astype(jnp.int32))
+    bins = jnp.clip((values - low) / (high - low) * num_bins, 0, num_bins - 1)
+    bins = jnp.where(finite, bins, 0.0).astype(jnp.int32)
+    counts = jnp.zeros(num_bins, jnp.int32).at[bins].add(finite.astype(jnp.int32))
     return counts, low + (high - low) * jnp.linspace(0, 1, num_bins + 1, dtype=low.dtype)
 
 

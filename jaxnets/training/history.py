@@ -1,4 +1,4 @@
-"""What a training run measured, summed exactly, in rows that go to writers."""
+"""The metrics of a run: exact sums of every call, and rows for the writers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jaxnets.core import Metrics
+from jaxnets.core import Mean, Metrics
 from jaxnets.training.media import Histogram, Image
 
-Row: TypeAlias = dict[str, Any]  # {"step": int, name: float, or [float] with one per member}
-# It may have start(history, step), close(), and show(step, name, Image or Histogram).
+#: {"step": int, name: float}; in a population a list with one float per member.
+Row: TypeAlias = dict[str, Any]
+#: Called with every row. Optional methods: start(history, step), close(), and
+#: show(step, name, medium) for an `Image` or `Histogram`.
 Writer: TypeAlias = Callable[[Row], None]
 
 
@@ -23,8 +25,8 @@ class NonFiniteError(FloatingPointError):
     """A loss, a metric or a parameter is NaN or infinite.
 
     Attributes:
-        where: steps and metric, or the state, in which it was found.
-        parameter: path of the first parameter that is not finite, None if all are.
+        where: the metric and its steps, or the state.
+        parameter: path of the first parameter that is not finite, None if all are finite.
     """
 
     def __init__(self, where: str, *, parameter: str | None = None) -> None:
@@ -46,25 +48,26 @@ class _Call(NamedTuple):
     last: int  # step after it
     metrics: Metrics
     values: Mapping[str, Any]  # what hooks returned
-    cut: bool  # a row with the means since the last one ends here
+    logged: bool  # the row of this call has the means since the previous logged row
 
 
 @dataclasses.dataclass(eq=False)
 class History:
-    """The rows of a run in step order, and the sums that are not in a row yet.
+    """The logged rows of a run in step order, and the sums since the last row.
 
     Attributes:
-        rows: {"step": step, name: number}, one per logged step; a number per member in a list
-            where a population trains. Training metrics are means over all examples since the
-            row before that has them.
-        sums: {name: (total, count)} in float64 of the steps after the last such row.
+        rows: {"step": step, name: number}, one per logged step; in a population a list with one
+            number per member. A training metric is the mean over all examples since the previous
+            row that has training metrics.
+        sums: {name: Mean} in float64, over the steps after the last such row.
         step: step up to which rows and sums are complete; None before the first `fit`.
         seconds: wall time in `fit` after the first call, hooks included.
-        first_call_seconds: wall time of the first call, that is of compiling.
-        spent: parts of `seconds`: "batches", waiting for the source (the device may compute in the
-            meantime: an upper bound of what it waits for data), "evaluation", "checkpoints".
+        first_call_seconds: wall time of the first call, mostly compilation.
+        spent: parts of `seconds`: "batches", "evaluation", "checkpoints". "batches" is the time
+            until the source returns a batch; the device may compute meanwhile, so it is an upper
+            bound of the time that the device waits for data.
         stopped: why the last `fit` ended early; None if it reached `num_steps`.
-        interrupted: it ended early for an outer reason, such as a signal, and can go on.
+        interrupted: it ended early for an external reason, such as a signal, and can be resumed.
 
     Example:
         >>> history = History(rows=[{"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.25}])
@@ -73,7 +76,7 @@ class History:
     """
 
     rows: list[Row] = dataclasses.field(default_factory=list)
-    sums: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    sums: dict[str, Mean] = dataclasses.field(default_factory=dict)
     step: int | None = None
     seconds: float = 0.0
     first_call_seconds: float = 0.0
@@ -86,12 +89,12 @@ class History:
     _writers: Sequence[Writer] = dataclasses.field(default=(), init=False, repr=False)
 
     def column(self, name: str) -> tuple[list[int], list[Any]]:
-        """Return the steps at which `name` is known, and its values there."""
+        """Return the steps of the rows that have `name`, and its values in them."""
         rows = [row for row in self.rows if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def flush(self) -> None:
-        """Wait for the device and bring rows and sums up to the last call.
+        """Wait for the device, then update rows and sums up to the last call.
 
         Raises:
             NonFiniteError: the total of a metric is NaN or infinite.
@@ -99,11 +102,13 @@ class History:
         self.settle(until=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return, after `flush`, all that a resumed run needs, exactly, as JSON can hold it."""
+        """Flush, and return everything that a resumed run needs, exactly, for JSON."""
         self.flush()
         return {
             "rows": list(self.rows),
-            "sums": {name: [_number(part) for part in pair] for name, pair in self.sums.items()},
+            "sums": {
+                name: [_number(mean.total), _number(mean.count)] for name, mean in self.sums.items()
+            },
             "step": self.step,
             "seconds": self.seconds,
             "first_call_seconds": self.first_call_seconds,
@@ -112,57 +117,52 @@ class History:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> History:
-        """Rebuild what `to_json` returned."""
-        sums = {
-            name: (np.asarray(total, np.float64), np.asarray(count, np.float64))
-            for name, (total, count) in content["sums"].items()
-        }
+        """Build a history from the result of `to_json`."""
+        sums = {name: _double(total, count) for name, (total, count) in content["sums"].items()}
         return cls(**{**content, "rows": list(content["rows"]), "sums": sums})
 
     def begin(self, step: int, writers: Sequence[Writer]) -> None:
-        """Take up a run at `step`; called by `fit`.
+        """Start or continue a run at `step`; called by `fit`.
 
         Raises:
             ValueError: the history ends at another step.
         """
         if self.step not in (None, step):
             raise ValueError(
-                f"the history ends at step {self.step} and the state is at step {step}; take both "
-                "from one checkpoint, or start with history=None"
+                f"the history ends at step {self.step}, but the state is at step {step}; restore "
+                "both from one checkpoint, or start with history=None"
             )
         self.step, self.stopped, self.interrupted = step, None, False
         self._writers = tuple(writers)
 
     @contextlib.contextmanager
     def spending(self, name: str) -> Iterator[None]:
-        """Count the wall time of a block as spent on `name`; called by `fit` and hooks."""
+        """Add the wall time of a block to `spent[name]`; called by `fit` and hooks."""
         began = time.perf_counter()
         yield
         self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
 
     def append(
-        self, first: int, last: int, metrics: Metrics, values: Mapping[str, Any], *, cut: bool
+        self, first: int, last: int, metrics: Metrics, values: Mapping[str, Any], *, logged: bool
     ) -> None:
-        """Queue what one call measured, without waiting for it; called by `fit`."""
-        self._queue.append(_Call(first, last, metrics, values, cut))
+        """Queue the metrics of a call without waiting for them; called by `fit`."""
+        self._queue.append(_Call(first, last, metrics, values, logged))
 
     def settle(self, *, until: int | None) -> None:
-        """Fetch the queued calls up to step `until` (None: all), add them up and write rows."""
+        """Fetch the queued calls up to step `until` (None: all), add them and write rows."""
         while self._queue and (until is None or self._queue[0].last <= until):
             self._add(self._queue.popleft())
 
     def _add(self, call: _Call) -> None:
-        for name, mean in sorted(call.metrics.items()):
-            total, count = np.asarray(mean.total, np.float64), np.asarray(mean.count, np.float64)
-            if not np.all(np.isfinite(total)):
-                raise NonFiniteError(_where(name, call, total))
-            before = self.sums.get(name, (np.float64(0), np.float64(0)))
-            self.sums[name] = (before[0] + total, before[1] + count)
+        for name, metric in sorted(call.metrics.items()):
+            mean = _double(metric.total, metric.count)
+            if not np.all(np.isfinite(mean.total)):
+                raise NonFiniteError(_where(name, call, mean.total))
+            self.sums[name] = self.sums[name] + mean if name in self.sums else mean
         self.step = call.last
         row: Row = {"step": call.last}
-        if call.cut:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                row |= {name: _number(total / count) for name, (total, count) in self.sums.items()}
+        if call.logged:
+            row |= {name: _number(mean.compute()) for name, mean in self.sums.items()}
             self.sums = {}
         media = {k: v for k, v in call.values.items() if isinstance(v, Image | Histogram)}
         row |= {k: _number(value) for k, value in call.values.items() if k not in media}
@@ -174,6 +174,12 @@ class History:
             for show in (getattr(writer, "show", None) for writer in self._writers):
                 if show is not None:
                     show(call.last, name, medium)
+
+
+def _double(total: Any, count: Any) -> Mean:
+    """Return a Mean of NumPy arrays in float64, whatever JAX's default precision is."""
+    parts: Any = (np.asarray(total, np.float64), np.asarray(count, np.float64))
+    return Mean(*parts)
 
 
 def _number(value: Any) -> Any:

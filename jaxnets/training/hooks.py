@@ -1,4 +1,4 @@
-"""Hooks for `fit`: evaluation, early stopping, checkpoints; and the way back from a checkpoint."""
+"""Hooks for `fit`: validation, early stopping, checkpoints; and `resume`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Every:
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; give 1 or more")
         if hasattr(hook, "commit"):
-            raise ValueError(f"{type(hook).__name__} counts its own steps; pass every= to it")
+            raise ValueError(f"{type(hook).__name__} counts steps itself; give it every=")
         self._num_steps = num_steps
         self._hook = hook
         self._step = 0
@@ -49,9 +49,9 @@ class _Every:
 
 
 def every(num_steps: int, hook: Hook) -> Hook:
-    """Call a hook only where `step` reaches or passes a multiple of `num_steps`.
+    """Call a hook only when `step` reaches or passes a multiple of `num_steps`.
 
-    It does so too where one call makes several steps, and after a resume.
+    Correct also if a call makes several steps, and after a resume.
 
     Args:
         num_steps: 1 or more.
@@ -64,9 +64,9 @@ def every(num_steps: int, hook: Hook) -> Hook:
         ValueError: `num_steps` is below 1, or the hook (`Checkpointing`) counts steps itself.
 
     Example:
-        >>> hook = every(10, lambda step, state, metrics: {"seen": step})
+        >>> hook = every(10, lambda step, state, metrics: {"called": step})
         >>> [hook(step, None, {}) for step in (4, 8, 12, 16, 20)]
-        [None, None, {'seen': 12}, None, {'seen': 20}]
+        [None, None, {'called': 12}, None, {'called': 20}]
     """
     return _Every(num_steps, hook)
 
@@ -85,7 +85,7 @@ class _Validation:
         self._history = history
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-        jax.block_until_ready(state)  # the steps before are not evaluation
+        jax.block_until_ready(state)  # do not count pending steps as evaluation
         with self._history.spending("evaluation"):
             measured = evaluate(self._eval_step, state, self._batches)
         return {
@@ -101,31 +101,32 @@ def validation(
     *,
     prefix: str = "validation",
 ) -> Hook:
-    """Evaluate after every call; wrap it in `every` to do so less often.
+    """Evaluate after every call of the step; wrap it in `every` to evaluate less often.
 
     Args:
         eval_step: `(state, batch) -> metrics`.
         batches: a source that ends after one pass, or a list of batches.
-        prefix: the row holds `prefix/name`; arrays, such as a confusion matrix, stay out of it.
+        prefix: names in the row are `prefix/name`; arrays, such as a confusion matrix, are left
+            out.
 
     Returns:
         Hook for `fit`.
     """
-
     return _Validation(eval_step, batches, prefix)
 
 
 class EarlyStopping:
-    """Stop when a validation metric has not improved for a while.
+    """Stop when a validation metric has not improved in `patience` evaluations.
 
-    In a population, members are followed one by one, and it is time to stop when none improves.
-    A resumed run stops where the uninterrupted one would: the count is rebuilt from the rows.
+    In a population each member has its own best value, and the run stops when no member improves.
+    A resumed run stops at the same step as an uninterrupted one, because the count is computed
+    from the rows of the history.
 
     Args:
-        metric: name of what a hook before this one returns, such as "validation/loss".
-        mode: "min" if lower is better, "max" if higher is.
-        patience: evaluations in a row without improvement after which to stop.
-        min_delta: the improvement that counts, in units of the metric.
+        metric: name of a value that an earlier hook returns, such as "validation/loss".
+        mode: "min" if lower is better, "max" if higher is better.
+        patience: number of consecutive evaluations without improvement.
+        min_delta: smallest change that counts as an improvement, in units of the metric.
 
     Example:
         >>> stopping = EarlyStopping("validation/loss", patience=2)
@@ -134,7 +135,7 @@ class EarlyStopping:
         >>> stopping(3, None, {"validation/loss": 2.0})
         Traceback (most recent call last):
             ...
-        jaxnets.loop.StopTraining: validation/loss has not improved in 2 evaluations
+        jaxnets.training.loop.StopTraining: validation/loss has not improved in 2 evaluations
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class EarlyStopping:
         self._stale = 0
 
     def start(self, history: History, step: int) -> None:
-        """Count the evaluations that are in the history."""
+        """Initialize the count from the history."""
         self._best, self._stale = np.inf, 0
         for value in history.column(self._metric)[1]:
             self._observe(value)
@@ -170,25 +171,28 @@ class EarlyStopping:
 
 
 class Checkpointing:
-    """Save state and history every so often, at the end, and when the process is told to stop.
+    """Save state and history at regular steps, at the end, and on SIGTERM and SIGINT.
 
-    A state with a parameter that is NaN or infinite is not saved: the last good checkpoint stays.
-    On SIGTERM and SIGINT the current call is finished, saved, and `fit` returns with
-    `history.interrupted`; a second SIGINT interrupts at once. Continue with `resume`.
+    A state with a parameter that is NaN or infinite is not saved, so the last checkpoint is
+    usable. On a signal the current call is finished and saved, and `fit` returns with
+    `history.interrupted`; a second SIGINT raises KeyboardInterrupt at once. Continue with
+    `resume`.
 
     Args:
         directory: folder of the run's checkpoints.
         every: steps between checkpoints.
-        keep: how many of the newest stay.
-        best: (metric, "min" or "max") of what a hook before this one returns: the `keep_best`
-            best states are saved when they occur, and stay; a population counts as its mean.
-        keep_best: how many of the best stay.
-        on_signal: react to signals; only in the main thread, where Python allows it.
+        keep: number of the newest checkpoints to keep.
+        best: (metric, "min" or "max"), a value that an earlier hook returns: the `keep_best`
+            best states are saved too, when they occur, and kept. A population is ranked by its
+            mean.
+        keep_best: number of the best checkpoints to keep.
+        on_signal: handle signals; only in the main thread, where Python allows it.
 
     Raises:
         NonFiniteError: (from `fit`) the state to save is not finite.
         CheckpointError: (from `fit`) the disk is full or not writable.
-        ValueError: (from `fit`) the folder holds a later checkpoint than the run starts from.
+        ValueError: (from `fit`) the folder has a checkpoint of a later step than the run starts
+            from.
     """
 
     def __init__(
@@ -217,12 +221,12 @@ class Checkpointing:
         self._handlers: dict[int, Any] = {}
 
     def start(self, history: History, step: int) -> None:
-        """Refuse a folder that is ahead of the run; listen for signals."""
+        """Check that the folder has no later checkpoint, and install the signal handlers."""
         for later in (s for s in checkpoint.all_steps(self._directory) if s > step):
             try:
                 checkpoint.verify(self._directory, later)
             except checkpoint.CheckpointError:
-                continue  # `restore` has reported it; it is replaced when the run gets there
+                continue  # damaged: `restore` has warned, and this run will overwrite it
             raise ValueError(
                 f"{self._directory} holds a checkpoint of step {later}, but the run starts at step "
                 f"{step}; resume from it, or choose another directory"
@@ -240,7 +244,7 @@ class Checkpointing:
             raise Interrupted(f"{name} at step {step}")
 
     def commit(self, step: int, state: Any, *, last: bool) -> None:
-        """Save, if it is time to."""
+        """Save a checkpoint if one is due."""
         due = last or step // self._every > self._step // self._every
         self._step = step
         if not (due or self._measured):
@@ -257,17 +261,17 @@ class Checkpointing:
             checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
         if self._signal is not None:
-            # It came after the last call: whoever listens next is to have it.
+            # It arrived after the last call: pass it on to the restored handler.
             late, self._signal = self._signal, None
             signal.raise_signal(late)
 
     def best_steps(self) -> list[int]:
-        """Return the steps of the best checkpoints, the best one first."""
+        """Return the steps of the best checkpoints, best first."""
         return self._best_among(set(checkpoint.all_steps(self._directory)))
 
     def _best_among(self, steps: set[int]) -> list[int]:
@@ -283,19 +287,19 @@ class Checkpointing:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
-        # Only os.write is safe in the middle of anything.
+        # In a signal handler only os.write is safe.
         os.write(2, b"\nsaving at the end of this step; Ctrl-C again stops at once\n")
 
 
 def resume(directory: str | os.PathLike[str], state: State) -> tuple[State, History]:
-    """Continue from the newest intact checkpoint of `Checkpointing`, or start if there is none.
+    """Restore the newest intact checkpoint of `Checkpointing`; without one, start a new run.
 
     Args:
         directory: folder of the run's checkpoints.
-        state: the initial state; also the template of `checkpoint.restore`.
+        state: the initial state; also the template for `checkpoint.restore`.
 
     Returns:
-        State and history, to be given to `fit`.
+        State and history for `fit`.
     """
     if checkpoint.latest_step(directory) is None:
         return state, History()
@@ -310,11 +314,11 @@ def _sign(mode: Mode) -> float:
 
 
 def _read(metrics: Mapping[str, Any], name: str) -> Any:
-    """Return what a hook has measured under `name` at this step, None if it was not its turn."""
+    """Return the value that a hook returned as `name` at this step, None if it was not called."""
     value = metrics.get(name)
     if isinstance(value, Mean):
         raise ValueError(
-            f"{name} is a training metric of one call; use what a hook before this one returns, "
+            f"{name} is a training metric of one call; use a value that an earlier hook returns, "
             "such as 'validation/loss'"
         )
     siblings = [other for other in metrics if other.split("/")[0] == name.split("/")[0]]

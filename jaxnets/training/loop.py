@@ -1,8 +1,8 @@
-"""The training loop: calls a step, hands what it measured to hooks, rows and writers.
+"""The training loop: calls the step, then hooks and writers with its metrics.
 
-`fit` cannot tell executors apart: one step or many in a call, one network or a population, one
-device or several. It never waits for the device in order to log: what a call measured is queued
-on the device and fetched a log interval later. Only hooks that read the state wait.
+`fit` works with every executor: one step or many in a call, one network or a population, one
+device or several. Logging never blocks on the device: the metrics of a call stay queued on the
+device and are fetched one log interval later. Only hooks that read the state wait for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.core import Batch, BatchSource, Mean, Metrics, tree_path
+from jaxnets.core import Batch, BatchSource, Metrics, steps_per_batch, tree_path
 from jaxnets.training.history import History, NonFiniteError, Writer
 from jaxnets.training.progress import ProgressBar
 
@@ -24,23 +24,25 @@ State = TypeVar("State", bound=Any)
 
 
 class StopTraining(Exception):
-    """Raised by a hook to end `fit` normally after this call of the step."""
+    """Raised by a hook: `fit` returns normally after this call of the step."""
 
 
 class Interrupted(StopTraining):
-    """Raised by a hook to leave `fit` for an outer reason: the run is not over and can go on."""
+    """Raised by a hook for an external reason, such as a signal: the run can be resumed."""
 
 
 class Hook(Protocol):
-    """Called after every call of the step, in the order given.
+    """A function that `fit` calls after every call of the step; hooks run in the given order.
 
-    `metrics` holds the call's Means beside what the hooks before returned at this step; what the
-    hook returns is merged into the row of the step: numbers, or one for every member; a `Image`
-    or a `Histogram` goes to the writers that show it and into no row. A hook may also have
+    `metrics` holds the `Mean`s of the call and the values that earlier hooks returned at this
+    step. The values that the hook returns become part of the row of this step: a number, or a
+    list with one number per member of a population. An `Image` or a `Histogram` is not stored in
+    the row; it goes to the writers that have a `show`. A hook may also have these methods:
 
         start(history, step)           before the first call; `StopTraining` here ends `fit`
-        commit(step, state, *, last)   when the step's row is in the history; `last`: fit ends
-        close()                        at the end, after an error too
+        commit(step, state, *, last)   after the row of the step was added to the history;
+                                       `last`: this is the last call
+        close()                        at the end, also after an error
     """
 
     def __call__(
@@ -63,27 +65,27 @@ def fit(
     """Train until `state.step` is `num_steps`.
 
     Args:
-        step: any executor's step, `(state, batch) -> (state, metrics)`.
-        state: `TrainState` (or any pytree with `step`) to start from; where a population trains,
-            `step` and all metrics have a leading member axis.
-        batches: called with the first step. A source whose batches hold several steps on a
-            leading axis says how many in its attribute `steps_per_batch`; its last batch is
-            trimmed to end at `num_steps`, which compiles the step once more.
-        num_steps: absolute: a finished run, run again, does nothing.
+        step: a compiled step from any executor, `(state, batch) -> (state, metrics)`.
+        state: `TrainState` (or any pytree with `step`) to start from; in a population `step` and
+            all metrics have a leading member axis.
+        batches: batch source, called with the first step. With a `ChunkedBatchSource` the last
+            batch is cut to end at `num_steps`, and the step is compiled once more for it.
+        num_steps: total number of steps of the run, so calling `fit` on a finished run does
+            nothing.
         hooks: see `Hook`.
-        writers: called with every row, in step order, when it is complete, and with what hooks
-            drew, if they have a `show`; of several processes only the first one writes.
-        log_every: steps between rows of training metrics; the last step always has one.
-        history: of the run that `state` was restored from, continued in place.
-        progress: show a progress line on standard error; None shows it in a terminal only.
+        writers: called with every complete row, in step order; those with a `show` also get the
+            images and histograms of hooks. With several processes only process 0 writes.
+        log_every: steps between rows of training metrics; the last step always gets a row.
+        history: history of the run that `state` was restored from; extended in place.
+        progress: show a progress line on standard error; None: only if that is a terminal.
 
     Returns:
-        State after the last step, and the history.
+        The state after the last step, and the history.
 
     Raises:
         NonFiniteError: a metric is NaN or infinite; the rows before it are written.
-        ValueError: the source ends early, or a call makes another number of steps than a batch
-            of the source holds, or `history` is not that of `state`.
+        ValueError: the source ends early, a call makes a different number of steps than a batch
+            holds, or `history` does not end at the step of `state`.
     """
     first = current_step(state)
     writers = writers if jax.process_index() == 0 else ()
@@ -102,18 +104,18 @@ def fit(
             return state, history
         source = batches(first)
         stack.callback(getattr(source, "close", _nothing))
-        size = getattr(batches, "steps_per_batch", 1)
+        size = steps_per_batch(batches)
         bar = stack.enter_context(ProgressBar(num_steps, progress))
         bar.compiling(history.first_call_seconds)
-        now = logged = first
+        now = last_logged = first
         began, earlier = time.perf_counter(), history.seconds
         while now < num_steps and history.stopped is None:
             with history.spending("batches") if now > first else contextlib.nullcontext():
                 batch = next(source, None)
             if batch is None:
                 raise ValueError(
-                    f"the batch source ended at step {now} of {num_steps}; give one that repeats, "
-                    "or fewer steps"
+                    f"the batch source ended at step {now} of {num_steps}; use a source that "
+                    "repeats, or fewer steps"
                 )
             previous, now = now, min(now + size, num_steps)
             if now - previous < size:
@@ -129,20 +131,20 @@ def fit(
             try:
                 values = _run_hooks(hooks, now, state, metrics, history)
                 complete = now == num_steps or (history.stopped and not history.interrupted)
-                cut = complete or now // log_every > previous // log_every
+                logged = complete or now // log_every > previous // log_every
                 rank = np.ndim(state.step)
-                numbers = {k: mean for k, mean in metrics.items() if np.ndim(mean.total) == rank}
-                history.append(previous, now, numbers, values, cut=cut)
-                if cut:
-                    # Older than a log interval: the device has them ready, nothing waits.
-                    history.settle(until=logged)
-                    logged = now
+                scalars = {k: mean for k, mean in metrics.items() if np.ndim(mean.total) == rank}
+                history.append(previous, now, scalars, values, logged=logged)
+                if logged:
+                    # The device has finished these calls a log interval ago: no wait.
+                    history.settle(until=last_logged)
+                    last_logged = now
                 last = now == num_steps or history.stopped is not None
                 for hook in hooks:
                     getattr(hook, "commit", _nothing)(now, state, last=last)
                 if last:
                     history.flush()
-                bar.update(now, _num_examples(batch, size), history if cut else None)
+                bar.update(now, _num_examples(batch, size), history if logged else None)
             except NonFiniteError as error:
                 error.parameter = error.parameter or first_nonfinite(state.params)
                 raise
@@ -155,21 +157,23 @@ def evaluate(
     state: Any,
     batches: BatchSource | Iterable[Batch],
 ) -> dict[str, Any]:
-    """Measure a state over all batches, exactly: padding and uneven batches do not matter.
+    """Compute the metrics of a state over all batches, exact also with padding and a small rest.
 
-    Totals and counts are added in float64 on the host after one transfer at the end.
+    Totals and counts are added in float64 on the host, after one transfer at the end.
 
     Args:
         eval_step: `(state, batch) -> metrics`.
-        state: state to measure; in a population `state.step` and all metrics have a member axis.
-        batches: a source that ends after one pass (it is called with 0), or the batches.
+        state: the state to evaluate; in a population `state.step` and all metrics have a leading
+            member axis.
+        batches: a source that ends after one pass (it is called with 0), or an iterable of
+            batches.
 
     Returns:
-        {name: mean}: a float, a list with one per member, or an array where the total is one
-        (a confusion matrix, say).
+        {name: mean}: a float, a list with one per member, or an array if the total is one (such
+        as a confusion matrix).
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there are no batches.
 
     Example:
         >>> import types
@@ -188,26 +192,25 @@ def evaluate(
             lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0),
             *jax.device_get([metrics[name] for metrics in measured]),
         )
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = _divide(sums)
+        mean = np.asarray(sums.compute())
         result[name] = mean.tolist() if mean.ndim == rank else mean
     return result
 
 
 def current_step(state: Any) -> int:
-    """Return `state.step`, the one that all members of a population share.
+    """Return `state.step` as an int; all members of a population must be at the same step.
 
     Raises:
         ValueError: the members are at different steps.
     """
     steps = np.unique(np.asarray(state.step))
     if steps.size != 1:
-        raise ValueError(f"members are at different steps {steps.tolist()}; train them apart")
+        raise ValueError(f"members are at different steps {steps.tolist()}; train them separately")
     return int(steps[0])
 
 
 def first_nonfinite(tree: Any) -> str | None:
-    """Return the path of the first leaf that holds NaN or infinity, None if none does."""
+    """Return the path of the first leaf with a NaN or an infinity, None if there is none."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     finite = jax.device_get(_all_finite([leaf for _, leaf in pairs]))
     return next(
@@ -223,15 +226,8 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     ]
 
 
-def _divide(sums: Mean) -> Any:
-    count = np.reshape(
-        sums.count, np.shape(sums.count) + (1,) * (sums.total.ndim - sums.count.ndim)
-    )
-    return sums.total / count
-
-
 def _nothing(*args: Any, **keywords: Any) -> None:
-    """Stand in for an optional method."""
+    """Default of an optional method of a hook or writer."""
 
 
 def _run_hooks(
@@ -242,13 +238,13 @@ def _run_hooks(
         try:
             returned = hook(step, state, {**metrics, **values}) or {}
         except StopTraining as stop:
-            # The hooks after it still see this step.
+            # Later hooks are still called at this step.
             history.stopped = str(stop)
             history.interrupted = isinstance(stop, Interrupted)
             continue
         known = sorted(set(returned) & (set(metrics) | set(values) | {"step"}))
         if known:
-            raise ValueError(f"a hook returned {known}, which is measured already; add a prefix")
+            raise ValueError(f"a hook returned {known}, names that are taken; add a prefix")
         values |= returned
     return values
 
@@ -256,8 +252,8 @@ def _run_hooks(
 def _check_advance(made: int, expected: int) -> None:
     if made != expected:
         raise ValueError(
-            f"one call of the step made {made} steps where the source gives {expected} in a batch; "
-            "use scan_steps with data.chunked, or neither"
+            f"one call made {made} steps, but a batch of the source holds {expected}; use "
+            "scan_steps and data.chunked together, or neither"
         )
 
 

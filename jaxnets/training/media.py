@@ -1,7 +1,7 @@
-"""What a hook may return beside numbers: pictures and histograms, for the writers that show them.
+"""Images and histograms, which a hook may return besides numbers.
 
-They go to writers only, never into the rows of the history: a checkpoint stays small, and a
-resumed run draws again what it had not saved.
+They go to the writers that have a `show`, not into the rows of the history, so checkpoints stay
+small. A resumed run computes again those after its last checkpoint.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Image:
-    """A picture that a hook returns under a name.
+    """One image that a hook returns under a name.
 
     Attributes:
-        pixels: [height, width], [height, width, 1], [height, width, 3] or with 4 channels, the
-            last of which is the opacity; uint8, or floating in [0, 1].
+        pixels: [height, width], or [height, width, channels] with 1 (gray), 3 (RGB) or 4 channels
+            (RGB and opacity); uint8, or floating in [0, 1].
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: any other shape or dtype.
 
     Example:
         >>> Image(np.zeros((28, 28))).as_uint8().shape
@@ -34,23 +34,23 @@ class Image:
         shape, dtype = np.shape(self.pixels), self.pixels.dtype
         if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
             raise ValueError(
-                f"a picture has the shape {shape}; give [height, width] or [height, width, "
-                "channels] with 1, 3 or 4 channels; join several images to one sheet first"
+                f"an image has the shape {shape}; give [height, width] or [height, width, "
+                "channels] with 1, 3 or 4 channels; join several images into one grid first"
             )
         if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
-            raise ValueError(f"a picture has the dtype {dtype}; give uint8, or floats in [0, 1]")
+            raise ValueError(f"an image has the dtype {dtype}; give uint8, or floats in [0, 1]")
 
     def as_uint8(self) -> np.ndarray:
-        """Return [height, width, channels] on the host; floats beyond [0, 1] are cut off."""
+        """Return [height, width, channels] on the host; floats are clipped to [0, 1]."""
         pixels = np.asarray(self.pixels)
         if pixels.dtype != np.uint8:
             pixels = np.rint(255 * np.clip(np.nan_to_num(pixels), 0, 1)).astype(np.uint8)
-        return pixels if pixels.ndim == 3 else pixels[:, :, None]
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]  # [height, width, channels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Histogram:
-    """How many values lie in each of several intervals; a hook returns it under a name.
+    """The number of values in each bin; a hook returns it under a name. See `numpy.histogram`.
 
     Attributes:
         counts: [bins].
@@ -66,11 +66,11 @@ class Histogram:
 
     @classmethod
     def of(cls, values: object, *, num_bins: int = 64) -> Histogram:
-        """Count values on the host; those that are NaN or infinite are left out.
+        """Count values on the host, without those that are NaN or infinite.
 
         Args:
-            values: anything of any shape that NumPy takes for an array.
-            num_bins: intervals of equal width, from the least value to the largest.
+            values: array-like of any shape.
+            num_bins: number of bins of equal width, from the smallest value to the largest.
 
         Returns:
             The histogram.

@@ -1,6 +1,6 @@
-"""What Optax leaves to its users: which parameters decay, which are matrices, and averages.
+"""Additions to Optax: masks for weight decay and Muon, and a parameter average.
 
-Everything else (SGD, Adam, schedules, clipping, `inject_hyperparams`) is used from Optax directly.
+Everything else (SGD, Adam, schedules, clipping, `inject_hyperparams`) comes from Optax itself.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jaxnets.core import Params, TrainState
 
 
 def decay_mask(params: Params) -> Any:
-    """Mark the parameters that weight decay should shrink: kernels, not biases and norm scales.
+    """Select the parameters for weight decay: kernels, but not biases and norm scales.
 
     Args:
         params: nested dict of arrays.
 
     Returns:
-        The tree with True for arrays of two axes or more. Pass this function as
+        A tree of bools, True for arrays with two axes or more. Pass the function itself:
         `optax.adamw(..., mask=decay_mask)`.
 
     Example:
@@ -35,19 +35,19 @@ def decay_mask(params: Params) -> Any:
 
 
 def muon_dimensions(params: Params) -> Any:
-    """Say which parameters Muon should orthogonalise, and as which matrices.
+    """Select the parameters that Muon orthogonalizes, and the matrices they are reshaped to.
 
     Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) is meant for the matrices between hidden
-    layers. Optax by default takes every array of two axes, tables of embeddings among them.
+    layers. By default Optax uses it for every array with two axes, embedding tables included.
 
     Args:
         params: nested dict of arrays.
 
     Returns:
-        The tree with `optax.contrib.MuonDimensionNumbers` for kernels of two axes (dense) and of
-        four (2-D convolution, read as [height x width x inputs, outputs]), and None for the rest,
-        which Optax then trains by AdamW: embeddings, biases, scales, and kernels of other shapes,
-        such as those of stacked layers. Pass this function as
+        A tree of `optax.contrib.MuonDimensionNumbers` or None. Kernels with two axes (dense) and
+        with four (2-D convolution, as [height x width x inputs, outputs]) have dimension numbers.
+        The rest is None, and Optax trains it with AdamW: embeddings, biases, scales, and kernels
+        with other ranks, such as those of stacked layers. Pass the function itself:
         `optax.contrib.muon(..., muon_weight_dimension_numbers=muon_dimensions)`.
 
     Example:
@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class ParameterAverageState(NamedTuple):
-    """Optimizer state of `with_parameter_average`: the average beside the wrapped state."""
+    """Optimizer state of `with_parameter_average`: the average, and the wrapped state."""
 
     average: Params
     num_updates: jax.Array
@@ -92,32 +92,33 @@ class ParameterAverageState(NamedTuple):
 def with_parameter_average(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep an exponential moving average of the parameters beside an optimizer.
+    """Add an exponential moving average (EMA) of the parameters to an optimizer.
 
-    average <- d average + (1 - d) params after every update, where
-    d = min(decay, (1 + t) / (10 + t)) at update t, so that a young average forgets the start.
-    The updates themselves are those of `optimizer`.
+    average <- d average + (1 - d) params after every update, with
+    d = min(decay, (1 + t) / (10 + t)) at update t, so that early averages forget the initial
+    parameters. The updates are those of `optimizer`. Differs from `optax.ema`, which averages the
+    updates.
 
     Args:
         optimizer: any Optax transformation.
-        decay: in [0, 1); the average spans about 1 / (1 - decay) steps.
+        decay: in [0, 1); the average covers about 1 / (1 - decay) steps.
 
     Returns:
-        An Optax transformation; read its average with `averaged_parameters`.
+        An Optax transformation; `averaged_parameters` returns its average.
 
     Raises:
-        ValueError: `decay` outside its range.
+        ValueError: `decay` is outside its range.
 
     References:
         Polyak and Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging".
-        Differs from it: exponential weights, and a decay that warms up.
+        Differs from it: exponential weights, and a decay that is smaller at first.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay is {decay}; give a number in [0, 1)")
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> ParameterAverageState:
-        # A copy: params and their average may not share memory that a step donates.
+        # A copy: a step that donates its state must not get the same buffer twice.
         average = jax.tree.map(jnp.copy, params)
         return ParameterAverageState(average, jnp.zeros((), jnp.int32), inner.init(params))
 
@@ -138,26 +139,26 @@ def with_parameter_average(
 
 
 def averaged_parameters(state: TrainState) -> Params:
-    """Return the averaged parameters of a run whose optimizer is `with_parameter_average`.
+    """Return the parameter average of a state whose optimizer is `with_parameter_average`.
 
     Args:
         state: TrainState of one run or of a population.
 
     Returns:
         A tree like `state.params`; evaluate it with
-        `dataclasses.replace(state, params=averaged_parameters(state))`. Where the update names
-        its network, as a GAN's generator, a tree like `state.params[wrt]`.
+        `dataclasses.replace(state, params=averaged_parameters(state))`. If the update has `wrt`,
+        such as the generator of a GAN, a tree like `state.params[wrt]`.
 
     Raises:
-        ValueError: no average, or several, in `state.opt_state`.
+        ValueError: `state.opt_state` has no average, or several.
     """
     leaves = jax.tree.leaves(
         state.opt_state, is_leaf=lambda node: isinstance(node, ParameterAverageState)
     )
-    found = [leaf.average for leaf in leaves if isinstance(leaf, ParameterAverageState)]
-    if len(found) != 1:
+    averages = [leaf.average for leaf in leaves if isinstance(leaf, ParameterAverageState)]
+    if len(averages) != 1:
         raise ValueError(
-            f"the optimizer state holds {len(found)} parameter averages, not one; "
+            f"the optimizer state holds {len(averages)} parameter averages, not one; "
             "wrap the optimizer in with_parameter_average once"
         )
-    return found[0]
+    return averages[0]

@@ -1,4 +1,4 @@
-"""An executor of populations that takes the fastest way, found by measuring once."""
+"""An executor of populations that times several strategies once and uses the fastest."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ from jaxnets.core import Batch, Executor, Metrics, StepFn, TrainState
 from jaxnets.host import usable_cores
 from jaxnets.training.executors import jit_step, population_step
 
-#: How the members of a population are computed: side by side, one after the other inside one
-#: program, each by a call of one program, or in one group for each core, in threads.
+#: How the members of a population are computed: vectorized, sequentially inside one program,
+#: with one call per member, or in threads with one group of members per core.
 PopulationStrategy: TypeAlias = Literal["vmap", "map", "members", "threads"]
 _STRATEGIES: tuple[PopulationStrategy, ...] = get_args(PopulationStrategy)
 
-# Calls that are timed for each way; the shortest one counts, because other work only lengthens.
+# Timed calls per strategy; the minimum counts, because other load only makes a call longer.
 _TIMED_CALLS = 3
 
 
 class PopulationExecutor:
-    """Run one step of every member of a population, in the way that is fastest here.
+    """Run a step for every member of a population with the fastest strategy.
 
-    Which way that is depends on network, batch and device. The first call therefore compiles all
-    of them and times them in turns on copies of the state, which costs as much memory as one more
-    state; later calls take the fastest one. They compute the same up to rounding. A run that is to
-    resume bit for bit has to go on in the same way: give `remember`, or tell `strategy`.
+    Which strategy is fastest depends on network, batch and device. The first call compiles all of
+    them and times them in turns on copies of the state, which needs the memory of one more state;
+    later calls use the fastest one. The results are equal up to rounding. A run that has to resume
+    bit for bit must use the same strategy again: give `remember` or `strategy`.
 
-    On CPU the program of a small network keeps one core busy. "threads" then trains one group of
-    members on each core, and pays where a call is long against handing out the members: make it of
-    several steps, `scan_steps(step)`.
+    On CPU the program of a small network uses one core. "threads" trains one group of members on
+    each core. It is worth it if a call takes long compared with splitting the state into groups:
+    put several steps into a call, `scan_steps(step)`.
 
     Args:
-        step: a step of one member; `scan_steps` of one will do too.
-        shared_batch: every member sees the same batch; otherwise the batch has a leading member
+        step: a step of one member, or `scan_steps` of one.
+        shared_batch: all members get the same batch; otherwise the batch has a leading member
             axis.
-        strategy: "vmap" computes the members side by side, "map" one after the other inside one
-            program, "members" each by a call of its own, "threads" one group for each core, and
-            its members one after the other; None measures, threads on CPU only.
-        remember: JSON file with the way that was found and the times of all; read where it
-            exists, else written by the first call.
-        donate: reuse the memory of the state that is passed in, which is then gone for the caller.
+        strategy: "vmap" and "map" are those of `population_step`: vectorized, and sequential
+            inside one program. "members" calls one program once per member. "threads" runs one
+            group of members on each core, sequential within the group. None measures all of them,
+            "threads" only on CPU.
+        remember: JSON file with the chosen strategy and the times of all of them; read if it
+            exists, otherwise written by the first call.
+        donate: donate the buffers of the input state, which the caller cannot use afterwards.
 
     Attributes:
-        strategy: the way that is taken; None before the first call.
-        milliseconds: the time of a call in each way, {} where nothing was measured.
+        strategy: the strategy in use; None before the first call.
+        milliseconds: the time of a call with each strategy, {} if none was measured.
 
     Raises:
-        ValueError: an unknown `strategy`, or a file that does not hold one.
+        ValueError: `strategy` is unknown, or the file names none.
 
     Example:
         >>> import optax
@@ -102,13 +103,12 @@ class PopulationExecutor:
         return self._run(states, batch)
 
     def _fastest(self, states: TrainState, batch: Batch) -> Executor:
-        """Find `strategy`, and return what runs it."""
-        ways = {strategy: self._make(strategy) for strategy in _candidates(states)}
-        seconds: dict[PopulationStrategy, list[float]] = {strategy: [] for strategy in ways}
-        # In turns, so that a moment in which the machine is busy slows all of them. The first
-        # round compiles.
+        """Time all strategies, set `strategy` to the fastest, and return its executor."""
+        executors = {strategy: self._make(strategy) for strategy in _candidates(states)}
+        seconds: dict[PopulationStrategy, list[float]] = {strategy: [] for strategy in executors}
+        # In turns, so that other load on the machine affects all of them. The first turn compiles.
         for turn in range(1 + _TIMED_CALLS):
-            for strategy, run in ways.items():
+            for strategy, run in executors.items():
                 own = jax.block_until_ready(_copied(states))
                 began = time.perf_counter()
                 jax.block_until_ready(run(own, batch))
@@ -123,14 +123,14 @@ class PopulationExecutor:
             unfinished = self._remember.with_name(f".{self._remember.name}.{os.getpid()}")
             unfinished.write_text(json.dumps(content))
             unfinished.replace(self._remember)
-        return ways[fastest]
+        return executors[fastest]
 
 
 def _candidates(states: TrainState) -> Sequence[PopulationStrategy]:
     leaf = jax.tree.leaves(states)[0]
     on_cpu = {device.platform for device in leaf.devices()} == {"cpu"}
     worth_it = on_cpu and min(len(leaf), usable_cores()) > 1
-    return [way for way in _STRATEGIES if way != "threads" or worth_it]
+    return [strategy for strategy in _STRATEGIES if strategy != "threads" or worth_it]
 
 
 def _read(path: Path) -> Any:
@@ -138,28 +138,29 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text())["strategy"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold the way to run a population ({error!r}); delete it to measure "
+            f"{path} does not hold the strategy of a population ({error!r}); delete it to measure "
             "again"
         ) from error
 
 
 def _compile(step: StepFn, strategy: str, *, shared_batch: bool, donate: bool) -> Executor:
     if strategy == "members":
-        return _member_by_member(step, shared_batch=shared_batch, donate=donate)
+        return _one_call_per_member(step, shared_batch=shared_batch, donate=donate)
     if strategy == "threads":
         return _groups_in_threads(step, shared_batch=shared_batch, donate=donate)
-    ways: dict[str, Literal["vmap", "map"]] = {"vmap": "vmap", "map": "map"}
+    in_one_program: dict[str, Literal["vmap", "map"]] = {"vmap": "vmap", "map": "map"}
     return jit_step(
-        population_step(step, shared_batch=shared_batch, strategy=ways[strategy]), donate=donate
+        population_step(step, shared_batch=shared_batch, strategy=in_one_program[strategy]),
+        donate=donate,
     )
 
 
-def _member_by_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
+def _one_call_per_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
     @functools.partial(jax.jit, donate_argnums=(0,))
     def advance(states: TrainState, batch: Batch, index: jax.Array) -> tuple[TrainState, Metrics]:
         own = batch if shared_batch else _member(dict(batch), index)
         after, metrics = step(_member(states, index), own)
-        # The memory of the states is reused: only the row of the member is written.
+        # The states are donated, so only the row of this member is written.
         return jax.tree.map(lambda all, new: all.at[index].set(new), states, after), metrics
 
     stack = jax.jit(lambda rows: jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
@@ -177,16 +178,16 @@ def _member_by_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Exec
 
 def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
     population = population_step(step, shared_batch=shared_batch, strategy="map")
-    together, cores = jax.jit(population, donate_argnums=(0,)), usable_cores()
+    jitted, cores = jax.jit(population, donate_argnums=(0,)), usable_cores()
     workers = ThreadPoolExecutor(cores, thread_name_prefix="population")
     programs: dict[Any, Executor] = {}
 
     def program(states: TrainState, batch: Batch) -> Executor:
-        # Compiled here: what JAX is told by a context manager holds for one thread only.
+        # Compiled in the caller's thread, because JAX's context managers are local to a thread.
         leaves, structure = jax.tree.flatten((states, batch))
         key = structure, *map(jax.typeof, leaves)
         if key not in programs:
-            programs[key] = together.lower(states, batch).compile()
+            programs[key] = jitted.lower(states, batch).compile()
         return programs[key]
 
     def run(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -209,14 +210,14 @@ def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Exe
 
 
 def _bounds(num_members: int, num_groups: int) -> tuple[int, ...]:
-    """Return where each group begins, and where the last one ends: sizes differ by one at most."""
+    """Return the first member of each group, and the end; group sizes differ by one at most."""
     groups = min(num_members, num_groups)
     return tuple(num_members * index // groups for index in range(groups + 1))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _split(tree: Any, bounds: tuple[int, ...]) -> list[Any]:
-    # Copies, because a single group would be the states themselves, whose memory is reused.
+    # Copies, because a single group would alias the states, and the groups are donated.
     return [
         jax.tree.map(lambda leaf, first=first, end=end: jnp.copy(leaf[first:end]), tree)
         for first, end in itertools.pairwise(bounds)

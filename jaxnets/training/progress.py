@@ -1,4 +1,4 @@
-"""The progress of a run on a terminal: one line, which begins when the step is compiled."""
+"""The progress line of a run in a terminal, from the compilation of the step on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import tqdm
 
 from jaxnets.training.history import History
 
-# The bar comes last: what does not fit in a narrow terminal is cut off there.
+# The bar comes last, because a narrow terminal cuts off the end of the line.
 _FORMAT = "{n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left {bar}"
 
 
 class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
-    """tqdm from the end of the first call on, so that its rates leave compiling out.
+    """A tqdm bar that starts after the first call, so that its rates do not include compilation.
 
     Args:
-        num_steps: of the whole run.
-        shown: None shows it on standard error where that is a terminal.
+        num_steps: number of steps of the whole run.
+        shown: show it on standard error; None: only if that is a terminal.
     """
 
     def __init__(self, num_steps: int, shown: bool | None) -> None:
@@ -33,25 +33,25 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         self._began, self._examples = 0.0, 0
 
     def compiling(self, seconds: float) -> None:
-        """Say that the step is about to be compiled, and how long that took when the run began."""
+        """Announce the compilation, and how long it took at the start of the run if known."""
         if not self._hidden:
-            before = f", {seconds:.0f} s when it began" if seconds else ""
+            before = f", {seconds:.0f} s at the start of the run" if seconds else ""
             print(f"compiling the step{before} ...", end="", file=sys.stderr, flush=True)
             self._open_line = True
 
     def compiled(self, seconds: float) -> None:
-        """Say how long it took."""
+        """Print how long the first call took."""
         if not self._hidden:
             print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
             self._open_line = False
 
     def compiling_rest(self, num_steps: int) -> None:
-        """Say that the last call has fewer steps and is compiled for them."""
+        """Announce that the last call has fewer steps, which needs another compilation."""
         if self._bar is not None and not self._hidden:
             self._bar.set_postfix_str(f"compiling the step for the last {num_steps}")
 
     def update(self, step: int, examples: int, history: History | None) -> None:
-        """Move to a step; with the history, show its last loss and the rate of examples."""
+        """Move to a step; if the history is given, show its last loss and examples/s."""
         if self._bar is None and step == self._num_steps:
             return  # the first call was the whole run
         if self._bar is None:

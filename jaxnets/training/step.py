@@ -1,4 +1,4 @@
-"""The train step: the only file of the library that takes a gradient of an objective."""
+"""The train step. No other module of the library differentiates an objective."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def create_train_state(
     """Build the state of a run before its first step.
 
     Args:
-        variables: what `module.init` returns: "params" and any other collections.
-        updates: the update or updates that `make_train_step` gets.
+        variables: from `module.init`: "params" and any other collections.
+        updates: the same update or updates as for `make_train_step`.
         rng: root key of the run, from `jax.random.key(seed)`.
 
     Returns:
-        TrainState at step 0. Under `jax.vmap` over keys (and hyper-parameters) it is the state of
-        a population.
+        TrainState at step 0. Call it under `jax.vmap` over keys (and hyper-parameters) for the
+        state of a population.
 
     Raises:
-        ValueError: no "params" in `variables`, or updates that do not fit the networks in it.
+        ValueError: `variables` has no "params", or an update does not fit its networks.
     """
     if "params" not in variables:
         raise ValueError(
             f"variables has the collections {sorted(variables)} and no 'params'; "
-            "pass what module.init returned"
+            "pass the result of module.init"
         )
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
     params = variables["params"]
@@ -56,7 +56,7 @@ def create_train_state(
         }
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        rng=jnp.copy(rng),  # a donated state must not take the caller's key with it
+        rng=jnp.copy(rng),  # donating the state must not delete the caller's key
         params=params,
         model_state=model_state,
         opt_state=opt_state,
@@ -68,8 +68,9 @@ class TrainStep:
     """One training step as a pure function of state and batch; `make_train_step` builds it.
 
     Attributes:
-        updates: the gradient phases of a step, in order; each sees the results of those before.
-        num_microbatches: parts of the batch whose gradients are added up one after the other.
+        updates: the gradient phases of a step, in order; each starts from the result of the
+            previous one.
+        num_microbatches: parts of the batch whose gradients are accumulated sequentially.
     """
 
     updates: tuple[Update, ...]
@@ -86,8 +87,8 @@ class TrainStep:
             axis_name: mapped axis over which the batch is split; sums are reduced over it.
 
         Returns:
-            The next state, and the metrics as sums: "loss" and those of the objective, under
-            "network/..." where updates name their network.
+            The state after the step, and the metrics as sums: "loss" and the metrics of the
+            objective, with the prefix "wrt/" where updates name their network.
         """
         _check_updates(self.updates, state.params)
         params, model_state, opt_state = state.params, state.model_state, state.opt_state
@@ -99,8 +100,8 @@ class TrainStep:
             gradients, output = self._gradient_sums(update, params, model_state, batch, rng)
             loss, new_metrics, new_model_state = output.loss, output.metrics, output.model_state
             if axis_name is not None:
-                # Outside the differentiated function: a collective inside it would be
-                # transposed and give wrong gradients in silence (jax issue 3970).
+                # Outside the differentiated function: a psum inside it would be transposed and
+                # give wrong gradients without an error (jax issue 3970).
                 gradients, loss, new_metrics = jax.lax.psum(
                     (gradients, loss, new_metrics), axis_name
                 )
@@ -110,7 +111,7 @@ class TrainStep:
             model_state = _merge_model_state(update, params, model_state, new_model_state)
             prefix = "" if update.wrt is None else f"{update.wrt}/"
             for name, value in {"loss": loss, **new_metrics}.items():
-                # A network that is updated several times in a step reports the mean over them.
+                # A network with several updates in a step reports the mean over all of them.
                 earlier = metrics.get(prefix + name)
                 metrics[prefix + name] = value if earlier is None else earlier + value
         new_state = dataclasses.replace(
@@ -123,23 +124,23 @@ class TrainStep:
         return new_state, metrics
 
     def gradients(self, state: TrainState, batch: Batch) -> Params:
-        """Return the gradients at a state, of every update; nothing is trained.
+        """Return the gradients of every update at one state, without an optimizer step.
 
         Args:
             state: TrainState.
             batch: dict of arrays [batch, ...].
 
         Returns:
-            A tree like `state.params`; of a network that several updates train, the gradient of
-            the last of them. Parameters that no update trains are left out.
+            A tree like `state.params`, without the parameters that no update trains. If several
+            updates train one network, it is the gradient of the last one.
         """
         _check_updates(self.updates, state.params)
-        found: dict[str | None, Params] = {}
+        gradients: dict[str | None, Params] = {}
         for index, update in enumerate(self.updates):
             rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), index)
             sums, output = self._gradient_sums(update, state.params, state.model_state, batch, rng)
-            found[update.wrt] = _divide(sums, output.loss.count)
-        return found.get(None, found)
+            gradients[update.wrt] = _divide(sums, output.loss.count)
+        return gradients.get(None, gradients)
 
     def _gradient_sums(
         self,
@@ -149,14 +150,14 @@ class TrainStep:
         batch: Batch,
         rng: jax.Array,
     ) -> tuple[Params, ObjectiveOutput]:
-        """Gradient of the summed loss over the whole batch, and the sums of the objective."""
+        """Return the gradient of the loss summed over the batch, and the objective's sums."""
 
         def sums(
             model_state: ModelState, batch: Batch, rng: jax.Array
         ) -> tuple[Params, ObjectiveOutput]:
             def total_loss(trained: Params) -> tuple[jax.Array, ObjectiveOutput]:
-                joined = trained if update.wrt is None else {**params, update.wrt: trained}
-                output = update.objective(joined, model_state, batch, rng, train=True)
+                all_params = trained if update.wrt is None else {**params, update.wrt: trained}
+                output = update.objective(all_params, model_state, batch, rng, train=True)
                 _check_output(output, model_state)
                 return output.loss.total, output
 
@@ -189,23 +190,25 @@ class TrainStep:
 
 
 def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int = 1) -> TrainStep:
-    """Build the one train step that every executor compiles.
+    """Build the train step that every executor compiles.
 
-    For each update in order: the gradient of the *summed* loss, divided once by the summed
-    weights, so that gradient accumulation, padding, token masks and data parallelism are the same
-    exact formula, sum of gradients / sum of weights.
+    For each update in order: differentiate the *summed* loss, and divide the gradient once by the
+    summed weights. So gradient accumulation, padding, token masks and data parallelism all compute
+    the same exact formula, sum of gradients / sum of weights.
 
     Args:
         updates: one update, or several for several networks (a GAN: discriminator, generator).
-        num_microbatches: split the batch in this many parts and add up their gradients, for
-            batches that do not fit in memory. Equal to the whole batch, uneven weights included,
-            except that batch normalization sees one part at a time.
+        num_microbatches: gradient accumulation: split the batch into this many parts and add up
+            their gradients, for batches that do not fit in memory. The result equals that of the
+            whole batch, also with uneven weights, except that batch normalization computes the
+            statistics of each part separately. Differs from `optax.MultiSteps`, which averages
+            the mean gradients of several steps.
 
     Returns:
-        TrainStep, a `(state, batch, *, axis_name=None) -> (state, metrics)`.
+        TrainStep, a function `(state, batch, *, axis_name=None) -> (state, metrics)`.
 
     Raises:
-        ValueError: no update, or `num_microbatches` below 1.
+        ValueError: there is no update, or `num_microbatches` is below 1.
 
     Example:
         >>> from jaxnets.core import Mean, ObjectiveOutput
@@ -229,14 +232,15 @@ def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int
 
 
 def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metrics]:
-    """Build the evaluation of an objective, to be compiled by the caller.
+    """Build the evaluation step of an objective; the caller compiles it.
 
     Args:
-        objective: called with `train=False` and a key that is the same at every call, so a
-            random evaluation (a sampled bound, say) is reproducible.
+        objective: called with `train=False` and the same key at every call, so a random
+            evaluation (such as a sampled bound) is reproducible.
 
     Returns:
-        `(state, batch) -> metrics`, sums with "loss" among them. `jax.vmap` it over a population.
+        `(state, batch) -> metrics`: sums, "loss" included. For a population wrap it in
+        `population_step`.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
@@ -252,22 +256,21 @@ def _as_tuple(updates: Update | Sequence[Update]) -> tuple[Update, ...]:
 
 
 def _check_updates(updates: tuple[Update, ...], params: Params) -> dict[str | None, Update]:
-    """Return the first update of each network after checking that they fit together."""
+    """Check that the updates are consistent; return the first update of each network."""
     owners: dict[str | None, Update] = {}
     for update in updates:
         if update.wrt is not None and update.wrt not in params:
-            raise ValueError(
-                f"an update is with respect to {update.wrt!r}, but params has {sorted(params)}"
-            )
+            raise ValueError(f"an update has wrt={update.wrt!r}, but params has {sorted(params)}")
         first = owners.setdefault(update.wrt, update)
         if first.optimizer is not update.optimizer:
             raise ValueError(
-                f"two updates with respect to {update.wrt!r} have different optimizers; "
-                "share one optimizer object between them"
+                f"two updates with wrt={update.wrt!r} have different optimizers; "
+                "give both the same optimizer object"
             )
     if None in owners and len(owners) > 1:
         raise ValueError(
-            "some updates name their network (wrt=...) and some train all of params; name all"
+            "some updates have wrt=None and train all of params, others name a network; set wrt "
+            "in all of them"
         )
     return owners
 
@@ -278,7 +281,7 @@ def _check_output(output: ObjectiveOutput, model_state: ModelState) -> None:
     if before != after:
         raise ValueError(
             f"the objective changed the structure of model_state from {before} to {after}; "
-            "return the collections it was given, with new values"
+            "return the same collections with new values"
         )
     if jnp.ndim(output.loss.total) != 0:
         raise ValueError(
@@ -302,7 +305,7 @@ def _apply(
 
 
 def _divide(gradients: Params, count: jax.Array) -> Params:
-    # A batch that is padding only has no gradient; 0 / 0 would poison the parameters.
+    # The gradient of a batch of padding only is 0; 0 / 0 would make the parameters NaN.
     scale = 1.0 / jnp.where(count == 0, jnp.ones_like(count), count)
     return jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
 
@@ -317,7 +320,7 @@ def _mean_of_floats(tree: Any, axis_name: str) -> Any:
 def _merge_model_state(
     update: Update, params: Params, old: ModelState, new: ModelState
 ) -> ModelState:
-    """Keep of `new` what the update's network owns; all of it where it trains all of params."""
+    """Take from `new` only the entries of the network that `update` trains (`wrt`)."""
     if update.wrt is None:
         return new
     merged = {}
@@ -338,9 +341,10 @@ def _split(batch: Batch, num_parts: int) -> Batch:
                 f"batch size {array.shape[0]} is not divisible by num_microbatches "
                 f"{num_parts}; pad with pad_batch or drop {array.shape[0] % num_parts}"
             )
-        # Part k takes examples k, k + num_parts, ...: on a batch that is sharded over devices
-        # each part is then spread over all of them and no example moves.
+        # Part k has the examples k, k + num_parts, ...: if the batch is sharded over devices,
+        # each part is sharded over all of them too, and no example changes its device.
+        # [batch / num_parts, num_parts, ...]
         parts = array.reshape(array.shape[0] // num_parts, num_parts, *array.shape[1:])
-        return jnp.moveaxis(parts, 1, 0)
+        return jnp.moveaxis(parts, 1, 0)  # [num_parts, batch / num_parts, ...]
 
     return jax.tree.map(split, dict(batch))

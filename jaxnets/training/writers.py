@@ -1,4 +1,4 @@
-"""Writers: where the rows of a run go, and what its hooks draw. Each is an argument of `fit`."""
+"""Writers for `fit`: they get the rows of a run, and the images and histograms of its hooks."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _line(row: Row) -> str:
 def jsonl_writer(path: str | os.PathLike[str]) -> Writer:
     """Write one line of JSON per row.
 
-    At the start of a run the file is replaced, atomically, by the rows of the history it starts
-    from, so after a kill and a resume it is byte for byte that of an uninterrupted run.
+    At the start of a run the file is replaced, atomically, by the rows of its history. So the file
+    of a resumed run is equal, byte for byte, to that of an uninterrupted one.
 
     Args:
         path: the file, such as `run/metrics.jsonl`.
@@ -62,7 +62,7 @@ def jsonl_writer(path: str | os.PathLike[str]) -> Writer:
 
 
 def _scalars(row: Row) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a row by name, those of a population as `name/member`."""
+    """Yield (name, number) of a row; in a population (name/member, number)."""
     for name, value in row.items():
         if isinstance(value, list):
             yield from ((f"{name}/{member}", one) for member, one in enumerate(value))
@@ -82,7 +82,7 @@ class _TensorBoardWriter:
         self._open = tensorboardX.SummaryWriter
 
     def start(self, history: History, step: int) -> None:
-        # What a killed run wrote after its last checkpoint is to be hidden.
+        # Hide what a killed run wrote after its last checkpoint.
         self._events = self._open(self._directory, purge_step=step + 1 if step else None)
 
     def __call__(self, row: Row) -> None:
@@ -94,14 +94,14 @@ class _TensorBoardWriter:
             self._events.add_image(name, medium.as_uint8(), step, dataformats="HWC")
             return
         counts, edges = np.asarray(medium.counts), np.asarray(medium.edges, np.float64)
-        middles = (edges[1:] + edges[:-1]) / 2
+        centers = (edges[1:] + edges[:-1]) / 2
         self._events.add_histogram_raw(
             name,
             min=edges[0],
             max=edges[-1],
             num=counts.sum(),
-            sum=counts @ middles,
-            sum_squares=counts @ middles**2,
+            sum=counts @ centers,
+            sum_squares=counts @ centers**2,
             bucket_limits=edges[1:].tolist(),
             bucket_counts=counts.tolist(),
             global_step=step,
@@ -112,9 +112,9 @@ class _TensorBoardWriter:
 
 
 def tensorboard_writer(directory: str | os.PathLike[str]) -> Writer:
-    """Write every number, picture and histogram into event files of TensorBoard.
+    """Write every number, image and histogram to TensorBoard event files.
 
-    Numbers are scalars, `name/member` in a population.
+    Numbers are scalars; in a population their names are `name/member`.
 
     Args:
         directory: folder of the event files.
@@ -157,18 +157,18 @@ class _WandbWriter:
 
 
 def wandb_writer(**options: Any) -> Writer:
-    """Write every number, picture and histogram to a run of Weights & Biases.
+    """Write every number, image and histogram to a run of Weights & Biases.
 
-    Numbers are called `name/member` in a population. To go on with a run after a kill, give it an
-    `id` and `resume="allow"`: what it had logged after its last checkpoint is logged again, with
-    the same values.
+    In a population the names of numbers are `name/member`. To continue a run after a kill, give it
+    an `id` and `resume="allow"`: the steps after its last checkpoint are logged again, with the
+    same values.
 
     Args:
         options: arguments of `wandb.init`, such as project="digits", name="first",
             config={"learning_rate": 1e-3}, mode="offline".
 
     Returns:
-        Writer for `fit`, which begins the run and ends it.
+        Writer for `fit`, which starts the run and finishes it.
 
     Raises:
         ImportError: wandb is not installed.

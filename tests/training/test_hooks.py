@@ -21,7 +21,7 @@ def test_every_fires_where_a_multiple_is_crossed_also_after_a_resume():
     assert fired == [6, 9, 12]
     with pytest.raises(ValueError, match="give 1 or more"):
         every(0, hook)
-    with pytest.raises(ValueError, match="Checkpointing counts its own steps"):
+    with pytest.raises(ValueError, match="Checkpointing counts steps itself"):
         every(2, Checkpointing("unused", every=1))
 
 

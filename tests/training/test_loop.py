@@ -143,7 +143,7 @@ def test_hook_results_join_the_row_of_their_step_in_step_order():
 
 
 def test_a_hook_may_not_overwrite_what_is_measured():
-    with pytest.raises(ValueError, match=r"\['loss'\], which is measured already; add a prefix"):
+    with pytest.raises(ValueError, match=r"\['loss'\], names that are taken; add a prefix"):
         fit(
             train_step,
             make_state(),
@@ -326,7 +326,9 @@ def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys)
 def test_a_resumed_run_says_how_long_compiling_took(capsys):
     history = History(first_call_seconds=8.3)
     fit(train_step, make_state(), source, num_steps=2, history=history, progress=True)
-    assert capsys.readouterr().err.startswith("compiling the step, 8 s when it began ... ")
+    assert capsys.readouterr().err.startswith(
+        "compiling the step, 8 s at the start of the run ... "
+    )
 
 
 def test_compiling_again_for_the_last_steps_is_announced(capsys):

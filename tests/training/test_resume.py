@@ -124,7 +124,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_and_replaces_it(tmp_path):
     hooks = [Checkpointing(tmp_path, every=2, keep=3)]
     expected, whole = fit(train_step, make_state(), source, num_steps=6, hooks=hooks)
     flip(tmp_path / "step_00000006" / "manifest.json")
-    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+    with pytest.warns(UserWarning, match="trying the previous checkpoint"):
         state, history = resume(tmp_path, make_state())
     assert int(state.step) == 4
     fit(train_step, state, source, num_steps=6, hooks=hooks, history=history)
@@ -161,7 +161,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxnets.checkpoint import prune, restore, save
+from jaxnets.training.checkpoint import prune, restore, save
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 split = NamedSharding(mesh, PartitionSpec("data"))
 for step in (1, 2):

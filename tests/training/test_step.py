@@ -189,7 +189,7 @@ def test_updates_that_do_not_fit_are_refused_with_the_names():
     with pytest.raises(ValueError, match="different optimizers"):
         create_train_state(variables, [updates[0], other], rng=jax.random.key(0))
     nameless = dataclasses.replace(updates[0], wrt=None)
-    with pytest.raises(ValueError, match="name all"):
+    with pytest.raises(ValueError, match="set wrt in all"):
         create_train_state(variables, [updates[0], nameless], rng=jax.random.key(0))
     with pytest.raises(ValueError, match="no 'params'"):
         create_train_state({"kernel": 1}, updates, rng=jax.random.key(0))

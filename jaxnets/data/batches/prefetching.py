@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxnets.core import Batch, BatchSource
+from jaxnets.core import Batch, BatchSource, steps_per_batch
 
 _JOIN_SECONDS = 5.0  # longest wait for a blocked source, so that closing never hangs
 
@@ -27,7 +27,7 @@ class PrefetchedBatches:
     @property
     def steps_per_batch(self) -> int:
         """Steps per batch of the wrapped source."""
-        return getattr(self.source, "steps_per_batch", 1)
+        return steps_per_batch(self.source)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate from `first_step`; the thread starts with the first `next`."""
