@@ -29,7 +29,7 @@ class EquivalenceReport:
     Attributes:
         reference: the reference, "eager" or "jit".
         differences: {executor: {leaf path: difference}}, for the leaves of the final state and of
-            the metrics of the last step.
+            the metrics over all steps.
         skipped: {executor: reason}.
         num_devices: number of devices of pmap and the mesh.
     """
@@ -111,18 +111,15 @@ def check_equivalence(
     mesh = data_mesh(jax.local_devices())
 
     def repeated(executor: Callable[..., Any]) -> Any:
-        current, metrics = state, {}
-        for _ in range(num_steps):
-            current, metrics = executor(current, batch)
+        current, metrics = executor(state, batch)
+        for _ in range(num_steps - 1):
+            current, more = executor(current, batch)
+            metrics = jax.tree.map(np.add, metrics, more)
         return current, metrics
 
     def scanned() -> Any:
-        run = jit_step(scan_steps(step))
-        current = state
-        if num_steps > 1:  # the last step is a call of its own because metrics are summed
-            stack = jax.tree.map(lambda x: jnp.stack([x] * (num_steps - 1)), batch)
-            current, _ = run(current, stack)
-        return run(current, jax.tree.map(lambda x: x[None], batch))
+        stack = {name: np.stack([array] * num_steps) for name, array in batch.items()}
+        return jit_step(scan_steps(step))(state, stack)
 
     runs: dict[str, Callable[[], Any]] = {
         "jit": lambda: repeated(jit_step(step)),

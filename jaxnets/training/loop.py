@@ -177,9 +177,10 @@ def evaluate(
 
     Example:
         >>> import types
+        >>> import jaxnets as jn
         >>> state = types.SimpleNamespace(step=0, scale=2.0)
-        >>> double = lambda state, batch: {"mean": Mean.of(state.scale * batch["inputs"])}
-        >>> evaluate(double, state, [{"inputs": jnp.ones(3)}, {"inputs": jnp.full(1, 5.0)}])
+        >>> scaled = lambda state, batch: {"mean": jn.Mean.of(state.scale * batch["inputs"])}
+        >>> evaluate(scaled, state, [{"inputs": jnp.ones(3)}, {"inputs": jnp.full(1, 5.0)}])
         {'mean': 4.0}
     """
     measured = [eval_step(state, b) for b in (batches(0) if callable(batches) else batches)]

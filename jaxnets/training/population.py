@@ -62,7 +62,7 @@ class PopulationExecutor:
     Example:
         >>> import optax
         >>> from jaxnets import MLP, Update, classification, create_train_state, make_train_step
-        >>> module = MLP(num_outputs=2)
+        >>> module = MLP(features=(4,), num_outputs=2)
         >>> batch = {"inputs": jnp.ones((4, 3)), "labels": jnp.ones(4, int)}
         >>> update = Update(classification(module), optax.sgd(0.1))
         >>> def create(seed):

@@ -86,14 +86,14 @@ def test_chunks_of_steps_end_exactly_at_num_steps(size):
 
 
 def test_a_step_that_does_not_fit_its_source_is_refused():
-    with pytest.raises(ValueError, match=r"made 1 steps where the source gives 2 in a batch"):
+    with pytest.raises(ValueError, match=r"made 1 steps, but a batch of the source holds 2"):
         fit(
             lambda state, batch: train_step(state, jax.tree.map(lambda x: x[0], batch)),
             make_state(),
             Chunked(2),
             num_steps=10,
         )
-    with pytest.raises(ValueError, match=r"made 4 steps where the source gives 1"):
+    with pytest.raises(ValueError, match=r"made 4 steps, but a batch of the source holds 1"):
         chunks = Chunked(4)
         fit(scanned_step, make_state(), lambda first: chunks(first), num_steps=10)
 
@@ -237,7 +237,7 @@ def test_history_survives_json_exactly_and_continues_its_sums():
 
 
 def test_a_history_of_another_step_is_refused():
-    with pytest.raises(ValueError, match="history ends at step 5 and the state is at step 0"):
+    with pytest.raises(ValueError, match="history ends at step 5, but the state is at step 0"):
         fit(train_step, make_state(), source, num_steps=9, history=History(step=5))
 
 
