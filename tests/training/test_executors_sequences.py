@@ -1,4 +1,4 @@
-"""One definition, every executor, for the networks of sequences: equal to rounding."""
+"""One definition, every executor, for networks of sequences: equal to rounding."""
 
 import dataclasses
 
@@ -40,10 +40,10 @@ PAIRS = {
     **{"labels": TOKENS[::-1, 1:], "label_lengths": LENGTHS[::-1].copy()},
 }
 SENTENCES = {"inputs": TOKENS[:, :5], "lengths": LENGTHS, "labels": CLASSES}
-HIDDEN = RANDOM.random((8, 5)) < 0.4
+MASK = RANDOM.random((8, 5)) < 0.4
 MASKED = {
-    **{"inputs": np.where(HIDDEN, 3, TOKENS[:, :5]), "labels": TOKENS[:, :5], "lengths": LENGTHS},
-    "weights": WEIGHTS[:, None] * HIDDEN,
+    **{"inputs": np.where(MASK, 3, TOKENS[:, :5]), "labels": TOKENS[:, :5], "lengths": LENGTHS},
+    "weights": WEIGHTS[:, None] * MASK,
 }
 IMAGES = {"inputs": RANDOM.normal(size=(8, 4, 4, 2)), "labels": CLASSES}
 AUDIO = {"inputs": RANDOM.normal(size=(8, 5, 3)), "lengths": LENGTHS, "labels": CLASSES}
@@ -73,9 +73,9 @@ NETWORKS = {
         SENTENCES,
     ),
     "masked_language_model": (
-        language_modeling,  # of labels that are the inputs, weighted where they are hidden
-        # BERT's initial deviation of 0.02 is for hundreds of features; with 8 of them the norm in
-        # front of the output makes gradients of ten.
+        language_modeling,  # the labels are the inputs, with weights at the masked positions
+        # BERT's initial deviation of 0.02 is for hundreds of features; with 8 of them the norm
+        # before the output makes gradients of ten.
         lambda p: transformer.MaskedLM(
             11, num_layers=1, config=dataclasses.replace(ENCODER, init_std=None), precision=p
         ),
@@ -195,7 +195,7 @@ def check_double(state):
 
 
 def check_executors(update, state, batch, *, tolerance):
-    # That jit = eager is shown for each network by check_module.
+    # check_module shows for each network that jit = eager.
     step = make_train_step(update)
     report = check_equivalence(step, state, batch, num_steps=3, reference="jit")
     expected = {"scan", "pmap", "replicated", "fsdp", "microbatched"}
@@ -204,17 +204,17 @@ def check_executors(update, state, batch, *, tolerance):
     assert report.largest < tolerance, report.table()
 
 
-LOOPS = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
+STRATEGIES = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
 
 
-@pytest.mark.parametrize(("name", "strategy"), mostly_slow(LOOPS, [("gpt2", "vmap")]))
+@pytest.mark.parametrize(("name", "strategy"), mostly_slow(STRATEGIES, [("gpt2", "vmap")]))
 def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), strategy, tolerance=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "strategy"), LOOPS)
+@pytest.mark.parametrize(("name", "strategy"), STRATEGIES)
 def test_each_of_eight_members_equals_its_solo_run_in_float64_under_adam(
     name, strategy, enable_x64
 ):
@@ -225,7 +225,7 @@ def test_each_of_eight_members_equals_its_solo_run_in_float64_under_adam(
 
 
 def check_population(update, create, batch, rates, strategy, *, tolerance):
-    """Check networks of seeds and learning rates of their own, created together and one by one."""
+    """Check that a population of seeds and learning rates equals solo runs, from creation on."""
 
     def start(seed, rate):
         state = create(seed)
@@ -242,7 +242,7 @@ def check_population(update, create, batch, rates, strategy, *, tolerance):
         alone = begin(seed, rate)
         for _ in range(2):
             alone, _ = solo(alone, batch)
-        for one, all_of_them in zip(
+        for single, several in zip(
             jax.tree.leaves(alone.params), jax.tree.leaves(states.params), strict=True
         ):
-            np.testing.assert_allclose(all_of_them[member], one, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(several[member], single, rtol=0, atol=tolerance)

@@ -22,7 +22,7 @@ def step(state, batch, *, axis_name=None):
     """Gradient descent with momentum on a noisy loss, which compiles in a moment."""
     noise = jax.random.normal(jax.random.fold_in(state.rng, state.step), batch["inputs"].shape[:1])
     outputs = batch["inputs"] @ state.params - noise
-    velocity = 0.9 * state.opt_state + outputs @ batch["inputs"]
+    velocity = 0.9 * state.opt_state + outputs @ batch["inputs"] / outputs.size
     params = state.params - 0.1 * velocity
     changed = {"step": state.step + 1, "params": params, "opt_state": velocity}
     return dataclasses.replace(state, **changed), {"loss": Mean.of(outputs**2)}
