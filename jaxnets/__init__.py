@@ -11,7 +11,7 @@ state, history = jn.fit(step, state, batches, num_steps=1_000)
 
 import lazy_loader
 
-# The stub beside this file lists the names; a script loads the families that it uses, no others.
+# The stub `__init__.pyi` lists the names. A module is imported when one of its names is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The names of the package, each loaded when it is first used; see `__init__.py`."""
+"""The public names, each imported when it is first used; see `__init__.py`."""
 
 from . import data, functional, layers, metrics, objectives
 from .core import (

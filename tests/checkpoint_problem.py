@@ -1,4 +1,4 @@
-"""A state with every kind of leaf, for the tests of checkpoints and of resuming."""
+"""A state with every kind of leaf, for the tests of checkpoints and of `resume`."""
 
 import dataclasses
 

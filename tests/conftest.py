@@ -1,6 +1,6 @@
-"""Four fake CPU devices, strict rank promotion, and programs that compile fast.
+"""Four virtual CPU devices, strict rank promotion, and fast compilation.
 
-With `JAX_PLATFORMS=cuda,cpu` the tests run on a GPU; what needs several devices then skips.
+With `JAX_PLATFORMS=cuda,cpu` the tests run on a GPU; tests that need several devices are skipped.
 """
 
 import os
@@ -12,24 +12,24 @@ import jax
 import pytest
 
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
-# Most of the tests' time is XLA compiling tiny programs; see `optimized_processes`.
+# XLA compiling small programs takes most of the tests' time; see `optimized_processes`.
 COMPILE_FAST = " --xla_backend_optimization_level=0" if ON_CPU else ""
-if ON_CPU and jax.__version_info__ < (0, 11):  # later ones have no other, and refuse the flag
+if ON_CPU and jax.__version_info__ < (0, 11):  # later versions reject the flag
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + COMPILE_FAST
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if not ON_CPU:  # the tests compare digits that TF32 does not have
+if not ON_CPU:  # the tolerances are those of float32, not of TF32
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Of each of the processes that run the tests.
+# Of each process that runs the tests.
 MOST_BYTES = 5 * 2**30
 
 
 def resident_bytes():
-    """Return the memory of this process, 0 where the system does not tell."""
+    """Return the resident memory of this process, 0 if the system does not report it."""
     try:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -39,7 +39,7 @@ def resident_bytes():
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("four_devices") and jax.device_count() < 4:
-        pytest.skip(f"needs 4 devices, and there are {jax.device_count()} here")
+        pytest.skip(f"needs 4 devices, has {jax.device_count()}")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def on_cpu():
 
 @pytest.fixture
 def enable_x64():
-    """Double precision for one test."""
+    """Enable double precision for one test."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
@@ -59,23 +59,26 @@ def enable_x64():
 
 @pytest.fixture
 def optimized_processes(monkeypatch):
-    """Let the processes that a test starts compile as they would for a user."""
+    """Let the processes that a test starts compile with full optimization, as for a user."""
     flags = os.environ["XLA_FLAGS"].replace(COMPILE_FAST, "")
-    monkeypatch.setenv("XLA_FLAGS", flags.strip())  # a blank would be taken for a file's name
+    monkeypatch.setenv("XLA_FLAGS", flags.strip())  # XLA takes a leading blank for a file name
 
 
 @pytest.fixture
 def forget_traces():
-    """Call this behind a patch of what is read while tracing; what it traced is forgotten again."""
+    """A function to call after a patch of a value that is read while tracing.
+
+    It drops the earlier traces; those with the patch are dropped after the test.
+    """
     yield jax.clear_caches
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def free_programs():
-    """Drop the compiled programs when the process gets large: all together take gigabytes.
+    """Drop the compiled programs when the process gets large: all of them take gigabytes.
 
-    Not after every module: the next one would compile the same small programs again.
+    Not after every module, because the next one would compile the same small programs again.
     """
     yield
     if resident_bytes() > MOST_BYTES:

@@ -1,12 +1,12 @@
-"""TensorBoard's event files, read back."""
+"""A reader of TensorBoard event files."""
 
 import pytest
 
 
 def events(folder):
-    """Read event files back: {tag: [(step, kind, value)]}, by the field numbers of the format."""
+    """Return {tag: [(step, kind, value)]} of the event files in a folder."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    found = {}
+    values = {}
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
         while content:
@@ -16,5 +16,5 @@ def events(folder):
             for value in event.summary.value:
                 kind = value.WhichOneof("value")
                 entry = event.step, kind, getattr(value, kind)
-                found.setdefault(value.tag, []).append(entry)
-    return found
+                values.setdefault(value.tag, []).append(entry)
+    return values

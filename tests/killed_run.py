@@ -1,6 +1,6 @@
 """A small training run in a process of its own, to be killed: `killed_run.py FOLDER NUM_STEPS`.
 
-Each run resumes what it finds in FOLDER, saves at every second step.
+Each run resumes from the checkpoints in FOLDER, and saves at every second step.
 """
 
 import sys

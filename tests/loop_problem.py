@@ -1,4 +1,4 @@
-"""A small problem, its steps and sources, for the tests of loop and hooks."""
+"""A small problem with steps and batch sources, for the tests of the loop, hooks and writers."""
 
 import dataclasses
 
@@ -82,7 +82,7 @@ class Chunked:
 
 
 def reference_losses(num_steps, seed=0):
-    """Loss total and count of every step, by a plain Python loop."""
+    """Return the last state and the loss (total, count) of every step, from a Python loop."""
     state, pairs = make_state(seed), []
     for step in range(num_steps):
         state, metrics = train_step(state, make_batch(step))

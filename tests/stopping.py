@@ -1,4 +1,4 @@
-"""An experiment that is stopped on its way."""
+"""An experiment that is interrupted, as by a signal."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from experiments.harness.command_line import Stopped
 
 @contextlib.contextmanager
 def stopped_at_three(monkeypatch):
-    """Stop the run within at step 3 as a signal would; it must evaluate every 6 steps."""
+    """Interrupt the run inside at step 3, as a signal would; it has to evaluate every 6 steps."""
 
     def stop(step, state, metrics):
         if step == 3:

@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.core import DATA_AXIS, Mean, at_least_float32, bound_data_axis, rng_streams
+from jaxnets.core import (
+    DATA_AXIS,
+    Mean,
+    at_least_float32,
+    bound_data_axis,
+    rng_streams,
+    steps_per_batch,
+)
+from jaxnets.data import chunked
 
 
 def test_mean_over_any_split_equals_the_mean_of_the_whole():
@@ -31,6 +39,13 @@ def test_population_of_means_divides_member_by_member():
     np.testing.assert_allclose(means.compute(), [2.0, 6.0])
 
 
+def test_sums_in_float64_are_divided_in_float64():
+    sums = Mean(np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([3.0, 0.0]))
+    mean = sums.compute()
+    assert mean.dtype == np.float64
+    np.testing.assert_array_equal(mean, [[1 / 3, 2 / 3], [np.nan, np.nan]])
+
+
 def test_low_precision_values_are_summed_in_float32():
     mean = Mean.of(jnp.ones(1000, jnp.bfloat16))
     assert mean.total.dtype == jnp.float32
@@ -42,11 +57,11 @@ def test_weights_of_another_shape_are_refused():
         Mean.of(jnp.ones(2), jnp.ones(3))
 
 
-def test_adding_a_stream_shifts_no_other():
+def test_adding_a_stream_does_not_change_the_others():
     key = jax.random.key(0)
-    alone = rng_streams(key, "dropout")["dropout"]
-    beside = rng_streams(key, "latent", "dropout")["dropout"]
-    assert jnp.array_equal(jax.random.key_data(alone), jax.random.key_data(beside))
+    one = rng_streams(key, "dropout")["dropout"]
+    of_two = rng_streams(key, "latent", "dropout")["dropout"]
+    assert jnp.array_equal(jax.random.key_data(one), jax.random.key_data(of_two))
 
 
 def test_streams_differ_from_each_other():
@@ -55,16 +70,24 @@ def test_streams_differ_from_each_other():
     assert not jnp.array_equal(first, second)
 
 
-def test_data_axis_is_seen_only_where_an_executor_binds_it():
-    seen = []
+def test_the_data_axis_is_returned_only_where_it_is_bound():
+    axes = []
 
     def probe(x):
-        seen.append(bound_data_axis())
+        axes.append(bound_data_axis())
         return x
 
     jax.jit(probe)(jnp.ones(()))
     jax.vmap(probe, axis_name=DATA_AXIS)(jnp.ones(2))
-    assert seen == [None, DATA_AXIS]
+    assert axes == [None, DATA_AXIS]
+
+
+def test_a_plain_function_is_a_source_of_single_steps():
+    def source(first):
+        yield from ()
+
+    assert steps_per_batch(source) == 1
+    assert steps_per_batch(chunked(source, 3)) == 3
 
 
 def test_widening_keeps_float64(enable_x64):

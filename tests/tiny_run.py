@@ -1,4 +1,4 @@
-"""A run of an experiment that takes seconds."""
+"""An experiment of a few seconds."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise, atomic, strict, checked, pruned; resume after kills."""
+"""Checkpoints: bitwise, atomic, with checksums and checks of the template."""
 
 import asyncio
 import dataclasses
@@ -30,6 +30,7 @@ from jaxnets.training.checkpoint import (
     prune,
     restore,
     save,
+    verify,
 )
 from jaxnets.training.hooks import resume
 
@@ -76,16 +77,16 @@ def test_a_state_moves_to_another_number_of_devices_and_back(tmp_path):
         assert_bitwise_equal(restored, state)
         assert restored.params["linear"]["kernel"].sharding == place(jnp.ones((8, 2)), mesh)
         assert restored.rng.sharding.is_equivalent_to(place(state.rng, mesh), 0)
-    alone, _ = restore(tmp_path, abstract(state))
-    assert_bitwise_equal(alone, state)
-    assert not alone.params["linear"]["kernel"].committed
-    save(tmp_path, alone, step=1)
+    on_one, _ = restore(tmp_path, abstract(state))
+    assert_bitwise_equal(on_one, state)
+    assert not on_one.params["linear"]["kernel"].committed
+    save(tmp_path, on_one, step=1)
     spread, _ = restore(tmp_path, restored)
     assert spread.params["linear"]["kernel"].sharding.mesh == wide
 
 
 @pytest.mark.four_devices
-def test_a_restored_state_is_free_to_go_to_a_mesh_where_its_template_was(tmp_path):
+def test_a_restored_state_is_uncommitted_if_its_template_is(tmp_path):
     save(tmp_path, make_state())
     restored, _ = restore(tmp_path, make_state())
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -110,10 +111,18 @@ def test_a_restored_state_is_free_to_go_to_a_mesh_where_its_template_was(tmp_pat
         ({"rng": jax.random.key(0, impl="rbg")}, r"rng is key<fry>\[\] in .* but key<rbg>\[\]"),
     ],
 )
-def test_a_template_of_another_kind_is_refused_naming_the_leaf(tmp_path, change, message):
-    save(tmp_path, make_state())
+def test_a_template_of_another_kind_is_refused_naming_the_leaf(two_checkpoints, change, message):
     with pytest.raises(ValueError, match=message):
-        restore(tmp_path, dataclasses.replace(make_state(), **change))
+        restore(two_checkpoints, dataclasses.replace(make_state(), **change))
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """Return a folder with the checkpoints of steps 1 and 2; copy it to change it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for step in (1, 2):
+        save(folder, at_step(step, seed=step))
+    return folder
 
 
 def payload_files(folder):
@@ -127,29 +136,34 @@ def truncate(path):
 @pytest.mark.parametrize(
     "damage", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")]
 )
-def test_damage_to_any_file_is_reported_and_the_checkpoint_before_it_is_used(tmp_path, damage):
-    save(tmp_path, at_step(1, seed=1))
-    whole = save(tmp_path, at_step(2, seed=2))
-    pristine = tmp_path / "pristine"
-    shutil.copytree(whole, pristine)
-    for path in payload_files(whole):
-        if path.name == "manifest.json" and damage is Path.unlink:
-            continue  # without its manifest there is no checkpoint
+def test_damage_to_any_file_is_reported_and_the_previous_checkpoint_is_used(
+    tmp_path, two_checkpoints, damage
+):
+    folder, template = tmp_path / "checkpoints", make_state()
+    shutil.copytree(two_checkpoints, folder)
+    damaged, intact = folder / "step_00000002", two_checkpoints / "step_00000002"
+    files = payload_files(damaged)
+    if damage is Path.unlink:
+        files.remove(damaged / "manifest.json")  # without it there is no checkpoint
+    for path in files:
         damage(path)
-        with pytest.warns(UserWarning, match=path.name) as caught:
-            restored, _ = restore(tmp_path, make_state())
-        assert len(caught) == 1 and "damaged" in str(caught[0].message)
-        assert_bitwise_equal(restored, at_step(1, seed=1))
         with pytest.raises(CheckpointError, match=path.name):
-            restore(tmp_path, make_state(), step=2)
-        shutil.rmtree(whole)
-        shutil.copytree(pristine, whole)
-    assert int(restore(tmp_path, make_state())[0].step) == 2
+            verify(folder, 2)
+        if path in (files[0], files[-1]):
+            with pytest.warns(UserWarning, match=path.name) as caught:
+                restored, _ = restore(folder, template)
+            assert len(caught) == 1 and "damaged" in str(caught[0].message)
+            assert_bitwise_equal(restored, at_step(1, seed=1))
+            with pytest.raises(CheckpointError, match=path.name):
+                restore(folder, template, step=2)
+        shutil.copy(intact / path.relative_to(damaged), path)
+    verify(folder, 2)
 
 
-def test_nothing_intact_is_an_error_and_never_a_fresh_start(tmp_path):
+def test_without_an_intact_checkpoint_there_is_an_error_and_no_new_start(tmp_path, two_checkpoints):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     for step in (1, 2):
-        flip(save(tmp_path, at_step(step)) / "manifest.json")
+        flip(tmp_path / f"step_0000000{step}" / "manifest.json")
     with (
         pytest.warns(UserWarning, match="step_00000002"),
         pytest.raises(CheckpointError, match="step_00000001"),
@@ -157,30 +171,29 @@ def test_nothing_intact_is_an_error_and_never_a_fresh_start(tmp_path):
         resume(tmp_path, make_state())
 
 
-def test_a_missing_checkpoint_says_what_there_is(tmp_path):
+def test_a_missing_checkpoint_is_reported_with_the_steps_there_are(tmp_path, two_checkpoints):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: there is none"):
         restore(tmp_path / "nowhere", make_state())
-    save(tmp_path, at_step(4))
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 in .* steps \[4\]"):
-        restore(tmp_path, make_state(), step=5)
-    assert latest_step(tmp_path / "nowhere") is None and latest_step(tmp_path) == 4
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 in .* steps \[1, 2\]"):
+        restore(two_checkpoints, make_state(), step=5)
+    assert latest_step(tmp_path / "nowhere") is None and latest_step(two_checkpoints) == 2
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: no handler of ours may run after it."""
+    """Stands for the end of the process: `save` must not handle it."""
 
 
 @pytest.mark.parametrize("victim", ["_write_arrays", "_digest", "_write_manifest", "replace"])
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_save_killed_at_any_point_leaves_the_checkpoints_before(
-    tmp_path, monkeypatch, victim, step
+    tmp_path, two_checkpoints, monkeypatch, victim, step
 ):
-    """Also where the save replaces a checkpoint of the same step."""
+    """Also if the save replaces a checkpoint of the same step."""
 
     def kill(*args, **keywords):
         raise Killed
 
-    save(tmp_path, at_step(1, seed=1))
+    shutil.copytree(two_checkpoints / "step_00000001", tmp_path / "step_00000001")
     with monkeypatch.context() as patch:
         patch.setattr(os if victim == "replace" else checkpoint, victim, kill)
         with pytest.raises(Killed):
@@ -194,9 +207,9 @@ def test_a_save_killed_at_any_point_leaves_the_checkpoints_before(
     assert_bitwise_equal(restore(tmp_path, make_state(), step=1)[0], at_step(1, seed=4))
 
 
-def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, two_checkpoints, monkeypatch):
     """With a limit on file size the operating system itself refuses the write."""
-    save(tmp_path, at_step(1, seed=1))
+    shutil.copytree(two_checkpoints / "step_00000001", tmp_path / "step_00000001")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -222,7 +235,7 @@ def test_a_file_in_the_way_of_the_directory_is_reported(tmp_path):
         save(tmp_path / "taken", make_state())
 
 
-def test_what_is_no_array_is_refused_by_name(tmp_path):
+def test_a_leaf_that_is_no_array_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match=r"params/scale is 3\.0, not an array"):
         save(tmp_path, {"params": {"scale": 3.0}}, step=1)
     with pytest.raises(ValueError, match="same path"):

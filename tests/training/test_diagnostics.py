@@ -28,24 +28,28 @@ def batch():
     return {"inputs": inputs, "labels": rng.integers(0, 3, 16).astype(np.int32)}
 
 
+def initialize(module, inputs):
+    return jax.jit(module.init)(jax.random.key(0), inputs)
+
+
 def source(batch):
     return lambda first_step: itertools.repeat(batch)
 
 
-def test_a_sound_network_learns_a_batch_and_a_dead_one_does_not(batch):
+def test_a_network_overfits_one_batch_unless_its_layer_is_dead(batch):
     for dead in (False, True):
         module = Network(dead)
         update = Update(classification(module), optax.adam(1e-2))
-        variables = module.init(jax.random.key(0), batch["inputs"])
+        variables = initialize(module, batch["inputs"])
         report = overfit_one_batch(update, variables, batch, rng=jax.random.key(0))
         assert report.passed is not dead
         assert ("does NOT overfit" in str(report)) is dead
         assert report.losses.shape == (200,)
 
 
-def test_the_best_rate_is_the_one_that_a_loop_over_rates_finds(batch):
+def test_the_best_rate_is_that_of_solo_runs(batch):
     module = Network()
-    variables = module.init(jax.random.key(0), batch["inputs"])
+    variables = initialize(module, batch["inputs"])
     rates = [1e-4, 1e-2, 3.0, 1e3]
     found = find_learning_rate(
         classification(module),
@@ -70,7 +74,7 @@ def test_a_rate_that_diverges_does_not_hide_the_others():
     inputs = np.ones((4, 2), np.float32)
     batch = {"inputs": inputs, "labels": np.ones((4, 3), np.float32)}
     module = Network()
-    variables = module.init(jax.random.key(0), inputs)
+    variables = initialize(module, inputs)
     search = find_learning_rate(
         regression(module),
         optax.sgd,
@@ -86,7 +90,7 @@ def test_a_rate_that_diverges_does_not_hide_the_others():
 
 def test_nan_inputs_and_impossible_rates_are_named(batch):
     module = Network()
-    variables = module.init(jax.random.key(0), batch["inputs"])
+    variables = initialize(module, batch["inputs"])
     bad = {**batch, "inputs": jnp.full_like(batch["inputs"], jnp.nan)}
     arguments = (classification(module), optax.sgd, variables)
     with pytest.raises(ValueError, match="not finite at any learning rate"):

@@ -1,4 +1,4 @@
-"""Hooks: when they fire, early stopping, signals."""
+"""Hooks: when they are called, early stopping, signals."""
 
 import math
 import os
@@ -13,12 +13,12 @@ from jaxnets.training.hooks import Checkpointing, EarlyStopping, every, resume
 from jaxnets.training.loop import Interrupted, StopTraining, fit
 
 
-def test_every_fires_where_a_multiple_is_crossed_also_after_a_resume():
-    fired = []
-    hook = every(4, lambda step, state, metrics: fired.append(step))
+def test_every_calls_its_hook_at_multiples_also_after_a_resume():
+    calls = []
+    hook = every(4, lambda step, state, metrics: calls.append(step))
     state, _ = fit(scanned_step, make_state(), Chunked(3), num_steps=6, hooks=[hook])
     fit(scanned_step, state, Chunked(3), num_steps=14, hooks=[hook])
-    assert fired == [6, 9, 12]
+    assert calls == [6, 9, 12]
     with pytest.raises(ValueError, match="give 1 or more"):
         every(0, hook)
     with pytest.raises(ValueError, match="Checkpointing counts steps itself"):
@@ -88,8 +88,8 @@ def test_a_metric_that_no_hook_returns_is_reported():
         EarlyStopping("validation/loss", patience=1, mode="lowest")
 
 
-def test_hooks_after_the_one_that_stops_still_see_the_step():
-    seen = []
+def test_hooks_after_the_one_that_stops_are_still_called():
+    calls = []
 
     def stop(step, state, metrics):
         if step == 2:
@@ -100,9 +100,9 @@ def test_hooks_after_the_one_that_stops_still_see_the_step():
         make_state(),
         source,
         num_steps=9,
-        hooks=[stop, lambda step, state, metrics: seen.append(step)],
+        hooks=[stop, lambda step, state, metrics: calls.append(step)],
     )
-    assert seen == [1, 2] and history.stopped == "enough" and not history.interrupted
+    assert calls == [1, 2] and history.stopped == "enough" and not history.interrupted
 
 
 def test_an_interrupted_run_gets_no_row_that_the_uninterrupted_one_lacks():
@@ -159,14 +159,14 @@ def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
 
 @pytest.fixture
 def interruptible():
-    """Handle SIGINT as in a terminal; a shell's background jobs start with it ignored."""
+    """Handle SIGINT as in a terminal; background jobs of a shell ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_signal_after_the_last_call_reaches_the_next_listener(tmp_path, capfd):
+def test_a_signal_after_the_last_call_reaches_the_previous_handler(tmp_path, capfd):
     hook = Checkpointing(tmp_path, every=100)
     with pytest.raises(KeyboardInterrupt):
         fit(
@@ -179,7 +179,7 @@ def test_a_signal_after_the_last_call_reaches_the_next_listener(tmp_path, capfd)
     assert resume(tmp_path, make_state())[1].step == 2
 
 
-def test_checkpointing_in_another_thread_leaves_signals_alone(tmp_path):
+def test_checkpointing_in_another_thread_installs_no_signal_handler(tmp_path):
     failures = []
 
     def run():

@@ -42,7 +42,7 @@ def test_rows_hold_the_exact_means_since_the_row_before():
     assert history.sums == {} and history.step == 10 and history.stopped is None
 
 
-def test_a_finished_run_calls_nothing_and_touches_no_file(tmp_path):
+def test_a_finished_run_calls_nothing_and_writes_no_file(tmp_path):
     def forbidden(*args):
         raise AssertionError("called")
 
@@ -55,18 +55,18 @@ def test_a_finished_run_calls_nothing_and_touches_no_file(tmp_path):
 
 
 def test_the_source_is_called_with_the_first_step_and_closed():
-    seen = []
+    calls = []
 
     def watched(first):
-        seen.append(first)
+        calls.append(first)
         try:
             yield from source(first)
         finally:
-            seen.append("closed")
+            calls.append("closed")
 
     state, _ = fit(train_step, make_state(), watched, num_steps=3)
     fit(train_step, state, watched, num_steps=5)
-    assert seen == [0, "closed", 3, "closed"]
+    assert calls == [0, "closed", 3, "closed"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 50])
@@ -105,17 +105,17 @@ def test_a_source_that_ends_early_is_reported():
         fit(train_step, make_state(), lambda first: iter([]), num_steps=5)
 
 
-def test_the_loop_does_not_read_what_is_younger_than_a_log_interval():
-    """The rows known at a hook lag a whole interval: nothing newer was fetched."""
-    known = []
+def test_metrics_are_fetched_one_log_interval_later():
+    """At a hook the history lags by an interval: newer calls are still queued."""
+    rows = []
     history = History()
 
     def hook(step, state, metrics):
-        known.append((step, [row["step"] for row in history.rows]))
+        rows.append((step, [row["step"] for row in history.rows]))
 
     fit(train_step, make_state(), source, num_steps=12, log_every=4, hooks=[hook], history=history)
-    assert known[7] == (8, [])  # at the call of step 8, the calls up to 4 are still queued
-    assert known[8] == (9, [4])
+    assert rows[7] == (8, [])  # at the call of step 8, the calls up to 4 are still queued
+    assert rows[8] == (9, [4])
     assert history.column("loss")[0] == [4, 8, 12]
 
 
@@ -142,7 +142,7 @@ def test_hook_results_join_the_row_of_their_step_in_step_order():
     assert [row["step"] for row in written if "loss" in row] == [4, 7]
 
 
-def test_a_hook_may_not_overwrite_what_is_measured():
+def test_a_hook_may_not_overwrite_a_metric():
     with pytest.raises(ValueError, match=r"\['loss'\], names that are taken; add a prefix"):
         fit(
             train_step,
@@ -153,7 +153,7 @@ def test_a_hook_may_not_overwrite_what_is_measured():
         )
 
 
-def test_hooks_and_writers_are_started_before_and_closed_after_an_error_too():
+def test_hooks_and_writers_are_started_and_closed_also_after_an_error():
     calls = []
 
     class Watched:
@@ -179,7 +179,7 @@ def test_hooks_and_writers_are_started_before_and_closed_after_an_error_too():
     assert calls == [("start", 0), ("start", 0), "close", "close"]
 
 
-def test_members_of_a_population_get_the_rows_of_their_solo_runs():
+def test_the_rows_of_a_population_are_those_of_solo_runs():
     states = [make_state(seed) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     hooks = [every(3, validation(jax.vmap(eval_step, (0, None)), [make_batch(99)]))]
@@ -203,9 +203,9 @@ def test_members_at_different_steps_are_refused():
 
 
 def test_history_survives_json_exactly_and_continues_its_sums():
-    kept = []
+    saved = []
 
-    class Keep:
+    class Save:
         def start(self, history, step):
             self.history = history
 
@@ -213,13 +213,13 @@ def test_history_survives_json_exactly_and_continues_its_sums():
             return None
 
         def commit(self, step, state, *, last):
-            kept.append((state, json.loads(json.dumps(self.history.to_json()))))
+            saved.append((state, json.loads(json.dumps(self.history.to_json()))))
 
     hook = every_two = every(2, lambda step, state, metrics: {"x/y": 1 / (step + 0.3)})
     final, whole = fit(
-        train_step, make_state(), source, num_steps=11, log_every=4, hooks=[hook, Keep()]
+        train_step, make_state(), source, num_steps=11, log_every=4, hooks=[hook, Save()]
     )
-    for state, content in kept:
+    for state, content in saved:
         history = History.from_json(content)
         assert history.step == int(state.step)
         assert json.loads(json.dumps(history.to_json())) == content
@@ -273,7 +273,7 @@ def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():
         fit(scanned_step, bad, Chunked(3), num_steps=3)
 
 
-def test_first_nonfinite_passes_over_integers():
+def test_first_nonfinite_ignores_integers():
     assert first_nonfinite({"a": jnp.arange(3), "b": jnp.ones(2)}) is None
     assert first_nonfinite({"a": jnp.arange(3), "b": {"c": jnp.array([1, jnp.inf])}}) == "b/c"
 
@@ -314,7 +314,7 @@ def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_progress_bar_shows_loss_rate_and_examples_only_where_wanted(capsys):
+def test_the_progress_bar_shows_loss_and_rates_if_enabled(capsys):
     fit(train_step, make_state(), source, num_steps=40, log_every=2)
     assert capsys.readouterr().err == ""
     fit(train_step, make_state(), source, num_steps=40, log_every=2, progress=True)
@@ -341,7 +341,7 @@ def test_a_run_of_one_call_has_no_bar(capsys):
     assert re.fullmatch(r"compiling the step \.\.\. \d+\.\d s\n", capsys.readouterr().err)
 
 
-def test_a_step_that_fails_while_compiling_leaves_a_whole_line(capsys):
+def test_a_step_that_fails_to_compile_leaves_a_complete_line(capsys):
     def fails(state, batch):
         raise ZeroDivisionError
 
@@ -350,13 +350,13 @@ def test_a_step_that_fails_while_compiling_leaves_a_whole_line(capsys):
     assert capsys.readouterr().err == "compiling the step ...\n"
 
 
-def test_time_is_measured_beside_the_rows():
+def test_times_are_measured_and_are_not_in_the_rows():
     _, history = fit(train_step, make_state(), source, num_steps=3)
     assert history.first_call_seconds > 0 and history.seconds > 0
     assert not any("seconds" in name for row in history.rows for name in row)
 
 
-def test_waiting_evaluating_and_saving_are_counted_apart_and_survive_a_resume(tmp_path):
+def test_waiting_evaluating_and_saving_are_counted_separately_and_survive_a_resume(tmp_path):
     def slow_source(step):
         for batch in source(step):
             time.sleep(0.02)

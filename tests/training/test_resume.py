@@ -1,4 +1,4 @@
-"""Resuming: bitwise, past damage, after kills, as a population, by several processes."""
+"""Resume: bitwise; after damage and kills; of a population; with several processes."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from jaxnets.training.writers import jsonl_writer
 
 
 @pytest.mark.parametrize("stop", [5, 6, 9])
-def test_ten_steps_are_bitwise_those_before_and_after_a_resume(tmp_path, stop):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, stop):
     expected, _ = fit(
         train_step,
         make_state(),
@@ -73,14 +73,14 @@ def test_checkpointing_keeps_the_newest_the_best_and_the_last(tmp_path):
         tmp_path, every=4, keep=2, best=("validation/accuracy", "max"), keep_best=2
     )
     fit(train_step, make_state(), source, num_steps=11, hooks=[scripted(values), hook])
-    assert hook.best_steps() == [2, 6]  # of equals, the earlier one is the better
+    assert hook.best_steps() == [2, 6]  # of equal values the earlier one is first
     assert all_steps(tmp_path) == [2, 6, 8, 11]
     state, metadata = restore(tmp_path, make_state(), step=6)
     history = History.from_json(metadata["history"])
     assert int(state.step) == 6 and history.rows[-1]["validation/accuracy"] == 0.9
 
 
-def test_best_checkpoints_are_known_again_after_a_resume(tmp_path):
+def test_best_checkpoints_are_remembered_after_a_resume(tmp_path):
     values = [0.5, 0.1, 0.7, 0.2, 0.1, 0.6]
 
     def hooks():
@@ -113,14 +113,14 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     assert int(state.step) == 4 and np.isfinite(state.params["linear"]["bias"]).all()
 
 
-def test_a_fresh_run_into_a_folder_that_is_ahead_of_it_is_refused(tmp_path):
+def test_a_new_run_in_a_folder_with_a_later_checkpoint_is_refused(tmp_path):
     hooks = [Checkpointing(tmp_path, every=3)]
     fit(train_step, make_state(), source, num_steps=3, hooks=hooks)
     with pytest.raises(ValueError, match="checkpoint of step 3, but the run starts at step 0"):
         fit(train_step, make_state(), source, num_steps=3, hooks=hooks)
 
 
-def test_a_run_goes_on_past_a_damaged_checkpoint_and_replaces_it(tmp_path):
+def test_a_run_resumes_before_a_damaged_checkpoint_and_overwrites_it(tmp_path):
     hooks = [Checkpointing(tmp_path, every=2, keep=3)]
     expected, whole = fit(train_step, make_state(), source, num_steps=6, hooks=hooks)
     flip(tmp_path / "step_00000006" / "manifest.json")
@@ -175,6 +175,7 @@ for shard in restored["w"].addressable_shards:
 """
 
 
+@pytest.mark.slow
 def test_several_processes_save_and_restore_one_sharded_state(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -182,7 +183,7 @@ def test_several_processes_save_and_restore_one_sharded_state(tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",  # they have two devices each
+        "JAX_PLATFORMS": "cpu",  # each has two devices
     }
     processes = [
         subprocess.Popen(
@@ -214,7 +215,7 @@ def finish(run):
 
 
 def check_kills(folder, num_kills, num_steps):
-    """Kill a run at random moments of its training, saves included, and compare its end."""
+    """Kill a run at random moments, also during saves, and compare its final state and log."""
     digest = finish(start_run(folder / "whole", num_steps))
     moments = random.Random(num_kills)
     for _ in range(num_kills):

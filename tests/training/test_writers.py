@@ -1,4 +1,4 @@
-"""Writers, and the pictures and histograms that hooks return to them."""
+"""Writers, and the images and histograms that hooks return to them."""
 
 import json
 import math
@@ -20,17 +20,17 @@ from jaxnets.training.writers import jsonl_writer, tensorboard_writer, wandb_wri
 
 
 def draw(step, state, metrics):
-    """Return everything that a hook may: a number, one per member, a picture, a histogram."""
+    """Return all that a hook may return: a number, one per member, an image, a histogram."""
     return {
         "x/one": step,
         "x/list": [step, 2 * step],
-        "x/picture": Image(np.full((4, 6), 0.5, np.float32)),
+        "x/image": Image(np.full((4, 6), 0.5, np.float32)),
         "x/histogram": Histogram.of([0.0, 1.0, 1.0], num_bins=2),
     }
 
 
 class FakeWandb(types.ModuleType):
-    """As much of wandb as the writer uses."""
+    """The part of wandb that the writer uses."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -66,24 +66,24 @@ def test_the_jsonl_log_is_strict_json(tmp_path):
     assert row["x/nan"] is None and row["x/list"] == [1.0, None]
 
 
-def test_media_go_to_writers_that_show_them_and_into_no_row(tmp_path):
+def test_images_and_histograms_are_in_no_row(tmp_path):
     path = tmp_path / "metrics.jsonl"
     _, history = fit(
         train_step, make_state(), source, num_steps=2, hooks=[draw], writers=[jsonl_writer(path)]
     )
     assert [set(row) >= {"x/one", "x/list"} for row in history.rows] == [True, True]
-    assert not any("picture" in name or "histogram" in name for row in history.rows for name in row)
+    assert not any("image" in name or "histogram" in name for row in history.rows for name in row)
     assert [json.loads(line) for line in path.read_text().splitlines()] == history.rows
     json.dumps(history.to_json())
 
 
-def test_a_hook_that_only_draws_adds_no_row(tmp_path):
-    only = lambda step, state, metrics: {"picture": Image(np.zeros((2, 2)))}  # noqa: E731
+def test_a_hook_that_returns_only_images_adds_no_row(tmp_path):
+    only = lambda step, state, metrics: {"image": Image(np.zeros((2, 2)))}  # noqa: E731
     _, history = fit(train_step, make_state(), source, num_steps=4, log_every=4, hooks=[only])
     assert [row["step"] for row in history.rows] == [4]
 
 
-def test_tensorboard_gets_every_number_picture_and_histogram(tmp_path):
+def test_tensorboard_gets_every_number_image_and_histogram(tmp_path):
     pytest.importorskip("tensorboardX")
     fit(
         train_step,
@@ -103,8 +103,8 @@ def test_tensorboard_gets_every_number_picture_and_histogram(tmp_path):
     ]
     assert [step for step, _, _ in found["loss"]] == [2, 4]
     assert "residual" in found
-    step, kind, picture = found["x/picture"][-1]
-    assert (step, kind, picture.height, picture.width) == (4, "image", 4, 6)
+    step, kind, image = found["x/image"][-1]
+    assert (step, kind, image.height, image.width) == (4, "image", 4, 6)
     _, kind, histogram = found["x/histogram"][0]
     assert kind == "histo"
     assert (histogram.min, histogram.max, histogram.num) == (0, 1, 3)
@@ -121,7 +121,7 @@ def test_wandb_gets_the_same(monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     writer = wandb_writer(project="digits", config={"width": 8})
-    assert fake.options is None  # nothing begins before `fit` does
+    assert fake.options is None  # `fit` starts the run
     fit(
         train_step,
         make_state(),
@@ -134,13 +134,13 @@ def test_wandb_gets_the_same(monkeypatch):
     assert fake.options == {"project": "digits", "config": {"width": 8}}
     assert fake.finished == 1
     steps = [step for step, _ in fake.logged]
-    assert steps == sorted(steps)  # Weights & Biases refuses to go back
+    assert steps == sorted(steps)  # Weights & Biases does not accept an earlier step
     merged = {}
     for step, values in fake.logged:
         merged.setdefault(step, {}).update(values)
     assert set(merged[2]) > set(merged[1]) and "loss" in merged[2]
     assert (merged[1]["x/one"], merged[1]["x/list/0"], merged[1]["x/list/1"]) == (1, 1, 2)
-    assert merged[1]["x/picture"] == ("image", (4, 6), np.uint8)
+    assert merged[1]["x/image"] == ("image", (4, 6), np.uint8)
     assert merged[1]["x/histogram"] == ("histogram", [1, 2], [0.0, 0.5, 1.0])
 
 
@@ -158,12 +158,12 @@ def test_wandb_without_its_package_says_what_to_install(monkeypatch):
         (np.zeros((28, 28), int), "uint8, or floats"),
     ],
 )
-def test_pictures_of_other_shapes_and_dtypes_are_refused(pixels, complaint):
+def test_images_of_other_shapes_and_dtypes_are_refused(pixels, complaint):
     with pytest.raises(ValueError, match=complaint):
         Image(pixels)
 
 
-def test_pixels_beyond_the_range_are_cut_off():
+def test_pixels_outside_the_range_are_clipped():
     pixels = Image(jnp.array([[-1.0, 0.0, 0.5, 2.0, jnp.nan]])).as_uint8()
     assert pixels[0, :, 0].tolist() == [0, 0, 128, 255, 0]
 
@@ -179,7 +179,8 @@ class TestHistogramHooks:
 
     def state(self, seed=0):
         key = jax.random.key(seed)
-        return jn.create_train_state(self.module.init(key, jnp.zeros((1, 5))), self.update, rng=key)
+        variables = jax.jit(self.module.init)(key, np.zeros((1, 5), np.float32))
+        return jn.create_train_state(variables, self.update, rng=key)
 
     def test_every_parameter_is_counted_as_numpy_counts_it(self):
         state = self.state()
@@ -206,9 +207,9 @@ class TestHistogramHooks:
 
     def test_gradients_are_those_of_the_train_step(self):
         state = self.state()
-        after, _ = self.step(state, self.batch)
+        after, _ = jax.jit(self.step)(state, self.batch)
         taken = jax.tree.map(lambda old, new: (old - new) / 0.5, state.params, after.params)
-        gradients = self.step.gradients(state, self.batch)
+        gradients = jax.jit(self.step.gradients)(state, self.batch)
         for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(taken), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
         found = jn.gradient_histograms(self.step, self.batch)(1, state, {})
@@ -231,8 +232,12 @@ class TestHistogramHooks:
             jn.Update(objectives.generator, optax.sgd(0.1), wrt="generator"),
         ]
         batch = {"inputs": jnp.zeros((2, 8, 8, 1))}
-        variables = pair.init(jax.random.key(0), jnp.zeros((2, 3)))
-        state = jn.create_train_state(variables, updates, rng=jax.random.key(1))
+
+        def create(key):
+            variables = pair.init(key, jnp.zeros((2, 3)))
+            return jn.create_train_state(variables, updates, rng=key)
+
         step = jn.make_train_step(updates)
+        state = jax.eval_shape(create, jax.random.key(0))
         shapes = jax.eval_shape(step.gradients, state, batch)
         assert jax.tree.structure(shapes) == jax.tree.structure(dict(state.params))
