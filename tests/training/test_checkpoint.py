@@ -183,8 +183,15 @@ class Killed(BaseException):
     """Stands for the end of the process: `save` must not handle it."""
 
 
-@pytest.mark.parametrize("victim", ["_write_arrays", "_digest", "_write_manifest", "replace"])
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(
+    ("victim", "step"),
+    [
+        *[("_write_arrays", 1), ("_digest", 2), ("_write_manifest", 1), ("replace", 2)],
+        *[("_write_arrays", 2), ("replace", 1)],
+        pytest.param("_digest", 1, marks=pytest.mark.slow),
+        pytest.param("_write_manifest", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_save_killed_at_any_point_leaves_the_checkpoints_before(
     tmp_path, two_checkpoints, monkeypatch, victim, step
 ):

@@ -207,7 +207,8 @@ def check_executors(update, state, batch, *, tolerance):
 STRATEGIES = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
 
 
-@pytest.mark.parametrize(("name", "strategy"), mostly_slow(STRATEGIES, [("gpt2", "vmap")]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "strategy"), STRATEGIES)
 def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), strategy, tolerance=1e-6)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -33,10 +34,14 @@ def batch():
     return {"inputs": inputs, "labels": labels}
 
 
+@functools.cache
+def initialize(module):
+    return jax.jit(module.init)(jax.random.key(0), np.zeros((8, 3), np.float32))
+
+
 def make(module, optimizer, batch, objective=None):
     update = Update(objective or regression(module), optimizer)
-    variables = jax.jit(module.init)(jax.random.key(0), batch["inputs"])
-    return update, create_train_state(variables, update, rng=jax.random.key(1))
+    return update, create_train_state(initialize(module), update, rng=jax.random.key(1))
 
 
 def jitted(updates, **options):

@@ -172,6 +172,7 @@ class TestHistogramHooks:
     module = jn.MLP(features=(4,), num_outputs=3)
     update = jn.Update(jn.classification(module), optax.sgd(0.5))
     step = staticmethod(jn.make_train_step(update))
+    init = staticmethod(jax.jit(module.init))
     batch = {  # noqa: RUF012
         "inputs": np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32),
         "labels": np.arange(6) % 3,
@@ -179,7 +180,7 @@ class TestHistogramHooks:
 
     def state(self, seed=0):
         key = jax.random.key(seed)
-        variables = jax.jit(self.module.init)(key, np.zeros((1, 5), np.float32))
+        variables = self.init(key, np.zeros((1, 5), np.float32))
         return jn.create_train_state(variables, self.update, rng=key)
 
     def test_every_parameter_is_counted_as_numpy_counts_it(self):
