@@ -1,4 +1,4 @@
-"""Small models that speak the decoding protocol, for the tests of generation and beam search."""
+"""Small models with the decoding protocol, for the tests of generation and beam search."""
 
 import functools
 
@@ -6,18 +6,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checks import shapes_of
 
 from jaxnets.layers import Dense, Embedding
 from jaxnets.models.recurrent import Recurrent
 
-extended = []  # one entry for each time that `TableModel.extend` was traced
+extend_calls = []  # shape of the tokens, for each time that `TableModel.extend` was traced
 
 
 class TableModel(nn.Module):
-    """The logits of a token are a table's entry for the two tokens before it.
+    """A second-order Markov model: the logits are a table's row for the last two tokens.
 
-    The table is [vocabulary + 1, vocabulary + 1, vocabulary]; its last rows stand for no token.
-    The carry counts the calls, and the tokens of each row against its capacity.
+    The table is [vocabulary + 1, vocabulary + 1, vocabulary]; the last index means no token. The
+    carry counts the calls, and the tokens of each row against its capacity.
     """
 
     vocabulary_size: int
@@ -41,7 +42,7 @@ class TableModel(nn.Module):
         }
 
     def extend(self, tokens, carry, lengths=None):
-        extended.append(tokens.shape)
+        extend_calls.append(tokens.shape)
         batch, time = tokens.shape
         history = jnp.concatenate([carry["last"], tokens], axis=1)
         logits = self.table[history[:, 1:-1], history[:, 2:]]
@@ -50,13 +51,13 @@ class TableModel(nn.Module):
         position = carry["position"] + lengths
         full = position > carry["room"]
         last = jnp.take_along_axis(history, lengths[:, None] + jnp.arange(2)[None], axis=1)
-        after = {
+        next_carry = {
             "last": last,
             "position": position,
             "room": carry["room"],
             "calls": carry["calls"] + 1,
         }
-        return jnp.where(full[:, None, None], jnp.nan, logits), after
+        return jnp.where(full[:, None, None], jnp.nan, logits), next_carry
 
 
 class TinyRecurrentModel(nn.Module):
@@ -70,9 +71,11 @@ class TinyRecurrentModel(nn.Module):
         self.head = Dense(self.vocabulary_size, kernel_init=nn.initializers.normal(1.5))
 
     def __call__(self, tokens, lengths=None, *, carry=None, train=False):
-        outputs, after = self.recurrent(self.embedding(tokens), lengths, carry=carry, train=train)
+        outputs, next_carry = self.recurrent(
+            self.embedding(tokens), lengths, carry=carry, train=train
+        )
         logits = self.head(outputs)
-        return logits if carry is None else (logits, after)
+        return logits if carry is None else (logits, next_carry)
 
     def start(self, batch_size, capacity):
         return self.recurrent.zero_carry(batch_size)
@@ -82,7 +85,7 @@ class TinyRecurrentModel(nn.Module):
 
 
 class EncodedSource(nn.Module):
-    """A sequence-to-sequence model: the sum of the source's tokens shifts a table's logits."""
+    """A sequence-to-sequence model: the sum over the source's tokens shifts a table's logits."""
 
     vocabulary_size: int
 
@@ -109,15 +112,21 @@ def forward(module, variables, *inputs):
     return module.apply(variables, *inputs)
 
 
-def next_log_probabilities(module, variables, text, size=12):
-    """Log-probabilities of the tokens behind each token of a text, [time, vocabulary]."""
+def next_log_probabilities(module, variables, text, size=16):
+    """Next-token log-probabilities after each token of a text, [time, vocabulary]."""
+    if isinstance(module, TableModel):
+        table = np.asarray(variables["params"]["table"])
+        return log_softmax(table[[module.vocabulary_size, *text[:-1]], list(text)])
     padded = np.zeros((1, size), np.int32)
     padded[0, : len(text)] = text
     return log_softmax(forward(module, variables, padded))[0, : len(text)]
 
 
 def made(module, *inputs, seed=0):
-    return jax.jit(module.init)(jax.random.key(seed), *inputs)
+    """Return random variables without compiling the initializers."""
+    shapes, _ = shapes_of(module, *inputs)
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(1.5 * random.normal(size=x.shape), x.dtype), shapes)
 
 
 def log_softmax(logits):

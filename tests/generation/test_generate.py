@@ -8,7 +8,7 @@ from decoding_models import (
     EncodedSource,
     TableModel,
     TinyRecurrentModel,
-    extended,
+    extend_calls,
     forward,
     log_softmax,
     made,
@@ -18,9 +18,9 @@ from decoding_models import (
 from jaxnets.generation.generate import generate
 from jaxnets.generation.sampling import Sampling, sample_tokens, transform_logits
 
-VOCABULARY = 6
+VOCABULARY, NUM_TOKENS, STOPS = 6, 12, (2, 4)
 PROMPTS = np.array([[1, 4, 2, 5], [3, 0, 0, 0], [5, 2, 1, 0]])
-LENGTHS = np.array([4, 1, 3])
+LENGTHS, FULL = np.array([4, 1, 3]), np.array([4, 4, 4])
 TABLE, RECURRENT = TableModel(VOCABULARY), TinyRecurrentModel(VOCABULARY)
 TABLE_VARIABLES = made(TABLE, PROMPTS)
 GREEDY = Sampling(temperature=0.0)
@@ -28,7 +28,8 @@ KEY = jax.random.key(7)
 
 
 def continued(prompts=PROMPTS, **options):
-    options = {"num_tokens": 5, "rng": KEY, "lengths": LENGTHS, **options}
+    """Generate from the table; calls without options of other shapes share one program."""
+    options = {"num_tokens": NUM_TOKENS, "rng": KEY, "lengths": LENGTHS, **options}
     return generate(TABLE, TABLE_VARIABLES, prompts, **options)
 
 
@@ -46,12 +47,14 @@ def greedy_by_hand(module, variables, prompt, num_tokens):
 def test_greedy_decoding_equals_the_full_forward_pass_for_every_token(module):
     variables = made(module, PROMPTS)
     result = generate(
-        module, variables, PROMPTS, num_tokens=5, lengths=LENGTHS, rng=KEY, sampling=GREEDY
+        module, variables, PROMPTS, num_tokens=NUM_TOKENS, lengths=LENGTHS, rng=KEY, sampling=GREEDY
     )
-    assert result.tokens.dtype == jnp.int32 and result.tokens.shape == (3, 5)
-    np.testing.assert_array_equal(result.lengths, [5, 5, 5])
+    assert result.tokens.dtype == jnp.int32 and result.tokens.shape == (3, NUM_TOKENS)
+    np.testing.assert_array_equal(result.lengths, [NUM_TOKENS] * 3)
     for row, length in enumerate(LENGTHS):
-        tokens, log_probabilities = greedy_by_hand(module, variables, PROMPTS[row, :length], 5)
+        tokens, log_probabilities = greedy_by_hand(
+            module, variables, PROMPTS[row, :length], NUM_TOKENS
+        )
         assert result.tokens[row].tolist() == tokens
         np.testing.assert_allclose(result.log_probabilities[row], log_probabilities, atol=1e-5)
 
@@ -66,7 +69,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_sampling():
         np.testing.assert_allclose(result.log_probabilities[row], expected[:, 0], atol=1e-5)
 
 
-def test_the_second_token_has_the_probability_that_the_first_one_gives_it():
+def test_the_second_token_is_distributed_given_the_first_one():
     prompts = np.tile([[1, 4]], (20_000, 1))
     tokens = np.asarray(
         continued(prompts, num_tokens=2, lengths=None, sampling=Sampling(top_k=4)).tokens
@@ -82,11 +85,18 @@ def test_the_second_token_has_the_probability_that_the_first_one_gives_it():
 
 
 def filtered_by_hand(
-    logits, seen=(), *, repetition_penalty=1.0, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0
+    logits,
+    repeated=(),
+    *,
+    repetition_penalty=1.0,
+    temperature=1.0,
+    top_k=None,
+    top_p=1.0,
+    min_p=0.0,
 ):
     """The probabilities of one row, transform by transform, with loops."""
     logits = np.asarray(logits, np.float64).copy()
-    for token in seen:
+    for token in repeated:
         value = logits[token]
         logits[token] = value / repetition_penalty if value > 0 else value * repetition_penalty
     logits = logits / temperature
@@ -104,6 +114,9 @@ def filtered_by_hand(
     return probabilities / probabilities.sum()
 
 
+transformed = jax.jit(transform_logits)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -115,7 +128,7 @@ def filtered_by_hand(
         {"min_p": 0.2},
         {"min_p": 1.0},
         {"repetition_penalty": 1.8},
-        {"temperature": 1.7, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.3},
+        {"temperature": 1.7, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.3},
         {"temperature": 3.0, "top_p": 0.6, "repetition_penalty": 0.7},
     ],
     ids=str,
@@ -123,16 +136,17 @@ def filtered_by_hand(
 def test_each_transform_and_their_order_equal_a_loop(fields):
     random = np.random.default_rng(3)
     logits = random.normal(size=(20, 9)).astype(np.float32) * 2
-    seen = random.uniform(size=logits.shape) < 0.4
-    found = jax.nn.softmax(transform_logits(logits, Sampling(**fields), seen), axis=-1)
+    repeated = random.uniform(size=logits.shape) < 0.4
+    kept = np.asarray(transformed(logits, Sampling(**fields), repeated))
+    actual = np.exp(log_softmax(kept))
     for row in range(len(logits)):
-        expected = filtered_by_hand(logits[row], np.flatnonzero(seen[row]), **fields)
-        np.testing.assert_allclose(found[row], expected, atol=2e-6)
+        expected = filtered_by_hand(logits[row], np.flatnonzero(repeated[row]), **fields)
+        np.testing.assert_allclose(actual[row], expected, atol=2e-6)
 
 
-def test_the_transforms_keep_ties_and_the_dtype_wide():
+def test_the_transforms_keep_ties_and_return_float32():
     logits = jnp.array([[1.0, 2.0, 2.0, 0.0]], jnp.bfloat16)
-    kept = transform_logits(logits, Sampling(top_k=1))
+    kept = transformed(logits, Sampling(top_k=1))
     assert kept.dtype == jnp.float32
     np.testing.assert_array_equal(np.isfinite(kept), [[False, True, True, False]])
 
@@ -140,40 +154,42 @@ def test_the_transforms_keep_ties_and_the_dtype_wide():
 def test_the_nucleus_of_a_large_vocabulary_equals_a_sort_in_both_precisions(enable_x64):
     logits = 3 * np.random.default_rng(1).normal(size=(4, 2000))
     for dtype in (np.float32, np.float64):
-        kept = transform_logits(jnp.asarray(logits, dtype), Sampling(top_p=0.9)) > -np.inf
+        kept = np.asarray(transformed(logits.astype(dtype), Sampling(top_p=0.9))) > -np.inf
         for row in range(4):
             expected = filtered_by_hand(logits[row].astype(dtype), top_p=0.9) > 0
             np.testing.assert_array_equal(kept[row], expected)
 
 
-def test_temperature_zero_is_the_limit_of_small_temperatures_and_compiled_with_them():
+def test_temperature_zero_is_the_limit_of_small_temperatures_without_recompiling():
     draw = jax.jit(sample_tokens)
     logits = np.random.default_rng(0).normal(size=(50, 9)).astype(np.float32)
     keys = jax.random.split(KEY, 50)
     greedy, cold = (draw(keys, logits, Sampling(temperature=t)) for t in (0.0, 1e-5))
     np.testing.assert_array_equal(greedy, logits.argmax(1))
     np.testing.assert_array_equal(cold, greedy)
-    assert np.any(draw(keys, logits, Sampling()) != greedy)
+    assert np.any(np.asarray(draw(keys, logits, Sampling())) != np.asarray(greedy))
     assert draw._cache_size() == 1
 
 
-def test_the_repetition_penalty_knows_the_prompt_and_what_was_generated():
+def test_the_repetition_penalty_applies_to_prompt_and_generated_tokens():
     result = continued(
-        num_tokens=4, sampling=Sampling(temperature=0.0, repetition_penalty=1e9), lengths=None
+        PROMPTS, lengths=FULL, sampling=Sampling(temperature=0.0, repetition_penalty=1e9)
     )
+    table = np.asarray(TABLE_VARIABLES["params"]["table"])
+    compared = 0
     for row, prompt in enumerate(PROMPTS):
         text = [*prompt, *np.asarray(result.tokens[row])]
-        logits = forward(TABLE, TABLE_VARIABLES, np.array([text]))[0]
         for position in range(len(prompt), len(text)):
-            before = set(text[:position])
-            if len(before) < VOCABULARY:  # a positive logit that was seen is pushed to zero
-                row_logits = np.array(logits[position - 1])
-                fresh = [t for t in range(VOCABULARY) if t not in before]
-                if row_logits[fresh].max() > 0:
-                    assert text[position] == max(fresh, key=lambda t: row_logits[t])
+            logits, before = table[text[position - 2], text[position - 1]], set(text[:position])
+            fresh = [token for token in range(VOCABULARY) if token not in before]
+            # The penalty divides positive logits of repeated tokens to about 0.
+            if fresh and logits[fresh].max() > 0:
+                assert text[position] == max(fresh, key=lambda token: logits[token])
+                compared += 1
+    assert compared >= 3
 
 
-def test_what_stands_behind_a_prompt_in_its_padding_changes_nothing():
+def test_the_padding_of_a_prompt_changes_nothing():
     changed = PROMPTS.copy()
     changed[1, 1:], changed[2, 3:] = 99, -1
     for first, second in zip(
@@ -183,62 +199,57 @@ def test_what_stands_behind_a_prompt_in_its_padding_changes_nothing():
 
 
 def test_a_row_does_not_depend_on_the_other_rows():
-    whole = continued(stop_tokens=(2,))
+    whole = continued(stop_tokens=STOPS)
     other = PROMPTS.copy()
     other[[0, 2]] = [[0, 0, 1, 1], [2, 2, 2, 2]]
-    changed = continued(other, stop_tokens=(2,))
+    changed = continued(other, stop_tokens=STOPS)
     np.testing.assert_array_equal(whole.tokens[1], changed.tokens[1])
-    first = continued(PROMPTS[:1], lengths=LENGTHS[:1], stop_tokens=(2,))
+    first = continued(PROMPTS[:1], lengths=LENGTHS[:1], stop_tokens=STOPS)
     np.testing.assert_array_equal(whole.tokens[:1], first.tokens)
-    same = continued(np.tile(PROMPTS[:1], (3, 1)), lengths=np.array([4, 4, 4]), stop_tokens=(2,))
+    same = continued(np.tile(PROMPTS[:1], (3, 1)), lengths=FULL, stop_tokens=STOPS)
     assert len({tuple(row) for row in np.asarray(same.tokens)}) == 3
 
 
-def test_another_key_draws_other_tokens_and_the_same_key_the_same():
-    np.testing.assert_array_equal(continued().tokens, continued().tokens)
-    assert np.any(continued().tokens != continued(rng=jax.random.key(8)).tokens)
+def test_another_key_samples_other_tokens_and_the_same_key_the_same():
+    first = np.asarray(continued().tokens)
+    np.testing.assert_array_equal(first, continued().tokens)
+    assert np.any(first != np.asarray(continued(rng=jax.random.key(8)).tokens))
 
 
-def test_a_stop_token_ends_its_row_and_is_counted():
-    free = continued(num_tokens=50)
-    stopped = continued(num_tokens=50, stop_tokens=(2, 4), pad_token=-1)
+def test_a_stop_token_ends_its_row_and_counts():
+    free = continued()
+    stopped = continued(stop_tokens=STOPS, pad_token=-1)
+    steps = np.arange(NUM_TOKENS)
     for row in range(3):
         tokens = np.asarray(free.tokens[row])
-        hits = np.flatnonzero(np.isin(tokens, (2, 4)))
-        length = hits[0] + 1 if hits.size else 50
+        hits = np.flatnonzero(np.isin(tokens, STOPS))
+        length = hits[0] + 1 if hits.size else NUM_TOKENS
         assert int(stopped.lengths[row]) == length
         np.testing.assert_array_equal(stopped.tokens[row, :length], tokens[:length])
-        assert np.all(stopped.tokens[row, length:] == -1)
+        assert np.all(np.asarray(stopped.tokens[row, length:]) == -1)
         np.testing.assert_array_equal(
             stopped.log_probabilities[row],
-            np.where(np.arange(50) < length, free.log_probabilities[row], 0),
+            np.where(steps < length, np.asarray(free.log_probabilities[row]), 0),
         )
     assert len(set(np.asarray(stopped.lengths))) > 1, "the rows should stop at different steps"
 
 
 def test_the_loop_ends_when_every_row_has_stopped():
-    result = continued(num_tokens=50, stop_tokens=(2, 4))
-    assert int(result.carry["calls"][0]) == 1 + int(result.lengths.max()) < 50
-    np.testing.assert_array_equal(result.carry["position"], LENGTHS + result.lengths)
+    result = continued(stop_tokens=STOPS)
+    assert int(result.carry["calls"][0]) == 1 + int(result.lengths.max()) < NUM_TOKENS
+    np.testing.assert_array_equal(result.carry["position"], LENGTHS + np.asarray(result.lengths))
 
 
-def test_a_conversation_goes_on_from_the_carry():
-    module = RECURRENT
-    variables = made(module, PROMPTS)
-    options = {"num_tokens": 4, "rng": KEY, "sampling": GREEDY}
+def test_a_conversation_continues_from_the_carry():
     turn = np.array([[3, 1], [2, 5], [4, 0]])
-    first = generate(
-        module, variables, PROMPTS, lengths=LENGTHS, stop_tokens=(2, 4), capacity=32, **options
-    )
-    second = generate(module, variables, turn, carry=first.carry, **options)
-    texts = np.zeros((3, 10), np.int32)
+    first = continued(stop_tokens=STOPS, sampling=GREEDY)
+    carry = {**first.carry, "room": np.full(3, 99, np.int32)}
+    second = continued(turn, lengths=None, carry=carry, num_tokens=4, sampling=GREEDY)
     for row, length in enumerate(LENGTHS):
-        said = np.asarray(first.tokens[row, : first.lengths[row]])
-        text = [*PROMPTS[row, :length], *said, *turn[row]]
-        texts[row, : len(text)] = text
-    lengths = LENGTHS + np.asarray(first.lengths) + 2
-    whole = generate(module, variables, texts, lengths=lengths, **options)
-    np.testing.assert_array_equal(second.tokens, whole.tokens)
+        reply = np.asarray(first.tokens[row, : first.lengths[row]])
+        text = [*PROMPTS[row, :length], *reply, *turn[row]]
+        assert second.tokens[row].tolist() == greedy_by_hand(TABLE, TABLE_VARIABLES, text, 4)[0]
+    assert len(set(np.asarray(first.lengths))) > 1, "the first turns should differ in length"
 
 
 def test_a_sequence_to_sequence_model_starts_from_its_encoded_source():
@@ -250,48 +261,54 @@ def test_a_sequence_to_sequence_model_starts_from_its_encoded_source():
         module, variables, begin, num_tokens=6, carry=carry, capacity=8, rng=KEY, sampling=GREEDY
     )
     inputs = np.concatenate([begin, result.tokens[:, :-1]], axis=1)
-    logits = module.apply(variables, PROMPTS, inputs, lengths)
+    logits = forward(module, variables, PROMPTS, inputs, lengths)
     np.testing.assert_array_equal(result.tokens, np.argmax(logits, axis=-1))
 
 
 def test_a_second_call_of_the_same_shapes_is_not_traced_again():
-    continued(stop_tokens=(2,))
-    count = len(extended)
+    continued(stop_tokens=STOPS)
+    count = len(extend_calls)
     again = generate(
         TableModel(VOCABULARY),
         made(TABLE, PROMPTS, seed=1),
         PROMPTS[::-1],
-        num_tokens=5,
+        num_tokens=NUM_TOKENS,
         lengths=np.array([1, 2, 4]),
         rng=jax.random.key(11),
         sampling=Sampling(temperature=0.3, top_p=0.5, min_p=0.1, repetition_penalty=1.2),
-        stop_tokens=(5,),
+        stop_tokens=(5, 3),
         pad_token=3,
     )
-    assert again.tokens.shape == (3, 5)
-    assert len(extended) == count
+    assert again.tokens.shape == (3, NUM_TOKENS)
+    assert len(extend_calls) == count
+
+
+def sampled_log_probabilities(variables, prompts, lengths):
+    return generate(
+        TABLE, variables, prompts, lengths=lengths, num_tokens=NUM_TOKENS, rng=KEY
+    ).log_probabilities
+
+
+compiled_inside = jax.jit(sampled_log_probabilities)
 
 
 def test_generation_compiles_inside_another_program_and_over_a_population():
-    def run(variables, prompts, lengths):
-        return generate(
-            TABLE, variables, prompts, lengths=lengths, num_tokens=5, rng=KEY
-        ).log_probabilities
-
-    alone = run(TABLE_VARIABLES, PROMPTS, LENGTHS)
-    np.testing.assert_allclose(jax.jit(run)(TABLE_VARIABLES, PROMPTS, LENGTHS), alone, atol=1e-6)
+    solo = sampled_log_probabilities(TABLE_VARIABLES, PROMPTS, LENGTHS)
+    inside = compiled_inside(TABLE_VARIABLES, PROMPTS, LENGTHS)
+    np.testing.assert_allclose(inside, solo, atol=1e-6)
     members = [TABLE_VARIABLES, made(TABLE, PROMPTS, seed=1)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    found = jax.vmap(run, in_axes=(0, None, None))(stacked, PROMPTS, LENGTHS)
-    np.testing.assert_allclose(found[0], alone, atol=1e-6)
-    np.testing.assert_allclose(found[1], run(members[1], PROMPTS, LENGTHS), atol=1e-6)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+    population = jax.vmap(sampled_log_probabilities, in_axes=(0, None, None))
+    found = population(stacked, PROMPTS, LENGTHS)
+    np.testing.assert_allclose(found[0], solo, atol=1e-6)
+    solo = sampled_log_probabilities(members[1], PROMPTS, LENGTHS)
+    np.testing.assert_allclose(found[1], solo, atol=1e-6)
 
 
-def test_what_is_wrong_only_when_the_program_runs_gives_nan():
-    traced = jax.jit(lambda lengths: continued(lengths=lengths).log_probabilities)
-    found = traced(np.array([0, 5, 3]))
+def test_wrong_lengths_and_a_full_cache_give_nan_in_a_compiled_program():
+    found = compiled_inside(TABLE_VARIABLES, PROMPTS, np.array([0, 5, 3]))
     np.testing.assert_array_equal(np.isnan(found[:, 0]), [True, True, False])
-    carry = continued(num_tokens=2, capacity=6).carry
+    carry = continued().carry  # 16, 13 and 15 of 16 tokens
     found = continued(PROMPTS[:, :1], lengths=None, carry=carry, num_tokens=3).log_probabilities
     np.testing.assert_array_equal(np.isnan(found[:, -1]), [True, False, True])
 
@@ -306,7 +323,7 @@ def test_what_is_wrong_only_when_the_program_runs_gives_nan():
         ({"lengths": np.array([4, 0, 3])}, r"length 0 is not in \[1, 4\]"),
         ({"lengths": np.array([4, 5, 3])}, r"length 5 is not in \[1, 4\]"),
         ({"lengths": np.array([4, 5])}, r"shape \(2,\).*fit 3 rows"),
-        ({"capacity": 8}, "4 tokens and 5 new ones.*capacity 8; give capacity=9"),
+        ({"capacity": 8}, "4 tokens and 12 new ones.*capacity 8; give capacity=16"),
         ({"prompts": PROMPTS + 1}, "token id 6 is outside the vocabulary of 6"),
         ({"prompts": PROMPTS - 2}, "token id -1 is outside"),
         ({"stop_tokens": (6,)}, "token id 6 is outside"),
@@ -332,7 +349,7 @@ def test_a_wrong_argument_is_refused_with_its_value(options, message):
         ({"top_k": 2.5}, "top_k is 2.5"),
     ],
 )
-def test_a_wrong_way_of_sampling_is_refused_with_its_value(fields, message):
+def test_a_wrong_sampling_option_is_refused_with_its_value(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
 
