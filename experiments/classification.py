@@ -132,7 +132,7 @@ class ImageClassification(Problem):
         # The kernel is the same for every seed: computed now, not in the program that draws them.
         with jax.ensure_compile_time_eval():
             images = self._transform(examples, jax.random.key(0), False)["inputs"]
-            return jn.convolutional.with_whitening(variables, images)
+            return jn.convolutional.set_whitening_kernel(variables, images)
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.resident

@@ -16,7 +16,7 @@ from experiments.classification import ImageClassification, Viewed
 from experiments.harness.models import ModelName, make_model
 from experiments.harness.run_folder import RunFolder
 from jaxnets.data import digits, normalize
-from jaxnets.models.convolutional import patch_whitening
+from jaxnets.models.convolutional import whitening_kernel
 
 
 @pytest.mark.parametrize("name", typing.get_args(ModelName))
@@ -69,7 +69,7 @@ def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened
     )
     kernels = problem.create_states().model_state["whitening"]["kernel"]
     train = digits().train["inputs"][:5000]
-    expected = patch_whitening(normalize(train, digits().mean, digits().std))
+    expected = whitening_kernel(normalize(train, digits().mean, digits().std))
     for kernel in kernels:
         np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-4)
 

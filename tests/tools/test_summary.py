@@ -72,7 +72,7 @@ def test_every_network_and_preset_of_the_families_has_a_name():
     preset_names = {name for facade in facades for name in facade.__all__ if name.islower()}
     preset_names |= {name for name in vars(jn.feedforward) if name.startswith("mixer_")}
     helpers = {"inpaint", "stack_layers", "unstack_layers", "recurrent_scan"}
-    helpers |= {"patch_whitening", "with_whitening"}
+    helpers |= {"whitening_kernel", "set_whitening_kernel"}
     assert preset_names - helpers <= set(registry.MODELS)
     classes = {type(model.network()) for model in registry.MODELS.values()}
     convolutional = {getattr(jn.convolutional, name) for name in jn.convolutional.__all__}

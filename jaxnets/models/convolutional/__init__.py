@@ -23,7 +23,11 @@ from jaxnets.models.convolutional.resnet import (
     wide_resnet28_10,
     wide_resnet40_4,
 )
-from jaxnets.models.convolutional.whitened import WhitenedConvNet, patch_whitening, with_whitening
+from jaxnets.models.convolutional.whitened import (
+    WhitenedConvNet,
+    set_whitening_kernel,
+    whitening_kernel,
+)
 
 __all__ = [
     "ConvNeXt",
@@ -38,7 +42,6 @@ __all__ = [
     "convnext_large",
     "convnext_small",
     "convnext_tiny",
-    "patch_whitening",
     "pilotnet",
     "resnet9",
     "resnet18",
@@ -46,8 +49,9 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "set_whitening_kernel",
+    "whitening_kernel",
     "wide_resnet16_4",
     "wide_resnet28_10",
     "wide_resnet40_4",
-    "with_whitening",
 ]

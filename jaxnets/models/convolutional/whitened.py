@@ -18,7 +18,7 @@ from jaxnets.functional.pooling import max_pool
 from jaxnets.layers import BatchNorm, Convolution, Dense
 
 
-def patch_whitening(images: jax.Array, *, side: int = 2, epsilon: float = 5e-4) -> jax.Array:
+def whitening_kernel(images: jax.Array, *, side: int = 2, epsilon: float = 5e-4) -> jax.Array:
     """Compute the kernel that maps the patches of images to uncorrelated numbers of variance 1.
 
     The eigenvectors of the patches' covariance, each divided by the root of its eigenvalue; the
@@ -43,7 +43,7 @@ def patch_whitening(images: jax.Array, *, side: int = 2, epsilon: float = 5e-4) 
 
     Example:
         >>> images = jax.random.normal(jax.random.key(0), (64, 8, 8, 1))
-        >>> y = convolution(images, patch_whitening(images), padding="VALID")
+        >>> y = convolution(images, whitening_kernel(images), padding="VALID")
         >>> covariance = jnp.cov(y[..., :4].reshape(-1, 4).T)
         >>> bool(jnp.all(jnp.abs(covariance - jnp.eye(4)) < 0.01))
         True
@@ -69,14 +69,14 @@ def patch_whitening(images: jax.Array, *, side: int = 2, epsilon: float = 5e-4) 
 class WhitenedConvNet(nn.Module):
     """Whitened patches, then blocks of convolutions with a pool behind the first of each.
 
-    A convolution with a fixed kernel, `patch_whitening` of the training images, then for each
+    A convolution with a fixed kernel, `whitening_kernel` of the training images, then for each
     width a block: convolution, 2x2 max pool, batch norm, activation, and further convolutions,
     each with batch norm and activation; then the maximum over all positions and a linear layer,
     scaled down. Convolutions start by passing their inputs on. In blocks of three or more
     convolutions what the first has given is added in front of the last activation.
 
     The fixed kernel is no parameter. It lies in the collection "whitening", is random after
-    `init`, and is set by `with_whitening`.
+    `init`, and is set by `set_whitening_kernel`.
 
     Attributes:
         features: channels of each block.
@@ -160,12 +160,12 @@ class WhitenedConvNet(nn.Module):
         return y + along_channels(bias.astype(policy.compute), y)
 
 
-def with_whitening(variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
+def set_whitening_kernel(variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
     """Set the fixed kernel of a `WhitenedConvNet`.
 
     Args:
         variables: as given by its `init`.
-        images: see `patch_whitening`.
+        images: see `whitening_kernel`.
 
     Returns:
         The variables with the kernel that whitens these images.
@@ -179,7 +179,7 @@ def with_whitening(variables: Mapping[str, Any], images: jax.Array) -> dict[str,
             "WhitenedConvNet"
         )
     old = variables["whitening"]["kernel"]
-    new = patch_whitening(images, side=len(old))
+    new = whitening_kernel(images, side=len(old))
     if old.shape != new.shape:
         raise ValueError(
             f"images of {images.shape[-1]} channels whiten by a kernel {new.shape}, but the "

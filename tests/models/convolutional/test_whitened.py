@@ -7,7 +7,7 @@ import pytest
 from checks import check_module
 
 from jaxnets import WhitenedConvNet
-from jaxnets.models.convolutional import patch_whitening, with_whitening
+from jaxnets.models.convolutional import set_whitening_kernel, whitening_kernel
 
 SMALL = WhitenedConvNet(features=(4, 6), num_outputs=3)
 
@@ -26,7 +26,7 @@ def test_it_passes_every_check():
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_the_kernel_whitens_by_the_eigenvectors_of_numpy(side):
     x = images(50, 6, 7, 3)
-    kernel = np.asarray(patch_whitening(x, side=side, epsilon=0.0))
+    kernel = np.asarray(whitening_kernel(x, side=side, epsilon=0.0))
     patches = np.stack(
         [
             x[:, i : i + side, j : j + side].reshape(50, -1)
@@ -51,7 +51,7 @@ def test_deep_blocks_add_what_their_first_convolution_gave():
     check_module(deep, images(4, 8, 8, 1), num_parameters=parameters)
     x = images(4, 8, 8, 1)
     deep = deep.clone(activation="relu")  # which leaves what it has given as it is
-    variables = with_whitening(deep.init(jax.random.key(0), x), x)
+    variables = set_whitening_kernel(deep.init(jax.random.key(0), x), x)
     assert variables["whitening"]["kernel"].shape == (3, 3, 1, 18)
     params = dict(variables["params"])
     for block in range(2):
@@ -70,8 +70,8 @@ def test_the_fixed_kernel_is_no_parameter_and_is_set_apart():
     x = images(20, 8, 8, 1)
     variables = SMALL.init(jax.random.key(0), x[:1])
     assert set(variables["params"]) >= {"bias", "head"}
-    whitened = with_whitening(variables, x)
-    np.testing.assert_array_equal(whitened["whitening"]["kernel"], patch_whitening(x))
+    whitened = set_whitening_kernel(variables, x)
+    np.testing.assert_array_equal(whitened["whitening"]["kernel"], whitening_kernel(x))
     assert whitened["params"] is variables["params"]
     before, after = (SMALL.apply(v, x) for v in (variables, whitened))
     assert float(jnp.abs(before - after).max()) > 1e-3
@@ -98,15 +98,18 @@ def test_convolutions_start_by_passing_their_inputs_on():
         (lambda: WhitenedConvNet(activation="no"), "'no'"),
         (lambda: WhitenedConvNet(depth=0), "depth=0"),
         (lambda: WhitenedConvNet(patch=0), "patch=0"),
-        (lambda: patch_whitening(images(1, 8, 8, 1), side=9), "9 x 9.*a side from 1 to theirs"),
+        (lambda: whitening_kernel(images(1, 8, 8, 1), side=9), "9 x 9.*a side from 1 to theirs"),
         (
             lambda: WhitenedConvNet().init(jax.random.key(0), images(1, 8, 8, 1)),
             r"\(8, 8\).*3 blocks, which need 9 a side",
         ),
-        (lambda: patch_whitening(images(1, 8, 8, 1)[0]), r"\(8, 8, 1\).*\[batch, height"),
-        (lambda: with_whitening({"params": {}}, images(4, 8, 8, 1)), "params.*WhitenedConvNet"),
+        (lambda: whitening_kernel(images(1, 8, 8, 1)[0]), r"\(8, 8, 1\).*\[batch, height"),
         (
-            lambda: with_whitening(
+            lambda: set_whitening_kernel({"params": {}}, images(4, 8, 8, 1)),
+            "params.*WhitenedConvNet",
+        ),
+        (
+            lambda: set_whitening_kernel(
                 SMALL.init(jax.random.key(0), images(1, 8, 8, 1)), images(4, 8, 8, 3)
             ),
             r"3 channels.*\(2, 2, 3, 24\).*\(2, 2, 1, 8\)",
