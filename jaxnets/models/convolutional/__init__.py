@@ -1,4 +1,4 @@
-"""Convolutional networks: LeNet-5, a configurable one, residual families, PilotNet."""
+"""Convolutional networks: LeNet-5, a configurable one, ResNets, ConvNeXt, PilotNet, airbench."""
 
 from jaxnets.models.convolutional.convnet import ConvNet, LeNet5
 from jaxnets.models.convolutional.convnext import (

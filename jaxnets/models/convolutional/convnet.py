@@ -1,9 +1,4 @@
-"""Convolutional networks: LeNet-5, a plain configurable one, and the residual families.
-
-`ResNet`, `WideResNet` and `ResNet9` are defined in `resnet`, `ConvNeXt` in `convnext`, `PilotNet`
-in `pilotnet`, `WhitenedConvNet` in `whitened_convnet`; they and their presets are given here too,
-so that this one module names the whole family.
-"""
+"""Convolutional networks without shortcuts: LeNet-5 (LeCun et al. 1998) and a configurable one."""
 
 from __future__ import annotations
 
@@ -22,11 +17,11 @@ from jaxnets.layers import Convolution, Dense, Dropout, Initializer, check_norm,
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as it is taught today: 61,706 parameters for one channel and 10 classes.
+    """LeNet-5 in its modern form: 61,706 parameters for one channel and 10 classes.
 
-    Differs from the paper: the pools have no trainable coefficients, every map of the second
-    convolution sees all maps of the first, tanh is not scaled, and the output is linear instead
-    of radial basis functions.
+    Differs from the paper: pooling has no trainable coefficients, the second convolution connects
+    every output channel to all input channels, tanh is not scaled, and the output layer is linear
+    instead of radial basis functions.
 
     Attributes:
         num_outputs: size of the output.
@@ -48,9 +43,9 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, 28 or 32, the same, channels] to [batch, num_outputs].
+        """Map [batch, 28, 28, channels] or [batch, 32, 32, channels] to [batch, num_outputs].
 
-        Images of 28x28 are padded to 32x32 with zeros. Records "features".
+        Images of 28x28 are zero-padded to 32x32. Records "features".
         """
         check_rank(inputs, self, layouts=IMAGES)
         if inputs.shape[1:3] not in ((28, 28), (32, 32)):
@@ -74,26 +69,26 @@ class LeNet5(nn.Module):
 class ConvNet(nn.Module):
     """A plain convolutional network for images or audio, of any depth and width.
 
-    Each layer is a convolution, a max pool, a norm and an activation. The pool stands in front
-    of the other two, which then cost a quarter; without a norm and with an increasing activation
-    the result is that of the usual order.
+    Each layer is a convolution, a max pool, a norm and an activation. Pooling precedes norm and
+    activation, which then cost a quarter. Without a norm and with an increasing activation the
+    result equals that of the usual order.
 
     Attributes:
         features: channels of each convolution.
-        kernel_size: extent of the kernels, an int for every spatial axis or one per axis.
+        kernel_size: size of the kernels, an int for every spatial axis or one per axis.
         pool: window and stride of the max pool after each convolution; 1 for none.
-        hidden_features: widths of the dense layers in front of the output.
+        hidden_features: widths of the hidden dense layers.
         num_outputs: size of the output.
         activation: name or element-wise function.
         norm: None, "batch" or "layer", after each convolution and hidden layer.
-        dropout_rate: dropout in front of each dense layer, in [0, 1).
-        global_pool: average over all positions in front of the dense layers instead of
-            flattening, which binds the parameters to the input size.
-        kernel_init: initializer of all but the last layer; the default suits relu and its kin.
+        dropout_rate: dropout before each dense layer, in [0, 1).
+        global_pool: global average pooling before the dense layers instead of flattening, which
+            ties the number of parameters to the input size.
+        kernel_init: initializer of all but the last layer; the default suits relu and similar.
         precision: dtypes.
 
     Raises:
-        ValueError: a field is out of range, or the pools leave nothing of the input.
+        ValueError: a field is out of range, or the input is too small for the pools.
 
     Example:
         >>> module = ConvNet(features=(8, 16))
@@ -141,7 +136,7 @@ class ConvNet(nn.Module):
                 f"inputs of shape {inputs.shape} are too small for {len(self.features)} pools of "
                 f"{self.pool}, which need {smallest} a side; use fewer features or pool=1"
             )
-        # What a norm and an activation need of the layer in front of them.
+        # A norm subtracts any bias of the layer before it.
         shared: dict[str, Any] = {
             "use_bias": self.norm is None,
             "kernel_init": self.kernel_init,
@@ -156,6 +151,7 @@ class ConvNet(nn.Module):
             x = Convolution(width, self.kernel_size, name=f"conv_{index}", **shared)(x)
             x = max_pool(x, self.pool) if self.pool > 1 else x
             x = act(normalized(x, f"conv_norm_{index}"))
+        # [batch, channels], or flattened: [batch, positions * channels]
         x = global_average_pool(x) if self.global_pool else x.reshape(x.shape[0], -1)
         for index, width in enumerate(self.hidden_features):
             x = Dropout(self.dropout_rate, name=f"dropout_{index}")(x, train=train)

@@ -1,4 +1,4 @@
-"""ConvNeXt: a residual network of depthwise convolutions in the shape of a transformer."""
+"""ConvNeXt of Liu et al. 2022: a residual network of depthwise convolutions, after transformers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TRUNCATED = nn.initializers.truncated_normal(0.02)
 
 
 class ConvNeXtBlock(nn.Module):
-    """A 7x7 depthwise convolution, then two pointwise layers, scaled and added to the input.
+    """A 7x7 depthwise convolution, a layer norm and two pointwise layers as a residual branch.
 
     Attributes:
         dropout_rate: stochastic depth: probability of skipping the branch, in [0, 1).
-        scale_init: start of the learned scale of the branch, near zero.
+        scale_init: initial layer scale: a trained factor per channel of the branch, near zero.
         precision: dtypes.
     """
 
@@ -54,15 +54,17 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt: a patch layer and four stages, each of half the size of the one before.
+    """ConvNeXt: a patchify stem and stages, each at half the resolution of the previous one.
+
+    Corresponds to `torchvision.models.convnext.ConvNeXt`, with equal numbers of parameters.
 
     Attributes:
         stage_sizes: number of blocks of each stage.
         stage_features: channels of each stage.
         num_outputs: size of the output.
-        patch_size: side of the first patches; 4 in the paper, 2 or 1 for small images.
-        dropout_rate: stochastic depth at the last block, growing linearly from 0 at the first.
-        scale_init: start of the scale of each residual branch.
+        patch_size: kernel size and stride of the stem; 4 in the paper, 2 or 1 for small images.
+        dropout_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        scale_init: initial layer scale of each residual branch.
         precision: dtypes.
 
     Raises:
@@ -91,7 +93,7 @@ class ConvNeXt(nn.Module):
         if len(self.stage_sizes) != len(self.stage_features):
             raise ValueError(
                 f"stage_sizes={self.stage_sizes} and stage_features={self.stage_features} must "
-                "have one entry a stage each"
+                "have one entry per stage"
             )
         super().__post_init__()
 
@@ -143,22 +145,22 @@ class ConvNeXt(nn.Module):
 
 
 def convnext_tiny(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-T: 28,589,128 parameters for 1000 classes; `fields` override its own."""
+    """Build ConvNeXt-T: 28,589,128 parameters for 1000 classes; `fields` override the preset."""
     return _convnext(3, 9, 96, 0.1, num_classes, fields)
 
 
 def convnext_small(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-S: 50,223,688 parameters for 1000 classes; `fields` override its own."""
+    """Build ConvNeXt-S: 50,223,688 parameters for 1000 classes; `fields` override the preset."""
     return _convnext(3, 27, 96, 0.4, num_classes, fields)
 
 
 def convnext_base(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-B: 88,591,464 parameters for 1000 classes; `fields` override its own."""
+    """Build ConvNeXt-B: 88,591,464 parameters for 1000 classes; `fields` override the preset."""
     return _convnext(3, 27, 128, 0.5, num_classes, fields)
 
 
 def convnext_large(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-L: 197,767,336 parameters for 1000 classes; `fields` override its own."""
+    """Build ConvNeXt-L: 197,767,336 parameters for 1000 classes; `fields` override the preset."""
     return _convnext(3, 27, 192, 0.5, num_classes, fields)
 
 

@@ -1,4 +1,4 @@
-"""PilotNet, the convolutional network that steers a car from what its camera sees."""
+"""PilotNet of Bojarski et al. 2016: the steering command of a car from its camera's image."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jaxnets.core import Precision, record
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.layers import Convolution, Dense
 
-#: Channels, size of the kernel and stride of each convolution.
+#: Output channels, kernel size and stride of each convolution.
 CONVOLUTIONS = ((24, 5, 2), (36, 5, 2), (48, 5, 2), (64, 3, 1), (64, 3, 1))
 
 
 class PilotNet(nn.Module):
     """Five convolutions without padding and four dense layers: 252,219 parameters at 66x200x3.
 
-    The paper's first layer, which normalizes the image and is not trained, is left to the caller;
-    `data.normalize` does it.
+    Differs from the paper: its first layer, a fixed normalization of the image, is left to the
+    caller; `data.normalize` does it.
 
     Attributes:
         num_outputs: size of the output; in the paper 1, the inverse radius of the turn.
-        hidden_features: widths of the dense layers in front of the output.
-        activation: name or element-wise function; the paper names none.
+        hidden_features: widths of the hidden dense layers.
+        activation: name or element-wise function; the paper does not say which.
         precision: dtypes.
 
     Raises:
@@ -56,7 +56,7 @@ class PilotNet(nn.Module):
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, num_outputs].
 
-        Records "map_0" to "map_4", the maps behind each activation, and "features".
+        Records "map_0" to "map_4", the feature maps after each activation, and "features".
         """
         check_rank(inputs, self, layouts=IMAGES)
         policy, act = self.precision, activation(self.activation)
@@ -82,7 +82,7 @@ class PilotNet(nn.Module):
                 )(x)
             )
             record(self, f"map_{index}", x)
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], -1)  # [batch, height * width * channels]
         for index, width in enumerate(self.hidden_features):
             x = act(Dense(width, precision=policy, name=f"hidden_{index}")(x))
         record(self, "features", x)

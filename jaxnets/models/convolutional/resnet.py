@@ -1,7 +1,7 @@
-"""Residual convolutional networks: ResNet, Wide ResNet and a small fast one for tiny images.
+"""Residual networks: ResNet (He et al. 2016), Wide ResNet (2016), ResNet-9 (Page 2018).
 
-The rank of the kernels comes from the input: images [batch, height, width, channels], or audio
-[batch, time, channels] with the same code.
+The rank of the kernels follows that of the input: images [batch, height, width, channels], or
+audio [batch, time, channels].
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from jaxnets.layers import BatchNorm, Convolution, Dense, Dropout
 _HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _convolution(features: int, size: int, strides: int, *, policy: Precision, name: str) -> Any:
-    """Build a convolution in front of a batch norm, padded alike on both sides."""
+def _bias_free_convolution(
+    features: int, kernel_size: int, strides: int, *, policy: Precision, name: str
+) -> Convolution:
+    """Build a convolution for use with batch norm: no bias, padding equal on both sides."""
     return Convolution(
         features,
-        size,
+        kernel_size,
         strides=strides,
-        padding=size // 2,
+        padding=kernel_size // 2,
         use_bias=False,
         kernel_init=_HE_FAN_OUT,
         precision=policy,
@@ -36,15 +38,15 @@ def _convolution(features: int, size: int, strides: int, *, policy: Precision, n
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1, added to their input.
+    """A residual block: two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1.
 
-    The last scale starts at zero, so the block starts as the identity (Goyal et al. 2017,
-    arXiv:1706.02677, section 5.1).
+    The scale of the last batch norm starts at zero, so that the block starts as the identity
+    (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
 
     Attributes:
         features: channels inside the block; a bottleneck returns four times as many.
-        strides: step of the 3x3 convolution that reduces the size.
-        bottleneck: which of the two kinds.
+        strides: stride of the first 3x3 convolution and of the shortcut.
+        bottleneck: bottleneck block instead of the basic one.
         activation: name or element-wise function.
         precision: dtypes.
     """
@@ -69,14 +71,18 @@ class ResidualBlock(nn.Module):
             layers = [(self.features, 3, self.strides), (self.features, 3, 1)]
         y = x
         for index, (features, size, strides) in enumerate(layers, start=1):
-            y = _convolution(features, size, strides, policy=policy, name=f"conv_{index}")(y)
+            y = _bias_free_convolution(
+                features, size, strides, policy=policy, name=f"conv_{index}"
+            )(y)
             last = index == len(layers)
             init = nn.initializers.zeros if last else nn.initializers.ones
             norm = BatchNorm(scale_init=init, precision=policy, name=f"norm_{index}")
             y = norm(y, train=train)
             y = y if last else act(y)
         if x.shape != y.shape:
-            x = _convolution(y.shape[-1], 1, self.strides, policy=policy, name="shortcut_conv")(x)
+            x = _bias_free_convolution(
+                y.shape[-1], 1, self.strides, policy=policy, name="shortcut_conv"
+            )(x)
             x = BatchNorm(precision=policy, name="shortcut_norm")(x, train=train)
         return act(x + y)
 
@@ -84,13 +90,19 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network, version 1.5: the stride of a bottleneck is in its 3x3 convolution.
 
+    Corresponds to `torchvision.models.ResNet` with `zero_init_residual=True`: the same
+    architecture, padding, initialization of the convolutions and numbers of parameters.
+
+    Differs from the paper, which puts the stride of a bottleneck in its first 1x1 convolution and
+    takes narrower networks for CIFAR-10 (section 4.2).
+
     Attributes:
-        stage_sizes: number of blocks of each stage; each stage after the first halves the size
-            and doubles the channels.
+        stage_sizes: number of blocks of each stage; each stage after the first halves the
+            resolution and doubles the channels.
         bottleneck: bottleneck blocks instead of basic ones.
         num_outputs: size of the output.
-        stem: "imagenet" (7x7 of stride 2 and a pool: a quarter of the size) or "cifar" (3x3,
-            full size).
+        stem: "imagenet" (7x7 convolution of stride 2 and a max pool: a quarter of the resolution)
+            or "cifar" (3x3 convolution, full resolution).
         width: channels of the first stage.
         activation: name or element-wise function.
         precision: dtypes.
@@ -126,7 +138,9 @@ class ResNet(nn.Module):
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy, large = self.precision, self.stem == "imagenet"
         size, strides = (7, 2) if large else (3, 1)
-        x = _convolution(self.width, size, strides, policy=policy, name="stem_conv")(inputs)
+        x = _bias_free_convolution(self.width, size, strides, policy=policy, name="stem_conv")(
+            inputs
+        )
         x = BatchNorm(precision=policy, name="stem_norm")(x, train=train)
         x = activation(self.activation)(x)
         x = max_pool(x, 3, 2, 1) if large else x
@@ -147,11 +161,11 @@ class ResNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Two 3x3 convolutions, each behind its norm and activation, added to their input.
+    """A pre-activation residual block: two 3x3 convolutions, each after its norm and activation.
 
     Attributes:
-        features: channels returned.
-        strides: step of the first convolution.
+        features: output channels.
+        strides: stride of the first convolution and of the shortcut.
         dropout_rate: dropout between the convolutions, in [0, 1).
         precision: dtypes.
     """
@@ -167,19 +181,23 @@ class WideBlock(nn.Module):
         policy = self.precision
         y = nn.relu(BatchNorm(precision=policy, name="norm_1")(x, train=train))
         if x.shape[-1] != self.features or self.strides > 1:
-            x = _convolution(self.features, 1, self.strides, policy=policy, name="shortcut")(y)
-        y = _convolution(self.features, 3, self.strides, policy=policy, name="conv_1")(y)
+            x = _bias_free_convolution(
+                self.features, 1, self.strides, policy=policy, name="shortcut"
+            )(y)
+        y = _bias_free_convolution(self.features, 3, self.strides, policy=policy, name="conv_1")(y)
         y = nn.relu(BatchNorm(precision=policy, name="norm_2")(y, train=train))
         y = Dropout(self.dropout_rate, name="dropout")(y, train=train)
-        return x + _convolution(self.features, 3, 1, policy=policy, name="conv_2")(y)
+        return x + _bias_free_convolution(self.features, 3, 1, policy=policy, name="conv_2")(y)
 
 
 class WideResNet(nn.Module):
-    """Wide residual network for small images: few layers, many channels, norms in front.
+    """Wide pre-activation residual network for small images: few layers, many channels.
+
+    Unrelated to torchvision's `wide_resnet50_2`, which widens the bottlenecks of `ResNet`.
 
     Attributes:
-        depth: number of convolutions on the main path, 6 n + 4 for n blocks a stage.
-        widen_factor: channels in multiples of 16, 32 and 64.
+        depth: number of convolutions on the main path, 6 n + 4 for n blocks per stage.
+        widen_factor: multiple of the 16, 32 and 64 channels of the stages.
         num_outputs: size of the output.
         dropout_rate: dropout inside the blocks, in [0, 1).
         precision: dtypes.
@@ -212,7 +230,7 @@ class WideResNet(nn.Module):
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy = self.precision
-        x = _convolution(16, 3, 1, policy=policy, name="stem_conv")(inputs)
+        x = _bias_free_convolution(16, 3, 1, policy=policy, name="stem_conv")(inputs)
         for stage in (1, 2, 3):
             for block in range(1, (self.depth - 4) // 6 + 1):
                 x = WideBlock(
@@ -230,16 +248,16 @@ class WideResNet(nn.Module):
 
 
 class ResNet9(nn.Module):
-    """A small residual network that learns tiny images in few epochs.
+    """A small residual network for fast training on small images.
 
     Convolutions of 1, 2, 4 and 8 times `width` channels, the last three followed by a 2x2 max
-    pool, the second and fourth by a residual pair; then the maximum over all positions and a
-    linear layer without bias, scaled down.
+    pool, the second and fourth also by a residual pair; then global max pooling and a linear layer
+    without bias, whose output is scaled down.
 
     Attributes:
         num_outputs: size of the output.
         width: channels of the first convolution.
-        logit_scale: factor on the output, which keeps the early softmax soft.
+        logit_scale: factor on the logits; below 1 it keeps the initial softmax soft.
         precision: dtypes.
 
     References:
@@ -265,7 +283,7 @@ class ResNet9(nn.Module):
         policy = self.precision
 
         def layer(x: jax.Array, features: int, name: str) -> jax.Array:
-            x = _convolution(features, 3, 1, policy=policy, name=f"{name}_conv")(x)
+            x = _bias_free_convolution(features, 3, 1, policy=policy, name=f"{name}_conv")(x)
             return nn.relu(BatchNorm(precision=policy, name=f"{name}_norm")(x, train=train))
 
         x = layer(inputs, self.width, "prep")
@@ -274,34 +292,34 @@ class ResNet9(nn.Module):
             if residual:
                 y = layer(x, x.shape[-1], f"residual_{stage}_1")
                 x = x + layer(y, x.shape[-1], f"residual_{stage}_2")
-        x = max_pool(x, x.shape[1:-1]).reshape(x.shape[0], -1)
+        x = max_pool(x, x.shape[1:-1]).reshape(x.shape[0], -1)  # [batch, channels]
         record(self, "features", x)
         head = Dense(self.num_outputs, use_bias=False, precision=policy, name="head")
         return (self.logit_scale * head(x)).astype(policy.output)
 
 
 def resnet18(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-18: 11,689,512 parameters for 1000 classes; `fields` override its own."""
+    """Build ResNet-18: 11,689,512 parameters for 1000 classes; `fields` override the preset."""
     return _resnet((2, 2, 2, 2), False, num_classes, stem, fields)
 
 
 def resnet34(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-34: 21,797,672 parameters for 1000 classes; `fields` override its own."""
+    """Build ResNet-34: 21,797,672 parameters for 1000 classes; `fields` override the preset."""
     return _resnet((3, 4, 6, 3), False, num_classes, stem, fields)
 
 
 def resnet50(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-50: 25,557,032 parameters for 1000 classes; `fields` override its own."""
+    """Build ResNet-50: 25,557,032 parameters for 1000 classes; `fields` override the preset."""
     return _resnet((3, 4, 6, 3), True, num_classes, stem, fields)
 
 
 def resnet101(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-101: 44,549,160 parameters for 1000 classes; `fields` override its own."""
+    """Build ResNet-101: 44,549,160 parameters for 1000 classes; `fields` override the preset."""
     return _resnet((3, 4, 23, 3), True, num_classes, stem, fields)
 
 
 def resnet152(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-152: 60,192,808 parameters for 1000 classes; `fields` override its own."""
+    """Build ResNet-152: 60,192,808 parameters for 1000 classes; `fields` override the preset."""
     return _resnet((3, 8, 36, 3), True, num_classes, stem, fields)
 
 
@@ -317,20 +335,20 @@ def _resnet(
 
 
 def wide_resnet28_10(num_classes: int = 10, **fields: Any) -> WideResNet:
-    """Build WRN-28-10: 36,479,194 parameters for 10 classes; `fields` override its own."""
+    """Build WRN-28-10: 36,479,194 parameters for 10 classes; `fields` override the preset."""
     return WideResNet(**({"depth": 28, "widen_factor": 10, "num_outputs": num_classes} | fields))
 
 
 def wide_resnet40_4(num_classes: int = 10, **fields: Any) -> WideResNet:
-    """Build WRN-40-4: 8.9 million parameters for 10 classes; `fields` override its own."""
+    """Build WRN-40-4: 8.9 million parameters for 10 classes; `fields` override the preset."""
     return WideResNet(**({"depth": 40, "widen_factor": 4, "num_outputs": num_classes} | fields))
 
 
 def wide_resnet16_4(num_classes: int = 10, **fields: Any) -> WideResNet:
-    """Build WRN-16-4: 2.7 million parameters for 10 classes; `fields` override its own."""
+    """Build WRN-16-4: 2.7 million parameters for 10 classes; `fields` override the preset."""
     return WideResNet(**({"depth": 16, "widen_factor": 4, "num_outputs": num_classes} | fields))
 
 
 def resnet9(num_classes: int = 10, **fields: Any) -> ResNet9:
-    """Build the nine-layer network: 6,573,120 parameters for 10 classes of color images."""
+    """Build ResNet-9: 6,573,120 parameters for 10 classes of color images."""
     return ResNet9(**({"num_outputs": num_classes} | fields))

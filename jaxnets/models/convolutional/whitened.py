@@ -1,4 +1,4 @@
-"""A convolutional network that learns tiny images in few passes, on whitened patches."""
+"""The network of airbench (Jordan 2024): CIFAR-10 in a few epochs, on whitened patches."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from jaxnets.layers import BatchNorm, Convolution, Dense
 
 
 def whitening_kernel(images: jax.Array, *, side: int = 2, epsilon: float = 5e-4) -> jax.Array:
-    """Compute the kernel that maps the patches of images to uncorrelated numbers of variance 1.
+    """Compute the convolution kernel that whitens image patches (PCA whitening).
 
-    The eigenvectors of the patches' covariance, each divided by the root of its eigenvalue; the
-    second half of the features are the first half negated, so that nothing is lost behind a
-    rectifier.
+    The output channels are uncorrelated and of variance 1: the kernel holds the eigenvectors of the
+    patches' covariance, each divided by the square root of its eigenvalue. The second half of the
+    output channels is the first half negated, so that an activation such as relu loses nothing.
 
     Args:
-        images: [batch, height, width, channels], scaled as the network will see them. A few
-            thousand are enough.
+        images: [batch, height, width, channels], scaled as for the network. A few thousand are
+            enough.
         side: height and width of the patches.
-        epsilon: added to the eigenvalues, which bounds how much faint patterns are amplified.
+        epsilon: added to the eigenvalues, which bounds the amplification of faint patterns.
 
     Returns:
         Kernel [side, side, channels, 2 * side * side * channels], float32.
 
     Raises:
-        ValueError: a side below 1; the images are no [batch, height, width, channels] of that
-            side or more.
+        ValueError: `side` is below 1, or `images` is not [batch, height, width, channels] of at
+            least `side` a side.
 
     References:
         Page 2018, "How to train your ResNet", part 8; Jordan 2024, arXiv:2404.00498, section 3.2.
@@ -60,37 +60,43 @@ def whitening_kernel(images: jax.Array, *, side: int = 2, epsilon: float = 5e-4)
         for row in range(side)
         for column in range(side)
     ]
+    # [batch * rows * columns, side * side * channels]
     patches = jnp.concatenate(shifted, axis=-1).reshape(-1, side**2 * channels)
     eigenvalues, vectors = jnp.linalg.eigh(jnp.cov(patches.astype(jnp.float32).T))
+    # [side, side, channels, side * side * channels]
     kernel = (vectors / jnp.sqrt(eigenvalues + epsilon)[None]).reshape(side, side, channels, -1)
     return jnp.concatenate([kernel, -kernel], axis=-1)
 
 
 class WhitenedConvNet(nn.Module):
-    """Whitened patches, then blocks of convolutions with a pool behind the first of each.
+    """A whitening convolution, then blocks of convolutions, as in airbench94 and airbench96.
 
-    A convolution with a fixed kernel, `whitening_kernel` of the training images, then for each
+    A convolution with a fixed kernel, the `whitening_kernel` of the training images, then for each
     width a block: convolution, 2x2 max pool, batch norm, activation, and further convolutions,
-    each with batch norm and activation; then the maximum over all positions and a linear layer,
-    scaled down. Convolutions start by passing their inputs on. In blocks of three or more
-    convolutions what the first has given is added in front of the last activation.
+    each with batch norm and activation; then global max pooling and a linear layer without bias,
+    whose output is scaled down. The 3x3 convolutions start with an identity (Dirac) part. In blocks
+    of three or more convolutions the output of the first is added before the last activation.
 
-    The fixed kernel is no parameter. It lies in the collection "whitening", is random after
-    `init`, and is set by `set_whitening_kernel`.
+    The fixed kernel is not a parameter. It is in the collection "whitening", random after `init`,
+    and set by `set_whitening_kernel`.
+
+    Differs from the author's code: the covariance of the patches is centered, the scales of the
+    batch norms are trained, and GELU is the tanh approximation.
 
     Attributes:
         features: channels of each block.
         num_outputs: size of the output.
         depth: convolutions of each block.
-        patch: height and width of the patches that are whitened.
-        logit_scale: factor on the output.
-        momentum: weight of the past in the running averages of the norms; training is short.
+        patch: height and width of the whitened patches.
+        logit_scale: factor on the logits.
+        momentum: weight of the past in the running averages of the norms; low, since training is
+            short.
         activation: name or element-wise function.
         precision: dtypes.
 
     References:
-        Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498; blocks of
-        three convolutions are those of its 96%.
+        Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498; its
+        network for 96% has blocks of three convolutions.
     """
 
     features: Sequence[int] = (64, 256, 256)
@@ -124,11 +130,11 @@ class WhitenedConvNet(nn.Module):
             )
         policy, act = self.precision, activation(self.activation)
 
-        def normed_convolution(x: jax.Array, width: int, name: str, *, pool: bool) -> jax.Array:
+        def convolution_and_norm(x: jax.Array, width: int, name: str, *, pool: bool) -> jax.Array:
             x = Convolution(
                 width,
                 use_bias=False,
-                kernel_init=_passing_on,
+                kernel_init=_dirac_uniform,
                 precision=policy,
                 name=f"{name}_conv",
             )(x)
@@ -138,11 +144,11 @@ class WhitenedConvNet(nn.Module):
 
         x = act(self._whiten(inputs.astype(policy.compute)))
         for block, width in enumerate(self.features):
-            x = first = act(normed_convolution(x, width, f"block_{block}_1", pool=True))
+            x = first = act(convolution_and_norm(x, width, f"block_{block}_1", pool=True))
             for number in range(2, self.depth + 1):
-                x = normed_convolution(x, width, f"block_{block}_{number}", pool=False)
+                x = convolution_and_norm(x, width, f"block_{block}_{number}", pool=False)
                 x = act(x + first if number == self.depth > 2 else x)
-        x = max_pool(x, x.shape[1:-1]).reshape(x.shape[0], -1)
+        x = max_pool(x, x.shape[1:-1]).reshape(x.shape[0], -1)  # [batch, channels]
         record(self, "features", x)
         head = Dense(self.num_outputs, use_bias=False, precision=policy, name="head")
         return (self.logit_scale * head(x)).astype(policy.output)
@@ -151,45 +157,48 @@ class WhitenedConvNet(nn.Module):
         policy, side, channels = self.precision, self.patch, x.shape[-1]
         shape = (side, side, channels, 2 * side**2 * channels)
 
-        def unset() -> jax.Array:
+        def random_kernel() -> jax.Array:
             return nn.initializers.lecun_normal()(self.make_rng("params"), shape, policy.parameter)
 
-        kernel = self.variable("whitening", "kernel", unset).value
+        kernel = self.variable("whitening", "kernel", random_kernel).value
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], policy.parameter)
         y = convolution(x, kernel.astype(policy.compute), padding="VALID")
         return y + along_channels(bias.astype(policy.compute), y)
 
 
 def set_whitening_kernel(variables: Mapping[str, Any], images: jax.Array) -> dict[str, Any]:
-    """Set the fixed kernel of a `WhitenedConvNet`.
+    """Set the fixed first kernel of a `WhitenedConvNet`.
 
     Args:
-        variables: as given by its `init`.
+        variables: as returned by its `init`.
         images: see `whitening_kernel`.
 
     Returns:
-        The variables with the kernel that whitens these images.
+        The variables with the whitening kernel of these images.
 
     Raises:
-        ValueError: the variables are of another network, or the images have other channels.
+        ValueError: the variables are of another network, or the number of channels differs.
     """
     if "whitening" not in variables:
         raise ValueError(
-            f"the variables hold {', '.join(variables)}, and no 'whitening'; give those of a "
-            "WhitenedConvNet"
+            f"the variables have the collections {', '.join(variables)} and no 'whitening'; give "
+            "those of a WhitenedConvNet"
         )
     old = variables["whitening"]["kernel"]
     new = whitening_kernel(images, side=len(old))
     if old.shape != new.shape:
         raise ValueError(
-            f"images of {images.shape[-1]} channels whiten by a kernel {new.shape}, but the "
-            f"network was initialized with one of {old.shape}; give images of the same channels"
+            f"images of {images.shape[-1]} channels have a whitening kernel {new.shape}, but the "
+            f"network was initialized with {old.shape}; give images with the same channels"
         )
     return {**variables, "whitening": {"kernel": new.astype(old.dtype)}}
 
 
-def _passing_on(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Draw a kernel whose first outputs are its inputs (Jordan 2024, section 3.3)."""
+def _dirac_uniform(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Draw a kernel whose first output channels copy the input channels (Jordan 2024, section 3.3).
+
+    As torch's default initialization followed by `torch.nn.init.dirac_`.
+    """
     kernel = nn.initializers.he_uniform()(key, shape, dtype) / jnp.sqrt(6).astype(dtype)
     middle = tuple(size // 2 for size in shape[:-2])
     copied = min(shape[-2:])

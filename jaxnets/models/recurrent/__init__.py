@@ -1,4 +1,7 @@
-"""Recurrent networks: stacks, classifiers, models of language, translation and speech."""
+"""Recurrent networks: stacks of layers, classifiers, and models of language, translation, speech.
+
+The stack is in `layers.py`, the LSTM and GRU equations in `jaxnets/functional/recurrence/cells.py`.
+"""
 
 from jaxnets.functional.recurrence.associative import MinGRUCell, MinLSTMCell
 from jaxnets.functional.recurrence.cells import ElmanCell, GRUCell, LSTMCell, MinimalGatedCell

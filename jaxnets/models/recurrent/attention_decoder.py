@@ -1,4 +1,8 @@
-"""Recurrent decoders that attend to what an encoder has read."""
+"""Recurrent decoders with attention to an encoder's outputs: Bahdanau 2014 and Luong 2015.
+
+`translator.py` is the model around them. The equations of the cells are in
+`jaxnets/functional/recurrence/cells.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,16 @@ from jaxnets.functional.recurrence.scan import Carry, Cell
 from jaxnets.layers import Dense, Dropout
 from jaxnets.models.recurrent.layers import Recurrent, cell_weights
 
-#: What a decoder knows: of the source "memory" [batch, source, channels], "keys" [batch, source,
-#: hidden_size] and "valid" bool [batch, source]; the "states" of its layers, a tuple of cell
-#: states; and with input feeding "fed" [batch, hidden_size], its last output.
+#: Encoder outputs "memory" [batch, source, channels], their projection "keys" [batch, source,
+#: hidden_size] and the padding mask "valid" bool [batch, source]; the decoder's "states", a tuple
+#: with the carry of each layer; with input feeding the last output, "input_feed" [batch,
+#: hidden_size].
 DecoderCarry: TypeAlias = Mapping[str, Any]
-#: (states of the layers, projected input, what is fed in) -> states after the step.
-Advance: TypeAlias = Callable[[tuple[Carry, ...], jax.Array, jax.Array], tuple[Carry, ...]]
+#: (carry of each layer, projected input, feed) -> carry of each layer after the step.
+DecoderStep: TypeAlias = Callable[[tuple[Carry, ...], jax.Array, jax.Array], tuple[Carry, ...]]
 
 
-def attend(
+def cross_attention(
     query: jax.Array,
     keys: jax.Array,
     memory: jax.Array,
@@ -33,26 +38,27 @@ def attend(
     *,
     energy: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Take the mean of a memory, weighted by how well its keys fit the queries.
+    """Average the encoder outputs by attention probabilities: additive or multiplicative.
 
-    The weights are the softmax over the source of v . tanh(query + key) with a vector v
-    (Bahdanau), or without one of query . key (Luong).
+    The probabilities are the softmax over the source of v . tanh(query + key) (additive, Bahdanau)
+    or, without the vector v, of query . key (multiplicative, Luong). Corresponds to
+    `keras.layers.AdditiveAttention` and `keras.layers.Attention`.
 
     Args:
         query: [batch, target, features].
         keys: [batch, source, features].
-        memory: [batch, source, channels].
-        valid: bool [batch, source]; where it is False the weight is 0.
+        memory: the values, [batch, source, channels].
+        valid: padding mask, bool [batch, source]; the probability is 0 where it is False.
         energy: the vector v, [features].
 
     Returns:
-        Contexts [batch, target, channels] of the dtype of `memory`, and the weights
-        [batch, target, source], float32 or wider; both 0 where nothing is valid.
+        Contexts [batch, target, channels] of the dtype of `memory`, and the probabilities
+        [batch, target, source], float32 or wider; both are 0 where no key is valid.
 
     Example:
         >>> keys, valid = jnp.eye(2)[None], jnp.array([[True, False]])
-        >>> context, weights = attend(jnp.zeros((1, 1, 2)), keys, keys, valid)
-        >>> context.tolist(), weights.tolist()
+        >>> context, probabilities = cross_attention(jnp.zeros((1, 1, 2)), keys, keys, valid)
+        >>> context.tolist(), probabilities.tolist()
         ([[[1.0, 0.0]]], [[[1.0, 0.0]]])
 
     References:
@@ -60,21 +66,27 @@ def attend(
         2015, arXiv:1508.04025, equations 7 and 8.
     """
     if energy is None:
-        scores = jnp.einsum("btf,bsf->bts", query, keys)
+        scores = jnp.einsum("btf,bsf->bts", query, keys)  # [batch, target, source]
     else:
-        scores = linear(jnp.tanh(query[:, :, None] + keys[:, None]), energy[:, None])[..., 0]
-    scores, seen = at_least_float32(scores), valid[:, None]
-    scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-    weights = jnp.where(seen, jax.nn.softmax(scores), jnp.zeros((), scores.dtype))
-    return jnp.einsum("bts,bsc->btc", weights.astype(memory.dtype), memory), weights
+        hidden = jnp.tanh(query[:, :, None] + keys[:, None])  # [batch, target, source, features]
+        scores = linear(hidden, energy[:, None])[..., 0]  # [batch, target, source]
+    scores, mask = at_least_float32(scores), valid[:, None]  # mask: [batch, 1, source]
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    probabilities = jnp.where(mask, jax.nn.softmax(scores), jnp.zeros((), scores.dtype))
+    # [batch, target, channels]
+    context = jnp.einsum("bts,bsc->btc", probabilities.astype(memory.dtype), memory)
+    return context, probabilities
 
 
-class FedLayers(nn.Module):
-    """A stack of recurrent layers into which each step feeds what it made of the one before.
+class DecoderStack(nn.Module):
+    """A stack of recurrent layers whose first one gets a further input, the feed, at each step.
+
+    The feed is what attention computed: the context (Bahdanau) or the previous output (Luong's
+    input feeding). Since it is only known inside the loop, the caller scans the step function.
 
     Attributes:
         hidden_size: size of the state of each layer.
-        cell: the step.
+        cell: the recurrent cell.
         num_layers: number of layers.
         dropout_rate: dropout between layers, one mask for all steps, in [0, 1).
         precision: dtypes.
@@ -88,34 +100,34 @@ class FedLayers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, words: jax.Array, fed_size: int, *, train: bool = False
-    ) -> tuple[jax.Array, Advance]:
-        """Project the words of all steps at once and bind the weights.
+        self, inputs: jax.Array, feed_size: int, *, train: bool = False
+    ) -> tuple[jax.Array, DecoderStep]:
+        """Project the inputs of all steps at once and bind the weights.
 
         Args:
-            words: [time, batch, channels].
-            fed_size: number of features fed in at each step.
+            inputs: [time, batch, channels].
+            feed_size: size of the feed.
             train: training mode.
 
         Returns:
-            The projected words [time, batch, packed], and the function of one step.
+            The projected inputs [time, batch, num_gates * hidden_size], and the step function.
         """
         size, policy, cell = self.hidden_size, self.precision, self.cell
         layers, masks = [], []
         for index in range(self.num_layers):
-            channels = size if index else words.shape[-1]
+            channels = size if index else inputs.shape[-1]
             weights = CellWeights(cell, channels, size, precision=policy, name=f"layer_{index}")
             layers.append(weights())
             if index:
-                ones = jnp.ones((words.shape[1], size), policy.compute)
+                ones = jnp.ones((inputs.shape[1], size), policy.compute)
                 dropout = Dropout(self.dropout_rate, name=f"dropout_{index}")
                 masks.append(dropout(ones, train=train))
-        feed = _kernel(self, "feed_kernel", (fed_size, cell.num_gates * size))
+        feed_kernel = _kernel(self, "feed_kernel", (feed_size, cell.num_gates * size))
 
-        def advance(
-            states: tuple[Carry, ...], projected: jax.Array, fed: jax.Array
+        def step(
+            states: tuple[Carry, ...], projected: jax.Array, feed: jax.Array
         ) -> tuple[Carry, ...]:
-            x, after = projected + fed.astype(policy.compute) @ feed, list[Carry]()
+            x, after = projected + feed.astype(policy.compute) @ feed_kernel, list[Carry]()
             for index, (weights, state) in enumerate(zip(layers, states, strict=True)):
                 if index:
                     below = after[-1][0].astype(policy.compute) * masks[index - 1]
@@ -123,14 +135,14 @@ class FedLayers(nn.Module):
                 after.append(cell.step(weights, state, at_least_float32(x)))
             return tuple(after)
 
-        return cell.project(layers[0], words), advance
+        return cell.project(layers[0], inputs), step
 
 
 class CellWeights(nn.Module):
-    """The weights of one cell under a name of their own.
+    """The weights of one cell, declared in a scope of their own.
 
     Attributes:
-        cell: lists its weights.
+        cell: the recurrent cell.
         num_channels: number of input channels.
         hidden_size: size of the state.
         precision: dtypes.
@@ -150,15 +162,15 @@ class CellWeights(nn.Module):
 
 
 class BahdanauDecoder(nn.Module):
-    """Recurrent layers, each step of which looks for its context with the state before it.
+    """Recurrent decoder with additive attention; the query is the state before the step.
 
-    e_s = v . tanh(W h_(t-1) + key_s); context c_t = softmax(e) memory; h_t = layers(word_t, c_t,
-    h_(t-1)); output tanh(R [h_t, c_t, word_t] + b).
+    e_s = v . tanh(W h_(t-1) + key_s); context c_t = softmax(e) memory; h_t = layers(x_t, c_t,
+    h_(t-1)); output tanh(R [h_t, c_t, x_t] + b), for the embedding x_t of the previous token.
 
     Attributes:
         hidden_size: size of the state of each layer, and of the output.
-        cell: the step.
-        num_layers: number of layers; the last one looks, the first one gets the context.
+        cell: the recurrent cell.
+        num_layers: number of layers; the last one gives the query, the first one gets the context.
         dropout_rate: dropout between layers.
         precision: dtypes; the states are float32 or wider.
     """
@@ -172,60 +184,64 @@ class BahdanauDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        words: jax.Array,
+        inputs: jax.Array,
         carry: DecoderCarry,
         lengths: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> tuple[jax.Array, jax.Array, DecoderCarry]:
-        """Map words [batch, target, channels] to outputs, attention weights and the carry.
+        """Map embeddings [batch, target, channels] to outputs, attention and the carry.
 
         Args:
-            words: vectors of the words before each prediction.
-            carry: the source, and the states to start from.
-            lengths: integer [batch] in [0, target]; words beyond it leave the carry as it is.
+            inputs: embeddings of the previous tokens; in training the true ones (teacher forcing).
+            carry: the encoder outputs and the initial states.
+            lengths: integer [batch] in [0, target]; steps beyond them leave the carry unchanged.
             train: training mode.
 
         Returns:
-            Outputs [batch, target, hidden_size], weights [batch, target, source], the carry.
+            Outputs [batch, target, hidden_size], attention probabilities [batch, target, source],
+            the carry.
         """
         size, policy, memory = self.hidden_size, self.precision, carry["memory"]
-        words, valid = _time_first(words, lengths)
-        query = _kernel(self, "query_kernel", (size, size))
+        inputs, valid = _time_major(inputs, lengths)
+        query_kernel = _kernel(self, "query_kernel", (size, size))
         energy = _kernel(self, "energy_kernel", (size, 1))[:, 0]
-        layers = FedLayers(
+        layers = DecoderStack(
             size, self.cell, self.num_layers, self.dropout_rate, policy, name="layers"
         )
-        projected, advance = layers(words, memory.shape[-1], train=train)
+        projected, layers_step = layers(inputs, memory.shape[-1], train=train)
 
         def step(
             states: tuple[Carry, ...], projected: jax.Array
         ) -> tuple[tuple[Carry, ...], tuple[jax.Array, ...]]:
-            sought = states[-1][0].astype(policy.compute) @ query
-            context, weights = attend(
-                sought[:, None], carry["keys"], memory, carry["valid"], energy=energy
+            query = states[-1][0].astype(policy.compute) @ query_kernel
+            context, attention = cross_attention(
+                query[:, None], carry["keys"], memory, carry["valid"], energy=energy
             )
-            states = advance(states, projected, context[:, 0])
-            return states, (states[-1][0].astype(policy.compute), context[:, 0], weights[:, 0])
+            states = layers_step(states, projected, context[:, 0])
+            return states, (states[-1][0].astype(policy.compute), context[:, 0], attention[:, 0])
 
-        states, (hidden, contexts, weights) = _loop(step, carry["states"], projected, valid)
-        seen = jnp.concatenate([hidden, contexts, words], axis=-1)
-        outputs = jnp.tanh(Dense(size, precision=policy, name="readout")(seen))
-        return _batch_first(outputs), _batch_first(weights), {**carry, "states": states}
+        results = _masked_scan(step, carry["states"], projected, valid)
+        states, (hidden, contexts, attention) = results
+        # [target, batch, hidden_size + memory channels + channels]
+        features = jnp.concatenate([hidden, contexts, inputs], axis=-1)
+        outputs = jnp.tanh(Dense(size, precision=policy, name="readout")(features))
+        return _batch_major(outputs), _batch_major(attention), {**carry, "states": states}
 
 
 class LuongDecoder(nn.Module):
-    """Recurrent layers, each step of which looks for its context with the state after it.
+    """Recurrent decoder with multiplicative attention; the query is the state after the step.
 
-    h_t = layers(word_t, h_(t-1)); e_s = h_t . key_s; context c_t = softmax(e) memory; output
-    o_t = tanh(R [h_t, c_t]). With input feeding h_t depends on o_(t-1) too; without it nothing
-    but the layers runs step by step.
+    h_t = layers(x_t, h_(t-1)); e_s = h_t . key_s; context c_t = softmax(e) memory; output
+    o_t = tanh(R [h_t, c_t]), for the embedding x_t of the previous token. With input feeding h_t
+    also depends on o_(t-1). Without it only the layers run step by step, and attention takes all
+    steps at once.
 
     Attributes:
         hidden_size: size of the state of each layer, and of the output.
-        cell: the step.
-        num_layers: number of layers; the last one looks.
-        input_feeding: feed the output of each step to the first layer at the next one.
+        cell: the recurrent cell.
+        num_layers: number of layers; the last one gives the query.
+        input_feeding: feed the output of each step to the first layer at the next step.
         dropout_rate: dropout between layers.
         precision: dtypes; the states are float32 or wider.
     """
@@ -240,30 +256,32 @@ class LuongDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        words: jax.Array,
+        inputs: jax.Array,
         carry: DecoderCarry,
         lengths: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> tuple[jax.Array, jax.Array, DecoderCarry]:
-        """Map words [batch, target, channels] to outputs, attention weights and the carry.
+        """Map embeddings [batch, target, channels] to outputs, attention and the carry.
 
         Args:
-            words: vectors of the words before each prediction.
-            carry: the source, and the states to start from.
-            lengths: integer [batch] in [0, target]; words beyond it leave the carry as it is.
+            inputs: embeddings of the previous tokens; in training the true ones (teacher forcing).
+            carry: the encoder outputs and the initial states.
+            lengths: integer [batch] in [0, target]; steps beyond them leave the carry unchanged.
             train: training mode.
 
         Returns:
-            Outputs [batch, target, hidden_size], weights [batch, target, source], the carry.
+            Outputs [batch, target, hidden_size], attention probabilities [batch, target, source],
+            the carry.
         """
         size, policy, memory = self.hidden_size, self.precision, carry["memory"]
-        readout = _kernel(self, "readout_kernel", (size + memory.shape[-1], size))
+        readout_kernel = _kernel(self, "readout_kernel", (size + memory.shape[-1], size))
 
-        def read(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-            hidden = hidden.astype(policy.compute)
-            context, weights = attend(hidden, carry["keys"], memory, carry["valid"])
-            return jnp.tanh(linear(jnp.concatenate([hidden, context], -1), readout)), weights
+        def readout(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            hidden = hidden.astype(policy.compute)  # [batch, target, hidden_size]
+            context, attention = cross_attention(hidden, carry["keys"], memory, carry["valid"])
+            features = jnp.concatenate([hidden, context], -1)
+            return jnp.tanh(linear(features, readout_kernel)), attention
 
         if not self.input_feeding:
             stack = Recurrent(
@@ -277,49 +295,49 @@ class LuongDecoder(nn.Module):
             )
             names = [f"forward_{index}" for index in range(self.num_layers)]
             start = dict(zip(names, carry["states"], strict=True))
-            hidden, last = stack(words, lengths, carry=start, train=train)
-            outputs, weights = read(hidden)
-            return outputs, weights, {**carry, "states": tuple(last[name] for name in names)}
+            hidden, last = stack(inputs, lengths, carry=start, train=train)
+            outputs, attention = readout(hidden)
+            return outputs, attention, {**carry, "states": tuple(last[name] for name in names)}
 
-        words, valid = _time_first(words, lengths)
-        layers = FedLayers(
+        inputs, valid = _time_major(inputs, lengths)
+        layers = DecoderStack(
             size, self.cell, self.num_layers, self.dropout_rate, policy, name="layers"
         )
-        projected, advance = layers(words, size, train=train)
+        projected, layers_step = layers(inputs, size, train=train)
 
         def step(
             state: tuple[tuple[Carry, ...], jax.Array], projected: jax.Array
         ) -> tuple[tuple[tuple[Carry, ...], jax.Array], tuple[jax.Array, jax.Array]]:
-            states, fed = state
-            states = advance(states, projected, fed)
-            output, weights = read(states[-1][0][:, None])
-            return (states, output[:, 0]), (output[:, 0], weights[:, 0])
+            states, feed = state
+            states = layers_step(states, projected, feed)
+            output, attention = readout(states[-1][0][:, None])
+            return (states, output[:, 0]), (output[:, 0], attention[:, 0])
 
-        before = (carry["states"], carry["fed"])
-        (states, fed), (outputs, weights) = _loop(step, before, projected, valid)
-        after = {**carry, "states": states, "fed": fed}
-        return _batch_first(outputs), _batch_first(weights), after
+        initial = (carry["states"], carry["input_feed"])
+        (states, feed), (outputs, attention) = _masked_scan(step, initial, projected, valid)
+        after = {**carry, "states": states, "input_feed": feed}
+        return _batch_major(outputs), _batch_major(attention), after
 
 
-def _loop(
+def _masked_scan(
     step: Callable[..., Any], carry: Any, projected: jax.Array, valid: jax.Array | None
 ) -> Any:
-    """Scan a step that leaves the carry as it is where not valid."""
+    """Scan a step over time, leaving the carry unchanged where a step is not valid."""
 
-    def advance(carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, Any]:
+    def masked_step(carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, Any]:
         after, outputs = step(carry, inputs[0])
         return scan.keep(inputs[1], after, carry), outputs
 
-    return lax.scan(advance, carry, (projected, valid))
+    return lax.scan(masked_step, carry, (projected, valid))
 
 
-def _time_first(words: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    words = jnp.swapaxes(words, 0, 1)
-    return (words, None) if lengths is None else scan.mask_padding(words, lengths)
+def _time_major(inputs: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    inputs = jnp.swapaxes(inputs, 0, 1)  # [time, batch, channels]
+    return (inputs, None) if lengths is None else scan.mask_padding(inputs, lengths)
 
 
-def _batch_first(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, 0, 1)
+def _batch_major(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 0, 1)  # [batch, time, ...]
 
 
 def _kernel(module: Any, name: str, shape: tuple[int, int]) -> jax.Array:

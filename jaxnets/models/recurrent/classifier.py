@@ -1,4 +1,8 @@
-"""Recurrent classifiers: of sequences of frames and of texts."""
+"""Recurrent classifiers of sequences of frames and of texts.
+
+Each is the stack of `layers.py` with a reduction over time: Schuster and Paliwal 1997, Conneau et
+al. 2017. The equations of the cells are in `jaxnets/functional/recurrence/cells.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,19 @@ _POOLS = ("last", "mean", "max")
 class SequenceClassifier(nn.Module):
     """A recurrent network that maps a sequence to one output, such as the logits of its class.
 
+    With `pool="last"` and `bidirectional=True`, corresponds to
+    `keras.layers.Bidirectional(keras.layers.LSTM(...))` before a dense layer.
+
     Attributes:
         num_outputs: size of the output.
         hidden_size: size of the state of each layer and direction.
         cell: as in `Recurrent`.
         num_layers: number of layers.
-        bidirectional: read in both directions.
-        pool: what the output sees: the "last" output of each direction (of the backward one that
-            is the first step), or the "mean" or the "max" over the steps.
-        dropout_rate: dropout between layers and in front of the output, in [0, 1).
-        residual: add each layer's input to its output wherever the width stays the same.
+        bidirectional: run in both directions.
+        pool: reduction of the outputs over time: the "last" output of each direction (for the
+            backward direction that of the first step), or the "mean" or "max" over the valid steps.
+        dropout_rate: dropout between layers and before the output layer, in [0, 1).
+        residual: add each layer's input to its output where the widths are equal.
         precision: dtypes.
 
     Raises:
@@ -45,7 +52,7 @@ class SequenceClassifier(nn.Module):
 
     References:
         Schuster and Paliwal 1997, "Bidirectional Recurrent Neural Networks"; Conneau et al. 2017,
-        arXiv:1705.02364, section 3.2.2 (mean and max over the steps).
+        arXiv:1705.02364, section 3.2.2 (mean and max pooling over time).
     """
 
     num_outputs: int = 10
@@ -69,12 +76,12 @@ class SequenceClassifier(nn.Module):
         """Map [batch, time, channels] to [batch, num_outputs]; records "features".
 
         Args:
-            inputs: the sequences; what lies beyond their lengths has no influence.
-            lengths: integer [batch] in [0, time]; by default all steps count.
+            inputs: the sequences; padding beyond the lengths has no influence.
+            lengths: integer [batch] in [0, time]; by default all steps are valid.
             train: training mode.
 
         Raises:
-            ValueError: inputs or lengths that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         recurrent = Recurrent(
             self.hidden_size,
@@ -88,35 +95,35 @@ class SequenceClassifier(nn.Module):
         )
         outputs, _ = recurrent(inputs, lengths, train=train)
         pools: dict[str, Callable[..., jax.Array]]
-        pools = {"last": self._last, "mean": mean_over_time, "max": _max}
+        pools = {"last": self._last_outputs, "mean": mean_over_time, "max": _max_over_time}
         x = pools[self.pool](outputs, lengths)
         record(self, "features", x)
         x = Dropout(self.dropout_rate, name="dropout_head")(x, train=train)
         head = Dense(self.num_outputs, precision=self.precision, name="head")
         return head(x).astype(self.precision.output)
 
-    def _last(self, outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    def _last_outputs(self, outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
         last = outputs[:, -1]
         if lengths is not None:
-            index = jnp.maximum(jnp.asarray(lengths) - 1, 0)[:, None, None]
+            index = jnp.maximum(jnp.asarray(lengths) - 1, 0)[:, None, None]  # [batch, 1, 1]
             last = jnp.take_along_axis(outputs, index, axis=1)[:, 0]
         first = outputs[:, 0]
         return jnp.concatenate([last[:, : self.hidden_size], first[:, self.hidden_size :]], axis=1)
 
 
 class TextClassifier(nn.Module):
-    """A vector per token in front of a `SequenceClassifier`.
+    """Token embeddings, then a `SequenceClassifier`.
 
     Attributes:
         vocabulary_size: number of tokens.
         num_outputs: size of the output.
-        embedding_size: size of the token vectors.
+        embedding_size: size of the token embeddings.
         hidden_size: as in `SequenceClassifier`, and so are the fields up to `pool`.
         cell: kind of recurrence.
         num_layers: number of layers.
-        bidirectional: read in both directions.
-        pool: what the output sees.
-        dropout_rate: dropout behind the embedding, between layers and in front of the output, in
+        bidirectional: run in both directions.
+        pool: reduction of the outputs over time.
+        dropout_rate: dropout after the embedding, between layers and before the output layer, in
             [0, 1).
         precision: dtypes.
 
@@ -147,7 +154,7 @@ class TextClassifier(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
-        # Small, so that what the few examples of a rare word teach is not lost in the noise.
+        # A small scale, so that the few updates of a rare token outweigh its random initial value.
         self.embedding = Embedding(
             self.vocabulary_size,
             self.embedding_size,
@@ -172,12 +179,12 @@ class TextClassifier(nn.Module):
         """Map integer [batch, time] to [batch, num_outputs].
 
         Args:
-            tokens: ids; what lies beyond their lengths has no influence.
-            lengths: integer [batch] in [0, time]; by default all tokens count.
+            tokens: token ids; padding beyond the lengths has no influence.
+            lengths: integer [batch] in [0, time]; by default all tokens are valid.
             train: training mode.
 
         Raises:
-            ValueError: tokens or lengths that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         check_rank(tokens, self, layouts=["[batch, time]"])
         vectors = self.embedding(clear_tokens(tokens, lengths))
@@ -197,11 +204,11 @@ def _check_fields(module: SequenceClassifier | TextClassifier) -> None:
         raise ValueError(f"pool is {module.pool!r}; choose one of {_POOLS}")
 
 
-def _max(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def _max_over_time(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
     if lengths is None:
         return jnp.max(outputs, axis=1)
     lengths = jnp.asarray(lengths)[:, None]
     valid = jnp.arange(outputs.shape[1])[None] < lengths
-    highest = jnp.max(jnp.where(valid[..., None], outputs, -jnp.inf), axis=1)
-    # Without a step that is the 0 of the padding, or the NaN of a length out of range.
-    return jnp.where(lengths > 0, highest, outputs[:, 0])
+    maximum = jnp.max(jnp.where(valid[..., None], outputs, -jnp.inf), axis=1)
+    # Length 0 gives the 0 of the padding, a negative length the NaN that marks it as out of range.
+    return jnp.where(lengths > 0, maximum, outputs[:, 0])

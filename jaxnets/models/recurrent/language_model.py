@@ -1,4 +1,8 @@
-"""A recurrent language model: token embeddings, a stack of recurrent layers, logits."""
+"""The recurrent language model of Mikolov et al. 2010 and Zaremba et al. 2014.
+
+Token embeddings, the stack of `layers.py`, logits. The equations of the cells are in
+`jaxnets/functional/recurrence/cells.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,20 @@ from jaxnets.models.recurrent.layers import Recurrent, StackCarry, find_cell
 
 
 class RecurrentLM(nn.Module):
-    """Predict each token of a sequence from the ones before it.
+    """Predict each token of a sequence from the preceding ones.
 
     Attributes:
         vocabulary_size: number of tokens.
-        embedding_size: size of the token vectors.
+        embedding_size: size of the token embeddings.
         hidden_size: size of the state of each layer.
         cell: as in `Recurrent`.
         num_layers: number of layers.
-        dropout_rate: dropout behind the embedding, between layers and in front of the logits, in
+        dropout_rate: dropout after the embedding, between layers and before the output layer, in
             [0, 1).
-        locked_dropout: draw one mask for all steps of a sequence.
-        residual: add each layer's input to its output wherever the width stays the same.
-        tie_embeddings: write the logits with the table that reads the tokens; where the hidden
-            size is not the embedding size, behind a projection to it.
+        locked_dropout: variational dropout: one mask for all steps of a sequence.
+        residual: add each layer's input to its output where the widths are equal.
+        tie_embeddings: compute the logits with the transposed embedding table, after a projection
+            to the embedding size where the hidden size differs from it.
         precision: dtypes; the carry is float32 or wider.
 
     Raises:
@@ -42,7 +46,7 @@ class RecurrentLM(nn.Module):
         >>> module.apply(variables, tokens).shape
         (2, 10, 65)
 
-        A long text in windows, each from the carry of the one before:
+        Truncated backpropagation through time over the windows of a long text:
 
         >>> carry = module.apply(variables, 2, method="start")
         >>> logits, carry = module.apply(variables, tokens[:, :5], carry=carry)
@@ -51,7 +55,7 @@ class RecurrentLM(nn.Module):
     References:
         Mikolov et al. 2010, Interspeech ("Recurrent neural network based language model");
         Zaremba, Sutskever and Vinyals 2014, arXiv:1409.2329 (dropout); Gal and Ghahramani 2016,
-        arXiv:1512.05287 (one mask for all steps); Press and Wolf 2017, arXiv:1608.05859, and Inan
+        arXiv:1512.05287 (variational dropout); Press and Wolf 2017, arXiv:1608.05859, and Inan
         et al. 2017, arXiv:1611.01462 (tied embeddings).
     """
 
@@ -79,8 +83,8 @@ class RecurrentLM(nn.Module):
 
     def setup(self) -> None:
         policy = self.precision
-        # Vectors that are read only have elements of unit variance, as the kernels expect; those
-        # that write logits too have unit length, which keeps the first logits small.
+        # Input embeddings have elements of unit variance, as the initializers of the kernels
+        # assume. Tied embeddings have unit norm, so that the initial logits are small.
         scale = self.embedding_size**-0.5 if self.tie_embeddings else 1.0
         self.embedding = Embedding(
             self.vocabulary_size,
@@ -113,39 +117,39 @@ class RecurrentLM(nn.Module):
         carry: StackCarry | None = None,
         train: bool = False,
     ) -> jax.Array | tuple[jax.Array, StackCarry]:
-        """Map tokens [batch, time] to logits [batch, time, vocabulary_size] of the token after.
+        """Map tokens [batch, time] to next-token logits [batch, time, vocabulary_size].
 
         Args:
-            tokens: integer ids; what lies beyond their lengths has no influence.
-            lengths: integer [batch] in [0, time]; by default all tokens count.
-            carry: states to start from, as returned by `start` or by the call on the window
-                before. No gradient flows back into it: backpropagation through time is truncated
-                at the border of the windows.
-            train: training mode, which drops out.
+            tokens: integer ids; padding beyond the lengths has no influence.
+            lengths: integer [batch] in [0, time]; by default all tokens are valid.
+            carry: initial states, as returned by `start` or by the call on the previous window.
+                Its gradient is stopped: backpropagation through time is truncated at the window
+                boundary.
+            train: training mode, which enables dropout.
 
         Returns:
-            The logits, and where a carry was given the states after the last token too.
+            The logits; if a carry was given, also the states after the last token.
 
         Raises:
-            ValueError: tokens, lengths or carry that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         start = None if carry is None else lax.stop_gradient(carry)
-        logits, after = self._read(tokens, lengths, start, train=train)
+        logits, after = self._logits(tokens, lengths, start, train=train)
         return logits if carry is None else (logits, after)
 
     def start(self, batch_size: int, capacity: int = 0) -> StackCarry:
-        """Return the states of an empty history, all zero.
+        """Return the initial states for decoding, all zero.
 
         Args:
             batch_size: number of sequences.
-            capacity: ignored: a recurrent state has room for any number of tokens.
+            capacity: ignored; a recurrent state has the same size for any number of tokens.
         """
         return self.recurrent.zero_carry(batch_size)
 
     def extend(
         self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, StackCarry]:
-        """Append tokens to the history.
+        """Append tokens to the sequences, for incremental decoding.
 
         Args:
             tokens: integer [batch, time].
@@ -154,14 +158,14 @@ class RecurrentLM(nn.Module):
                 sequence; by default all.
 
         Returns:
-            Logits [batch, time, vocabulary_size] of the token after each one, and the states.
+            Next-token logits [batch, time, vocabulary_size], and the states.
 
         Raises:
-            ValueError: tokens, lengths or carry that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
-        return self._read(tokens, lengths, carry, train=False)
+        return self._logits(tokens, lengths, carry, train=False)
 
-    def _read(
+    def _logits(
         self,
         tokens: jax.Array,
         lengths: jax.Array | None,
@@ -170,8 +174,8 @@ class RecurrentLM(nn.Module):
         train: bool,
     ) -> tuple[jax.Array, StackCarry]:
         check_rank(tokens, self, layouts=["[batch, time]"])
-        vectors = self.embedding(clear_tokens(tokens, lengths))
-        x = self.dropout_embedding(vectors, train=train)
+        x = self.embedding(clear_tokens(tokens, lengths))  # [batch, time, embedding_size]
+        x = self.dropout_embedding(x, train=train)
         x, carry = self.recurrent(x, lengths, carry=carry, train=train)
         x = self.dropout_head(x, train=train)
         if not self.tie_embeddings:

@@ -1,4 +1,8 @@
-"""Recurrent layers and stacks of them, with any cell."""
+"""Recurrent layers and stacks of them: the LSTM, GRU and simple RNN of the other frameworks.
+
+The equations of the cells are in `jaxnets/functional/recurrence/cells.py` (Elman, LSTM, GRU,
+minimal gated unit) and `associative.py` beside it (minGRU, minLSTM); `scan.py` runs them over time.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +32,14 @@ _CELLS: dict[str, Cell] = {
 
 
 def find_cell(cell: str | Cell) -> Cell:
-    """Look a cell up by name.
+    """Look up a cell by name.
 
     Args:
         cell: "rnn", "lstm", "gru", "mgu", "mingru" or "minlstm", each with its default options,
             or a `Cell`.
 
     Returns:
-        The cell; a `Cell` comes back as it is.
+        The cell; a `Cell` is returned unchanged.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
@@ -64,14 +68,14 @@ def cell_weights(
     """Declare the weights of a cell as parameters of a module, inside its compact method.
 
     Args:
-        module: gets a parameter for each weight, under the weight's name.
-        cell: lists its weights.
+        module: owner of the parameters, which have the names of the weights.
+        cell: the cell, whose `parameters` gives names, initializers and shapes.
         num_channels: number of input channels.
         hidden_size: size of the state.
-        precision: dtypes of the parameters and of what is returned.
+        precision: dtypes of the parameters and of the result.
 
     Returns:
-        {name: array of the compute dtype}, as `sequence.recurrent_scan` takes them.
+        {name: array of the compute dtype}, the argument `weights` of `recurrent_scan`.
     """
     listed = cell.parameters(num_channels, hidden_size)
     return {
@@ -81,13 +85,15 @@ def cell_weights(
 
 
 class RecurrentLayer(nn.Module):
-    """One recurrent layer in one direction, time first.
+    """One recurrent layer in one direction, time-major.
+
+    Corresponds to `flax.linen.RNN` with `time_major=True`, whose cells keep one kernel per gate.
 
     Attributes:
         hidden_size: size of the state.
-        cell: the step.
-        reverse: go from the last step to the first.
-        learned_carry: start from parameters instead of zeros.
+        cell: the recurrent cell.
+        reverse: run from the last step to the first.
+        learned_carry: train the initial state instead of starting from zeros.
         precision: dtypes; the states are float32 or wider.
     """
 
@@ -104,9 +110,9 @@ class RecurrentLayer(nn.Module):
         """Map [time, batch, channels] to [time, batch, hidden_size] and the final carry.
 
         Args:
-            x: zero where not `valid`.
-            carry: states to start from, instead of zeros or the learned ones.
-            valid: bool [time, batch], as in `sequence.recurrent_scan`.
+            x: inputs, zero where not `valid`.
+            carry: initial states, instead of zeros or the trained ones.
+            valid: bool [time, batch], as in `recurrent_scan`.
         """
         policy, size = self.precision, self.hidden_size
         weights = cell_weights(self, self.cell, x.shape[-1], size, precision=policy)
@@ -118,6 +124,7 @@ class RecurrentLayer(nn.Module):
                 for state in self.cell.states
             ]
         if carry is None:
+            # Each state [hidden_size] -> [batch, hidden_size].
             carry = tuple(jnp.broadcast_to(row[None], (x.shape[1], size)) for row in initial)
         return scan.recurrent_scan(
             self.cell,
@@ -132,23 +139,34 @@ class RecurrentLayer(nn.Module):
 class Recurrent(nn.Module):
     """A stack of recurrent layers.
 
+    Corresponds to `torch.nn.RNN`, `LSTM` and `GRU` with `batch_first=True`: the same equations,
+    order of gates, dropout between layers and, with `lengths`, results of a `PackedSequence`; the
+    kernels are those of torch transposed. `tests/parity/test_recurrent.py` maps the parameters.
+    Also to `keras.layers.LSTM` and, but for the order of gates, `keras.layers.GRU`.
+
+    Differs from torch: one bias, the sum of torch's two, except in the candidate of
+    `GRUCell(reset="after")`; the forget gate's bias starts at 1, as in Keras; recurrent kernels
+    start orthogonal, as in Keras and Flax; the carry is a dict by layer and direction.
+    `reset="after"`, the default, is torch's GRU and Keras' `reset_after=True`; `reset="before"` is
+    the paper's.
+
     Attributes:
         hidden_size: size of the state of each layer and direction.
         cell: "rnn", "lstm", "gru", "mgu", "mingru", "minlstm", or a cell with options, such as
             `LSTMCell(layer_norm=True)` or `GRUCell(reset="before")`.
         num_layers: number of layers.
-        bidirectional: read in both directions in each layer and join the two outputs.
+        bidirectional: run each layer in both directions and concatenate the two outputs.
         dropout_rate: dropout between layers, in [0, 1).
-        locked_dropout: draw one mask for all steps of a sequence.
-        residual: add each layer's input to its output wherever the width stays the same.
-        learned_carry: start from parameters instead of zeros.
+        locked_dropout: variational dropout: one mask for all steps of a sequence.
+        residual: add each layer's input to its output where the widths are equal.
+        learned_carry: train the initial states instead of starting from zeros.
         precision: dtypes; the carry is float32 or wider.
 
     Raises:
         ValueError: a field is out of range.
 
     Example:
-        The carry of one window is the start of the next one:
+        The final carry of one window is the initial carry of the next:
 
         >>> module = Recurrent(hidden_size=8, cell="gru", num_layers=2)
         >>> x = jnp.ones((3, 10, 4))
@@ -161,7 +179,7 @@ class Recurrent(nn.Module):
     References:
         Schuster and Paliwal 1997, IEEE Transactions on Signal Processing 45(11) (bidirectional);
         Zaremba, Sutskever and Vinyals 2014, arXiv:1409.2329 (dropout between layers); Gal and
-        Ghahramani 2016, arXiv:1512.05287 (one mask for all steps).
+        Ghahramani 2016, arXiv:1512.05287 (variational dropout).
     """
 
     hidden_size: int
@@ -189,28 +207,29 @@ class Recurrent(nn.Module):
         carry: StackCarry | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, StackCarry]:
-        """Map [batch, time, channels] to [batch, time, hidden_size], twice that in two directions.
+        """Map [batch, time, channels] to [batch, time, num_directions * hidden_size].
 
         Args:
-            inputs: the sequences; what lies beyond their lengths has no influence.
+            inputs: the sequences; padding beyond the lengths has no influence.
             lengths: integer [batch] in [0, time], the number of steps of each sequence; the
-                backward direction starts at the last of them. By default all steps count.
-            carry: states to start from, as returned by an earlier call or by `zero_carry`.
-            train: training mode, which drops out.
+                backward direction starts at its last step. By default all steps are valid.
+            carry: initial states, as returned by an earlier call or by `zero_carry`.
+            train: training mode, which enables dropout.
 
         Returns:
             Outputs, 0 beyond the lengths, and the states after the last step of each sequence:
-            {"forward_0": (hidden,), ...}, or (hidden, memory) for an LSTM. In evaluation a
-            sequence read window by window in one direction, each from the carry of the one
-            before, gives the outputs of the whole.
+            {"forward_0": (hidden,), ...}, or (hidden, memory) for an LSTM. In evaluation and in
+            one direction, running window by window with the carry passed on gives the same
+            outputs as one call.
 
         Raises:
-            ValueError: inputs, lengths or carry that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         check_rank(inputs, self, layouts=["[batch, time, channels]"])
         if not inputs.shape[1]:
             raise ValueError(f"inputs of shape {inputs.shape} have no time step; give at least 1")
         self._check_carry(carry, inputs.shape[0])
+        # [time, batch, channels]
         x, valid = jnp.swapaxes(inputs, 0, 1).astype(self.precision.compute), None
         shared_axes = (0,) if self.locked_dropout else ()
         if lengths is not None:
@@ -236,12 +255,13 @@ class Recurrent(nn.Module):
                 start = None if carry is None else carry[name]
                 output, after[name] = layer(x, carry=start, valid=valid)
                 outputs.append(output)
-            y = jnp.concatenate(outputs, axis=-1)
+            y = jnp.concatenate(outputs, axis=-1)  # [time, batch, num_directions * hidden_size]
             x = x + y if self.residual and x.shape == y.shape else y
+        # [batch, time, num_directions * hidden_size]
         return jnp.swapaxes(x, 0, 1).astype(self.precision.output), after
 
     def zero_carry(self, batch_size: int) -> StackCarry:
-        """Return the carry of zeros, with which an empty history starts.
+        """Return an initial carry of zeros.
 
         Args:
             batch_size: number of sequences.
@@ -264,10 +284,10 @@ class Recurrent(nn.Module):
     def _check_carry(self, carry: StackCarry | None, batch_size: int) -> None:
         if carry is None:
             return
-        found = jax.tree.map(jnp.shape, carry)
+        actual = jax.tree.map(jnp.shape, carry)
         expected = jax.tree.map(jnp.shape, jax.eval_shape(lambda: self.zero_carry(batch_size)))
-        if found != expected:
+        if actual != expected:
             raise ValueError(
-                f"a carry of shapes {found} does not fit; for {batch_size} sequences give "
+                f"the carry has shapes {actual}; for {batch_size} sequences give "
                 f"{expected}, as returned by an earlier call or by zero_carry({batch_size})"
             )

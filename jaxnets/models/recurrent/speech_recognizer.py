@@ -1,4 +1,8 @@
-"""A recurrent network that recognizes labels in a sound, to be trained by CTC."""
+"""The bidirectional recurrent acoustic model of Graves et al. 2013 and Deep Speech 2, for CTC.
+
+Convolutional subsampling, the stack of `layers.py`, logits per frame. The equations of the cells
+are in `jaxnets/functional/recurrence/cells.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,19 @@ from jaxnets.models.recurrent.layers import Recurrent, find_cell
 
 
 class SpeechRecognizer(nn.Module):
-    """Convolutions that shorten a sound, recurrent layers in both directions, classes per frame.
+    """Convolutional subsampling, bidirectional recurrent layers, class logits per frame.
 
-    Train it with `sequence_objectives.ctc` and read it with `ctc_decoding`.
+    Train it with `objectives.sequence.ctc` and decode it with `generation.ctc`.
 
     Attributes:
         num_outputs: number of classes, the blank included.
         features: channels of each convolution.
-        strides: by what each convolution, of kernel size 3, shortens the sound; a label needs a
-            frame of those that are left, so their product must not exceed the shortest label.
+        strides: stride of each convolution, of kernel size 3, over time. CTC needs a remaining
+            frame per label, so their product must not exceed the frames of the shortest label.
         hidden_size: size of the state of each layer and direction.
-        cell: as in `recurrent_layers.Recurrent`.
+        cell: as in `Recurrent`.
         num_layers: number of recurrent layers.
-        dropout_rate: dropout in front of each recurrent layer and of the output, in [0, 1).
+        dropout_rate: dropout before each recurrent layer and before the output layer, in [0, 1).
         precision: dtypes.
 
     Raises:
@@ -45,7 +49,7 @@ class SpeechRecognizer(nn.Module):
 
     References:
         Graves, Mohamed and Hinton 2013, arXiv:1303.5778, section 3 (bidirectional layers and CTC);
-        Amodei et al. 2015, arXiv:1512.02595, section 3.5 (convolutions with a stride in front).
+        Amodei et al. 2015, arXiv:1512.02595, section 3.5 (strided convolutions first).
     """
 
     num_outputs: int
@@ -76,15 +80,15 @@ class SpeechRecognizer(nn.Module):
         """Map [batch, frames, channels] to [batch, fewer frames, num_outputs]; records "features".
 
         Args:
-            inputs: the frames; what lies beyond their lengths has no influence.
-            lengths: integer [batch] in [0, frames]; by default all frames count.
+            inputs: the frames; padding beyond the lengths has no influence.
+            lengths: integer [batch] in [0, frames]; by default all frames are valid.
             train: training mode.
 
         Returns:
-            Logits, and the number of valid frames of each sound, int32 [batch], see `num_frames`.
+            Logits, and the number of valid frames of each row, int32 [batch], see `num_frames`.
 
         Raises:
-            ValueError: inputs or lengths that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         check_rank(inputs, self, layouts=["[batch, frames, channels]"])
         batch, time = inputs.shape[:2]
@@ -118,14 +122,14 @@ class SpeechRecognizer(nn.Module):
         return head(x).astype(policy.output), lengths.astype(jnp.int32)
 
     def num_frames(self, lengths: Any) -> Any:
-        """Count the frames of the logits.
+        """Return the number of frames of the logits.
 
         Args:
             lengths: frames of the inputs, an integer or an integer array [...].
 
         Returns:
-            `lengths` divided by each of the strides and rounded up; what
-            `sequence_objectives.check_ctc_batch` wants to know.
+            `lengths` divided by each of the strides and rounded up: the argument of
+            `objectives.sequence.check_ctc_batch`.
 
         Example:
             >>> SpeechRecognizer(num_outputs=11, strides=(2, 3)).num_frames(31)

@@ -1,4 +1,8 @@
-"""A recurrent encoder and a decoder that attends to it, for translation and the like."""
+"""The recurrent encoder-decoder with attention of Bahdanau et al. 2014 and Luong et al. 2015.
+
+The encoder is the bidirectional stack of `layers.py`; the decoders are in `attention_decoder.py`,
+the equations of the cells in `jaxnets/functional/recurrence/cells.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +23,31 @@ from jaxnets.models.recurrent.layers import Recurrent, find_cell
 
 
 class RecurrentTranslator(nn.Module):
-    """Translate one sequence of tokens into another: a recurrent encoder and an attending decoder.
+    """Sequence-to-sequence model: a bidirectional recurrent encoder, a decoder with attention.
 
     Attributes:
         source_vocabulary_size: number of tokens of the source.
-        target_vocabulary_size: number of tokens of the target; by default as many.
-        embedding_size: size of the token vectors.
+        target_vocabulary_size: number of tokens of the target; by default that of the source.
+        embedding_size: size of the token embeddings.
         hidden_size: size of the state of each layer (and direction of the encoder).
-        cell: as in `Recurrent`, for both sides.
+        cell: as in `Recurrent`, for encoder and decoder.
         num_encoder_layers: number of layers of the bidirectional encoder.
         num_decoder_layers: number of layers of the decoder.
         attention: "bahdanau" (additive) or "luong" (multiplicative).
-        input_feeding: feed what was made of the context to the next step, with "luong";
-            "bahdanau" does so by its nature.
-        dropout_rate: dropout behind the embeddings, between layers (one mask for all steps in the
-            decoder) and in front of the logits, in [0, 1).
-        share_embeddings: read source and target with one table.
-        tie_embeddings: write the logits with the table that reads the target; where the hidden
-            size is not the embedding size, behind a projection to it.
+        input_feeding: with "luong", feed the output of each step to the next one; "bahdanau"
+            always feeds the context.
+        dropout_rate: dropout after the embeddings, between layers (one mask for all steps in the
+            decoder) and before the output layer, in [0, 1).
+        share_embeddings: one embedding table for source and target.
+        tie_embeddings: compute the logits with the transposed target embedding table, after a
+            projection to the embedding size where the hidden size differs from it.
         precision: dtypes; the states are float32 or wider.
 
     Raises:
-        ValueError: a field is out of range, or one table for vocabularies of two sizes.
+        ValueError: a field is out of range, or one table is shared by vocabularies of two sizes.
 
-    Differs from the papers: the output of "bahdanau" is a tanh layer of the new state, the context
-    and the word instead of a maxout layer with the old state.
+    Differs from the papers: with "bahdanau" the readout is a tanh layer of the new state, the
+    context and the embedding instead of a maxout layer of the old state.
 
     Example:
         >>> module = RecurrentTranslator(source_vocabulary_size=20, hidden_size=8)
@@ -86,7 +90,7 @@ class RecurrentTranslator(nn.Module):
             raise ValueError(f"attention is {self.attention!r}; choose 'bahdanau' or 'luong'")
         if self.share_embeddings and self.target_size != self.source_vocabulary_size:
             raise ValueError(
-                f"one table cannot read {self.source_vocabulary_size} source and "
+                f"one table cannot embed {self.source_vocabulary_size} source and "
                 f"{self.target_size} target tokens; encode both with one tokenizer, or set "
                 "share_embeddings=False"
             )
@@ -120,7 +124,7 @@ class RecurrentTranslator(nn.Module):
             dropout_rate=rate,
             precision=policy,
         )
-        # With "luong" a bias would move all scores of a query alike, which the softmax undoes.
+        # With "luong" a bias would shift all scores of a query equally: the softmax ignores it.
         self.key = Dense(size, use_bias=bahdanau, precision=policy)
         self.initial = {
             state: Dense(self.num_decoder_layers * size, precision=policy) for state in cell.states
@@ -147,13 +151,13 @@ class RecurrentTranslator(nn.Module):
         """Map tokens to logits [batch, target, target_vocabulary_size]; records "attention".
 
         Args:
-            inputs: source tokens [batch, source]; what lies beyond their lengths has no influence.
-            decoder_inputs: target tokens [batch, target], each the one before what is predicted.
-            lengths: integer [batch] in [0, source]; by default all source tokens count.
-            train: training mode, which drops out.
+            inputs: source tokens [batch, source]; padding beyond the lengths has no influence.
+            decoder_inputs: target tokens shifted right by one (teacher forcing), [batch, target].
+            lengths: integer [batch] in [0, source]; by default all source tokens are valid.
+            train: training mode, which enables dropout.
 
         Raises:
-            ValueError: tokens or lengths that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         carry = self._encode(inputs, lengths, train=train)
         logits, _ = self._decode(decoder_inputs, carry, None, train=train)
@@ -162,22 +166,22 @@ class RecurrentTranslator(nn.Module):
     def start(
         self, source: jax.Array, lengths: jax.Array | None = None, capacity: int = 0
     ) -> DecoderCarry:
-        """Read the source and return the carry of an empty target.
+        """Encode the source and return the decoder's initial carry.
 
         Args:
             source: tokens [batch, source].
-            lengths: integer [batch] in [0, source]; by default all source tokens count.
-            capacity: ignored: a recurrent state has room for any number of tokens.
+            lengths: integer [batch] in [0, source]; by default all source tokens are valid.
+            capacity: ignored; a recurrent state has the same size for any number of tokens.
 
         Raises:
-            ValueError: tokens or lengths that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         return self._encode(source, lengths, train=False)
 
     def extend(
         self, tokens: jax.Array, carry: DecoderCarry, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, DecoderCarry]:
-        """Append tokens to the target.
+        """Append tokens to the target, for incremental decoding.
 
         Args:
             tokens: integer [batch, time].
@@ -186,10 +190,10 @@ class RecurrentTranslator(nn.Module):
                 sequence; by default all.
 
         Returns:
-            Logits [batch, time, target_vocabulary_size] of the token after each one, the carry.
+            Next-token logits [batch, time, target_vocabulary_size], the carry.
 
         Raises:
-            ValueError: tokens or lengths that do not fit.
+            ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         return self._decode(tokens, carry, lengths, train=False)
 
@@ -197,7 +201,7 @@ class RecurrentTranslator(nn.Module):
         check_rank(source, self, layouts=["[batch, source]"])
         embedding = self.target_embedding if self.share_embeddings else self.source_embedding
         x = self.dropout_source(embedding(clear_tokens(source, lengths)), train=train)
-        memory, last = self.encoder(x, lengths, train=train)
+        memory, last = self.encoder(x, lengths, train=train)  # [batch, source, 2 * hidden_size]
         memory = memory.astype(self.precision.compute)
         valid = jnp.ones(source.shape, bool)
         if lengths is not None:
@@ -206,6 +210,7 @@ class RecurrentTranslator(nn.Module):
         both = zip(last[f"forward_{top}"], last[f"backward_{top}"], strict=True)
         starts = []
         for layer, (forward, backward) in zip(self.initial.values(), both, strict=True):
+            # [batch, num_decoder_layers * hidden_size]
             start = jnp.tanh(layer(jnp.concatenate([forward, backward], axis=-1)))
             starts.append(jnp.split(at_least_float32(start), self.num_decoder_layers, axis=-1))
         carry = {
@@ -215,7 +220,7 @@ class RecurrentTranslator(nn.Module):
             "states": tuple(zip(*starts, strict=True)),
         }
         if self.attention == "luong" and self.input_feeding:
-            carry["fed"] = jnp.zeros((len(source), self.hidden_size), self.precision.compute)
+            carry["input_feed"] = jnp.zeros((len(source), self.hidden_size), self.precision.compute)
         return carry
 
     def _decode(
@@ -232,9 +237,9 @@ class RecurrentTranslator(nn.Module):
                 f"{len(tokens)} targets do not fit {len(carry['memory'])} sources; give one "
                 "target for each source"
             )
-        vectors = self.target_embedding(clear_tokens(tokens, lengths))
-        words = self.dropout_target(vectors, train=train)
-        x, attention, carry = self.decoder(words, carry, lengths, train=train)
+        embeddings = self.target_embedding(clear_tokens(tokens, lengths))
+        x = self.dropout_target(embeddings, train=train)
+        x, attention, carry = self.decoder(x, carry, lengths, train=train)
         record(self, "attention", attention)
         x = self.dropout_head(x, train=train)
         if not self.tie_embeddings:
