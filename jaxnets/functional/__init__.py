@@ -1,4 +1,4 @@
-"""Pure functions of arrays: convolution, matrix products, attention, recurrence, norms, pooling."""
+"""Pure functions of arrays: convolution, matmuls, attention, recurrence, normalization, pooling."""
 
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.functional.attention import (

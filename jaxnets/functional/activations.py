@@ -1,8 +1,8 @@
-"""The named activation functions: rounded once, with gradients that need nothing but the input.
+"""The named activation functions: rounded once, with the input as the only residual.
 
 In bfloat16 each step of a formula is rounded, which costs an XLA program on CPU more than the step
-does. And the intermediate results that JAX keeps for a gradient are each as large as the input;
-to read them takes longer than to compute them again.
+does. The intermediate results that JAX saves for the gradient are each as large as the input;
+reading them takes longer than recomputing them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxnets.core import at_least_float32
 _Function = Callable[[jax.Array], jax.Array]
 
 
-def _from_its_input(function: _Function) -> _Function:
+def _recomputed(function: _Function) -> _Function:
     @jax.jit
     @jax.checkpoint
     def rounded_once(x: jax.Array) -> jax.Array:
@@ -32,27 +32,27 @@ def _from_its_input(function: _Function) -> _Function:
     return apply
 
 
-# name -> element-wise function, which returns the dtype that it gets. Those that choose between
-# numbers are exact as they are.
+# name -> elementwise function, which returns the dtype of its input. Those that only select among
+# their operands are exact without rounding.
 ACTIVATIONS: dict[str, _Function] = {
-    "celu": _from_its_input(jax.nn.celu),
-    "elu": _from_its_input(jax.nn.elu),
-    "gelu": _from_its_input(functools.partial(jax.nn.gelu, approximate=False)),
-    "gelu_tanh": _from_its_input(functools.partial(jax.nn.gelu, approximate=True)),
-    "hard_sigmoid": _from_its_input(jax.nn.hard_sigmoid),
-    "hard_swish": _from_its_input(jax.nn.hard_swish),
+    "celu": _recomputed(jax.nn.celu),
+    "elu": _recomputed(jax.nn.elu),
+    "gelu": _recomputed(functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_tanh": _recomputed(functools.partial(jax.nn.gelu, approximate=True)),
+    "hard_sigmoid": _recomputed(jax.nn.hard_sigmoid),
+    "hard_swish": _recomputed(jax.nn.hard_swish),
     "identity": lambda x: x,
-    "leaky_relu": _from_its_input(jax.nn.leaky_relu),
-    "mish": _from_its_input(jax.nn.mish),
+    "leaky_relu": _recomputed(jax.nn.leaky_relu),
+    "mish": _recomputed(jax.nn.mish),
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
-    "selu": _from_its_input(jax.nn.selu),
-    "sigmoid": _from_its_input(jax.nn.sigmoid),
-    "silu": _from_its_input(jax.nn.silu),
-    "softplus": _from_its_input(jax.nn.softplus),
-    "softsign": _from_its_input(jax.nn.soft_sign),
-    "squared_relu": _from_its_input(lambda x: jnp.square(jax.nn.relu(x))),
-    "tanh": _from_its_input(jnp.tanh),
+    "selu": _recomputed(jax.nn.selu),
+    "sigmoid": _recomputed(jax.nn.sigmoid),
+    "silu": _recomputed(jax.nn.silu),
+    "softplus": _recomputed(jax.nn.softplus),
+    "softsign": _recomputed(jax.nn.soft_sign),
+    "squared_relu": _recomputed(lambda x: jnp.square(jax.nn.relu(x))),
+    "tanh": _recomputed(jnp.tanh),
 }
 Activation: TypeAlias = str | Callable[[jax.Array], jax.Array]
 
@@ -64,8 +64,8 @@ def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
         name: "relu", "gelu" (exact), "gelu_tanh", "silu", "tanh", ..., or any callable.
 
     Returns:
-        An element-wise function; a callable comes back as it is. The others compute in float32 or
-        wider, and return the dtype that they got.
+        An elementwise function; a callable is returned unchanged. The others compute in float32 or
+        wider, and return the dtype of their input.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.

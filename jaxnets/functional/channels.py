@@ -1,11 +1,11 @@
-"""Vectors of channels beside arrays [..., channels], and the sums that are their gradients.
+"""Broadcasts of a vector of channels over arrays [..., channels], and the sums that transpose them.
 
-XLA's CPU program for a sum over several leading axes adds one element after the other, as soon as
-something is computed on the way. The same sum in two steps, first over all but some neighboring
-positions, adds whole vectors: 3 to 4 times as fast in a batch norm.
+XLA's CPU program for a sum over several leading axes is scalar as soon as a computation is fused
+into it. The same sum in two steps, first over all but some neighboring positions, is vectorized: 3
+to 4 times as fast in a batch norm.
 
-Both functions are compiled ones inside, so that they and their gradients are traced once for all
-layers of a shape: tracing the choice of a platform takes longer than tracing the rest of a layer.
+Both functions are jitted, so that they and their gradients are traced once for all layers of a
+shape: tracing the choice of a platform takes longer than tracing the rest of a layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxnets.core import at_least_float32
 from jaxnets.functional.lowering import layout
 from jaxnets.functional.lowering.platforms import platform_dependent
 
-# About so many numbers are summed side by side.
+# At most this many columns are summed in the first step.
 _COLUMNS = 4096
 
 
@@ -31,13 +31,13 @@ def channel_sum(x: jax.Array) -> jax.Array:
         x: [..., channels], floating.
 
     Returns:
-        [channels], of the dtype of `x`; summed in float32 or wider.
+        [channels], of the dtype of `x`; accumulated in float32 or wider.
     """
     return _sum_positions(x)
 
 
 def along_channels(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """Repeat a vector at every position of an array; its gradient is a `channel_sum`.
+    """Broadcast a vector to the shape of an array; its gradient is a `channel_sum`.
 
     Args:
         vector: [channels].
@@ -55,48 +55,50 @@ def _sum_positions(x: jax.Array) -> jax.Array:
 
 
 def _wide_sum(x: jax.Array) -> jax.Array:
-    together = _neighbors(x.shape)
-    if together == 1:
+    neighbors = _num_neighbors(x.shape)
+    if neighbors == 1:
         return _plain_sum(x)
 
     def in_two_steps(x: jax.Array) -> jax.Array:
         if _has_batch_innermost(x.shape):
             return jnp.sum(jnp.sum(x, axis=(1, 2)), axis=0)
         channels = x.shape[-1]
-        rows = jnp.sum(x.reshape(x.size // (together * channels), together * channels), axis=0)
-        return jnp.sum(rows.reshape(together, channels), axis=0)
+        # [positions / neighbors, neighbors * channels]
+        rows = x.reshape(x.size // (neighbors * channels), neighbors * channels)
+        return jnp.sum(jnp.sum(rows, axis=0).reshape(neighbors, channels), axis=0)
 
     return platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    # Wide, so that its gradient is summed so: XLA's CPU loop that adds bfloat16 numbers takes 10 to
-    # 25 times as long, and rounds each sum.
+    # In float32, so that the gradient accumulates in it: XLA's CPU loop that adds bfloat16 elements
+    # takes 10 to 25 times as long, and rounds each sum.
     return _wide_repeat(at_least_float32(vector), shape).astype(vector.dtype)
 
 
 def _wide_repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    together = _neighbors(shape)
+    neighbors = _num_neighbors(shape)
 
     def plain(vector: jax.Array) -> jax.Array:
         return jnp.broadcast_to(vector.reshape((1,) * (len(shape) - 1) + vector.shape), shape)
 
-    if together == 1:
+    if neighbors == 1:
         return plain(vector)
 
     def in_two_steps(vector: jax.Array) -> jax.Array:
         if _has_batch_innermost(shape):
             rows = jnp.broadcast_to(vector, (shape[0], 1, 1, shape[-1]))
             return jnp.broadcast_to(rows, shape)
-        row = jnp.broadcast_to(vector[None], (together, vector.size)).reshape(1, -1)
+        # [1, neighbors * channels]
+        row = jnp.broadcast_to(vector[None], (neighbors, vector.size)).reshape(1, -1)
         return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
 
     return platform_dependent(vector, cpu=in_two_steps, default=plain)
 
 
 def _has_batch_innermost(shape: tuple[int, ...]) -> bool:
-    # Images only: what else has few channels comes from products, which write channels innermost.
+    # Images only: other arrays of few channels come from matmuls, which write channels innermost.
     return len(shape) == 4 and layout.is_few(shape[-1])
 
 
@@ -104,8 +106,8 @@ def _plain_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
 
 
-def _neighbors(shape: tuple[int, ...]) -> int:
-    """Return how many neighboring positions are summed side by side, 1 where it gains nothing."""
+def _num_neighbors(shape: tuple[int, ...]) -> int:
+    """Return how many neighboring positions are columns of the first sum; 1 for a plain sum."""
     if len(shape) < 3 or 0 in shape:
         return 1
     width, channels = shape[-2:]

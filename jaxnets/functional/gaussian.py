@@ -1,4 +1,4 @@
-"""Codes with a normal distribution each: drawing them, and how far they are from the prior."""
+"""Diagonal Gaussian latents: reparameterized samples and their divergence from the prior."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxnets.core import at_least_float32
 
 
 def draw_code(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """Return mean + exp(log_variance / 2) noise.
+    """Draw by the reparameterization trick: mean + exp(log_variance / 2) noise.
 
     Args:
         mean: [batch, latent_size].
@@ -23,7 +23,7 @@ def draw_code(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax
 
 
 def normal_divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """Kullback-Leibler divergence of N(mean, exp(log_variance)) from N(0, 1), for each number.
+    """Kullback-Leibler divergence of N(mean, exp(log_variance)) from N(0, 1), for each element.
 
     (mean^2 + exp(log_variance) - 1 - log_variance) / 2
 
@@ -42,17 +42,17 @@ def normal_divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
         Kingma and Welling 2014, arXiv:1312.6114, appendix B.
     """
     mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)
-    # expm1: next to a variance of 1 the plain difference loses its digits.
+    # expm1: near a variance of 1 the plain difference loses its digits.
     return (jnp.square(mean) + jnp.expm1(log_variance) - log_variance) / 2
 
 
 def log_prior_ratio(code: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """Return log p(z) - log q(z | x) of codes that `draw_code` made of noise.
+    """Return log p(z) - log q(z | x) of codes drawn by `draw_code`.
 
     Args:
         code: [..., latent_size].
         log_variance: of q, likewise.
-        noise: that the code was made of, likewise.
+        noise: that the code was drawn with, likewise.
 
     Returns:
         Nats, [...], float32 or wider.

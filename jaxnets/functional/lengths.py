@@ -1,4 +1,4 @@
-"""Sequences of unequal length in one array: lengths are checked, what lies beyond is cleared."""
+"""Padded sequences: checks of their lengths, masks and clearing of the padding."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxnets.core import at_least_float32
 
 
 def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.Array:
-    """Refuse lengths that do not fit or, where they are known, are out of range.
+    """Refuse lengths of a wrong shape or dtype or, where they are concrete, out of range.
 
     Args:
         lengths: integer [rows], number of valid steps of each row.
-        rows: number of rows of the array that they are for.
+        rows: number of rows of the padded array.
         most: number of its steps.
-        least: smallest length that makes sense.
+        least: smallest valid length.
 
     Returns:
-        bool [rows], False for a length out of range that is known only when the program runs; the
-        caller turns it into NaN.
+        bool [rows], False for a length out of range that is known only at run time; the caller
+        turns it into NaN.
 
     Raises:
         ValueError: naming the shape and type, or the first length that is out of range.
@@ -49,16 +49,15 @@ def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.
 
 
 def padding_mask(lengths: Any, shape: Sequence[int]) -> jax.Array:
-    """Tell the steps of each sequence from the padding behind them.
+    """Return which steps of each sequence are valid, not padding.
 
     Args:
         lengths: integer [batch] in [0, time].
         shape: (batch, time) of the array.
 
     Returns:
-        bool [batch, time], True for a step; index it with [:, None, None] to hide keys. All of a
-        sequence counts where a length known only when the program runs is out of range; see
-        `clear_padding`.
+        bool [batch, time], True for a valid step; index it with [:, None, None] to mask keys. All
+        steps are valid where a length known only at run time is out of range; see `clear_padding`.
 
     Raises:
         ValueError: lengths of another shape or type, or known to be out of range.
@@ -73,14 +72,14 @@ def padding_mask(lengths: Any, shape: Sequence[int]) -> jax.Array:
 
 
 def clear_tokens(tokens: Any, lengths: Any) -> Any:
-    """Set the ids beyond the end of each sequence to 0, a token of every vocabulary.
+    """Set the ids beyond each length to 0, a token of every vocabulary.
 
     Args:
         tokens: integer [batch, time].
-        lengths: integer [batch] in [0, time]; None means that all of them are valid.
+        lengths: integer [batch] in [0, time]; None means that all steps are valid.
 
     Returns:
-        `tokens` with 0 beyond each length, whatever stood there.
+        `tokens` with 0 beyond each length.
 
     Raises:
         ValueError: lengths of another shape or type, or known to be out of range.
@@ -93,16 +92,16 @@ def clear_tokens(tokens: Any, lengths: Any) -> Any:
 
 
 def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
-    """Set what lies beyond the end of each sequence to 0.
+    """Set the padding beyond each length to 0.
 
     Args:
         x: [batch, time, ...], floating.
         lengths: integer [batch] in [0, time]; None means that all steps are valid.
 
     Returns:
-        `x` with 0 beyond each length, whatever stood there, and the valid steps, bool
-        [batch, time]. Where a length that is known only when the program runs is out of range,
-        the whole sequence is NaN, so that it stops training instead of being cut in silence.
+        `x` with 0 beyond each length, also where it was NaN, and the valid steps, bool
+        [batch, time]. Where a length that is known only at run time is out of range, the whole
+        sequence is NaN, so that training stops instead of truncating it silently.
 
     Raises:
         ValueError: lengths of another shape or type, or known to be out of range.
@@ -118,8 +117,8 @@ def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
     inside = check_lengths(lengths, rows=batch, most=time)
     valid = padding_mask(lengths, (batch, time))
     ones = (1,) * (x.ndim - 2)
-    kept = jnp.where(inside.reshape(batch, 1, *ones), x, jnp.asarray(jnp.nan, x.dtype))
-    return jnp.where(valid.reshape(batch, time, *ones), kept, jnp.zeros((), x.dtype)), valid
+    x = jnp.where(inside.reshape(batch, 1, *ones), x, jnp.asarray(jnp.nan, x.dtype))
+    return jnp.where(valid.reshape(batch, time, *ones), x, jnp.zeros((), x.dtype)), valid
 
 
 def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -127,7 +126,7 @@ def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
 
     Args:
         x: [batch, time, features], 0 beyond the lengths.
-        lengths: integer [batch]; by default all steps count.
+        lengths: integer [batch]; by default all steps are valid.
 
     Returns:
         [batch, features], float32 or wider; 0 for an empty sequence.

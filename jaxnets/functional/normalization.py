@@ -1,8 +1,8 @@
-"""The pure formulas of the norms: statistics in float32 or wider.
+"""Normalization as pure functions, with statistics in float32 or wider.
 
-All are reverse-mode differentiable any number of times; forward mode is not supported. The
-gradients of the norms of the last axis keep the normalized array, which the scale needs anyway, and
-nothing else of its size; that of a batch norm keeps its input, and goes over it with two sums.
+All are reverse-mode differentiable any number of times; forward mode is not supported. The norms of
+the last axis save the normalized array, which the scale's gradient needs anyway, as the only
+residual of its size. A batch norm saves its input, over which its gradient takes two sums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def layer_norm(
         x: floating [..., channels].
         scale: [channels].
         bias: [channels]; nothing is added by default.
-        epsilon: added to the variance, which is the biased one.
+        epsilon: added to the biased variance.
 
     Returns:
         [..., channels], float32 or wider.
@@ -80,11 +80,11 @@ def batch_norm(
         x: floating [..., channels].
         scale: [channels].
         bias: [channels].
-        epsilon: added to the variance, which is the biased one.
-        axis_name: of a mapped axis over which the positions are split.
+        epsilon: added to the biased variance.
+        axis_name: of a mapped axis over which the batch is split.
 
     Returns:
-        The result, [..., channels], float32 or wider; mean and variance, each [channels].
+        The normalized array, [..., channels], float32 or wider; mean and variance, [channels].
 
     Example:
         >>> y, mean, variance = batch_norm(jnp.array([[1.0], [3.0]]), jnp.ones(1), jnp.ones(1))
@@ -108,11 +108,11 @@ def _batch_norm_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
     wide = at_least_float32(x)
-    mean = _over_devices(channel_sum(wide) / _num_positions(x), axis_name)
+    mean = _mean_over_devices(channel_sum(wide) / _num_positions(x), axis_name)
     centered = wide - along_channels(mean, x)
-    # The mean square around the mean: E[x^2] - E[x]^2 cancels where the mean is large.
+    # In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
     squares = channel_sum(jnp.square(centered))
-    variance = _over_devices(squares / _num_positions(x), axis_name)
+    variance = _mean_over_devices(squares / _num_positions(x), axis_name)
     inverse = lax.rsqrt(variance + epsilon)
     y = centered * along_channels(scale * inverse, x) + along_channels(bias, x)
     return (y, mean, variance), (x, scale, bias, mean, inverse)
@@ -125,11 +125,11 @@ def _batch_norm_backward(
     dy, to_mean, to_variance = cotangents
     centered = at_least_float32(x) - along_channels(mean, x)
     dbias, products = channel_sum(dy), channel_sum(dy * centered)
-    # The mean has no influence on the variance, whose gradient with respect to it is 0.
+    # The derivative of the variance with respect to the mean is 0.
     to_mean = to_mean - scale * inverse * dbias
     to_variance = to_variance - scale * inverse**3 * products / 2
-    shift = _over_devices(to_mean, axis_name) / _num_positions(x)
-    slope = 2 * _over_devices(to_variance, axis_name) / _num_positions(x)
+    shift = _mean_over_devices(to_mean, axis_name) / _num_positions(x)
+    slope = 2 * _mean_over_devices(to_variance, axis_name) / _num_positions(x)
     dx = (
         dy * along_channels(scale * inverse, x)
         + centered * along_channels(slope, x)
@@ -147,7 +147,7 @@ def _num_positions(x: jax.Array) -> int:
     return x.size // x.shape[-1]
 
 
-def _over_devices(mean: jax.Array, axis_name: str | None) -> jax.Array:
+def _mean_over_devices(mean: jax.Array, axis_name: str | None) -> jax.Array:
     return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
@@ -174,7 +174,7 @@ def _normalized_backward(
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)
-# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+# Jitted, so that all layers of a shape, and their gradients, are traced once.
 _shared_normalized = jax.jit(_normalized, static_argnums=(1, 2))
 
 

@@ -12,7 +12,7 @@ class NormalizedPatches(NamedTuple):
     """What `normalize_patches` returns: patches = mean + scale * normalized patches.
 
     Attributes:
-        patches: normalized, [batch, patches, numbers].
+        patches: normalized, [batch, patches, elements].
         mean: of each patch, [batch, patches, 1].
         scale: of each patch, [batch, patches, 1].
     """
@@ -23,7 +23,7 @@ class NormalizedPatches(NamedTuple):
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:
-    """Cut images into patches, row by row.
+    """Cut images into patches, in row-major order.
 
     Args:
         images: [batch, height, width, channels].
@@ -45,12 +45,14 @@ def patchify(images: jax.Array, size: int) -> jax.Array:
             f"images of {height} x {width} do not split into patches of {size} x {size}; resize "
             "them, or choose a patch_size that divides both"
         )
+    # [batch, rows, size, columns, size, channels]
     grid = images.reshape(batch, height // size, size, width // size, size, channels)
-    return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, size * size * channels)
+    grid = jnp.swapaxes(grid, 2, 3)  # [batch, rows, columns, size, size, channels]
+    return grid.reshape(batch, -1, size * size * channels)
 
 
 def unpatchify(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
-    """Put patches together again: the inverse of `patchify`.
+    """Assemble images from patches: the inverse of `patchify`.
 
     Args:
         patches: [batch, patches, size * size * channels].
@@ -72,15 +74,17 @@ def unpatchify(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arr
             f"patches of shape {patches.shape} do not fill images of {image_shape}; give as many "
             "as patchify returns"
         )
+    # [batch, rows, columns, size, size, channels]
     grid = patches.reshape(-1, rows, columns, size, size, channels)
-    return jnp.swapaxes(grid, 2, 3).reshape(-1, height, width, channels)
+    grid = jnp.swapaxes(grid, 2, 3)  # [batch, rows, size, columns, size, channels]
+    return grid.reshape(-1, height, width, channels)
 
 
 def normalize_patches(patches: jax.Array) -> NormalizedPatches:
-    """Give every patch mean 0 and variance 1: (patch - mean) / sqrt(variance + 1e-6).
+    """Normalize every patch to mean 0 and variance 1: (patch - mean) / sqrt(variance + 1e-6).
 
     Args:
-        patches: [batch, patches, numbers].
+        patches: [batch, patches, elements].
 
     Returns:
         NormalizedPatches.

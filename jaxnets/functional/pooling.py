@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,25 +19,30 @@ from jaxnets.functional.windows import (
     Padding,
     Pairs,
     Size,
+    broadcast_to_axes,
+    kernel_offsets,
     padding_pairs,
-    per_axis,
-    strided,
+    strided_slice,
 )
 
-# Above this many elements a window is unrolled too often to be worth compiling.
+# Windows of at most this many elements are unrolled; larger ones take too long to compile.
 _MAX_UNROLLED_WINDOW = 16
 
 
 def max_pool(
     x: jax.Array, window: Size, strides: Size | None = None, padding: Padding = "VALID"
 ) -> jax.Array:
-    """Take the maximum of each window; where several are equal the first gets the gradient.
+    """Take the maximum of each window; of equal maxima the first gets the gradient.
+
+    Corresponds to `flax.linen.max_pool` and `torch.nn.functional.max_pool2d`. Differs from Flax in
+    the default strides, which are 1 there.
 
     Args:
         x: [batch, time, channels] or [batch, height, width, channels].
         window: size of the window.
         strides: step between windows; by default the window, so that windows do not overlap.
-        padding: "SAME", "VALID", a width, or (low, high) pairs; padding is never the maximum.
+        padding: "SAME", "VALID", one padding for all ends, or (low, high) pairs; padding is never
+            the maximum.
 
     Returns:
         [batch, ..., channels], of the dtype of `x`.
@@ -58,14 +62,17 @@ def average_pool(
 ) -> jax.Array:
     """Average each window over the elements that are not padding.
 
+    Corresponds to `flax.linen.avg_pool` and `torch.nn.functional.avg_pool2d` with
+    `count_include_pad=False`. Both count padding by default; Flax's default strides are 1.
+
     Args:
         x: [batch, time, channels] or [batch, height, width, channels], floating.
         window: size of the window.
         strides: step between windows; by default the window, so that windows do not overlap.
-        padding: "SAME", "VALID", a width, or (low, high) pairs.
+        padding: "SAME", "VALID", one padding for all ends, or (low, high) pairs.
 
     Returns:
-        [batch, ..., channels], of the dtype of `x`; summed in float32 or wider.
+        [batch, ..., channels], of the dtype of `x`; accumulated in float32 or wider.
     """
     sizes, steps, pairs = _pool_spec(x, window, strides, padding)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -73,7 +80,7 @@ def average_pool(
         _reduce_window, initial=0.0, function=lax.add, sizes=sizes, steps=steps, pairs=pairs
     )
     if _are_small_tiles(sizes, steps, pairs):
-        tiles = functools.partial(_join_tiles, window=sizes, join=lax.add)
+        tiles = functools.partial(_reduce_tiles, window=sizes, function=lax.add)
         own = functools.partial(layout.batch_innermost_if_few, tiles)
         total = platform_dependent(wide, cpu=own, default=sums)
         return (total / math.prod(sizes)).astype(x.dtype)
@@ -88,7 +95,7 @@ def global_average_pool(x: jax.Array) -> jax.Array:
         x: [batch, ..., channels].
 
     Returns:
-        [batch, channels], of the dtype of `x`; summed in float32 or wider.
+        [batch, channels], of the dtype of `x`; accumulated in float32 or wider.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=wide).astype(x.dtype)
@@ -98,8 +105,8 @@ def _reduce_window(
     x: jax.Array, initial: Any, function: Any, sizes: Axes, steps: Axes, pairs: Pairs
 ) -> jax.Array:
     if sizes == steps and not any(map(any, pairs)):
-        # What fits no whole tile is cut off by hand: behind a matrix product jaxlib 0.10.1
-        # overwrites foreign memory on CPU if a window leaves such a rest.
+        # The remainder that fills no tile is sliced off explicitly: jaxlib 0.10.1 writes out of
+        # bounds on CPU where a matmul is followed by a window that leaves one.
         whole = (n - n % w for n, w in zip(x.shape[1:-1], sizes, strict=True))
         x = x[(slice(None), *map(slice, whole))]
     padding = ((0, 0), *pairs, (0, 0))
@@ -113,17 +120,18 @@ def _reduce_max(x: jax.Array, sizes: Axes, steps: Axes, pairs: Pairs) -> jax.Arr
 
 
 def _are_small_tiles(sizes: Axes, steps: Axes, pairs: Pairs) -> bool:
-    """Whether windows neither overlap nor leave gaps nor are padded, and can be unrolled."""
+    """Whether windows are tiles, without overlap, gaps and padding, that can be unrolled."""
     small = math.prod(sizes) <= _MAX_UNROLLED_WINDOW
     return small and sizes == steps and not any(map(any, pairs))
 
 
-def _join_tiles(x: jax.Array, window: Axes, join: Callable[..., jax.Array]) -> jax.Array:
-    """Join the elements of each tile, place by place."""
+def _reduce_tiles(x: jax.Array, window: Axes, function: Callable[..., jax.Array]) -> jax.Array:
+    """Reduce each tile by a function of two arrays, over strided slices of `x`."""
     counts = [n // w for n, w in zip(x.shape[1:-1], window, strict=True)]
-    places = list(itertools.product(*map(range, window)))
-    shape = (x.shape[0], *counts, x.shape[-1])
-    return materialize(functools.reduce(join, (strided(x, p, shape, window) for p in places)))
+    offsets = kernel_offsets(window)
+    shape = (x.shape[0], *counts, x.shape[-1])  # [batch, *tiles, channels]
+    slices = (strided_slice(x, offset, shape, window) for offset in offsets)
+    return materialize(functools.reduce(function, slices))
 
 
 def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
@@ -132,7 +140,7 @@ def _plain_tile_max(x: jax.Array, window: Axes) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _tile_max(x: jax.Array, window: Axes) -> jax.Array:
-    tiles = functools.partial(_join_tiles, window=window, join=lax.max)
+    tiles = functools.partial(_reduce_tiles, window=window, function=lax.max)
     own = functools.partial(layout.batch_innermost_if_few, tiles)
     plain = functools.partial(_plain_tile_max, window=window)
     return platform_dependent(x, cpu=own, default=plain)
@@ -153,30 +161,29 @@ def _tile_max_backward(window: Axes, residuals: Any, dy: jax.Array) -> tuple[jax
 
 
 _tile_max.defvjp(_tile_max_forward, _tile_max_backward)
-# As a compiled function it is traced once, with its gradient, for all layers of a shape.
+# Jitted, so that all layers of a shape, and their gradients, are traced once.
 _shared_tile_max = jax.jit(_tile_max, static_argnums=1)
 
 
 def _tile_max_gradient(x: jax.Array, y: jax.Array, dy: jax.Array, *, window: Axes) -> jax.Array:
-    """Send `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
-    offsets = list(itertools.product(*map(range, window)))
-
-    # Numbers of x's dtype, as loops of one dtype are vectorized better.
-    winner = jnp.full(y.shape, -1, x.dtype)
-    for number, offset in reversed(list(enumerate(offsets))):  # backwards: the first stays
-        candidate = strided(x, offset, y.shape, window)
-        winner = jnp.where(candidate == y, jnp.asarray(number, x.dtype), winner)
-    winner = materialize(winner)
-    within = tuple(range(2, 2 + 2 * len(window), 2))  # [batch, rows, in row, columns, in column, c]
+    """Give `dy` to the first maximum of each tile: comparisons instead of XLA's scatter."""
+    offsets = kernel_offsets(window)
+    # Indices in x's dtype, because loops of one dtype are vectorized better.
+    argmax = jnp.full(y.shape, -1, x.dtype)
+    for index, offset in reversed(list(enumerate(offsets))):  # in reverse, so that the first wins
+        candidate = strided_slice(x, offset, y.shape, window)
+        argmax = jnp.where(candidate == y, jnp.asarray(index, x.dtype), argmax)
+    argmax = materialize(argmax)
+    in_tile = tuple(range(2, 2 + 2 * len(window), 2))  # new axes of size 1
     per_tile = [n for w in window for n in (1, w)]
-    positions = jnp.arange(len(offsets), dtype=x.dtype).reshape(1, *per_tile, 1)
-    chosen = jnp.expand_dims(winner, within) == positions
-    received = jnp.expand_dims(dy, within)
-    dx = jnp.where(chosen, received, jnp.zeros((), dy.dtype))
+    indices = jnp.arange(len(offsets), dtype=x.dtype).reshape(1, *per_tile, 1)
+    chosen = jnp.expand_dims(argmax, in_tile) == indices
+    # [batch, tile rows, rows in tile, tile columns, columns in tile, channels]
+    dx = jnp.where(chosen, jnp.expand_dims(dy, in_tile), jnp.zeros((), dy.dtype))
     tiled = [count * w for count, w in zip(y.shape[1:-1], window, strict=True)]
-    rest = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
-    dx = jnp.pad(dx.reshape(x.shape[0], *tiled, x.shape[-1]), [(0, 0), *rest, (0, 0)])
-    return materialize(dx)
+    remainder = [(0, size % w) for size, w in zip(x.shape[1:-1], window, strict=True)]
+    dx = dx.reshape(x.shape[0], *tiled, x.shape[-1])  # [batch, height, width, channels]
+    return materialize(jnp.pad(dx, [(0, 0), *remainder, (0, 0)]))
 
 
 def _pool_spec(
@@ -185,6 +192,6 @@ def _pool_spec(
     spatial = x.ndim - 2
     if spatial < 1:
         raise ValueError(f"pooling got shape {x.shape}; give [batch, ..., channels]")
-    sizes = per_axis(window, spatial, "window")
-    steps = sizes if strides is None else per_axis(strides, spatial, "strides")
+    sizes = broadcast_to_axes(window, spatial, "window")
+    steps = sizes if strides is None else broadcast_to_axes(strides, spatial, "strides")
     return sizes, steps, padding_pairs(padding, x.shape[1:-1], sizes, steps)

@@ -1,4 +1,4 @@
-"""The geometry of windows over time, or over height and width: sizes, strides, padding."""
+"""Sizes, strides and padding of windows over time, or over height and width; im2col and col2im."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 
 #: One value for every spatial axis, or one per axis.
 Size: TypeAlias = int | Sequence[int]
-#: "SAME", "VALID", one width for both ends of every axis, or a (low, high) pair per axis.
+#: "SAME", "VALID", one padding for both ends of every axis, or a (low, high) pair per axis.
 Padding: TypeAlias = str | int | Sequence[tuple[int, int]]
 
 Axes: TypeAlias = tuple[int, ...]
@@ -20,13 +20,13 @@ Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class ConvSpec(NamedTuple):
-    """What a convolution does along the spatial axes, and in how many groups of channels.
+    """The static arguments of a convolution, one value per spatial axis.
 
     Attributes:
-        strides: step between outputs.
-        padding: (low, high) of each axis; negative ones cut.
-        dilation: step between the inputs that one output sees.
-        groups: number of channel groups convolved apart.
+        strides: step between the windows of neighboring outputs (`window_strides` of lax).
+        padding: (low, high) of each axis; negative values crop.
+        dilation: step between the inputs of one window (`rhs_dilation` of lax).
+        groups: number of channel groups (`feature_group_count` of lax).
     """
 
     strides: Axes
@@ -35,8 +35,12 @@ class ConvSpec(NamedTuple):
     groups: int
 
 
-def per_axis(value: Size, num_axes: int, name: str) -> Axes:
-    """Write a size as one positive int per axis; `name` stands in the ValueError of a bad one."""
+def broadcast_to_axes(value: Size, num_axes: int, name: str) -> Axes:
+    """Return one positive int per axis.
+
+    Raises:
+        ValueError: another number of values, or one below 1; the message calls them `name`.
+    """
     values = (value,) * num_axes if isinstance(value, int) else tuple(value)
     if len(values) != num_axes or any(v < 1 for v in values):
         raise ValueError(f"{name}={value} must be a positive int or {num_axes} of them")
@@ -46,6 +50,22 @@ def per_axis(value: Size, num_axes: int, name: str) -> Axes:
 def dilated_size(window: Sequence[int], dilation: Sequence[int]) -> Axes:
     """Return how many inputs a dilated window spans on each axis."""
     return tuple((w - 1) * d + 1 for w, d in zip(window, dilation, strict=True))
+
+
+def output_size(input_size: Axes, kernel_size: Axes, spec: ConvSpec) -> Axes:
+    """Return the spatial shape of the output of a convolution."""
+    spans = dilated_size(kernel_size, spec.dilation)
+    axes = zip(input_size, spec.padding, spans, spec.strides, strict=True)
+    return tuple(
+        max((size + low + high - span) // stride + 1, 0) for size, (low, high), span, stride in axes
+    )
+
+
+def transposed_padding(kernel_size: Axes, spec: ConvSpec) -> Pairs:
+    """Return the padding of the convolution that transposes one of stride 1."""
+    spans = dilated_size(kernel_size, spec.dilation)
+    pairs = zip(spans, spec.padding, strict=True)
+    return tuple((span - 1 - low, span - 1 - high) for span, (low, high) in pairs)
 
 
 def padding_pairs(
@@ -76,31 +96,41 @@ def padding_pairs(
     return pairs
 
 
-def strided(x: jax.Array, starts: Sequence[int], shape: Axes, strides: Axes) -> jax.Array:
-    """Take every stride-th element from `starts` on, as many as `shape` has on its axes."""
+def strided_slice(x: jax.Array, starts: Sequence[int], shape: Axes, strides: Axes) -> jax.Array:
+    """Slice the spatial axes from `starts` on with `strides`, to the spatial part of `shape`."""
     spans = zip(starts, shape[1:-1], strides, strict=True)
     slices = (slice(a, a + (count - 1) * step + 1, step) for a, count, step in spans)
     return x[(slice(None), *slices)]
 
 
-def offsets_of(taps: Sequence[int]) -> list[Axes]:
-    """List the places in a kernel, in the order of its elements."""
-    return list(itertools.product(*map(range, taps)))
+def kernel_offsets(kernel_size: Sequence[int]) -> list[Axes]:
+    """List the positions in a kernel in row-major order."""
+    return list(itertools.product(*map(range, kernel_size)))
 
 
-def padded(x: jax.Array, spec: ConvSpec) -> jax.Array:
-    """Put zeros around the axes between the first and the last."""
+def pad_spatial(x: jax.Array, spec: ConvSpec) -> jax.Array:
+    """Pad the axes between the first and the last with zeros."""
     edges = [(low, high, 0) for low, high in spec.padding]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 def im2col(
-    offsets: Sequence[Axes], padded: jax.Array, outputs: Axes, spec: ConvSpec
+    offsets: Sequence[Axes], padded: jax.Array, output_size: Axes, spec: ConvSpec
 ) -> list[jax.Array]:
-    """Return what each kernel offset sees of a padded array, [first, *outputs, last] each."""
-    shape = (padded.shape[0], *outputs, padded.shape[-1])
+    """Slice the inputs that each kernel offset is multiplied with.
+
+    Args:
+        offsets: of the kernel; see `kernel_offsets`.
+        padded: the padded input, [first, *padded size, last].
+        output_size: spatial shape of the output.
+        spec: static arguments of the convolution.
+
+    Returns:
+        [first, *output_size, last] for each offset.
+    """
+    shape = (padded.shape[0], *output_size, padded.shape[-1])
     return [
-        strided(
+        strided_slice(
             padded,
             [o * d for o, d in zip(offset, spec.dilation, strict=True)],
             shape,
@@ -110,40 +140,43 @@ def im2col(
     ]
 
 
-def col2im(shares: jax.Array, taps: Axes, inputs: Axes, spec: ConvSpec) -> jax.Array:
-    """Sum at each input what the kernel's places send to it: the transpose of `im2col`.
+def col2im(columns: jax.Array, kernel_size: Axes, input_size: Axes, spec: ConvSpec) -> jax.Array:
+    """Scatter-add the columns to the inputs that they were sliced from: the transpose of `im2col`.
 
     Args:
-        shares: [places, first, *outputs, last], the places in the order of `offsets_of`.
-        taps: of the kernel.
-        inputs: sizes.
-        spec: of the convolution.
+        columns: [offsets, first, *output_size, last], the offsets in the order of
+            `kernel_offsets`.
+        kernel_size: spatial shape of the kernel.
+        input_size: spatial shape of the input, without padding.
+        spec: static arguments of the convolution.
 
     Returns:
-        [first, *inputs, last].
+        [first, *input_size, last].
     """
-    total = jnp.zeros((shares.shape[1], *inputs, shares.shape[-1]), shares.dtype)
-    for share, offset in zip(shares, offsets_of(taps), strict=True):
-        places = zip(offset, spec.dilation, spec.padding, strict=True)
-        starts = [o * d - low for o, d, (low, _) in places]
-        total += _spread(share, starts, inputs, spec.strides)
+    total = jnp.zeros((columns.shape[1], *input_size, columns.shape[-1]), columns.dtype)
+    for column, offset in zip(columns, kernel_offsets(kernel_size), strict=True):
+        axes = zip(offset, spec.dilation, spec.padding, strict=True)
+        starts = [o * d - low for o, d, (low, _) in axes]
+        total += _transpose_of_slice(column, starts, input_size, spec.strides)
     return total
 
 
-def _spread(x: jax.Array, starts: Sequence[int], sizes: Axes, strides: Axes) -> jax.Array:
-    """Place the elements stride apart, from `starts` on, in zeros of `sizes`.
+def _transpose_of_slice(
+    x: jax.Array, starts: Sequence[int], size: Axes, strides: Axes
+) -> jax.Array:
+    """Put the elements `strides` apart, from `starts` on, into zeros of spatial shape `size`.
 
-    It is one `lax.pad` with interior padding, which aborts XLA's partitioner where a sharding has
-    reached height or width. A new axis that is padded and joined does not.
+    It is one `lax.pad` with interior padding, which aborts XLA's partitioner where height or width
+    is sharded. Padding a new axis and merging it does not.
     """
     zero = jnp.zeros((), x.dtype)
-    for axis, (start, extent, stride) in enumerate(zip(starts, sizes, strides, strict=True), 1):
+    for axis, (start, extent, stride) in enumerate(zip(starts, size, strides, strict=True), 1):
         shape = x.shape
         gaps = [(0, 0, 0)] * (x.ndim + 1)
         gaps[axis + 1] = (0, stride - 1, 0)
-        x = lax.pad(jnp.expand_dims(x, axis + 1), zero, gaps)
+        x = lax.pad(jnp.expand_dims(x, axis + 1), zero, gaps)  # [..., outputs, stride, ...]
         x = x.reshape(*shape[:axis], shape[axis] * stride, *shape[axis + 1 :])
         edges = [(0, 0, 0)] * x.ndim
         edges[axis] = (start, extent - start - shape[axis] * stride, 0)
-        x = lax.pad(x, zero, edges)
+        x = lax.pad(x, zero, edges)  # [..., extent, ...]
     return x

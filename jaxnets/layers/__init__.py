@@ -1,4 +1,4 @@
-"""Layers that network families share: dense, convolution, norms, dropout, embedding."""
+"""Layers that model families share: dense, convolution, normalization, dropout, embedding."""
 
 from jaxnets.layers.dropout import Dropout
 from jaxnets.layers.embedding import Embedding, check_tokens

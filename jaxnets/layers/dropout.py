@@ -1,4 +1,4 @@
-"""Dropout, of elements, channels or whole examples."""
+"""Dropout of elements, channels or whole examples."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from jaxnets.checks import check_rate
 
 
 class Dropout(nn.Module):
-    """Set elements to zero at random in training and scale the rest up; stream "dropout".
+    """Zero elements at random in training and divide the rest by 1 - rate; stream "dropout".
+
+    Corresponds to `flax.linen.Dropout`, with `train` in place of `deterministic`, and to
+    `torch.nn.Dropout`; `shared_axes=(1,)` of [batch, time, channels] to `torch.nn.Dropout1d`.
 
     Attributes:
         rate: probability of zero, in [0, 1).
         per_example: drop whole examples of the batch instead of elements: on the branch of a
             residual block this is stochastic depth (Huang et al. 2016, arXiv:1603.09382).
-        shared_axes: axes along which one draw holds: (1,) drops the same channels at every step
-            of [batch, time, channels] (Gal and Ghahramani 2016, arXiv:1512.05287).
+        shared_axes: axes along which the mask is broadcast (`broadcast_dims` of Flax): (1,) drops
+            the same channels at every step of [batch, time, channels] (Gal and Ghahramani 2016,
+            arXiv:1512.05287).
     """
 
     rate: float

@@ -1,4 +1,4 @@
-"""Token embeddings: a table of vectors that reads token ids, and may write logits."""
+"""Token embeddings: a table of vectors, which may be tied to the output projection."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxnets.layers.linear import Initializer
 
 
 def check_tokens(tokens: jax.Array, vocabulary_size: int) -> None:
-    """Refuse token ids that are no integers or, where they are known, outside the vocabulary.
+    """Refuse token ids that are no integers or, where they are concrete, outside the vocabulary.
 
     Args:
         tokens: integer [...].
         vocabulary_size: number of tokens.
 
     Raises:
-        ValueError: naming the first id that does not fit.
+        ValueError: another dtype, or the first id outside the vocabulary.
     """
     dtype = jnp.result_type(tokens)
     if not jnp.issubdtype(dtype, jnp.integer):
@@ -38,7 +38,11 @@ def check_tokens(tokens: jax.Array, vocabulary_size: int) -> None:
 
 
 class Embedding(nn.Module):
-    """A vector per token.
+    """Look up a vector per token.
+
+    Corresponds to `flax.linen.Embed` and `torch.nn.Embedding`. Differs in the initializer, a normal
+    distribution of standard deviation 0.02 in place of 1 / sqrt(features) (Flax) or 1 (torch), and
+    in that Flax takes negative ids from the end of the table.
 
     Attributes:
         vocabulary_size: number of tokens.
@@ -47,7 +51,7 @@ class Embedding(nn.Module):
         precision: dtypes of parameters and result.
 
     References:
-        Press and Wolf 2017, arXiv:1608.05859 (the same table for input and output).
+        Press and Wolf 2017, arXiv:1608.05859 (one table for input and output).
     """
 
     vocabulary_size: int
@@ -68,11 +72,11 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map integer [...] to [..., features] in the compute dtype.
 
-        An id outside the vocabulary that is known only when the program runs gives NaN, so that
-        it stops training instead of counting as another token.
+        An id outside the vocabulary that is known only at run time gives NaN, so that training
+        stops instead of taking it for another token.
 
         Raises:
-            ValueError: ids that are no integers, or known to be outside the vocabulary.
+            ValueError: ids that are no integers, or concrete ids outside the vocabulary.
         """
         check_tokens(tokens, self.vocabulary_size)
         table, tokens = self.embedding.astype(self.precision.compute), jnp.asarray(tokens)
@@ -81,7 +85,7 @@ class Embedding(nn.Module):
         return jnp.where(outside[..., None], jnp.asarray(jnp.nan, vectors.dtype), vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Map [..., features] to logits [..., vocabulary_size], with the same table."""
+        """Map [..., features] to logits [..., vocabulary_size], tied to the same table."""
         return functional.linear(
             x.astype(self.precision.compute), self.embedding.astype(self.precision.compute).T
         )

@@ -1,7 +1,7 @@
-"""The Linen layers that families share: dense, convolution, norms, activations, dropout.
+"""Dense layers and convolutions.
 
-All follow one `Precision`: parameters are kept in `precision.parameter` and cast to
-`precision.compute` where they are used; norms are computed in float32 or wider.
+Like all layers they follow one `Precision`: parameters are stored in `precision.parameter` and cast
+to `precision.compute` where they are used.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ Initializer: TypeAlias = Callable[..., jax.Array]
 class Dense(nn.Module):
     """Multiply the last axis by a matrix and add a bias: y = x W + b.
 
+    Corresponds to `flax.linen.Dense`, with the same parameters and initializers; `precision` takes
+    the place of `param_dtype` and `dtype`. `torch.nn.Linear` stores the transposed kernel and draws
+    kernel and bias from U(-1 / sqrt(channels), 1 / sqrt(channels)).
+
     Attributes:
-        features: size of the last axis afterwards.
-        use_bias: False in front of a norm, which subtracts any bias again.
+        features: size of the last axis of the output.
+        use_bias: add a bias; False before a norm, which subtracts any bias again.
         kernel_init: initializer of the matrix.
         bias_init: initializer of the bias.
         precision: dtypes of parameters and arithmetic.
@@ -51,14 +55,20 @@ class Dense(nn.Module):
 class Convolution(nn.Module):
     """Convolve over time or over height and width, whichever the input has.
 
+    Corresponds to `flax.linen.Conv`, with the same parameters and initializers; `dilation` is its
+    `kernel_dilation`, `groups` its `feature_group_count`, and an int `kernel_size` holds for every
+    spatial axis. Differs from `torch.nn.Conv1d` and `Conv2d` in the order of axes, the padding,
+    which is 0 there, and the initializers. With strides, "SAME" may pad the high end only, where
+    torch's `padding=1` pads both.
+
     Attributes:
         features: number of output channels.
-        kernel_size: extent of the kernel, one int for every spatial axis or one per axis.
-        strides: step between outputs.
-        padding: "SAME", "VALID", a width, or (low, high) pairs.
-        dilation: step between the inputs that one output sees.
-        groups: number of channel groups convolved apart.
-        use_bias: False in front of a norm, which subtracts any bias again.
+        kernel_size: spatial shape of the kernel, one int for every spatial axis or one per axis.
+        strides: step between the windows of neighboring outputs.
+        padding: "SAME", "VALID", one padding for all ends, or (low, high) pairs.
+        dilation: step between the inputs of one window.
+        groups: number of channel groups convolved separately.
+        use_bias: add a bias; False before a norm, which subtracts any bias again.
         kernel_init: initializer of the kernel.
         bias_init: initializer of the bias.
         precision: dtypes of parameters and arithmetic.
@@ -79,13 +89,13 @@ class Convolution(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, ..., channels] to [batch, ..., features] in the compute dtype."""
         size, channels, policy = self.kernel_size, x.shape[-1], self.precision
-        taps = (size,) * (x.ndim - 2) if isinstance(size, int) else tuple(size)
+        kernel_size = (size,) * (x.ndim - 2) if isinstance(size, int) else tuple(size)
         if channels % self.groups:
             raise ValueError(
                 f"{channels} channels do not split into {self.groups} groups; "
                 "choose groups that divide the channels"
             )
-        shape = (*taps, channels // self.groups, self.features)
+        shape = (*kernel_size, channels // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
         y = functional.convolution(
             x.astype(policy.compute),

@@ -1,4 +1,4 @@
-"""Normalization layers: batch, layer and root mean square."""
+"""Normalization layers: batch norm, layer norm and RMS norm."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ class BatchNorm(nn.Module):
 
     y = scale (x - mean) / sqrt(variance + epsilon) + bias. In training the statistics are those
     of the whole batch, also where an executor splits it over devices; in evaluation they are the
-    running averages kept in "batch_stats". The running variance is the biased one.
+    running averages in the collection "batch_stats".
+
+    Corresponds to `flax.linen.BatchNorm`, with the same variables. Differs from it in the momentum,
+    which is 0.99 there, in the variance, computed in two passes and not as E[x^2] - E[x]^2, and in
+    synchronizing devices without `axis_name`. `torch.nn.BatchNorm2d(momentum=0.1)` is this momentum
+    of 0.9; torch stores the unbiased running variance, Flax and this layer the biased one.
 
     Attributes:
-        momentum: weight of the past in the running averages.
+        momentum: decay of the running averages: new = momentum old + (1 - momentum) batch.
         epsilon: added to the variance.
         scale_init: initializer of the scale; zeros let a residual block start as the identity.
         precision: dtypes of parameters and result; the statistics are float32 or wider.
@@ -40,17 +45,17 @@ class BatchNorm(nn.Module):
         shape, policy = x.shape[-1:], self.precision
         scale = self.param("scale", self.scale_init, shape, policy.parameter)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
-        kept = jnp.promote_types(policy.parameter, jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kept)
-        running_variance = self.variable("batch_stats", "var", jnp.ones, shape, kept)
+        dtype = jnp.promote_types(policy.parameter, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         if train:
             y, mean, variance = batch_norm(
                 x, scale, bias, epsilon=self.epsilon, axis_name=bound_data_axis()
             )
             if not self.is_initializing():
-                for running, now in ((running_mean, mean), (running_variance, variance)):
-                    moved = self.momentum * running.value + (1 - self.momentum) * now
-                    running.value = moved.astype(kept)
+                for running, batch in ((running_mean, mean), (running_variance, variance)):
+                    average = self.momentum * running.value + (1 - self.momentum) * batch
+                    running.value = average.astype(dtype)
         else:
             factor = scale * jax.lax.rsqrt(running_variance.value + self.epsilon)
             centered = at_least_float32(x) - along_channels(running_mean.value, x)
@@ -60,6 +65,9 @@ class BatchNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """Normalize the channels of each position.
+
+    Corresponds to `flax.linen.LayerNorm` and `torch.nn.LayerNorm(channels)`, whose epsilon is 1e-5.
+    Differs from Flax in the variance, computed in two passes and not as E[x^2] - E[x]^2.
 
     Attributes:
         epsilon: added to the variance.
@@ -84,6 +92,9 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Divide the channels of each position by their root mean square.
 
+    Corresponds to `flax.linen.RMSNorm` and `torch.nn.RMSNorm(channels)`, whose epsilon is that of
+    the dtype.
+
     Attributes:
         epsilon: added to the mean square.
         precision: dtypes of parameters and result; the statistics are float32 or wider.
@@ -104,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 def check_norm(kind: str | None) -> None:
-    """Refuse what `normalize` does not know.
+    """Refuse a norm that `normalize` does not have.
 
     Raises:
         ValueError: `kind` is not None, "batch" or "layer".

@@ -1,4 +1,4 @@
-"""Spectral normalization: linear layers whose largest singular value is one."""
+"""Spectral normalization: linear layers whose largest singular value is 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxnets.core import Precision, at_least_float32
 from jaxnets.functional.channels import along_channels
 from jaxnets.layers.linear import Convolution, Dense, Initializer
 
-# Keeps the division finite where a vector is zero, as of a kernel that is zero.
+# Keeps the division finite for a vector of zeros, as of a kernel of zeros.
 _TINY = 1e-12
 
 
@@ -29,11 +29,11 @@ def largest_singular_value(
     Args:
         matrix: W, [rows, columns].
         right: u, an estimate of the first right singular vector, [columns].
-        num_iterations: 0 takes `right` as it is.
+        num_iterations: 0 leaves `right` unchanged.
 
     Returns:
-        The estimate, a scalar through which gradients reach `matrix`, and the next `right`, a
-        constant for them.
+        The estimate, a scalar that is differentiable in `matrix`, and the next `right`, a constant
+        for gradients.
 
     Example:
         >>> matrix = jnp.diag(jnp.array([3.0, 1.0]))
@@ -43,7 +43,7 @@ def largest_singular_value(
 
     References:
         Miyato, Kataoka, Koyama and Yoshida 2018, arXiv:1802.05957, algorithm 1. Differs from the
-        paper: the left vector follows from the right one instead of being kept.
+        paper: the left vector is computed from the right one instead of being stored.
     """
     constant = lax.stop_gradient(matrix)
     right = lax.stop_gradient(right)
@@ -56,13 +56,17 @@ class SpectralNorm(nn.Module):
     """Divide the kernel of a linear layer by its largest singular value.
 
     The estimate of the first right singular vector lives in model_state, in the collection
-    "spectral_norm"; each call in training moves it by power iteration, evaluation leaves it. A
-    convolution counts as the matrix [height x width x channels, features] of its kernel.
+    "spectral_norm"; each call in training updates it by power iteration, evaluation does not. The
+    kernel of a convolution is flattened to [height x width x channels, features].
+
+    Corresponds to `flax.linen.SpectralNorm` and `torch.nn.utils.parametrizations.spectral_norm`.
+    Differs from Flax, which iterates in evaluation too, keeps vector and singular value in
+    "batch_stats", and has `update_stats` in place of `train`.
 
     Attributes:
         layer: a layer that is linear in its only parameter, built with `parent=None`:
             `Dense` or `Convolution` without a bias, or `Embedding`.
-        use_bias: add a bias behind the division.
+        use_bias: add a bias after the division.
         bias_init: initializer of the bias.
         num_iterations: power iterations of each call in training.
         precision: dtypes of the bias and the result.
@@ -101,21 +105,21 @@ class SpectralNorm(nn.Module):
                 "give a layer with a kernel only: use_bias=False in the layer, use_bias=True here"
             )
         kernel = at_least_float32(kernels[0])
-        matrix = kernel.reshape(-1, kernel.shape[-1])
-        right = self.variable("spectral_norm", "right", self._start, matrix)
-        moves = train and not self.is_initializing()
-        iterations = self.num_iterations if moves else 0
-        value, moved = largest_singular_value(matrix, right.value, num_iterations=iterations)
-        if moves:
-            right.value = moved
-        # The layer is linear in its kernel, so its output may be divided instead.
+        matrix = kernel.reshape(-1, kernel.shape[-1])  # [height * width * channels, features]
+        right = self.variable("spectral_norm", "right", self._initial_vector, matrix)
+        updates = train and not self.is_initializing()
+        iterations = self.num_iterations if updates else 0
+        value, vector = largest_singular_value(matrix, right.value, num_iterations=iterations)
+        if updates:
+            right.value = vector
+        # The layer is linear in its kernel, so dividing its output is equivalent.
         y = y / value.astype(y.dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, y.shape[-1:], policy.parameter)
             y = y + along_channels(bias.astype(y.dtype), y)
         return y.astype(policy.compute)
 
-    def _start(self, matrix: jax.Array) -> jax.Array:
+    def _initial_vector(self, matrix: jax.Array) -> jax.Array:
         vector = jax.random.normal(self.make_rng("params"), matrix.shape[-1:], matrix.dtype)
         return _unit(vector)
 
@@ -132,7 +136,7 @@ def linear_layer(
     precision: Precision = Precision(),
     **fields: Any,
 ) -> jax.Array:
-    """Apply a dense layer or a convolution, spectrally normalized or not, in a compact module.
+    """Apply a dense layer or a convolution, with or without spectral norm, in a compact module.
 
     Args:
         x: [batch, ..., channels].

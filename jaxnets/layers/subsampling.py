@@ -1,4 +1,4 @@
-"""Convolutions with a stride that shorten a sound in front of the layers that read it."""
+"""Convolutional subsampling: strided convolutions that shorten a sound before other layers."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def subsample(
     kernel_init: Initializer,
     precision: Precision,
 ) -> tuple[jax.Array, Any]:
-    """Convolve a sound once for each stride, inside a compact module.
+    """Shorten a sound by one convolution per stride, inside a compact module.
 
     Args:
-        x: [batch, frames, channels]; what lies beyond the lengths has no influence.
-        lengths: integer [batch] in [0, frames]; None counts all frames.
+        x: [batch, frames, channels]; frames beyond the lengths have no influence.
+        lengths: integer [batch] in [0, frames]; None means that all frames are valid.
         features: channels of each convolution, of kernel size 3; its name is conv_0, conv_1, ...
-        strides: by what each convolution shortens the sound.
-        activation_name: behind each convolution.
+        strides: of each convolution.
+        activation_name: applied after each convolution.
         kernel_init: initializer of the kernels.
         precision: dtypes.
 
     Returns:
-        [batch, fewer frames, features], 0 beyond the new lengths, and these; see
-        `subsampled_lengths`. A length that is wrong stays wrong.
+        [batch, fewer frames, features], 0 beyond the new lengths, and the new lengths, which are
+        `subsampled_lengths`. A length out of range stays out of range.
     """
     lengths = None if lengths is None else jnp.asarray(lengths)
     x, _ = clear_padding(x.astype(precision.compute), lengths)
     for index, stride in enumerate(strides):
-        # Padded alike on both sides whatever the number of frames, so that a step sees the same
-        # frames however long the array is. "SAME" pads by the number of frames.
+        # The same padding on both sides for every number of frames, so that an output depends on
+        # the same frames whatever the length of the array. "SAME" depends on the number of frames.
         convolution = Convolution(
             features,
             3,
@@ -56,7 +56,7 @@ def subsample(
         x = activation(activation_name)(convolution(x))
         if lengths is not None:
             lengths = jnp.where(lengths < 0, lengths, subsampled_lengths(lengths, (stride,)))
-        # The next convolution sees beyond the end, where this one has left its bias.
+        # The window of the next convolution reaches beyond the end, where this one left its bias.
         x, _ = clear_padding(x, lengths)
     return x, lengths
 

@@ -1,15 +1,15 @@
-"""The product with a matrix, whose gradient is turned round for few features."""
+"""The matmul of a linear layer, whose kernel gradient is computed transposed for few features."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.functional.matmul import kernel_gradient, linear
+from jaxnets.functional.matmul import linear, transposed_lhs_matmul
 
-# Rows, channels, features: turned round are those with few features.
-TURNED = [(8, 6, 3), (64, 32, 10), (300, 256, 128)]
-PLAIN = [(8, 6, 1), (8, 6, 4), (5, 12, 3), (512, 400, 130)]
+# Rows, channels, features. Few features: the kernel gradient is computed transposed.
+FEW_FEATURES = [(8, 6, 3), (64, 32, 10), (300, 256, 128)]
+OTHERS = [(8, 6, 1), (8, 6, 4), (5, 12, 3), (512, 400, 130)]
 
 
 def arrays(rows, channels, features, dtype=np.float32):
@@ -18,82 +18,97 @@ def arrays(rows, channels, features, dtype=np.float32):
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def calls(function, *arguments):
-    lines = jax.jit(function).lower(*arguments).compile().as_text().splitlines()
-    return sum(" call(" in line and 'inlineable="false"' in line for line in lines)
+def with_gradients(x, kernel, dy):
+    y, pull = jax.vjp(linear, x, kernel)
+    return y, *pull(dy)
 
 
-@pytest.mark.parametrize("shape", TURNED + PLAIN)
-def test_product_and_gradients_are_the_plain_ones(shape):
+@pytest.mark.parametrize("shape", FEW_FEATURES + OTHERS)
+def test_the_product_and_its_gradients_are_those_of_numpy(shape):
     x, kernel, dy = arrays(*shape)
-    y, pull = jax.vjp(jax.jit(linear), x, kernel)
-    np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
-    dx, dkernel = pull(jnp.asarray(dy))
-    np.testing.assert_allclose(dx, dy @ kernel.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(dkernel, x.T @ dy, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(kernel_gradient(x, dy), x.T @ dy, rtol=1e-4, atol=1e-4)
+    expected = (x @ kernel, dy @ kernel.T, x.T @ dy, x.T @ dy)
+
+    @jax.jit
+    def results(x, kernel, dy):
+        return *with_gradients(x, kernel, dy), transposed_lhs_matmul(x, dy)
+
+    for ours, exact in zip(results(x, kernel, dy), expected, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", TURNED + PLAIN)
-def test_few_features_turn_the_gradient_round(shape, on_cpu):
+@pytest.mark.lowering
+@pytest.mark.parametrize("shape", FEW_FEATURES + OTHERS)
+def test_few_features_transpose_the_kernel_gradient(shape, on_cpu):
     x, kernel, dy = arrays(*shape)
+
+    def materialized(function, *operands):
+        lines = jax.jit(function).lower(*operands).as_text().splitlines()
+        return sum("call @" in line and 'inlineable = "false"' in line for line in lines)
 
     def gradient(x, kernel, dy):
         return jax.vjp(lambda kernel: linear(x, kernel), kernel)[1](dy)
 
-    marks = 2 * (shape in TURNED)
-    assert calls(gradient, x, kernel, dy) == marks
-    assert calls(kernel_gradient, x, dy) == marks
+    transposes = 2 * (shape in FEW_FEATURES)  # of dy and of the result
+    assert materialized(gradient, x, kernel, dy) == transposes
+    assert materialized(transposed_lhs_matmul, x, dy) == transposes
     narrow = [each.astype(jnp.bfloat16) for each in (x, dy)]
-    assert calls(kernel_gradient, *narrow) == 0
+    assert materialized(transposed_lhs_matmul, *narrow) == 0
 
 
-def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
+def test_bfloat16_products_are_rounded_once(on_cpu):
     narrow = [jnp.asarray(each, jnp.bfloat16) for each in arrays(64, 32, 48)]
-
-    def gradients(x, kernel, dy):
-        y, pull = jax.vjp(linear, x, kernel)
-        return y, *pull(dy)
-
-    found = jax.jit(gradients)(*narrow)
     x, kernel, dy = (np.asarray(each, np.float64) for each in narrow)
-    for result, expected in zip(found, (x @ kernel, dy @ kernel.T, x.T @ dy), strict=True):
+    found, expected = jax.jit(with_gradients)(*narrow), (x @ kernel, dy @ kernel.T, x.T @ dy)
+    for result, exact in zip(found, expected, strict=True):
         assert result.dtype == jnp.bfloat16
-        # Each number is rounded once: 8 bits.
-        np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8, atol=1e-4)
-    program = jax.jit(gradients).lower(*narrow).as_text().splitlines()
+        # bfloat16 has 8 bits.
+        np.testing.assert_allclose(np.asarray(result, np.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.lowering
+def test_bfloat16_matmuls_have_bfloat16_operands_and_float32_results(on_cpu):
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in arrays(64, 32, 48)]
+    program = jax.jit(with_gradients).lower(*narrow).as_text().splitlines()
     products = [line.split(" : ")[-1] for line in program if "stablehlo.dot_general" in line]
     assert len(products) == 3
     for types in products:
         assert types.count("xbf16>") == 2 and types.endswith("xf32>")
 
 
-def smooth(product):
-    return lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel)))
-
-
-def test_forward_mode_and_second_derivatives():
-    x, kernel, _ = arrays(*TURNED[0])
-    own, plain = smooth(linear), smooth(jnp.matmul)
+def test_forward_mode_and_second_derivatives_are_those_of_the_plain_product():
+    x, kernel, _ = arrays(*FEW_FEATURES[0])
     tangents = (jnp.cos(x), jnp.cos(kernel))
-    np.testing.assert_allclose(
-        *(jax.jvp(function, (x, kernel), tangents)[1] for function in (own, plain)), rtol=1e-5
-    )
-    for second in (jax.hessian, lambda f, n: jax.jacrev(jax.grad(f, n), n)):
-        hessians = (
-            jax.tree.leaves(second(function, (0, 1))(x, kernel)) for function in (own, plain)
-        )
-        for actual, expected in zip(*hessians, strict=True):
-            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def derivatives(x, kernel, tangents):
+        results = []
+        for matmul in (linear, jnp.matmul):
+
+            def loss(x, kernel, matmul=matmul):
+                return jnp.sum(jnp.sin(matmul(x, kernel)))
+
+            first = jax.jvp(loss, (x, kernel), tangents)[1]
+            forward_over_reverse = jax.hessian(loss, (0, 1))(x, kernel)
+            reverse_over_reverse = jax.jacrev(jax.grad(loss, (0, 1)), (0, 1))(x, kernel)
+            results.append(jax.tree.leaves((first, forward_over_reverse, reverse_over_reverse)))
+        return results
+
+    for ours, plain in zip(*derivatives(x, kernel, tangents), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_population_of_kernels():
-    x, kernel, dy = arrays(*TURNED[1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradients_of_a_population_are_those_of_its_members(dtype):
+    x, kernel, _ = (jnp.asarray(each, dtype) for each in arrays(*FEW_FEATURES[1]))
     kernels = jnp.stack([kernel, 2 * kernel])
 
-    def gradient(kernel):
-        return jax.grad(lambda kernel: jnp.vdot(linear(x, kernel), dy))(kernel)
+    def gradient(kernel):  # in proportion to the kernel
+        return jax.grad(lambda kernel: jnp.sum(linear(x, kernel) ** 2, dtype=jnp.float32))(kernel)
 
-    np.testing.assert_allclose(
-        jax.jit(jax.vmap(gradient))(kernels), np.stack([x.T @ dy] * 2), rtol=1e-4, atol=1e-4
-    )
+    found = np.asarray(jax.jit(jax.vmap(gradient))(kernels), np.float64)
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    exact = 2 * x.T @ (x @ kernel)
+    # In bfloat16 the cotangents are rounded before they are summed.
+    digits = 1e-4 if dtype == jnp.float32 else 2**-7
+    scale = np.max(np.abs(exact))
+    np.testing.assert_allclose(found, [exact, 2 * exact], rtol=digits, atol=digits * scale)

@@ -38,9 +38,9 @@ MATRIX = jnp.ones((4, 4))
 SCALE = jnp.arange(1.0, 5.0)
 LAYERS = {
     "_convolution": lambda x: convolution(x, KERNEL),
-    "_plain_product": lambda x: linear(x, MATRIX),
-    "_turned_product": lambda x: jnp.tile(linear(x, MATRIX[:, :2]), 2),
-    "_narrow_product": lambda x: linear(x, MATRIX.astype(x.dtype)),
+    "_matmul": lambda x: linear(x, MATRIX),
+    "_few_features_matmul": lambda x: jnp.tile(linear(x, MATRIX[:, :2]), 2),
+    "_bf16_matmul": lambda x: linear(x, MATRIX.astype(x.dtype)),
     "_normalized": lambda x: layer_norm(x, SCALE),
     "_repeat": lambda x: x + along_channels(x[0, 0, 0], x),
     "_sum_positions": lambda x: x * channel_sum(x)[None, None, None],
@@ -49,7 +49,7 @@ LAYERS = {
 }
 
 
-DTYPES = {"_narrow_product": jnp.bfloat16}
+DTYPES = {"_bf16_matmul": jnp.bfloat16}
 
 
 @pytest.mark.parametrize("name", LAYERS)

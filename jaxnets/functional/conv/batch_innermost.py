@@ -1,10 +1,10 @@
-"""Arrays of few channels, computed with the examples of the batch side by side in memory.
+"""Convolution of few channels, computed with the batch as the innermost axis in memory.
 
-XLA's CPU kernels take neighboring numbers into one vector. Of 8 channels, the innermost axis of
-[batch, height, width, channels], they fill half of one, and a quarter of what a matrix product
-takes at once. With the batch innermost all are full: a step of a small convolutional network takes
-0.6 of the time. Functions here transpose what they get and give; XLA's compiler assigns
-layouts so that neither moves a number, and carries them through what is elementwise in between.
+XLA's CPU kernels vectorize over the innermost axis. Eight channels, the innermost axis of
+[batch, height, width, channels], fill half a SIMD register and a quarter of a GEMM tile; the batch
+fills all of it: a step of a small convolutional network takes 0.6 of the time. The functions
+transpose their arguments and results; XLA's layout assignment implements these transposes without
+moving data, and propagates the layout through elementwise operations in between.
 """
 
 from __future__ import annotations
@@ -14,69 +14,72 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.functional.lowering.layout import swap_batch_and_channels
-from jaxnets.functional.windows import Axes, ConvSpec, col2im, im2col, offsets_of, padded
+from jaxnets.functional.windows import Axes, ConvSpec, col2im, im2col, kernel_offsets, pad_spatial
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, sizes: Axes, spec: ConvSpec) -> jax.Array:
-    """Convolve, without groups, as one product of the kernel with all patches.
+def convolve(x: jax.Array, kernel: jax.Array, *, output_size: Axes, spec: ConvSpec) -> jax.Array:
+    """Convolve, without groups, as one matmul of the kernel with all patches.
 
     Args:
-        x: [batch, *inputs, channels].
-        kernel: [*taps, channels, features].
-        sizes: of the outputs.
-        spec: of the convolution.
+        x: [batch, *input_size, channels].
+        kernel: [*kernel_size, channels, features].
+        output_size: spatial shape of the outputs.
+        spec: static arguments of the convolution.
 
     Returns:
-        [batch, *sizes, features].
+        [batch, *output_size, features].
     """
-    seen = _patches(x, kernel.shape[:-2], sizes, spec)
-    product = lax.dot_general(kernel.reshape(len(seen), -1), seen, (((0,), (0,)), ((), ())))
-    return swap_batch_and_channels(product)
+    patches = _patches(x, kernel.shape[:-2], output_size, spec)
+    matrix = kernel.reshape(len(patches), -1)  # [offsets * channels, features]
+    product = lax.dot_general(matrix, patches, (((0,), (0,)), ((), ())))
+    return swap_batch_and_channels(product)  # from [features, *output_size, batch]
 
 
-def input_gradient(kernel: jax.Array, dy: jax.Array, *, size: Axes, spec: ConvSpec) -> jax.Array:
-    """Return the gradient [batch, *size, channels] of the input of `convolve`.
+def input_gradient(
+    kernel: jax.Array, dy: jax.Array, *, input_size: Axes, spec: ConvSpec
+) -> jax.Array:
+    """Return the gradient [batch, *input_size, channels] of the input of `convolve`.
 
     Args:
-        kernel: [*taps, channels, features].
-        dy: cotangent of the outputs, [batch, *outputs, features].
-        size: of the inputs.
-        spec: of the convolution.
+        kernel: [*kernel_size, channels, features].
+        dy: cotangent of the outputs, [batch, *output_size, features].
+        input_size: spatial shape of the inputs.
+        spec: static arguments of the convolution.
     """
-    *taps, channels, features = kernel.shape
-    wide = jnp.promote_types(dy.dtype, jnp.float32)
-    shares = lax.dot_general(
+    *kernel_size, channels, features = kernel.shape
+    columns = lax.dot_general(
         kernel.reshape(-1, features),
         swap_batch_and_channels(dy),
         (((1,), (0,)), ((), ())),
-        preferred_element_type=wide,
+        preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
     )
-    shares = shares.reshape(-1, channels, *shares.shape[1:])
-    return swap_batch_and_channels(col2im(shares, tuple(taps), size, spec)).astype(dy.dtype)
+    # [offsets, channels, *output_size, batch]
+    columns = columns.reshape(-1, channels, *columns.shape[1:])
+    dx = col2im(columns, tuple(kernel_size), input_size, spec)  # [channels, *input_size, batch]
+    return swap_batch_and_channels(dx).astype(dy.dtype)
 
 
-def kernel_gradient(x: jax.Array, dy: jax.Array, *, size: Axes, spec: ConvSpec) -> jax.Array:
-    """Return the gradient [*size, channels, features] of the kernel of `convolve`.
+def kernel_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: Axes, spec: ConvSpec) -> jax.Array:
+    """Return the gradient [*kernel_size, channels, features] of the kernel of `convolve`.
 
     Args:
-        x: [batch, *inputs, channels].
-        dy: cotangent of the outputs, [batch, *outputs, features].
-        size: of the kernel.
-        spec: of the convolution.
+        x: [batch, *input_size, channels].
+        dy: cotangent of the outputs, [batch, *output_size, features].
+        kernel_size: spatial shape of the kernel.
+        spec: static arguments of the convolution.
     """
-    seen, received = _patches(x, size, dy.shape[1:-1], spec), swap_batch_and_channels(dy)
-    everywhere = tuple(range(1, dy.ndim))
-    product = lax.dot_general(
-        seen,
-        received,
-        ((everywhere, everywhere), ((), ())),
+    patches = _patches(x, kernel_size, dy.shape[1:-1], spec)
+    positions = tuple(range(1, dy.ndim))
+    product = lax.dot_general(  # [offsets * channels, features]
+        patches,
+        swap_batch_and_channels(dy),
+        ((positions, positions), ((), ())),
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
-    return product.reshape(*size, x.shape[-1], dy.shape[-1]).astype(x.dtype)
+    return product.reshape(*kernel_size, x.shape[-1], dy.shape[-1]).astype(x.dtype)
 
 
-def _patches(x: jax.Array, taps: Axes, sizes: Axes, spec: ConvSpec) -> jax.Array:
-    """Return what the outputs see, [taps * channels, *outputs, batch]."""
-    return jnp.concatenate(
-        im2col(offsets_of(taps), padded(swap_batch_and_channels(x), spec), sizes, spec)
-    )
+def _patches(x: jax.Array, kernel_size: Axes, output_size: Axes, spec: ConvSpec) -> jax.Array:
+    """Return the transposed im2col matrix, [offsets * channels, *output_size, batch]."""
+    padded = pad_spatial(swap_batch_and_channels(x), spec)
+    return jnp.concatenate(im2col(kernel_offsets(kernel_size), padded, output_size, spec))

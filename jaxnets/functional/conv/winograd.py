@@ -1,9 +1,13 @@
-"""Convolutions of 3 taps by fewer products: Winograd's minimal filtering F(2, 3).
+"""Convolution with 3x3 kernels by fewer multiplications: Winograd's minimal filtering F(2, 3).
 
-Two neighboring outputs of 3 taps are 6 products. Sums of the 4 inputs that they see, and of the
-taps, need 4 products for the same: in two dimensions 16 instead of 36. Summing costs memory
-traffic, so the tiles of a chunk of the batch stay in the cache between their sums and products.
-In float32 the outputs differ from those of the plain formula by 1e-6 to 2e-6 of the largest.
+Two neighboring outputs of a kernel of 3 take 6 multiplications. Of sums of their 4 inputs and of
+the kernel's elements it takes 4: in two dimensions 16 instead of 36. The sums cost memory traffic,
+so the batch is processed in chunks whose tiles stay in the cache between sums and multiplications.
+In float32 the outputs differ from those of the direct formula by 1e-6 to 2e-6 of the largest.
+
+In the paper's words: the inputs are cut into overlapping tiles of 4 (B^T d), the kernel becomes one
+tile (G g), both are multiplied element by element, which is a matmul over the channels for each of
+the 4 or 16 positions of a tile, and the products become tiles of 2 outputs (A^T m).
 
 References:
     Winograd 1980, "Arithmetic Complexity of Computations"; Lavin and Gray 2016, arXiv:1509.09308,
@@ -24,180 +28,198 @@ from jax import lax
 from jaxnets.functional.lowering.chunks import map_chunks, sum_over_chunks
 from jaxnets.functional.lowering.layout import materialize
 from jaxnets.functional.matmul import linear
-from jaxnets.functional.windows import Axes, Pairs
+from jaxnets.functional.windows import Axes, ConvSpec, Pairs, transposed_padding
 
-#: Place in a transformed tile, 0 to 3 on each axis -> array.
+#: Position in a transformed tile, 0 to 3 on each axis -> array of that element of all tiles.
 _Tiles: TypeAlias = dict[Axes, jax.Array]
 
-TAPS = 3
-_OUTPUTS, _INPUTS = 2, 4
-# So many numbers of a chunk's tiles stay in the cache between their sums and products, where both
-# kinds of tiles are read for the gradient, and one is written forward.
+KERNEL_SIZE = 3
+_OUTPUT_TILE, _INPUT_TILE = 2, 4
+# At most this many elements of a chunk's tiles stay in the cache between sums and multiplications,
+# where the gradient reads both kinds of tiles, and the forward pass writes one of them.
 _CACHED_FORWARD, _CACHED_GRADIENT = 2**22, 2**20
 
 
-def _input_sums(seen: Sequence[jax.Array]) -> list[jax.Array]:
-    a, b, c, d = seen
+def _transform_input(inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return B^T d."""
+    a, b, c, d = inputs
     return [a - c, b + c, c - b, b - d]
 
 
-def _output_sums(products: Sequence[jax.Array]) -> list[jax.Array]:
+def _transform_output(products: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return A^T m."""
     a, b, c, d = products
     return [a + b + c, b - c - d]
 
 
-def _output_shares(outputs: Sequence[jax.Array]) -> list[jax.Array]:
-    """Transpose `_output_sums`: what each of the products gets of the outputs' cotangents."""
+def _transpose_transform_output(outputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return A dy: the cotangents of the products."""
     a, b = outputs
     return [a, a + b, a - b, -b]
 
 
-def _tap_sums(taps: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return what each of the 4 products has of the 3 taps."""
-    a, b, c = taps
+def _transform_kernel(kernel: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return G g."""
+    a, b, c = kernel
     outer = a + c
     return [a, (outer + b) / 2, (outer - b) / 2, c]
 
 
-def _tap_shares(products: Sequence[jax.Array]) -> list[jax.Array]:
-    """Transpose `_tap_sums`."""
-    a, b, c, d = products
+def _transpose_transform_kernel(tile: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return G^T, applied to the gradient of a transformed kernel."""
+    a, b, c, d = tile
     inner = (b + c) / 2
     return [a + inner, (b - c) / 2, inner + d]
 
 
-def products_saved(outputs: Axes) -> float:
-    """Return by how many products for each output and pair of channels this is cheaper."""
-    tiles = math.prod(map(_count, outputs))
-    return TAPS ** len(outputs) - _INPUTS ** len(outputs) * tiles / math.prod(outputs)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, *, padding: Pairs) -> jax.Array:
-    """Convolve with 3 taps on each axis, without strides, dilation and groups.
+def multiplications_saved(size: Axes) -> float:
+    """Return how many fewer multiplications there are per output and pair of channels.
 
     Args:
-        x: [batch, *inputs, channels].
+        size: spatial shape of the outputs. Tiles that hang over its edge are computed in full.
+    """
+    tiles = math.prod(map(_num_tiles, size))
+    return KERNEL_SIZE ** len(size) - _INPUT_TILE ** len(size) * tiles / math.prod(size)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *, output_size: Axes, spec: ConvSpec) -> jax.Array:
+    """Convolve with a kernel of 3 on each axis, without strides, dilation and groups.
+
+    Args:
+        x: [batch, *input_size, channels].
         kernel: [3, ..., channels, features].
-        padding: (low, high) of each axis; negative ones cut.
+        output_size: spatial shape of the outputs.
+        spec: static arguments of the convolution.
 
     Returns:
-        [batch, *outputs, features].
+        [batch, *output_size, features].
     """
-    return _convolve(x, _kernel_tiles(kernel), padding)
+    return _convolve(x, _kernel_tiles(kernel), output_size, spec.padding)
 
 
-def input_gradient(kernel: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array:
-    """Return the gradient [batch, *inputs, channels] of the input of `convolve`.
+def input_gradient(
+    kernel: jax.Array, dy: jax.Array, *, input_size: Axes, spec: ConvSpec
+) -> jax.Array:
+    """Return the gradient [batch, *input_size, channels] of the input of `convolve`.
 
-    It is the convolution with the taps in reverse order, channels and features exchanged. In that
-    order the sums of the taps are the same, the first and the last exchanged.
+    It is the convolution with the flipped kernel, channels and features exchanged. The transform of
+    a flipped kernel has the same sums, the first and the last exchanged.
 
     Args:
         kernel: [3, ..., channels, features].
-        dy: cotangent of the outputs, [batch, *outputs, features].
-        padding: of the convolution.
+        dy: cotangent of the outputs, [batch, *output_size, features].
+        input_size: spatial shape of the inputs.
+        spec: static arguments of the convolution.
     """
-    reverse = [3, 1, 2, 0]
+    flip = [3, 1, 2, 0]
     tiles = _kernel_tiles(kernel)
-    reversed_tiles = {place: tiles[tuple(reverse[i] for i in place)].T for place in tiles}
-    edges = tuple((TAPS - 1 - low, TAPS - 1 - high) for low, high in padding)
-    return _convolve(dy, reversed_tiles, edges)
+    flipped = {p: tiles[tuple(flip[i] for i in p)].T for p in tiles}
+    kernel_size = (KERNEL_SIZE,) * len(input_size)
+    return _convolve(dy, flipped, input_size, transposed_padding(kernel_size, spec))
 
 
-def _convolve(x: jax.Array, kernels: _Tiles, padding: Pairs) -> jax.Array:
-    sizes = _output_sizes(x.shape[1:-1], padding)
+def _convolve(x: jax.Array, kernels: _Tiles, output_size: Axes, padding: Pairs) -> jax.Array:
     width = sum(next(iter(kernels.values())).shape)
 
     def chunk(x: jax.Array) -> jax.Array:
-        tiles = _input_tiles(x, sizes, padding)
-        return _joined({p: linear(tile, kernels[p]) for p, tile in tiles.items()}, sizes)
+        tiles = _input_tiles(x, output_size, padding)
+        return _from_tiles({p: linear(tile, kernels[p]) for p, tile in tiles.items()}, output_size)
 
-    numbers = len(x) * _tile_numbers(sizes, width)
-    return map_chunks(chunk, x, num_elements=numbers, chunk_elements=_CACHED_FORWARD)
+    elements = len(x) * _elements_of_tiles(output_size, width)
+    return map_chunks(chunk, x, num_elements=elements, chunk_elements=_CACHED_FORWARD)
 
 
-def kernel_gradient(x: jax.Array, dy: jax.Array, *, padding: Pairs) -> jax.Array:
+def kernel_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: Axes, spec: ConvSpec) -> jax.Array:
     """Return the gradient [3, ..., channels, features] of the kernel of `convolve`.
 
     Args:
-        x: [batch, *inputs, channels].
-        dy: cotangent of the outputs, [batch, *outputs, features].
-        padding: (low, high) of each axis; negative ones cut.
+        x: [batch, *input_size, channels].
+        dy: cotangent of the outputs, [batch, *output_size, features].
+        kernel_size: 3 on each axis.
+        spec: static arguments of the convolution.
     """
-    sizes, channels, features = dy.shape[1:-1], x.shape[-1], dy.shape[-1]
-    places = _places(len(sizes))
+    output_size, channels, features = dy.shape[1:-1], x.shape[-1], dy.shape[-1]
+    positions = _positions(len(kernel_size))
 
     def chunk(x: jax.Array, dy: jax.Array) -> jax.Array:
-        inputs, shares = _input_tiles(x, sizes, padding), _output_tiles(dy)
-        rows = math.prod(inputs[places[0]].shape[:-1])
+        inputs, cotangents = _input_tiles(x, output_size, spec.padding), _output_tiles(dy)
+        rows = math.prod(inputs[positions[0]].shape[:-1])  # chunk * tiles
         pairs = [
-            (inputs[p].reshape(rows, channels), shares[p].reshape(rows, features)) for p in places
+            (inputs[p].reshape(rows, channels), cotangents[p].reshape(rows, features))
+            for p in positions
         ]
+        # [positions, channels, features]
         return jnp.stack([lax.dot_general(*pair, (((0,), (0,)), ((), ()))) for pair in pairs])
 
-    numbers = len(x) * _tile_numbers(sizes, channels + features)
-    total = sum_over_chunks(chunk, x, dy, num_elements=numbers, chunk_elements=_CACHED_GRADIENT)
-    shares = dict(zip(places, total, strict=True))
-    for _ in sizes:  # the last axis first
-        before = _places(len(next(iter(shares))) - 1)
-        joined = {p: _tap_shares([shares[*p, i] for i in range(_INPUTS)]) for p in before}
-        shares = {p: jnp.stack(taps) for p, taps in joined.items()}
-    return shares[()]
+    elements = len(x) * _elements_of_tiles(output_size, channels + features)
+    total = sum_over_chunks(chunk, x, dy, num_elements=elements, chunk_elements=_CACHED_GRADIENT)
+    tiles = dict(zip(positions, total, strict=True))
+    for axis in reversed(range(len(kernel_size))):
+        columns = {
+            p: _transpose_transform_kernel([tiles[*p, i] for i in range(_INPUT_TILE)])
+            for p in _positions(axis)
+        }
+        tiles = {p: jnp.stack(column) for p, column in columns.items()}
+    return tiles[()]
 
 
-def _places(num_axes: int, size: int = _INPUTS) -> list[Axes]:
+def _positions(num_axes: int, size: int = _INPUT_TILE) -> list[Axes]:
     return list(itertools.product(range(size), repeat=num_axes))
 
 
-def _count(size: int) -> int:
-    """Return how many tiles there are along an axis with so many outputs."""
-    return -(-size // _OUTPUTS)
+def _num_tiles(size: int) -> int:
+    """Return how many tiles cover an axis of `size` outputs."""
+    return -(-size // _OUTPUT_TILE)
 
 
-def _tile_numbers(sizes: Axes, width: int) -> int:
-    return math.prod(_INPUTS * _count(size) for size in sizes) * width
+def _elements_of_tiles(output_size: Axes, width: int) -> int:
+    return math.prod(_INPUT_TILE * _num_tiles(size) for size in output_size) * width
 
 
 def _kernel_tiles(kernel: jax.Array) -> _Tiles:
-    """Return the sums of the taps, [channels, features] for each place."""
-    # Written down, where XLA would sum again in every loop that copies them for a product.
+    """Transform the kernel, [channels, features] for each position."""
+    # Materialized, or XLA would recompute the sums in every loop that copies them for a matmul.
     tiles: _Tiles = {(): kernel}
     for _ in range(kernel.ndim - 2):
         tiles = {
-            (*p, i): materialize(s)
-            for p, taps in tiles.items()
-            for i, s in enumerate(_tap_sums(list(taps)))
+            (*p, i): materialize(element)
+            for p, part in tiles.items()
+            for i, element in enumerate(_transform_kernel(list(part)))
         }
     return tiles
 
 
-def _input_tiles(x: jax.Array, sizes: Axes, padding: Pairs) -> _Tiles:
-    """Return the sums of the inputs, [batch, *tiles, channels] for each place."""
-    extents = [_OUTPUTS * _count(size) + TAPS - 1 for size in sizes]
+def _input_tiles(x: jax.Array, output_size: Axes, padding: Pairs) -> _Tiles:
+    """Transform the tiles of the inputs, [batch, *tiles, channels] for each position."""
+    extents = [_OUTPUT_TILE * _num_tiles(size) + KERNEL_SIZE - 1 for size in output_size]
     tiles: _Tiles = {(): _pad(x, extents, [low for low, _ in padding])}
-    for axis, size in enumerate(sizes, 1):
-        seen = {
-            place: _every_second(tile, axis, _count(size), _INPUTS) for place, tile in tiles.items()
-        }
+    for axis, size in enumerate(output_size, 1):
+        slices = {p: _slices(t, axis, _num_tiles(size), _INPUT_TILE) for p, t in tiles.items()}
         tiles = {
-            (*p, i): s for p, inputs in seen.items() for i, s in enumerate(_input_sums(inputs))
+            (*p, i): element
+            for p, inputs in slices.items()
+            for i, element in enumerate(_transform_input(inputs))
         }
     return tiles
 
 
 def _output_tiles(dy: jax.Array) -> _Tiles:
-    """Return the shares of the cotangents, [batch, *tiles, features] for each place."""
-    sizes = dy.shape[1:-1]
-    extents = [_OUTPUTS * _count(size) for size in sizes]
-    tiles: _Tiles = {(): _pad(dy, extents, [0] * len(sizes))}
-    for axis, size in enumerate(sizes, 1):
-        seen = {p: _every_second(tile, axis, _count(size), _OUTPUTS) for p, tile in tiles.items()}
-        tiles = {(*p, i): s for p, pair in seen.items() for i, s in enumerate(_output_shares(pair))}
+    """Return the cotangents of the products, [batch, *tiles, features] for each position."""
+    output_size = dy.shape[1:-1]
+    extents = [_OUTPUT_TILE * _num_tiles(size) for size in output_size]
+    tiles: _Tiles = {(): _pad(dy, extents, [0] * len(output_size))}
+    for axis, size in enumerate(output_size, 1):
+        slices = {p: _slices(t, axis, _num_tiles(size), _OUTPUT_TILE) for p, t in tiles.items()}
+        tiles = {
+            (*p, i): element
+            for p, outputs in slices.items()
+            for i, element in enumerate(_transpose_transform_output(outputs))
+        }
     return tiles
 
 
 def _pad(x: jax.Array, extents: Sequence[int], lows: Sequence[int]) -> jax.Array:
-    # Written down, where XLA would look for a chunk's place again in the loops of all sums.
+    # Materialized, or XLA would recompute the slice of the chunk in the loops of all sums.
     edges = [
         (low, extent - size - low, 0)
         for low, extent, size in zip(lows, extents, x.shape[1:-1], strict=True)
@@ -205,42 +227,40 @@ def _pad(x: jax.Array, extents: Sequence[int], lows: Sequence[int]) -> jax.Array
     return materialize(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)]))
 
 
-def _every_second(x: jax.Array, axis: int, count: int, starts: int) -> list[jax.Array]:
-    """Take `count` elements from each start on, one for each tile."""
+def _slices(x: jax.Array, axis: int, count: int, tile: int) -> list[jax.Array]:
+    """Return element 0, 1, ... of each of `count` tiles along an axis."""
     return [
-        lax.slice_in_dim(x, start, start + _OUTPUTS * (count - 1) + 1, _OUTPUTS, axis)
-        for start in range(starts)
+        lax.slice_in_dim(x, start, start + _OUTPUT_TILE * (count - 1) + 1, _OUTPUT_TILE, axis)
+        for start in range(tile)
     ]
 
 
-def _joined(products: _Tiles, sizes: Axes) -> jax.Array:
-    """Sum the products to the outputs, [batch, *sizes, features]."""
-    num_axes = len(sizes)
+def _from_tiles(products: _Tiles, output_size: Axes) -> jax.Array:
+    """Transform the products back and interleave the tiles to [batch, *output_size, features]."""
+    num_axes = len(output_size)
     for axis in range(num_axes):
-        several = {
-            (*before, *after): _output_sums([products[*before, i, *after] for i in range(_INPUTS)])
-            for before in _places(axis, _OUTPUTS)
-            for after in _places(num_axes - axis - 1)
+        transformed = {
+            (*before, *after): _transform_output(
+                [products[*before, i, *after] for i in range(_INPUT_TILE)]
+            )
+            for before in _positions(axis, _OUTPUT_TILE)
+            for after in _positions(num_axes - axis - 1)
         }
         products = {
             (*rest[:axis], i, *rest[axis:]): output
-            for rest, outputs in several.items()
+            for rest, outputs in transformed.items()
             for i, output in enumerate(outputs)
         }
     for axis in reversed(range(num_axes)):
         products = {
-            place: _interleaved([products[*place, i] for i in range(_OUTPUTS)], axis + 1)
-            for place in _places(axis, _OUTPUTS)
+            p: _interleave([products[*p, i] for i in range(_OUTPUT_TILE)], axis + 1)
+            for p in _positions(axis, _OUTPUT_TILE)
         }
-    return products[()][(slice(None), *map(slice, sizes))]
+    return products[()][(slice(None), *map(slice, output_size))]
 
 
-def _interleaved(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+def _interleave(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    """Merge arrays [..., tiles, ...] to [..., len(arrays) * tiles, ...]."""
     shape = arrays[0].shape
-    joined = (*shape[:axis], _OUTPUTS * shape[axis], *shape[axis + 1 :])
-    return jnp.stack(arrays, axis + 1).reshape(joined)
-
-
-def _output_sizes(inputs: Axes, padding: Pairs) -> Axes:
-    spans = zip(inputs, padding, strict=True)
-    return tuple(size + low + high - TAPS + 1 for size, (low, high) in spans)
+    merged = (*shape[:axis], _OUTPUT_TILE * shape[axis], *shape[axis + 1 :])
+    return jnp.stack(arrays, axis + 1).reshape(merged)
