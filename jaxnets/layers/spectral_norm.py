@@ -60,7 +60,7 @@ class SpectralNorm(nn.Module):
     kernel of a convolution is flattened to [height x width x channels, features].
 
     Corresponds to `flax.linen.SpectralNorm` and `torch.nn.utils.parametrizations.spectral_norm`.
-    Differs from Flax, which iterates in evaluation too, keeps vector and singular value in
+    Differs from Flax, which iterates in evaluation too, stores vector and singular value in
     "batch_stats", and has `update_stats` in place of `train`.
 
     Attributes:

@@ -187,7 +187,7 @@ INPUT_GRADIENT = (
     Row(
         "flipped_kernel",
         _has_unit_strides,
-        "the transpose is a convolution of dy with the flipped kernel, which asks FORWARD",
+        "the transpose is a convolution of dy with the flipped kernel, selected by FORWARD",
     ),
     Row("im2col_matmul", lambda p: True, "strides: one matmul and col2im"),
 )
@@ -197,7 +197,7 @@ KERNEL_GRADIENT = (
     Row(
         "winograd",
         lambda p: winograd_gain(p, p.output_size) >= _WINOGRAD_KERNEL_GRADIENT_GAIN,
-        "as forward; it pays earlier, for 16 matmuls in place of 9 slow ones",
+        "as forward, from a lower gain on",
     ),
     Row(
         "offset_matmuls",

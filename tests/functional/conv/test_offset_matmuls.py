@@ -63,7 +63,7 @@ def test_outputs_and_gradients_are_rounded_once(name, elements, monkeypatch, on_
     assert_rounded_once(dkernel, expected.dkernel)
 
 
-# Below so many channels another algorithm is selected.
+# With fewer channels another algorithm is selected.
 MANY = 128
 
 
