@@ -54,7 +54,7 @@ class Entry:
         unit: "%" for a share, "" for a number whose unit `data` names.
         remark: further numbers of the run.
         reference: number of others, with its source.
-        readme: whether the README's short table has the row.
+        readme: name of the row in the README's short table; "" leaves it out.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Entry:
     unit: Literal["%", ""] = ""
     remark: str = ""
     reference: str = ""
-    readme: bool = False
+    readme: str = ""
 
     @property
     def result(self) -> str:
@@ -156,21 +156,19 @@ def full_table(entries: Sequence[Entry]) -> str:
 
 
 def readme_table(entries: Sequence[Entry]) -> str:
-    """Return the table of the README: the rows marked `readme`, linked to the full table."""
-    entries = [entry for entry in entries if entry.readme]
+    """Return the table of the README: the rows with a name there, linked to the full table."""
     rows = [
         (
-            f"[`{entry.name}`](docs/results.md#{entry.name})",
-            entry.data,
-            entry.network,
-            entry.result,
-            entry.time,
-            entry.reference,
+            f"[{entry.readme}](docs/results.md#{entry.name})",
+            entry.network.partition(",")[0],
+            entry.show(entry.value, entry.ci95),
+            str(entry.seeds),
+            f"{entry.seconds:g} s",
         )
         for entry in entries
+        if entry.readme
     ]
-    heads = ("row", "data", "network", _RESULT, "time", "reference")
-    return f"{_markdown(heads, rows)}\n\n{_legend(entries)}"
+    return _markdown(("data", "network", "result", "seeds", "time"), rows)
 
 
 def _legend(entries: Sequence[Entry]) -> str:

@@ -36,3 +36,7 @@ def test_every_command_names_a_module_that_exists():
     for module in modules:
         path = ROOT.joinpath(*module.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+def test_the_readme_fits_on_a_screen():
+    assert len(README.split()) <= 800

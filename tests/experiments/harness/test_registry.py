@@ -50,17 +50,14 @@ def test_every_row_of_the_readme_links_to_its_row_of_the_full_table():
 
 
 def test_a_row_shows_interval_remark_and_setting():
-    rows = [entry(remark="greedy 1", reference="2 (paper)"), entry(name="other", readme=True)]
+    rows = [entry(remark="greedy 1", reference="2 (paper)"), entry(name="other", readme="short")]
     full, short = registry.full_table(rows).splitlines(), registry.readme_table(rows).splitlines()
     assert full[2] == (
         '| <a id="row"></a>`row` | data | net | `python -m experiments.digits` '
         "| 90.0% +- 1.0% (greedy 1) | 3 | 1 s * | 2 (paper) |"
     )
     assert full[-1].endswith("Measured on: * cores, JAX 0.10, Python 3.11.")
-    assert short[2:4] == [
-        "| [`other`](docs/results.md#other) | data | net | 90.0% +- 1.0% | 1 s * | |",
-        "",
-    ]
+    assert short[2:] == ["| [short](docs/results.md#other) | net | 90.0% +- 1.0% | 3 | 1 s |"]
     assert entry(ci95=0.0).show(0.9, 0.0) == "90.0% (all seeds)"
     assert entry(unit="", decimals=3).show(1.5, None) == "1.500"
 
@@ -86,14 +83,17 @@ def test_one_seed_holds_within_the_tolerance_of_the_row():
 
 
 def test_a_table_is_written_between_the_markers_of_its_page(tmp_path, monkeypatch, capsys):
-    for name, options in (("RESULTS_PAGE", []), ("README", ["--readme"])):
+    for name, options, head in (
+        ("RESULTS_PAGE", [], "| row | data |"),
+        ("README", ["--readme"], "| data | network |"),
+    ):
         path = tmp_path / name
         path.write_text("# Title\n\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
         monkeypatch.setattr(registry, name, path)
         assert reproduce.main(["--table", *options]) == 0
         page = path.read_text()
-        assert page.startswith("# Title\n\n<!-- results -->\n| row | data |")
-        assert page.endswith(", Python 3.11.\n<!-- end of results -->\nafter\n")
+        assert page.startswith(f"# Title\n\n<!-- results -->\n{head}")
+        assert page.endswith("\n<!-- end of results -->\nafter\n") and "old" not in page
     (tmp_path / "README").write_text("no markers")
     for arguments, error in (
         (["--table", "--readme"], "no table between <!-- results --> and <!-- end of results -->"),
