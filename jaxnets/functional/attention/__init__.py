@@ -1,6 +1,6 @@
-"""Attention: the formula, masks, positions, and how it is computed on each platform."""
+"""Attention: definition, masks, position encodings, and an implementation for each platform."""
 
-from jaxnets.functional.attention.dot_product import dot_product_attention
+from jaxnets.functional.attention.dot_product import dot_product_attention, reference_attention
 from jaxnets.functional.attention.masks import LocalMask, causal_mask, distances, window_mask
 from jaxnets.functional.attention.positions import (
     alibi_bias,
@@ -19,6 +19,7 @@ __all__ = [
     "causal_mask",
     "distances",
     "dot_product_attention",
+    "reference_attention",
     "relative_buckets",
     "rotary",
     "sinusoidal_positions",

@@ -1,6 +1,6 @@
-"""Attention by cuDNN's kernel, which never writes the weights down.
+"""Attention by cuDNN's flash attention, which does not materialize the weights.
 
-For NVIDIA's GPUs, and numbers of 16 bits. Chosen in `attention`.
+For NVIDIA GPUs and 16-bit dtypes. `dot_product_attention` chooses it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from jax.custom_batching import custom_vmap
 from jaxnets.functional.attention.masks import LocalMask, causal_mask, window_mask
 
 #: Attention as a function of query, key, value and mask.
-Formula = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
-# From this compute capability on there is the kernel.
+# The first compute capability with the kernel.
 _AMPERE = (8, 0)
-# Of fewer weights the reading and writing costs less than starting the kernel: 8 x 6 x 128 x 128
-# take 60 us by XLA, forward and back, and 133 by the kernel; 256 x 6 x 64 x 64 take 250 and 197
-# (H200). Nor does it pay for the single query of a new token.
-_FEW_WEIGHTS, _FEW_QUERIES = 1 << 21, 16
+# With fewer weights the memory traffic costs less than launching the kernel: 8 x 6 x 128 x 128
+# take 60 us in XLA, forward and backward, and 133 in the kernel; 256 x 6 x 64 x 64 take 250 and
+# 197 (H200). Nor does it pay for the single query of a new token.
+_MIN_WEIGHTS, _MIN_QUERIES = 1 << 21, 16
 
 
-def fits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
-    """Tell whether the kernel can compute the attention of these arrays in this process.
+def is_eligible(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Tell whether the kernel supports these arrays in this process, and pays for them.
 
     Args:
         query: [batch, queries, heads, head_dim].
@@ -35,26 +35,26 @@ def fits(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
         value: [batch, keys, kv_heads, value_dim].
 
     Returns:
-        True where every GPU of the process has the kernel, it takes the shapes and dtypes, and
-        they are large enough for it.
+        True if every GPU of the process has the kernel, it supports the shapes and dtypes, and
+        they are large enough.
     """
     dtypes = {query.dtype, key.dtype, value.dtype}
-    batch, queries, heads, size = query.shape
+    batch, queries, heads, head_dim = query.shape
     return (
         len(dtypes) == 1
         and dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
-        and value.shape[3] == size
-        and size % 8 == 0
-        and size <= 128
-        and queries >= _FEW_QUERIES
-        and batch * heads * queries * key.shape[1] >= _FEW_WEIGHTS
+        and value.shape[3] == head_dim
+        and head_dim % 8 == 0
+        and head_dim <= 128
+        and queries >= _MIN_QUERIES
+        and batch * heads * queries * key.shape[1] >= _MIN_WEIGHTS
         and _capability() >= _AMPERE
     )
 
 
 @functools.cache
 def _capability() -> tuple[int, ...]:
-    """Return the compute capability of the oldest of NVIDIA's GPUs here, (0,) without one."""
+    """Return the compute capability of the oldest NVIDIA GPU of this process, (0,) without one."""
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
@@ -70,7 +70,7 @@ def cudnn_attention(
     *,
     scale: float,
     local_mask: LocalMask,
-    formula: Formula,
+    unfused: AttentionFunction,
 ) -> jax.Array:
     """Compute `dot_product_attention`, without a bias, by the kernel.
 
@@ -79,26 +79,27 @@ def cudnn_attention(
         key: [batch, keys, kv_heads, head_dim].
         value: [batch, keys, kv_heads, head_dim].
         mask: bool, broadcasts to [batch, heads, queries, keys].
-        scale: factor of the products.
+        scale: factor of the query-key products.
         local_mask: causal, window; the kernel gets a window as a mask.
-        formula: computes the same, scale and local_mask included. Derivatives of the gradient are
-            derivatives of this.
+        unfused: computes the same, scale and local_mask included; second derivatives are those of
+            this function.
 
     Returns:
         [batch, queries, heads, head_dim].
     """
-    compute = functools.partial(_even, scale=scale, causal=local_mask.causal)
+    compute = functools.partial(_pad_to_even_lengths, scale=scale, causal=local_mask.causal)
     if local_mask.window is not None:
-        own = window_mask(query.shape[1], window=local_mask.window)
-        mask = own if mask is None else own & mask
+        inside = window_mask(query.shape[1], window=local_mask.window)
+        mask = inside if mask is None else inside & mask
     if mask is None:
-        return _attention(query, key, value, None, compute, formula)
+        return _attention(query, key, value, None, compute, unfused)
     visible = mask & causal_mask(query.shape[1]) if local_mask.causal else mask
-    sees_any = jnp.swapaxes(jnp.any(visible, axis=-1), 1, 2)[..., None]
-    # The kernel reads one number for each query and key, of one head or all, one example or all.
+    any_visible = jnp.swapaxes(jnp.any(visible, axis=-1), 1, 2)  # [batch, queries, heads]
+    any_visible = any_visible[..., None]
+    # The kernel reads a whole matrix of queries and keys; heads and examples may broadcast.
     shape = (*mask.shape[:2], query.shape[1], key.shape[1])
-    output = _attention(query, key, value, jnp.broadcast_to(mask, shape), compute, formula)
-    return jnp.where(sees_any, output, jnp.zeros((), output.dtype))
+    output = _attention(query, key, value, jnp.broadcast_to(mask, shape), compute, unfused)
+    return jnp.where(any_visible, output, jnp.zeros((), output.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -107,14 +108,14 @@ def _attention(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
-    compute: Formula,
-    formula: Formula,
+    compute: AttentionFunction,
+    unfused: AttentionFunction,
 ) -> jax.Array:
     def forward(*operands: Any) -> jax.Array:
-        # As its gradient computes it again, so that XLA finds that the two are the same.
-        return _pulled_back(compute, *operands)[0]
+        # The same forward pass as that of the gradient, so that XLA merges the two.
+        return _vjp(compute, *operands)[0]
 
-    return _joining(forward)(query, key, value, mask)
+    return _vmap_into_batch(forward)(query, key, value, mask)
 
 
 def _attention_forward(
@@ -122,24 +123,28 @@ def _attention_forward(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
-    compute: Formula,
-    formula: Formula,
+    compute: AttentionFunction,
+    unfused: AttentionFunction,
 ) -> tuple[jax.Array, Any]:
     operands = (query, key, value, mask)
-    return _attention(*operands, compute, formula), operands
+    return _attention(*operands, compute, unfused), operands
 
 
 def _attention_backward(
-    compute: Formula, formula: Formula, operands: Any, cotangent: jax.Array
+    compute: AttentionFunction, unfused: AttentionFunction, operands: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    return (*_gradient(*operands, cotangent, compute, formula), None)
+    return (*_gradient(*operands, cotangent, compute, unfused), None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _pulled_back(
-    function: Formula, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+def _vjp(
+    function: AttentionFunction,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
     return jax.vjp(lambda query, key, value: function(query, key, value, mask), query, key, value)
 
@@ -151,13 +156,13 @@ def _gradient(
     value: jax.Array,
     mask: jax.Array | None,
     cotangent: jax.Array,
-    compute: Formula,
-    formula: Formula,
+    compute: AttentionFunction,
+    unfused: AttentionFunction,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def backward(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, dy: Any) -> Any:
-        return _pulled_back(compute, query, key, value, mask)[1](dy)
+        return _vjp(compute, query, key, value, mask)[1](dy)
 
-    return _joining(backward)(query, key, value, mask, cotangent)
+    return _vmap_into_batch(backward)(query, key, value, mask, cotangent)
 
 
 def _gradient_forward(*arguments: Any) -> tuple[Any, Any]:
@@ -165,12 +170,12 @@ def _gradient_forward(*arguments: Any) -> tuple[Any, Any]:
 
 
 def _gradient_backward(
-    compute: Formula, formula: Formula, operands: Any, cotangents: Any
+    compute: AttentionFunction, unfused: AttentionFunction, operands: Any, cotangents: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array]:
     query, key, value, mask, cotangent = operands
 
     def plain(query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array) -> Any:
-        return _pulled_back(formula, query, key, value, mask)[1](cotangent)
+        return _vjp(unfused, query, key, value, mask)[1](cotangent)
 
     *to_operands, to_cotangent = jax.vjp(plain, query, key, value, cotangent)[1](cotangents)
     return (*to_operands, None, to_cotangent)
@@ -179,7 +184,7 @@ def _gradient_backward(
 _gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
-def _even(
+def _pad_to_even_lengths(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -188,11 +193,11 @@ def _even(
     scale: float,
     causal: bool,
 ) -> jax.Array:
-    """Give the kernel even numbers of queries and keys; it trains with no others."""
+    """Pad queries and keys to even lengths: the kernel has no gradient for odd ones."""
     batch, (queries, keys) = query.shape[0], (query.shape[1], key.shape[1])
     lengths: dict[str, jax.Array] = {}
     if queries % 2 or keys % 2:
-        query, key, value = (
+        query, key, value = (  # [batch, even length, heads, head_dim]
             jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
         )
         if mask is not None:
@@ -209,32 +214,32 @@ def _kernel(*operands: jax.Array, **options: Any) -> jax.Array:
     return jax.nn.dot_product_attention(*operands, implementation="cudnn", **options)
 
 
-def _joining(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a mapped axis join the batch, in front of which the kernel takes no other.
+def _vmap_into_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `jax.vmap` merge the mapped axis into the batch, the only leading axis of the kernel.
 
     Args:
         function: of arrays [batch, ...] and perhaps a mask with a batch of 1.
 
     Returns:
-        The function, for `jax.vmap`.
+        The same function, with that batching rule.
     """
     mapped = custom_vmap(function)
 
     @mapped.def_vmap
-    def join(size: int, is_mapped: Any, *arguments: Any) -> tuple[Any, Any]:
+    def merge(size: int, is_mapped: Any, *arguments: Any) -> tuple[Any, Any]:
         batch = arguments[0].shape[1 if is_mapped[0] else 0]
 
-        def joined(x: jax.Array, mapped_here: bool) -> jax.Array:
-            if not mapped_here:
+        def merged(x: jax.Array, x_is_mapped: bool) -> jax.Array:
+            if not x_is_mapped:
                 if len(x) < batch:
-                    return x  # a mask for all
+                    return x  # one mask, which broadcasts
                 x = jnp.broadcast_to(x, (size, *x.shape))
             elif x.shape[1] < batch:
                 x = jnp.repeat(x, batch, axis=1)
-            return x.reshape(size * batch, *x.shape[2:])
+            return x.reshape(size * batch, *x.shape[2:])  # [size * batch, ...]
 
-        results = _joining(function)(*jax.tree.map(joined, arguments, tuple(is_mapped)))
-        apart = jax.tree.map(lambda y: y.reshape(size, batch, *y.shape[1:]), results)
-        return apart, jax.tree.map(lambda _: True, results)
+        results = _vmap_into_batch(function)(*jax.tree.map(merged, arguments, tuple(is_mapped)))
+        split = jax.tree.map(lambda y: y.reshape(size, batch, *y.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, results)
 
     return mapped

@@ -1,4 +1,4 @@
-"""Attention as a pure function: by its weights, or by a kernel that never writes them down.
+"""Scaled dot-product attention: its definition, and the function that picks an implementation.
 
 Masks and biases broadcast against [batch, heads, queries, keys].
 """
@@ -9,12 +9,45 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.core import at_least_float32
 from jaxnets.functional.attention import cudnn
-from jaxnets.functional.attention.masks import LocalMask
+from jaxnets.functional.attention.masks import LocalMask, causal_mask, window_mask
 from jaxnets.functional.attention.scores import check_shapes, with_four_axes
 from jaxnets.functional.attention.unfused import unfused_attention
+
+
+def reference_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> jax.Array:
+    """Compute `dot_product_attention` by its definition; every implementation equals this one.
+
+    Arguments and result are those of `dot_product_attention`. It is for reading and for tests: it
+    checks no shapes, copies shared key-value heads and materializes everything.
+    """
+    q, k, v = (at_least_float32(x) for x in (query, key, value))
+    heads_per_kv_head = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, heads_per_kv_head, axis=2) for x in (k, v))  # [batch, keys, heads, ...]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k)  # [batch, heads, queries, keys]
+    scores = scores if bias is None else scores + with_four_axes(bias)
+    visible = jnp.ones((1, 1, 1, 1), bool) if mask is None else with_four_axes(mask)
+    visible = visible & causal_mask(q.shape[1]) if causal else visible
+    visible = visible & window_mask(q.shape[1], window=window) if window is not None else visible
+    visible = jnp.broadcast_to(visible, scores.shape)  # [batch, heads, queries, keys]
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    weights = jnp.where(visible, weights, 0)  # differs only for queries whose keys are all masked
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(value.dtype)
 
 
 def dot_product_attention(
@@ -28,27 +61,34 @@ def dot_product_attention(
     causal: bool = False,
     window: int | None = None,
 ) -> jax.Array:
-    """Average the values, each weighted by how well its key fits the query.
+    """Average the values, weighted by the softmax of the query-key products.
 
-    softmax(scale query key^T + bias) value, head by head. With fewer key-value heads than heads,
-    consecutive heads share one (grouped-query attention), without copies of it. For its gradient
-    nothing of the size of the weights is kept but the weights; and without a bias not even they on
-    CPU, where one device has long contexts (queries times keys from 2^20, in 16 bits 2^22), nor on
-    NVIDIA's GPUs, where cuDNN's kernel computes with numbers of 16 bits. Reverse-mode
-    differentiable any number of times; forward mode is not supported.
+    softmax(scale query key^T + bias) value, head by head, as `reference_attention` spells it out.
+    With fewer key-value heads than heads, consecutive heads share one (grouped-query attention),
+    without copies of it. Corresponds to `jax.nn.dot_product_attention` and to
+    `torch.nn.functional.scaled_dot_product_attention`; differs in that a query whose keys are all
+    masked gives 0.
+
+    The implementation depends on platform, dtype and size. On NVIDIA GPUs in 16 bits and without
+    a bias, cuDNN's flash attention: no weights are materialized. On CPU without a bias, on one
+    device and for long contexts (queries times keys from 2^20, in 16 bits 2^22), one head at a
+    time: weights are materialized for that head only and recomputed in the backward pass.
+    Otherwise the weights are the only residual of their size.
+
+    Reverse-mode differentiable any number of times; forward mode is not supported.
 
     Args:
         query: [batch, queries, heads, head_dim].
         key: [batch, keys, kv_heads, head_dim], where kv_heads divides heads.
         value: [batch, keys, kv_heads, value_dim], finite even where masked.
-        mask: bool, broadcasts to [batch, heads, queries, keys]; False hides a key. A query that
-            sees no key gives 0.
+        mask: bool, broadcasts to [batch, heads, queries, keys]; False hides a key. A query whose
+            keys are all hidden gives 0.
         bias: floating, broadcasts to [batch, heads, queries, keys].
-        scale: factor of the products, by default 1 / sqrt(size).
-        causal: each query sees the keys up to its own place only; the same as `causal_mask` of
-            the time, which a kernel then need not read, nor compute what it hides.
-        window: each query sees the keys less than so many places away only, the same as
-            `window_mask` of the time; with `causal` the last `window` ones, its own included.
+        scale: factor of the query-key products, by default 1 / sqrt(head_dim).
+        causal: hide the keys after the query's own position. Same as `causal_mask` of the
+            sequence, but no mask is read and hidden parts are not computed.
+        window: hide the keys `window` or more positions away. Same as `window_mask` of the
+            sequence; with `causal` the last `window` keys are left, the query's own included.
 
     Returns:
         [batch, queries, heads, value_dim], of the dtype of `value`; the softmax is float32 or
@@ -69,7 +109,7 @@ def dot_product_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, value, mask, bias, local_mask)
-    return _shared_attention(query, key, value, mask, bias, scale, local_mask)
+    return _jitted_attention(query, key, value, mask, bias, scale, local_mask)
 
 
 def _attention(
@@ -81,19 +121,19 @@ def _attention(
     scale: float,
     local_mask: LocalMask,
 ) -> jax.Array:
-    def by_weights(
+    def unfused(
         query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
         return unfused_attention(query, key, value, mask, bias, scale, local_mask)
 
-    if bias is not None or not cudnn.fits(query, key, value):
-        return by_weights(query, key, value, mask)
+    if bias is not None or not cudnn.is_eligible(query, key, value):
+        return unfused(query, key, value, mask)
     fused = functools.partial(
-        cudnn.cudnn_attention, scale=scale, local_mask=local_mask, formula=by_weights
+        cudnn.cudnn_attention, scale=scale, local_mask=local_mask, unfused=unfused
     )
     # Not our own `platform_dependent`: its derivatives recompute the residuals that these two save.
-    return lax.platform_dependent(query, key, value, mask, cuda=fused, default=by_weights)
+    return lax.platform_dependent(query, key, value, mask, cuda=fused, default=unfused)
 
 
-# As a compiled function it is traced once, with its gradient, for all layers of a shape.
-_shared_attention = jax.jit(_attention, static_argnums=(5, 6))
+# Under jit all layers of one shape share one trace, that of the gradient included.
+_jitted_attention = jax.jit(_attention, static_argnums=(5, 6))

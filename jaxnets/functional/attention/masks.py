@@ -1,8 +1,8 @@
-"""Which keys a query sees, as masks that attention takes.
+"""Attention masks by position: causal and sliding window.
 
 Positions are integers [batch or 1, time], so that the same functions serve a whole sequence and a
-history to which each row of a batch appends at its own place. Masks broadcast against
-[batch, heads, queries, keys].
+key-value cache in which every example has its own position. In masks, which broadcast against
+[batch, heads, queries, keys], True is visible.
 """
 
 from __future__ import annotations
@@ -14,39 +14,42 @@ import jax.numpy as jnp
 
 
 class LocalMask(NamedTuple):
-    """Which keys a query may see by its place, where queries and keys are of the same sequence.
+    """A mask by position, for queries and keys of the same sequence.
 
     Attributes:
-        causal: those up to its own place only.
-        window: those less than so far away only.
+        causal: hide the keys after the query.
+        window: hide the keys at this distance or farther.
     """
 
     causal: bool = False
     window: int | None = None
 
     def mask(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-        """Return bool [batch or 1, 1, queries, keys] of positions, None where all are seen."""
+        """Return bool [batch or 1, 1, queries, keys] of positions, None if nothing is hidden."""
         if self.causal:
             return causal_mask(queries, keys, window=self.window)
         return None if self.window is None else window_mask(queries, keys, window=self.window)
 
-    def keys_of(self, begin: int, end: int, keys: int) -> tuple[int, int]:
-        """Return from and up to which key the queries from `begin` up to `end` see any."""
-        first, last = 0, end if self.causal else keys
+    def key_range(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
+        """Return start and stop of the keys that any of the queries [start, stop) attends to."""
+        key_start, key_stop = 0, stop if self.causal else num_keys
         if self.window is not None:
-            first, last = max(0, begin - self.window + 1), min(last, end + self.window - 1)
-        return first, last
+            key_start = max(0, start - self.window + 1)
+            key_stop = min(key_stop, stop + self.window - 1)
+        return key_start, key_stop
 
 
 def causal_mask(
     queries: int | jax.Array, keys: jax.Array | None = None, *, window: int | None = None
 ) -> jax.Array:
-    """Let each position see itself and what came before it.
+    """Let each position attend to itself and to earlier ones.
+
+    Corresponds to `flax.linen.make_causal_mask`, with positions and a window in addition.
 
     Args:
         queries: positions, integer [batch or 1, queries]; or the length of a sequence.
         keys: positions, integer [batch or 1, keys]; by default those of the queries.
-        window: see only the last `window` positions, the own one included; by default all.
+        window: attend only to the last `window` positions, its own included; by default to all.
 
     Returns:
         bool [batch or 1, 1, queries, keys].
@@ -55,20 +58,19 @@ def causal_mask(
         >>> causal_mask(4, window=2)[0, 0].astype(int).tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
-    behind = distances(queries, keys)
-    visible = behind >= 0
+    visible = distances(queries, keys) >= 0
     return visible if window is None else visible & window_mask(queries, keys, window=window)
 
 
 def window_mask(
     queries: int | jax.Array, keys: jax.Array | None = None, *, window: int
 ) -> jax.Array:
-    """Let each position see those less than `window` away, in both directions.
+    """Let each position attend to those less than `window` away, in both directions.
 
     Args:
         queries: positions, integer [batch or 1, queries]; or the length of a sequence.
         keys: positions, integer [batch or 1, keys]; by default those of the queries.
-        window: number of positions seen in each direction, the own one included.
+        window: number of positions in each direction, its own included.
 
     Returns:
         bool [batch or 1, 1, queries, keys].
@@ -80,12 +82,12 @@ def window_mask(
         Beltagy, Peters and Cohan 2020, arXiv:2004.05150, section 3.1.
     """
     if window < 1:
-        raise ValueError(f"window is {window}; a position sees itself, so give at least 1")
+        raise ValueError(f"window is {window}; a position attends to itself, so give at least 1")
     return jnp.abs(distances(queries, keys)) < window
 
 
 def distances(queries: int | jax.Array, keys: jax.Array | None) -> jax.Array:
-    """Return how far each key lies behind each query.
+    """Return query position - key position: positive for earlier keys.
 
     Args:
         queries: positions, integer [batch or 1, queries]; or the length of a sequence.
@@ -98,6 +100,6 @@ def distances(queries: int | jax.Array, keys: jax.Array | None) -> jax.Array:
         >>> distances(2, jnp.array([[0, 1, 2]]))[0, 0].tolist()
         [[0, -1, -2], [1, 0, -1]]
     """
-    where = jnp.arange(queries)[None] if isinstance(queries, int) else jnp.asarray(queries)
-    keys = where if keys is None else jnp.asarray(keys)
-    return where[:, None, :, None] - keys[:, None, None, :]
+    queries = jnp.arange(queries)[None] if isinstance(queries, int) else jnp.asarray(queries)
+    keys = queries if keys is None else jnp.asarray(keys)
+    return queries[:, None, :, None] - keys[:, None, None, :]  # [batch or 1, 1, queries, keys]

@@ -1,4 +1,4 @@
-"""What tells positions apart: sines, rotations, and biases that grow with the distance.
+"""Position encodings: sinusoidal, rotary (RoPE), ALiBi and relative position buckets.
 
 Positions are integers [batch or 1, time]; biases broadcast against [batch, heads, queries, keys].
 """
@@ -19,13 +19,13 @@ from jaxnets.functional.attention.masks import distances
 def sinusoidal_positions(
     positions: jax.Array, features: int, *, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Write each position as sines and cosines of falling frequency.
+    """Encode each position as sines and cosines of decreasing frequency.
 
     sin(position / 10000^(2i / features)) at 2i, the cosine at 2i + 1.
 
     Args:
         positions: integer [...].
-        features: size of a vector, even.
+        features: size of an encoding, even.
         dtype: of the result, float32 or wider.
 
     Returns:
@@ -42,42 +42,44 @@ def sinusoidal_positions(
         Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
     angles = _angles(positions, features, 10_000.0, dtype)
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*angles.shape[:-1], -1)
+    pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [..., features / 2, 2]
+    return pairs.reshape(*angles.shape[:-1], -1)  # [..., features]
 
 
 def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> jax.Array:
-    """Turn pairs of features by angles that grow with the position.
+    """Rotate pairs of features by angles proportional to the position (RoPE).
 
-    The product of two vectors so turned depends on the distance of their positions only. Feature i
-    is paired with feature i + size / 2, as in GPT-NeoX and the published LLaMA checkpoints.
+    The dot product of two rotated vectors depends only on the distance of their positions. Feature
+    i is paired with feature i + head_dim / 2, as in GPT-NeoX and the published LLaMA checkpoints.
 
     Args:
-        x: queries or keys, [batch, time, heads, head_dim], size even.
+        x: queries or keys, [batch, time, heads, head_dim], head_dim even.
         positions: integer [batch or 1, time].
-        theta: the slowest pair turns by about 1 / theta a position.
+        theta: base of the frequencies; the slowest pair rotates by about 1 / theta a position.
 
     Returns:
         Shape and dtype of `x`.
 
     Raises:
-        ValueError: an odd size.
+        ValueError: an odd head_dim.
 
     References:
         Su et al. 2021, arXiv:2104.09864, section 3.2 (which pairs neighbors).
     """
     wide = at_least_float32(x)
-    angles = _angles(positions, x.shape[-1], theta, wide.dtype)[:, :, None]
+    angles = _angles(positions, x.shape[-1], theta, wide.dtype)
+    angles = angles[:, :, None]  # [batch or 1, time, 1, head_dim / 2]
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(wide, 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Return how fast attention falls with the distance, head by head.
+    """Return the factor of the distance in `alibi_bias`, head by head.
 
-    For a power of two the slopes are 2^(-8/n), 2^(-16/n), ..., 2^-8. Otherwise those of the power
-    of two below, and in between them every second slope of the power of two above.
+    For a power of two the slopes are 2^(-8/n), 2^(-16/n), ..., 2^-8. Otherwise they are those
+    of the next lower power of two, then every second slope of the next higher one.
 
     Args:
         num_heads: number of heads.
@@ -105,7 +107,7 @@ def alibi_bias(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Penalise each key by its distance from the query, times the slope of the head.
+    """Penalize each key by its distance from the query, times the slope of the head.
 
     Args:
         num_heads: number of heads.
@@ -132,18 +134,18 @@ def relative_buckets(
     num_buckets: int = 32,
     max_distance: int = 128,
 ) -> jax.Array:
-    """Sort the distances from queries to keys into buckets that widen with the distance.
+    """Assign the distances from queries to keys to buckets, as T5 does.
 
     Half the buckets hold one distance each; the others widen logarithmically up to
-    `max_distance`, and the last one holds all beyond. In both directions, keys behind and keys
-    ahead have half of the buckets each; otherwise a key ahead counts as distance 0.
+    `max_distance`, and the last one holds all beyond. If bidirectional, earlier and later keys
+    have half of the buckets each; otherwise a later key counts as distance 0.
 
     Args:
         queries: positions, integer [batch or 1, queries]; or the length of a sequence.
         keys: positions, integer [batch or 1, keys]; by default those of the queries.
-        bidirectional: tell keys ahead from keys behind.
+        bidirectional: use other buckets for later keys than for earlier ones.
         num_buckets: number of buckets.
-        max_distance: where the last bucket begins at the latest.
+        max_distance: from this distance on all keys are in the last bucket.
 
     Returns:
         int32 [batch or 1, queries, keys] in [0, num_buckets).
@@ -155,12 +157,12 @@ def relative_buckets(
     References:
         Raffel et al. 2020, arXiv:1910.10683, section 2.1 and their published code.
     """
-    behind = distances(queries, keys)[:, 0]
+    distance = distances(queries, keys)[:, 0]  # [batch or 1, queries, keys]
     per_side = num_buckets // 2 if bidirectional else num_buckets
     table = jnp.asarray(_bucket_table(per_side, max_distance))
-    distance = jnp.abs(behind) if bidirectional else jnp.maximum(behind, 0)
-    buckets = table[jnp.minimum(distance, max_distance)]
-    return buckets + jnp.where(behind < 0, per_side, 0).astype(jnp.int32) * bidirectional
+    magnitude = jnp.abs(distance) if bidirectional else jnp.maximum(distance, 0)
+    buckets = table[jnp.minimum(magnitude, max_distance)]
+    return buckets + jnp.where(distance < 0, per_side, 0).astype(jnp.int32) * bidirectional
 
 
 @functools.cache
@@ -174,18 +176,20 @@ def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
         )
     distances = np.arange(max_distance + 1)
     ratio = np.log(np.maximum(distances, exact) / exact) / np.log(max_distance / exact)
-    # Without the little extra the distances where a bucket begins depend on rounding.
+    # Without the epsilon the distances where a bucket begins depend on rounding.
     wide = exact + np.floor(ratio * (num_buckets - exact) + 1e-9).astype(np.int32)
     table = np.where(distances < exact, distances, np.minimum(wide, num_buckets - 1))
     return table.astype(np.int32)
 
 
-def _angles(positions: jax.Array, size: int, base: float, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return position / base^(2i / size), [..., size / 2]."""
-    if size % 2:
+def _angles(
+    positions: jax.Array, features: int, theta: float, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Return position / theta^(2i / features), [..., features / 2]."""
+    if features % 2:
         raise ValueError(
-            f"{size} features do not form pairs; sines and cosines need an even number"
+            f"{features} features do not form pairs; sines and cosines need an even number"
         )
-    frequencies = jnp.asarray(base ** (-np.arange(0, size, 2) / size), dtype)
+    frequencies = jnp.asarray(theta ** (-np.arange(0, features, 2) / features), dtype)
     positions = jnp.asarray(positions).astype(dtype)[..., None]
     return positions * frequencies.reshape((1,) * (positions.ndim - 1) + frequencies.shape)

@@ -1,4 +1,4 @@
-"""How much queries take from keys, and the products that attention is made of."""
+"""Attention scores and weights, and the matrix products that attention consists of."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jax import lax
 from jaxnets.functional.attention.masks import LocalMask
 from jaxnets.functional.lowering.layout import row_major
 
-# With fewer queries, copies of keys and values cost more than they save.
-_FEW_QUERIES = 4
+# With fewer queries, transposed copies of keys and values cost more than they save.
+_MIN_QUERIES_TO_COPY = 4
 
 
 def attention_weights(
@@ -26,26 +26,29 @@ def attention_weights(
     causal: bool = False,
     window: int | None = None,
 ) -> jax.Array:
-    """Return how much each query takes from each key; the arguments are those of `attention`.
+    """Return the attention weights, softmax(scale query key^T + bias), of every query and key.
+
+    The whole array of weights is materialized, on every platform; `dot_product_attention` avoids
+    that where it can. The arguments are those of `dot_product_attention`.
 
     Returns:
-        [batch, heads, queries, keys], float32 or wider; each row sums to 1, or is 0 where the
-        query sees no key.
+        [batch, heads, queries, keys], float32 or wider; each row sums to 1, or is 0 where all
+        keys are masked.
 
     Raises:
         ValueError: shapes that do not fit together, or a window below 1.
     """
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, key, mask, bias, local_mask)
-    own = local_mask.mask(*(jnp.arange(x.shape[1])[None] for x in (query, key)))
-    visible = both(mask, own)
+    positions = (jnp.arange(x.shape[1])[None] for x in (query, key))  # [1, queries], [1, keys]
+    visible = combine_masks(mask, local_mask.mask(*positions))
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     weights = jax.nn.softmax(scores(query, key, visible, bias, scale), axis=-1)
-    return weights if visible is None else _of_queries_that_see(visible, weights)
+    return weights if visible is None else _zero_fully_masked(visible, weights)
 
 
 def apply_attention_weights(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Sum the values with the weights of `attention_weights`.
+    """Average the values with the weights of `attention_weights`.
 
     Args:
         weights: [batch, heads, queries, keys].
@@ -54,11 +57,11 @@ def apply_attention_weights(weights: jax.Array, value: jax.Array) -> jax.Array:
     Returns:
         [batch, queries, heads, value_dim], of the dtype of `value`.
     """
-    return jnp.swapaxes(sum_values(weights, value).astype(value.dtype), 1, 2)
+    return jnp.swapaxes(weights_matmul_values(weights, value).astype(value.dtype), 1, 2)
 
 
 def with_four_axes(x: jax.Array | None) -> jax.Array | None:
-    """Put axes of 1 in front of a mask or a bias of up to four axes, as broadcasting does."""
+    """Prepend axes of size 1 to a mask or bias of fewer than four axes, as broadcasting does."""
     return x if x is None else jnp.reshape(x, (1,) * (4 - jnp.ndim(x)) + jnp.shape(x))
 
 
@@ -70,21 +73,21 @@ def check_shapes(
     bias: jax.Array | None,
     local_mask: LocalMask,
 ) -> None:
-    """Refuse shapes that do not fit together.
+    """Check that the shapes of all arguments fit together.
 
     Raises:
-        ValueError: such shapes, or other queries than keys where their places count.
+        ValueError: they do not, or a local mask with different numbers of queries and keys.
     """
-    (batch, queries, heads, size), (key_batch, keys, groups, key_size) = query.shape, key.shape
-    if key_batch != batch or key_size != size or heads % groups:
+    (batch, queries, heads, head_dim), (key_batch, keys, kv_heads, key_dim) = query.shape, key.shape
+    if key_batch != batch or key_dim != head_dim or heads % kv_heads:
         raise ValueError(
             f"queries of shape {query.shape} do not fit keys of shape {key.shape}; both are "
-            "[batch, time, heads, head_dim], where the number of key heads divides that of queries"
+            "[batch, time, heads, head_dim], and the number of key heads divides the other one"
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"values of shape {value.shape} do not fit keys of shape {key.shape}; give one for "
-            "each key, [batch, time, heads, any size]"
+            "each key, [batch, time, heads, value_dim]"
         )
     if local_mask != LocalMask() and keys != queries:
         kind, mask_name = (
@@ -105,8 +108,8 @@ def check_shapes(
             )
 
 
-def both(mask: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
-    """Join two masks that broadcast to each other; None hides nothing."""
+def combine_masks(mask: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
+    """Return the conjunction of two masks that broadcast to each other; None masks nothing."""
     if mask is None or other is None:
         return mask if other is None else other
     return mask & other
@@ -119,113 +122,133 @@ def scores(
     bias: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Return scale query key^T + bias, the smallest number where a key is hidden.
+    """Return scale query key^T + bias, the most negative finite number where a key is masked.
 
     The arguments are those of `dot_product_attention`, mask and bias with four axes.
 
     Returns:
         [batch, heads, queries, keys], float32 or wider.
     """
-    (batch, queries, heads, _), (_, keys, groups, _) = query.shape, key.shape
-    # The product of matrices of one head, heads in front, is the fastest form on CPU; the heads
-    # that share a key follow each other as further rows.
-    rows = row_major(grouped_rows(query, groups))
-    products = product(rows, heads_in_front(key, queries), turned=True)
-    found = scale * products.reshape(batch, heads, queries, keys)
-    found = found if bias is None else found + bias.astype(found.dtype)
-    return found if mask is None else jnp.where(mask, found, jnp.finfo(found.dtype).min)
+    (batch, queries, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
+    # On CPU one matrix product for each key-value head, with the heads axis before time, is the
+    # fastest form. The query heads that share a key-value head contribute further rows.
+    rows = row_major(group_heads(query, kv_heads))  # [batch, kv_heads, rows, head_dim]
+    products = batched_matmul(rows, heads_before_time(key, queries), transpose_rhs=True)
+    result = scale * products.reshape(batch, heads, queries, keys)
+    result = result if bias is None else result + bias.astype(result.dtype)
+    return result if mask is None else jnp.where(mask, result, jnp.finfo(result.dtype).min)
 
 
-class Normalizers(NamedTuple):
-    """What makes weights of scores: exp(scores - greatest) inverse; [batch, heads, queries, 1]."""
+class SoftmaxStatistics(NamedTuple):
+    """What recomputes weights from scores: exp(scores - maximum) / denominator.
 
-    greatest: jax.Array
-    inverse: jax.Array
+    Attributes:
+        maximum: greatest score of each query, [batch, heads, queries, 1].
+        inverse_denominator: [batch, heads, queries, 1].
+    """
+
+    maximum: jax.Array
+    inverse_denominator: jax.Array
 
 
-class Softmax(NamedTuple):
-    """Weights: `exponentials` [batch, heads, queries, keys], times `inverse` of their sums."""
+class UnnormalizedSoftmax(NamedTuple):
+    """Softmax weights as the product of two factors.
+
+    Attributes:
+        exponentials: [batch, heads, queries, keys].
+        inverse_denominator: [batch, heads, queries, 1].
+    """
 
     exponentials: jax.Array
-    inverse: jax.Array
+    inverse_denominator: jax.Array
 
 
-def softmax(scores: jax.Array, mask: jax.Array | None) -> tuple[Softmax, Normalizers]:
-    """Return weights, 0 where a query sees no key by `mask`, and what makes them again.
+def softmax(
+    scores: jax.Array, mask: jax.Array | None
+) -> tuple[UnnormalizedSoftmax, SoftmaxStatistics]:
+    """Return the weights, 0 for queries whose keys are all masked, and their statistics.
 
     Args:
         scores: [batch, heads, queries, keys].
-        mask: bool, broadcasts to the scores; needed only if there may be queries that see no key.
+        mask: bool, broadcasts to the scores; None if no query can have all its keys masked.
     """
-    greatest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    found = exponentials(scores, greatest, mask)
-    total = jnp.sum(found, axis=-1, keepdims=True)
+    maximum = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = exponentials(scores, maximum, mask)
+    total = jnp.sum(weights, axis=-1, keepdims=True)  # [batch, heads, queries, 1]
     inverse = 1 / (total if mask is None else jnp.where(total == 0, 1, total))
-    return Softmax(found, inverse), Normalizers(greatest, inverse)
+    return UnnormalizedSoftmax(weights, inverse), SoftmaxStatistics(maximum, inverse)
 
 
-def exponentials(scores: jax.Array, greatest: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return exp(scores - greatest), 0 where a query sees no key by `mask`.
+def exponentials(scores: jax.Array, maximum: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Return exp(scores - maximum), 0 for queries whose keys are all masked.
 
     Args:
         scores: [batch, heads, queries, keys].
-        greatest: [batch, heads, queries, 1].
+        maximum: [batch, heads, queries, 1].
         mask: as in `softmax`.
     """
-    found = jnp.exp(scores - greatest)
-    return found if mask is None else _of_queries_that_see(mask, found)
+    result = jnp.exp(scores - maximum)
+    return result if mask is None else _zero_fully_masked(mask, result)
 
 
-def _of_queries_that_see(mask: jax.Array, weights: jax.Array) -> jax.Array:
+def _zero_fully_masked(mask: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, jnp.zeros((), weights.dtype))
 
 
-def sum_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Multiply weights [batch, heads, queries, keys] with values [batch, keys, groups, value_dim].
+def weights_matmul_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Multiply weights [batch, heads, queries, keys] by values [batch, keys, kv_heads, value_dim].
 
     Returns:
         [batch, heads, queries, value_dim], float32 or wider.
     """
     batch, heads, queries, keys = weights.shape
-    groups, size = value.shape[2:]
-    rows = weights.astype(value.dtype).reshape(batch, groups, heads // groups * queries, keys)
-    return product(rows, heads_in_front(value, queries)).reshape(batch, heads, queries, size)
+    kv_heads, value_dim = value.shape[2:]
+    rows = weights.astype(value.dtype).reshape(batch, kv_heads, heads // kv_heads * queries, keys)
+    result = batched_matmul(rows, heads_before_time(value, queries))
+    return result.reshape(batch, heads, queries, value_dim)
 
 
-def grouped_rows(x: jax.Array, groups: int) -> jax.Array:
-    """Map [batch, queries, heads, size] to [batch, groups, heads of a group * queries, size]."""
-    batch, queries, heads, size = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(batch, groups, heads // groups * queries, size)
+def group_heads(x: jax.Array, kv_heads: int) -> jax.Array:
+    """Map [batch, queries, heads, dim] to [batch, kv_heads, heads per kv_head * queries, dim]."""
+    batch, queries, heads, dim = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(batch, kv_heads, heads // kv_heads * queries, dim)
 
 
-def heads_in_front(x: jax.Array, queries: int) -> jax.Array:
-    """Bring keys or values [batch, keys, groups, size] to [batch, groups, keys, size]."""
-    turned = jnp.swapaxes(x, 1, 2)
-    return turned if queries < _FEW_QUERIES else row_major(turned)
+def heads_before_time(x: jax.Array, queries: int) -> jax.Array:
+    """Transpose keys or values [batch, keys, kv_heads, dim] to [batch, kv_heads, keys, dim]."""
+    transposed = jnp.swapaxes(x, 1, 2)
+    return transposed if queries < _MIN_QUERIES_TO_COPY else row_major(transposed)
 
 
-def product(x: jax.Array, y: jax.Array, *, turned: bool = False) -> jax.Array:
-    """Multiply matrices [batch, groups, ...], the second transposed if `turned`.
+def batched_matmul(x: jax.Array, y: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:
+    """Multiply matrices [batch, kv_heads, ...], the second one transposed if `transpose_rhs`.
 
-    The result is float32 or wider, of which the CPU's kernels for bfloat16 are fast.
+    The result is float32 or wider: the CPU kernels for bfloat16 operands are fast only then.
     """
-    axes = (((3,), (3 if turned else 2,)), ((0, 1), (0, 1)))
+    axes = (((3,), (3 if transpose_rhs else 2,)), ((0, 1), (0, 1)))
     dtype = jnp.promote_types(x.dtype, y.dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
     return lax.dot_general(x.astype(dtype), y.astype(dtype), axes, preferred_element_type=wide)
 
 
-def product_over_queries(scores: jax.Array, rows: jax.Array, *, keys_axis: int) -> jax.Array:
-    """Multiply [batch, groups, queries, keys], transposed, with [batch, groups, queries, size].
+def contract_queries(scores: jax.Array, rows: jax.Array, *, keys_axis: int) -> jax.Array:
+    """Contract scores and rows over the queries: scores^T rows, matrix by matrix.
+
+    Args:
+        scores: [batch, kv_heads, queries, keys].
+        rows: [batch, kv_heads, queries, dim].
+        keys_axis: of the result, 2 or 3.
 
     Returns:
-        [batch, groups, keys, size] if `keys_axis` is 2, [batch, groups, size, keys] if it is 3.
-        The one transposes the scores, the other the rows, which are fewer numbers; but where they
-        are few the product is slower, by more than that.
+        [batch, kv_heads, keys, dim] if `keys_axis` is 2, [batch, kv_heads, dim, keys] if it is 3.
+        The first transposes the scores, the second the rows, which are smaller. With few queries
+        the second product is slower by more than that saves.
     """
     if keys_axis == 3:
-        return product(row_major(jnp.swapaxes(rows, 2, 3)), scores)
-    turned = jnp.swapaxes(scores, 2, 3)
-    # Read through strides as fast in float32; and nothing keeps a copy of the weights from being
-    # made in the forward pass already, and held until it is read.
-    return product(row_major(turned) if turned.dtype.itemsize < 4 else turned, row_major(rows))
+        transposed_rows = row_major(jnp.swapaxes(rows, 2, 3))  # [batch, kv_heads, dim, queries]
+        return batched_matmul(transposed_rows, scores)
+    transposed = jnp.swapaxes(scores, 2, 3)  # [batch, kv_heads, keys, queries]
+    # In float32 a strided operand is as fast, and a row-major copy of the weights could be hoisted
+    # into the forward pass and occupy memory until the backward pass.
+    transposed = row_major(transposed) if transposed.dtype.itemsize < 4 else transposed
+    return batched_matmul(transposed, row_major(rows))

@@ -1,6 +1,6 @@
-"""Attention by its weights, divided as `attention_blocks` says.
+"""Softmax attention with materialized weights, tiled as `tiling` decides.
 
-The sums by which weights are divided divide the output instead, which is smaller.
+The softmax denominator is applied to the output, which is smaller than the weights.
 """
 
 from __future__ import annotations
@@ -13,35 +13,37 @@ import jax.numpy as jnp
 
 from jaxnets.functional.attention.masks import LocalMask
 from jaxnets.functional.attention.scores import (
-    Normalizers,
-    Softmax,
-    both,
+    SoftmaxStatistics,
+    UnnormalizedSoftmax,
+    batched_matmul,
+    combine_masks,
+    contract_queries,
     exponentials,
-    grouped_rows,
-    heads_in_front,
-    product,
-    product_over_queries,
+    group_heads,
+    heads_before_time,
     scores,
     softmax,
-    sum_values,
+    weights_matmul_values,
 )
 from jaxnets.functional.attention.tiling import (
-    Head,
+    HeadGroup,
     Tile,
     Tiling,
     TilingPerPlatform,
-    joined,
-    of_each_head,
+    map_head_groups,
+    merge_kv_heads,
     tilings,
 )
 from jaxnets.functional.lowering.layout import row_major
 
-#: Of each tile the weights, for their gradient, or what makes them again.
-_Kept: TypeAlias = list[Softmax | Normalizers]
+#: Saved for the backward pass, one a tile: the weights, or the statistics that recompute them.
+_Residuals: TypeAlias = list[UnnormalizedSoftmax | SoftmaxStatistics]
+#: Of query, key, value and bias.
+_Gradients: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 class _Operands(NamedTuple):
-    """What is differentiated, and the mask."""
+    """The differentiable arguments, and the mask."""
 
     query: jax.Array
     key: jax.Array
@@ -49,39 +51,39 @@ class _Operands(NamedTuple):
     mask: jax.Array | None
     bias: jax.Array | None
 
-    def of(self, head: Head) -> _Operands:
-        """Take the part of one head; there is no bias where heads are alone."""
-        query, key, value = (head.of(x, axis=2) for x in self[:3])
-        mask = None if self.mask is None else head.of(self.mask, axis=1)
+    def slice(self, group: HeadGroup) -> _Operands:
+        """Slice to one head group; attention with a bias is not computed per head."""
+        query, key, value = (group.slice(x, heads_axis=2) for x in self[:3])
+        mask = None if self.mask is None else group.slice(self.mask, heads_axis=1)
         return _Operands(query, key, value, mask, None)
 
 
-class _Formula(NamedTuple):
-    """What a program is made for.
+class _Settings(NamedTuple):
+    """The static arguments.
 
     Attributes:
-        scale: factor of the products.
-        local_mask: which keys a query may see by its place.
+        scale: factor of the query-key products.
+        local_mask: causal, window.
     """
 
     scale: float
     local_mask: LocalMask
 
     def scores(self, tile: Tile, operands: _Operands) -> tuple[jax.Array, jax.Array | None]:
-        """Return those of a tile, and what it sees if there may be queries that see nothing."""
-        mask, bias = jax.tree.map(tile.of_scores, operands[3:])  # None stays
-        places = (jnp.arange(*ends)[None] for ends in (tile[:2], tile[2:]))
-        visible = both(mask, self.local_mask.mask(*places))
-        query, key = tile.of_queries(operands.query), tile.of_keys(operands.key)
-        found = scores(query, key, visible, bias, self.scale)
-        # Each query sees itself by its local_mask: only a mask can hide everything.
-        return found, None if mask is None else visible
+        """Return the scores of a tile, and its mask if a query may have all its keys masked."""
+        mask, bias = jax.tree.map(tile.slice_scores, operands[3:])  # None stays
+        positions = (jnp.arange(*ends)[None] for ends in (tile[:2], tile[2:]))  # [1, time]
+        visible = combine_masks(mask, self.local_mask.mask(*positions))
+        query, key = tile.slice_queries(operands.query), tile.slice_keys(operands.key)
+        tile_scores = scores(query, key, visible, bias, self.scale)
+        # A local mask leaves each query its own position: only `mask` can mask everything.
+        return tile_scores, None if mask is None else visible
 
     def tilings(self, operands: _Operands) -> TilingPerPlatform:
-        """Divide attention for all platforms."""
-        # A bias has the size of the weights already, and so does its gradient.
-        divisible = operands.bias is None
-        return tilings(operands.query, operands.key, self.local_mask, divisible=divisible)
+        """Choose the tilings for all platforms."""
+        # A bias already has the size of the weights, and so does its gradient.
+        allow_per_head = operands.bias is None
+        return tilings(operands.query, operands.key, self.local_mask, allow_per_head=allow_per_head)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -94,7 +96,7 @@ def unfused_attention(
     scale: float,
     local_mask: LocalMask,
 ) -> jax.Array:
-    """Compute `dot_product_attention`, where the arguments are described."""
+    """Compute `dot_product_attention`, which describes the arguments."""
     return _forward(query, key, value, mask, bias, scale, local_mask)[0]
 
 
@@ -107,153 +109,173 @@ def _forward(
     scale: float,
     local_mask: LocalMask,
 ) -> tuple[jax.Array, Any]:
-    formula, operands = _Formula(scale, local_mask), _Operands(query, key, value, mask, bias)
-    divisions = formula.tilings(operands)
+    settings, operands = _Settings(scale, local_mask), _Operands(query, key, value, mask, bias)
+    choice = settings.tilings(operands)
 
-    def attend(tiling: Tiling, operands: _Operands) -> tuple[jax.Array, dict[Tiling, _Kept]]:
-        output, kept = (_attend_per_head if tiling.per_head else _attend)(formula, tiling, operands)
-        # Platforms return the same arrays. Nothing reads those of the other ones, so that none of
-        # them is in a compiled program.
-        unread = {each: _filled(each, kept[0].inverse) for each in divisions.distinct()}
-        return output, unread | {tiling: kept}
+    def forward(tiling: Tiling, operands: _Operands) -> tuple[jax.Array, dict[Tiling, _Residuals]]:
+        run = _forward_per_head if tiling.per_head else _forward_tiles
+        output, residuals = run(settings, tiling, operands)
+        # All platforms must return the same arrays. Nothing reads the residuals of the other
+        # tilings, so a compiled program does not contain them.
+        like = residuals[0].inverse_denominator
+        unread = {each: _placeholders(each, like) for each in choice.distinct()}
+        return output, unread | {tiling: residuals}
 
-    output, kept = divisions.choose(attend, operands)
-    return output, (operands, kept, output)
+    output, residuals = choice.choose(forward, operands)
+    return output, (operands, residuals, output)
 
 
 def _backward(
-    scale: float, local_mask: LocalMask, residuals: Any, cotangent: jax.Array
+    scale: float, local_mask: LocalMask, saved: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
-    formula, operands = _Formula(scale, local_mask), residuals[0]
+    settings, operands = _Settings(scale, local_mask), saved[0]
 
-    def gradients(
-        tiling: Tiling, operands: _Operands, kept: dict[Tiling, _Kept], *ends: Any
-    ) -> Any:
-        pull_back = _gradients_per_head if tiling.per_head else _gradients
-        return pull_back(formula, tiling, operands, kept[tiling], *ends)
+    def backward(
+        tiling: Tiling, operands: _Operands, residuals: dict[Tiling, _Residuals], *rest: jax.Array
+    ) -> _Gradients:
+        run = _backward_per_head if tiling.per_head else _backward_tiles
+        return run(settings, tiling, operands, residuals[tiling], *rest)
 
-    found = formula.tilings(operands).choose(gradients, *residuals, cotangent)
-    dquery, dkey, dvalue, dbias = found
+    gradients = settings.tilings(operands).choose(backward, *saved, cotangent)
+    dquery, dkey, dvalue, dbias = gradients
     return dquery, dkey, dvalue, None, dbias
 
 
 unfused_attention.defvjp(_forward, _backward)
 
 
-def _filled(tiling: Tiling, like: jax.Array) -> _Kept:
-    """Make what a tiling keeps, on the devices of [batch, heads, ...] of another one."""
+def _placeholders(tiling: Tiling, like: jax.Array) -> _Residuals:
+    """Make arrays of the shapes of a tiling's residuals.
+
+    Args:
+        tiling: another one than that of the platform.
+        like: [batch, heads, ...], whose dtype and devices they take.
+    """
 
     def filled(queries: int, size: int) -> jax.Array:
         shape = (*like.shape[:2], queries, size)
-        return jnp.broadcast_to(like[:, :, :1, :1], shape)  # zeros would lie on one device
+        return jnp.broadcast_to(like[:, :, :1, :1], shape)  # jnp.zeros would be on one device
 
-    kept: _Kept = []
+    residuals: _Residuals = []
     for tile in tiling.tiles:
-        queries = tile.end - tile.begin
-        inverse = filled(queries, 1)
-        made = Softmax(filled(queries, tile.last - tile.first), inverse)
-        kept.append(Normalizers(inverse, inverse) if tiling.per_head else made)
-    return kept
+        inverse = filled(tile.num_queries, 1)
+        weights = filled(tile.num_queries, tile.key_stop - tile.key_start)
+        made = UnnormalizedSoftmax(weights, inverse)
+        residuals.append(SoftmaxStatistics(inverse, inverse) if tiling.per_head else made)
+    return residuals
 
 
-def _attend(formula: _Formula, tiling: Tiling, operands: _Operands) -> tuple[jax.Array, _Kept]:
+def _forward_tiles(
+    settings: _Settings, tiling: Tiling, operands: _Operands
+) -> tuple[jax.Array, _Residuals]:
     outputs: list[jax.Array] = []
-    kept: _Kept = []
+    residuals: _Residuals = []
     value = operands.value
     for tile in tiling.tiles:
-        weights, normalizers = softmax(*formula.scores(tile, operands))
-        summed = weights.inverse * sum_values(weights.exponentials, tile.of_keys(value))
-        outputs.append(jnp.swapaxes(summed.astype(value.dtype), 1, 2))
-        kept.append(normalizers if tiling.per_head else weights)
-    # Laid out, for two loops that read the output would both join it.
+        weights, statistics = softmax(*settings.scores(tile, operands))
+        average = weights.inverse_denominator * weights_matmul_values(
+            weights.exponentials, tile.slice_keys(value)
+        )  # [batch, heads, queries of the tile, value_dim]
+        outputs.append(jnp.swapaxes(average.astype(value.dtype), 1, 2))
+        residuals.append(statistics if tiling.per_head else weights)
+    # Row-major, for otherwise each of two loops that read the output would concatenate it.
     output = outputs[0] if len(outputs) == 1 else row_major(jnp.concatenate(outputs, axis=1))
-    return output, kept
+    return output, residuals
 
 
-def _attend_per_head(
-    formula: _Formula, tiling: Tiling, operands: _Operands
-) -> tuple[jax.Array, _Kept]:
-    def attend(head: Head) -> tuple[jax.Array, _Kept]:
-        return _attend(formula, tiling, operands.of(head))
+def _forward_per_head(
+    settings: _Settings, tiling: Tiling, operands: _Operands
+) -> tuple[jax.Array, _Residuals]:
+    def forward(group: HeadGroup) -> tuple[jax.Array, _Residuals]:
+        return _forward_tiles(settings, tiling, operands.slice(group))
 
-    batch, _, groups, _ = operands.key.shape
-    output, kept = of_each_head(attend, batch, groups)
-    return joined(output, axis=2), jax.tree.map(functools.partial(joined, axis=1), kept)
+    batch, _, kv_heads, _ = operands.key.shape
+    output, residuals = map_head_groups(forward, batch, kv_heads)
+    merge_residuals = functools.partial(merge_kv_heads, heads_axis=1)
+    return merge_kv_heads(output, heads_axis=2), jax.tree.map(merge_residuals, residuals)
 
 
-def _gradients(
-    formula: _Formula,
+def _backward_tiles(
+    settings: _Settings,
     tiling: Tiling,
     operands: _Operands,
-    kept: _Kept,
+    residuals: _Residuals,
     output: jax.Array,
     cotangent: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> _Gradients:
     query, key, value, _, bias = operands
-    batch, _, heads, size = query.shape
-    num_keys, groups = key.shape[1:3]
-    # The sum over the keys that the gradient of a softmax subtracts, without the weights.
-    wide = kept[0].inverse.dtype
+    batch, _, heads, head_dim = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    # The gradient of a softmax subtracts a sum over the keys; it equals this one over value_dim,
+    # which does not need the weights.
+    wide = residuals[0].inverse_denominator.dtype
     subtracted = jnp.sum(cotangent.astype(wide) * output.astype(wide), axis=-1)
-    subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]
+    subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]  # [batch, heads, queries, 1]
     keys_axis = 3 if tiling.per_head else 2
     dquery: list[jax.Array] = []
     dkey: list[jax.Array] = []
     dvalue: list[jax.Array] = []
     dbias: list[jax.Array] = []
-    for tile, own in zip(tiling.tiles, kept, strict=True):
-        if isinstance(own, Softmax):
-            weights = own.exponentials
+    for tile, saved in zip(tiling.tiles, residuals, strict=True):
+        if isinstance(saved, UnnormalizedSoftmax):
+            weights = saved.exponentials
         else:
-            found, visible = formula.scores(tile, operands)
-            weights = exponentials(found, own.greatest, visible)
-        # What the sums divide is the cotangent, instead of the weights.
-        of_inverse = jnp.swapaxes(own.inverse, 1, 2)
-        upstream = (tile.of_queries(cotangent) * of_inverse).astype(cotangent.dtype)
-        rows, upstream = (grouped_rows(x, groups) for x in (tile.of_queries(query), upstream))
-        queries = tile.end - tile.begin  # as the forward pass counts, whose copies serve here
-        keys, values = (heads_in_front(tile.of_keys(x), queries) for x in (key, value))
-        products = product(row_major(upstream), values, turned=True).reshape(weights.shape)
-        dscores = weights * (products - own.inverse * subtracted[:, :, tile.begin : tile.end])
+            tile_scores, visible = settings.scores(tile, operands)
+            weights = exponentials(tile_scores, saved.maximum, visible)
+        # The denominator is applied to the cotangent, which is smaller than the weights.
+        inverse = jnp.swapaxes(saved.inverse_denominator, 1, 2)  # [batch, queries, heads, 1]
+        upstream = (tile.slice_queries(cotangent) * inverse).astype(cotangent.dtype)
+        rows, upstream = (group_heads(x, kv_heads) for x in (tile.slice_queries(query), upstream))
+        # The number of queries of the forward pass, so that its transposed copies are shared.
+        keys, values = (
+            heads_before_time(tile.slice_keys(x), tile.num_queries) for x in (key, value)
+        )
+        products = batched_matmul(row_major(upstream), values, transpose_rhs=True)
+        products = products.reshape(weights.shape)  # [batch, heads, queries, keys]
+        own_subtracted = subtracted[:, :, tile.query_start : tile.query_stop]
+        dscores = weights * (products - saved.inverse_denominator * own_subtracted)
         if bias is not None:
-            dbias.append(tile.among_scores(_sum_to(dscores, tile.of_scores(bias)), bias))
-        grouped = (batch, groups, -1, weights.shape[3])
+            dbias.append(tile.pad_scores(_sum_to(dscores, tile.slice_scores(bias)), bias))
+        grouped = (batch, kv_heads, -1, weights.shape[3])  # [batch, kv_heads, rows, keys]
         weights = weights.astype(value.dtype).reshape(grouped)
-        narrow = (formula.scale * dscores).astype(query.dtype).reshape(grouped)
-        own_dquery = product(narrow, keys).astype(query.dtype).reshape(batch, heads, -1, size)
-        dquery.append(jnp.swapaxes(own_dquery, 1, 2))
+        narrow = (settings.scale * dscores).astype(query.dtype).reshape(grouped)
+        own_dquery = batched_matmul(narrow, keys).astype(query.dtype)
+        own_dquery = own_dquery.reshape(batch, heads, -1, head_dim)
+        dquery.append(jnp.swapaxes(own_dquery, 1, 2))  # [batch, queries, heads, head_dim]
         for parts, pair in ((dkey, (narrow, rows)), (dvalue, (weights, upstream))):
-            part = product_over_queries(*pair, keys_axis=keys_axis)
-            parts.append(tile.among_keys(part, num_keys, keys_axis))
+            part = contract_queries(*pair, keys_axis=keys_axis)
+            parts.append(tile.pad_keys(part, num_keys, keys_axis))
     return (
         jnp.concatenate(dquery, axis=1),
-        _keys_in_front(_total(dkey), keys_axis).astype(key.dtype),
-        _keys_in_front(_total(dvalue), keys_axis).astype(value.dtype),
+        _keys_axis_first(_total(dkey), keys_axis).astype(key.dtype),
+        _keys_axis_first(_total(dvalue), keys_axis).astype(value.dtype),
         None if bias is None else _total(dbias),
     )
 
 
-def _gradients_per_head(
-    formula: _Formula,
+def _backward_per_head(
+    settings: _Settings,
     tiling: Tiling,
     operands: _Operands,
-    kept: _Kept,
+    residuals: _Residuals,
     output: jax.Array,
     cotangent: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    def gradients(head: Head) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        own_kept = jax.tree.map(functools.partial(head.of, axis=1), kept)
-        own_output, own_cotangent = (head.of(x, axis=2) for x in (output, cotangent))
-        return _gradients(formula, tiling, operands.of(head), own_kept, own_output, own_cotangent)
+) -> _Gradients:
+    def backward(group: HeadGroup) -> _Gradients:
+        own_residuals = jax.tree.map(functools.partial(group.slice, heads_axis=1), residuals)
+        own_output, own_cotangent = (group.slice(x, heads_axis=2) for x in (output, cotangent))
+        own = operands.slice(group)
+        return _backward_tiles(settings, tiling, own, own_residuals, own_output, own_cotangent)
 
-    batch, _, groups, _ = operands.key.shape
-    found = of_each_head(gradients, batch, groups)
-    return jax.tree.map(functools.partial(joined, axis=2), found)  # there is no bias
+    batch, _, kv_heads, _ = operands.key.shape
+    gradients = map_head_groups(backward, batch, kv_heads)
+    merge = functools.partial(merge_kv_heads, heads_axis=2)
+    return jax.tree.map(merge, gradients)  # there is no bias
 
 
-def _keys_in_front(x: jax.Array, keys_axis: int) -> jax.Array:
-    """Bring the axis of keys behind the batch."""
-    # Where rows would be read as columns, they are added up first.
+def _keys_axis_first(x: jax.Array, keys_axis: int) -> jax.Array:
+    """Move the axis of keys next to the batch: to [batch, keys, kv_heads, dim]."""
+    # Row-major, so that the sum is computed in its own order before strided reads.
     return jnp.moveaxis(row_major(x) if keys_axis == 3 else x, keys_axis, 1)
 
 

@@ -1,6 +1,7 @@
-"""Attention by a kernel: a stand-in for cuDNN's on any machine, the kernel itself where it is."""
+"""cuDNN's attention: a stand-in for its kernel on any machine, the kernel itself on its GPUs."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +9,30 @@ import numpy as np
 import pytest
 
 from jaxnets.functional.attention import cudnn
-from jaxnets.functional.attention.dot_product import dot_product_attention
+from jaxnets.functional.attention.dot_product import (
+    _jitted_attention,
+    dot_product_attention,
+    reference_attention,
+)
 from jaxnets.functional.attention.masks import LocalMask
-from jaxnets.functional.attention.scores import apply_attention_weights, attention_weights
 
-BATCH, HEADS, SIZE = 2, 4, 8
+BATCH, HEADS, HEAD_DIM, SCALE = 2, 4, 8, 0.3
 
 needs_kernel = pytest.mark.skipif(
-    cudnn._capability() < cudnn._AMPERE, reason="there is no such GPU here"
+    cudnn._capability() < cudnn._AMPERE, reason="needs a GPU with the kernel"
 )
 
 
-def operands(queries, keys, *, groups=HEADS, batch=(BATCH,), dtype=np.float32, size=SIZE):
+def operands(queries, keys, *, kv_heads=HEADS, batch=(BATCH,), dtype=np.float32, dim=HEAD_DIM):
+    """Query, key, value and the cotangent of the output."""
     random = np.random.default_rng(queries * keys)
-    shapes = ((queries, HEADS, size), (keys, groups, size), (keys, groups, size))
+    shapes = ((queries, HEADS, dim), (keys, kv_heads, dim), (keys, kv_heads, dim))
     drawn = [random.normal(size=(*batch, *shape)) for shape in shapes]
     return [jnp.asarray(x, dtype) for x in (*drawn, random.normal(size=drawn[0].shape))]
 
 
-def hidden(shape):
-    """A mask in which the last query of the first example, if queries differ, sees no key."""
+def partly_masked(shape):
+    """A mask in which all keys of the first example's last query, if queries differ, are masked."""
     mask = np.random.default_rng(0).random(shape) < 0.6
     mask[..., 0] = True
     if shape[2] > 1:
@@ -35,29 +40,35 @@ def hidden(shape):
     return jnp.asarray(mask)
 
 
-def by_weights(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):
-    weights = attention_weights(query, key, mask=mask, scale=scale, causal=causal, window=window)
-    return apply_attention_weights(weights, value)
+def reference(query, key, value, mask=None, *, causal=False, window=None):
+    options = {"causal": causal, "window": window, "scale": SCALE}
+    return reference_attention(query, key, value, mask=mask, **options)
 
 
-def fused(query, key, value, mask=None, *, causal=False, window=None, scale=0.3):
-    formula = functools.partial(by_weights, causal=causal, window=window, scale=scale)
+def fused(query, key, value, mask=None, *, causal=False, window=None):
+    unfused = functools.partial(reference, causal=causal, window=window)
     local_mask = LocalMask(causal, window)
     return cudnn.cudnn_attention(
-        query, key, value, mask, scale=scale, local_mask=local_mask, formula=formula
+        query, key, value, mask, scale=SCALE, local_mask=local_mask, unfused=unfused
     )
 
 
-def results(function, query, key, value, cotangent, mask=None):
-    """The output and the gradients."""
+def value_and_gradients(function):
+    """A jitted function of query, key, value, cotangent and mask."""
 
-    def loss(*arguments):
-        output = function(*arguments, mask)
-        return jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32)), output
+    @jax.jit
+    def run(query, key, value, cotangent, mask=None):
+        def loss(*arguments):
+            output = function(*arguments, mask)
+            return jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32)), output
 
-    slopes = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    gradients, output = slopes(query, key, value)
-    return output, *gradients
+        gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+        return output, *gradients
+
+    return run
+
+
+reference_value_and_gradients = value_and_gradients(reference)
 
 
 def assert_close(found, expected, **tolerance):
@@ -67,9 +78,12 @@ def assert_close(found, expected, **tolerance):
 
 
 @pytest.fixture
-def stand_in(monkeypatch, forget_traces):
-    """Takes only what cuDNN's kernel takes, and says what it was given."""
-    seen = []
+def stand_in(monkeypatch):
+    """Replace the kernel by one with its restrictions, and return the query shapes of its calls.
+
+    It is traced anew for each function that calls it, because the function is new.
+    """
+    shapes = []
 
     def kernel(query, key, value, *, mask, **options):
         (batch, queries), keys = query.shape[:2], key.shape[1]
@@ -77,120 +91,151 @@ def stand_in(monkeypatch, forget_traces):
         assert mask is None or (
             mask.shape[0] in (1, batch) and mask.shape[2:] == (queries, keys) and mask.dtype == bool
         )
-        seen.append(query.shape)
+        shapes.append(query.shape)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation="xla", **options
         )
 
     monkeypatch.setattr(cudnn, "_kernel", kernel)
-    forget_traces()
-    return seen
+    return shapes
 
 
 MASKS = {
     "none": lambda queries, keys: None,
-    "each query": lambda queries, keys: hidden((BATCH, 1, queries, keys)),
-    "padding": lambda queries, keys: hidden((BATCH, 1, 1, keys)),
-    "for all": lambda queries, keys: hidden((1, 1, queries, keys)),
-    "each head": lambda queries, keys: hidden((1, HEADS, queries, keys)),
+    "each query": lambda queries, keys: partly_masked((BATCH, 1, queries, keys)),
+    "padding": lambda queries, keys: partly_masked((BATCH, 1, 1, keys)),
+    "shared": lambda queries, keys: partly_masked((1, 1, queries, keys)),
+    "each head": lambda queries, keys: partly_masked((1, HEADS, queries, keys)),
     "later keys": lambda queries, keys: jnp.triu(jnp.ones((1, 1, queries, keys), bool), 1),
 }
+SHAPES = {  # queries, keys and local mask
+    "even": (6, 6, LocalMask()),
+    "even causal": (6, 6, LocalMask(causal=True)),
+    "odd causal": (5, 5, LocalMask(causal=True)),
+    "odd queries": (5, 8, LocalMask()),
+    "odd keys": (4, 7, LocalMask()),
+    "causal window": (6, 6, LocalMask(causal=True, window=2)),
+    "odd window": (5, 5, LocalMask(window=3)),
+}
+# Each mask and each shape at least once; every kind of mask is padded in one of them.
+DEFAULT = [
+    *(("even", "none"), ("even causal", "later keys"), ("odd causal", "each query")),
+    *(("odd causal", "none"), ("odd queries", "padding"), ("odd keys", "shared")),
+    *(("odd keys", "each head"), ("causal window", "each query"), ("causal window", "none")),
+    *(("odd window", "later keys"), ("odd window", "none")),
+]
 
 
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    ("queries", "keys", "local_mask"),
+    ("shape", "mask"),
     [
-        *((6, 6, LocalMask()), (6, 6, LocalMask(causal=True)), (5, 5, LocalMask(causal=True))),
-        *((5, 8, LocalMask()), (4, 7, LocalMask())),
-        *((6, 6, LocalMask(causal=True, window=2)), (5, 5, LocalMask(window=3))),
+        pytest.param(*case, marks=[pytest.mark.exhaustive] * (case not in DEFAULT))
+        for case in itertools.product(SHAPES, MASKS)
     ],
 )
-def test_it_equals_attention_by_weights(stand_in, queries, keys, local_mask, mask):
-    drawn = operands(queries, keys, groups=2)
+def test_it_equals_the_reference(stand_in, shape, mask):
+    queries, keys, local_mask = SHAPES[shape]
+    arguments = operands(queries, keys, kv_heads=2)
     mask = MASKS[mask](queries, keys)
-    options = local_mask._asdict()
-    found = results(functools.partial(fused, **options), *drawn, mask)
-    expected = results(functools.partial(by_weights, **options), *drawn, mask)
+    found = value_and_gradients(functools.partial(fused, **local_mask._asdict()))(*arguments, mask)
+    distance = np.subtract.outer(np.arange(queries), np.arange(keys))
+    visible = np.broadcast_to(True if mask is None else mask, (BATCH, HEADS, queries, keys))
+    visible = visible & ((distance >= 0) | (not local_mask.causal))
+    visible = visible & (abs(distance) < (local_mask.window or np.inf))
+    expected = reference_value_and_gradients(*arguments, visible)
     assert_close(found, expected, atol=2e-6)
     assert stand_in
 
 
-@pytest.mark.parametrize("mask_shape", [None, (BATCH, 1, 5, 6), (1, 1, 5, 6)])
-@pytest.mark.parametrize("mask_axis", [None, 1])
-def test_a_mapped_axis_joins_the_batch(stand_in, mask_shape, mask_axis):
+@pytest.mark.parametrize(
+    ("mask_shape", "mask_axis"),
+    [(None, None), *itertools.product([(BATCH, 1, 5, 6), (1, 1, 5, 6)], [None, 1])],
+)
+def test_a_mapped_axis_is_merged_into_the_batch(stand_in, mask_shape, mask_axis):
     members = 3
     query, key, value, cotangent = operands(5, 6, batch=(members, BATCH))
-    query, key = jnp.moveaxis(query, 0, 2), key[0]  # one axis elsewhere, one operand for all
-    mask = None if mask_shape is None else hidden(mask_shape)
-    if mask is not None and mask_axis is not None:
+    query, key = jnp.moveaxis(query, 0, 2), key[0]  # mapped along another axis, and not mapped
+    mask = None if mask_shape is None else partly_masked(mask_shape)
+    if mask_axis is not None:
         mask = jnp.stack([mask, ~mask, mask], axis=mask_axis)
-    axes = (2, None, 0, 0, mask_axis if mask is not None else None)
+    axes = (2, None, 0, 0, mask_axis)
     arguments = (query, key, value, cotangent, mask)
-    found = jax.vmap(functools.partial(results, fused), axes)(*arguments)
+    found = jax.vmap(value_and_gradients(fused), axes)(*arguments)
     assert {shape[0] for shape in stand_in if len(shape) == 4} >= {members * BATCH}
-    expected = jax.vmap(functools.partial(results, by_weights), axes)(*arguments)
+    expected = jax.vmap(reference_value_and_gradients, axes)(*arguments)
     assert_close(found, expected, atol=2e-6)
 
 
-def test_populations_of_populations_join_the_batch_too(stand_in):
+def test_two_mapped_axes_are_merged_into_the_batch(stand_in):
     arguments = operands(4, 4, batch=(2, 3, BATCH))
-    twice = jax.vmap(jax.vmap(functools.partial(results, fused)))
-    assert_close(
-        twice(*arguments),
-        jax.vmap(jax.vmap(functools.partial(results, by_weights)))(*arguments),
-        atol=2e-6,
-    )
+    found = jax.vmap(jax.vmap(value_and_gradients(fused)))(*arguments)
+    assert {shape[0] for shape in stand_in if len(shape) == 4} >= {2 * 3 * BATCH}
+    expected = jax.vmap(jax.vmap(reference_value_and_gradients))(*arguments)
+    assert_close(found, expected, atol=2e-6)
 
 
-def test_gradients_of_gradients_are_those_of_the_formula(stand_in):
+def test_second_derivatives_are_those_of_the_reference(stand_in):
     query, key, value, cotangent = operands(5, 5)
-    mask = hidden((BATCH, 1, 5, 5))
+    mask = partly_masked((BATCH, 1, 5, 5))
 
-    def penalty(function, query, key, value, cotangent):
-        gradients = results(functools.partial(function, causal=True), query, key, value, cotangent)
-        with_mask = results(function, query, key, value, cotangent, mask)
-        return sum(jnp.sum(x**2) for x in (*gradients, *with_mask))
+    def penalty(function, *arguments):
+        causal = value_and_gradients(functools.partial(function, causal=True))(*arguments)
+        masked = value_and_gradients(function)(*arguments, mask)
+        return sum(jnp.sum(x**2) for x in (*causal, *masked))
 
-    gradient = jax.grad(penalty, argnums=(1, 2, 3, 4))
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(function, *arguments):
+        return jax.grad(penalty, argnums=(1, 2, 3, 4))(function, *arguments)
+
     arguments = (query, key, value, cotangent)
-    found, expected = (gradient(function, *arguments) for function in (fused, by_weights))
+    found, expected = (gradient(function, *arguments) for function in (fused, reference))
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_programs_for_other_platforms_go_without_it(monkeypatch, forget_traces):
-    monkeypatch.setattr(cudnn, "fits", lambda *operands: True)
+@pytest.fixture
+def untraced_attention():
+    _jitted_attention.clear_cache()
+    yield
+    _jitted_attention.clear_cache()
+
+
+def test_programs_for_other_platforms_do_not_use_the_kernel(monkeypatch, untraced_attention):
+    monkeypatch.setattr(cudnn, "is_eligible", lambda *operands: True)
     monkeypatch.setattr(
         cudnn, "_kernel", lambda query, *_, **options: jnp.full_like(query, jnp.nan)
     )
-    forget_traces()
+
+    def attention(query, key, value, mask):
+        return dot_product_attention(query, key, value, causal=True, scale=SCALE)
+
     with jax.default_device(jax.devices("cpu")[0]):
-        drawn = operands(6, 6)
-        found = results(lambda *x: dot_product_attention(*x[:3], causal=True, scale=0.3), *drawn)
-        expected = results(functools.partial(by_weights, causal=True), *drawn)
+        arguments = operands(6, 6)
+        found = value_and_gradients(attention)(*arguments)
+        visible = np.tril(np.ones((1, 1, 6, 6), bool))
+        expected = reference_value_and_gradients(*arguments, visible)
     assert_close(found, expected, atol=2e-6)
 
 
-def test_the_kernel_is_for_16_bits_and_sizes_that_it_takes(monkeypatch):
-    def fits(queries=1024, size=64, dtype=jnp.bfloat16, value_dim=None, key_dtype=None):
-        sizes = (size, value_dim or size)
-        query, value = (jax.ShapeDtypeStruct((2, queries, 4, each), dtype) for each in sizes)
-        key = jax.ShapeDtypeStruct((2, 1024, 4, size), key_dtype or dtype)
-        return cudnn.fits(query, key, value)
+def test_the_kernel_is_eligible_for_its_dtypes_and_sizes(monkeypatch):
+    def eligible(queries=1024, dim=64, dtype=jnp.bfloat16, value_dim=None, key_dtype=None):
+        dims = (dim, value_dim or dim)
+        query, value = (jax.ShapeDtypeStruct((2, queries, 4, each), dtype) for each in dims)
+        key = jax.ShapeDtypeStruct((2, 1024, 4, dim), key_dtype or dtype)
+        return cudnn.is_eligible(query, key, value)
 
     monkeypatch.setattr(cudnn, "_capability", lambda: (9, 0))
-    assert fits() and fits(dtype=jnp.float16) and fits(queries=501, size=128)
-    assert not fits(dtype=jnp.float32)
-    assert not fits(key_dtype=jnp.float32)
-    assert not fits(size=60)
-    assert not fits(size=136)
-    assert not fits(value_dim=72)
-    assert not fits(queries=128)
-    monkeypatch.setattr(cudnn, "_FEW_WEIGHTS", 0)
-    assert fits(queries=128)
-    assert not fits(queries=1)
+    assert eligible() and eligible(dtype=jnp.float16) and eligible(queries=501, dim=128)
+    assert not eligible(dtype=jnp.float32)
+    assert not eligible(key_dtype=jnp.float32)
+    assert not eligible(dim=60)
+    assert not eligible(dim=136)
+    assert not eligible(value_dim=72)
+    assert not eligible(queries=128)
+    monkeypatch.setattr(cudnn, "_MIN_WEIGHTS", 0)
+    assert eligible(queries=128)
+    assert not eligible(queries=1)
     monkeypatch.setattr(cudnn, "_capability", lambda: (7, 5))
-    assert not fits()
+    assert not eligible()
 
 
 def test_causal_attention_needs_as_many_queries_as_keys():
@@ -200,9 +245,8 @@ def test_causal_attention_needs_as_many_queries_as_keys():
 
 
 @pytest.fixture
-def however_small(monkeypatch, forget_traces):
-    monkeypatch.setattr(cudnn, "_FEW_WEIGHTS", 0)
-    forget_traces()
+def however_small(monkeypatch, untraced_attention):
+    monkeypatch.setattr(cudnn, "_MIN_WEIGHTS", 0)
 
 
 def distance(found, expected):
@@ -219,31 +263,32 @@ def distance(found, expected):
     [(128, 128, True), (65, 65, False), (65, 65, True), (64, 77, False)],
 )
 def test_cudnns_kernel_agrees_with_float32(queries, keys, causal, mask, however_small):
-    drawn = operands(queries, keys, groups=2, dtype=jnp.bfloat16, size=64)
+    arguments = operands(queries, keys, kv_heads=2, dtype=jnp.bfloat16, dim=64)
     mask = MASKS[mask](queries, keys)
-    expected = results(
-        functools.partial(by_weights, causal=causal), *(x.astype(jnp.float32) for x in drawn), mask
+    expected = value_and_gradients(functools.partial(reference, causal=causal))(
+        *(x.astype(jnp.float32) for x in arguments), mask
     )
 
-    def chosen(query, key, value, mask):
-        return dot_product_attention(query, key, value, mask=mask, causal=causal, scale=0.3)
+    @value_and_gradients
+    def dispatched(query, key, value, mask):
+        return dot_product_attention(query, key, value, mask=mask, causal=causal, scale=SCALE)
 
-    assert cudnn.fits(*drawn[:3])
-    assert distance(results(chosen, *drawn, mask), expected) < 1e-2
-    # Side by side, as a population.
-    stacked = [jnp.stack([x, 0.5 * x]) for x in drawn]
-    mapped = jax.vmap(lambda *x: results(chosen, *x, mask))(*stacked)
+    assert cudnn.is_eligible(*arguments[:3])
+    assert distance(dispatched(*arguments, mask), expected) < 1e-2
+    # And under `vmap`, as a population.
+    stacked = [jnp.stack([x, 0.5 * x]) for x in arguments]
+    mapped = jax.vmap(lambda *x: dispatched(*x, mask))(*stacked)
     assert distance([x[0] for x in mapped], expected) < 1e-2
 
 
 @needs_kernel
-def test_cudnns_kernel_runs_once_forward_and_once_back(however_small):
-    *drawn, cotangent = operands(128, 128, dtype=jnp.bfloat16, size=64)
+@pytest.mark.lowering
+def test_cudnns_kernel_runs_once_forward_and_once_backward(however_small):
+    *arguments, cotangent = operands(128, 128, dtype=jnp.bfloat16, dim=64)
 
     def loss(*arguments):
-        return jnp.sum(dot_product_attention(*arguments, causal=True) * cotangent).astype(
-            jnp.float32
-        )
+        output = dot_product_attention(*arguments, causal=True)
+        return jnp.sum(output * cotangent).astype(jnp.float32)
 
-    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*drawn).compile().as_text()
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).compile().as_text()
     assert program.count('custom_call_target="__cudnn$fmha') == 2

@@ -1,11 +1,13 @@
-"""Attention against a loop, masks and positions against numbers worked out by hand."""
+"""Attention against a loop; masks and position encodings against values computed by hand."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.functional.attention.dot_product import dot_product_attention
+from jaxnets.functional.attention.dot_product import dot_product_attention, reference_attention
 from jaxnets.functional.attention.masks import causal_mask, window_mask
 from jaxnets.functional.attention.positions import (
     alibi_bias,
@@ -17,7 +19,7 @@ from jaxnets.functional.attention.positions import (
 from jaxnets.functional.attention.scores import apply_attention_weights, attention_weights
 from jaxnets.functional.lengths import padding_mask
 
-HEADS, SIZE = 4, 6
+HEADS, HEAD_DIM = 4, 6
 
 
 def arrays(*shapes, seed=0):
@@ -25,84 +27,103 @@ def arrays(*shapes, seed=0):
     return [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def looped(query, key, value, mask, bias, scale):
-    """Attention query by query, in double precision, without a shared key-value head."""
+def loop(query, key, value, mask, bias, scale):
+    """Attention query by query, in NumPy and double precision."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, queries, heads, _ = query.shape
     mask = np.broadcast_to(mask, (batch, heads, queries, key.shape[1]))
     bias = np.broadcast_to(bias, mask.shape)
     output = np.zeros((batch, queries, heads, value.shape[3]))
     for b, t, h in np.ndindex(batch, queries, heads):
-        shared = h // (heads // key.shape[2])
-        seen = [s for s in range(key.shape[1]) if mask[b, h, t, s]]
-        scores = [scale * query[b, t, h] @ key[b, s, shared] + bias[b, h, t, s] for s in seen]
-        if seen:
-            weights = np.exp(np.array(scores) - max(scores))
-            output[b, t, h] = (weights / weights.sum()) @ value[b, seen, shared]
+        kv_head = h // (heads // key.shape[2])
+        keys = np.flatnonzero(mask[b, h, t])
+        if len(keys):
+            scores = scale * key[b, keys, kv_head] @ query[b, t, h] + bias[b, h, t, keys]
+            weights = np.exp(scores - scores.max())
+            output[b, t, h] = (weights / weights.sum()) @ value[b, keys, kv_head]
     return output
 
 
-@pytest.mark.parametrize("groups", [4, 2, 1])
-def test_attention_equals_a_loop_over_queries_with_shared_key_heads(groups):
+def materialized_attention(query, key, value, **options):
+    return apply_attention_weights(attention_weights(query, key, **options), value)
+
+
+IMPLEMENTATIONS = {
+    "reference": reference_attention,
+    "dispatched": dot_product_attention,
+    "materialized": materialized_attention,
+}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_attention_equals_a_loop_over_queries_with_shared_key_heads(name, kv_heads):
     q, k, v, bias = arrays(
-        (2, 3, HEADS, SIZE), (2, 5, groups, SIZE), (2, 5, groups, 7), (1, HEADS, 3, 5)
+        (2, 3, HEADS, HEAD_DIM), (2, 5, kv_heads, HEAD_DIM), (2, 5, kv_heads, 7), (1, HEADS, 3, 5)
     )
     mask = np.random.default_rng(1).random((2, 1, 3, 5)) < 0.5
-    mask[0, 0, 1] = False  # this query sees nothing
-    found = dot_product_attention(q, k, v, mask=mask, bias=jnp.asarray(bias), scale=0.3)
-    np.testing.assert_allclose(found, looped(q, k, v, mask, bias, 0.3), atol=2e-6)
-    found = dot_product_attention(q, k, v)
-    np.testing.assert_allclose(found, looped(q, k, v, True, 0.0, SIZE**-0.5), atol=2e-6)
+    mask[0, 0, 1] = False  # all keys of this query are masked
+    attention = jax.jit(IMPLEMENTATIONS[name], static_argnames="scale")
+    found = attention(q, k, v, mask=mask, bias=bias, scale=0.3)
+    np.testing.assert_allclose(found, loop(q, k, v, mask, bias, 0.3), atol=2e-6)
+    np.testing.assert_array_equal(found[0, 1], 0)
+    found = attention(q, k, v)
+    np.testing.assert_allclose(found, loop(q, k, v, True, 0.0, HEAD_DIM**-0.5), atol=2e-6)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_local_masks_hide_keys_by_their_distance(name):
+    q, k, v = arrays(*3 * [(2, 5, HEADS, HEAD_DIM)])
+    mask, distance = np.array([1, 1, 0, 1, 1], bool), np.subtract.outer(*2 * [np.arange(5)])
+    hidden = {"causal": distance < 0, "window": abs(distance) >= 2}
+
+    @functools.partial(jax.jit, static_argnames=("causal", "window"))
+    def attention(q, k, v, **options):
+        return IMPLEMENTATIONS[name](q, k, v, mask=mask, **options)
+
+    for options in ({"causal": True}, {"window": 2}, {"causal": True, "window": 2}):
+        visible = mask & ~np.any([hidden[each] for each in options], axis=0)
+        expected = loop(q, k, v, visible, 0.0, HEAD_DIM**-0.5)
+        np.testing.assert_allclose(attention(q, k, v, **options), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("bias_shape", [None, (1, HEADS, 3, 5), (2, 1, 1, 5), (1, 1, 1, 1)])
-def test_the_gradients_of_attention_are_those_of_its_formula(groups, bias_shape):
+def test_the_gradients_of_attention_are_those_of_the_reference(kv_heads, bias_shape):
+    shapes = ((2, 3, HEADS, HEAD_DIM), (2, 5, kv_heads, HEAD_DIM), (2, 5, kv_heads, 7))
+    mask = np.random.default_rng(1).random((2, 1, 3, 5)) < 0.5
+    mask[0, 0, 1] = False
     with jax.enable_x64(True):
-        shapes = ((2, 3, HEADS, SIZE), (2, 5, groups, SIZE), (2, 5, groups, 7))
-        operands = [jnp.asarray(x, jnp.float64) for x in arrays(*shapes)]
+        operands = [x.astype(np.float64) for x in arrays(*shapes)]
         if bias_shape is not None:
-            operands.append(jnp.asarray(arrays(bias_shape, seed=3)[0], jnp.float64))
-        mask = np.random.default_rng(1).random((2, 1, 3, 5)) < 0.5
-        mask[0, 0, 1] = False
+            operands.append(arrays(bias_shape, seed=3)[0].astype(np.float64))
 
-        def formula(q, k, v, *bias):
-            weights = attention_weights(q, k, mask=mask, bias=bias[0] if bias else None, scale=0.3)
-            return apply_attention_weights(weights, v)
+        def gradients(attention, *operands):
+            def loss(q, k, v, bias=None):
+                output = attention(q, k, v, mask=mask, bias=bias, scale=0.3)
+                return jnp.sum(jnp.cos(output) + 0.5)
 
-        def own(q, k, v, *bias):
-            return dot_product_attention(
-                q, k, v, mask=mask, bias=bias[0] if bias else None, scale=0.3
-            )
+            return jax.grad(loss, tuple(range(len(operands))))(*operands)
 
-        def slope(function, *operands):
-            return jnp.sum(jnp.cos(function(*operands)) + 0.5)
+        @jax.jit
+        def both(*operands):
+            functions = (dot_product_attention, reference_attention)
+            return [gradients(attention, *operands) for attention in functions]
 
-        def curvature(function, *operands):
-            numbers = tuple(range(len(operands)))
-            gradients = jax.grad(slope, tuple(n + 1 for n in numbers))(function, *operands)
-            return sum(jnp.sum(jnp.sin(gradient)) for gradient in gradients)
-
-        for measure in (slope, curvature):  # first and second derivatives
-            numbers = tuple(n + 1 for n in range(len(operands)))
-            both = [
-                jax.jit(jax.grad(measure, numbers), static_argnums=0)(function, *operands)
-                for function in (own, formula)
-            ]
-            for found, expected in zip(*both, strict=True):
-                assert found.dtype == expected.dtype
-                np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+        for found, expected in zip(*both(*operands), strict=True):
+            assert found.dtype == expected.dtype
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_a_query_that_sees_no_key_gives_zero_and_a_finite_gradient():
-    q, k, v = arrays((2, 3, HEADS, SIZE), (2, 5, HEADS, SIZE), (2, 5, HEADS, SIZE))
+def test_a_query_whose_keys_are_all_masked_gives_zero_and_no_gradient():
+    q, k, v = arrays(*[(2, 3, HEADS, HEAD_DIM), *2 * [(2, 5, HEADS, HEAD_DIM)]])
     mask = padding_mask(jnp.array([4, 0]), (2, 5))[:, None, None]
 
     def loss(q, k, v):
         y = dot_product_attention(q, k, v, mask=mask)
         return jnp.sum(jnp.square(y)), y
 
-    gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     np.testing.assert_array_equal(y[1], 0)
     assert np.any(y[0])
     for gradient in gradients:
@@ -111,49 +132,56 @@ def test_a_query_that_sees_no_key_gives_zero_and_a_finite_gradient():
 
 
 def test_weights_sum_to_one_in_float32_where_the_arithmetic_is_bfloat16():
-    q, k = (jnp.asarray(x, jnp.bfloat16) for x in arrays((2, 3, HEADS, SIZE), (2, 9, 2, SIZE)))
+    q, k = (
+        jnp.asarray(x, jnp.bfloat16) for x in arrays((2, 3, HEADS, HEAD_DIM), (2, 9, 2, HEAD_DIM))
+    )
     weights = attention_weights(q, k)
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     assert dot_product_attention(q, k, k).dtype == jnp.bfloat16
 
 
-def test_narrow_products_have_narrow_operands_and_wide_results(on_cpu):
-    shapes = [(2, 5, HEADS, SIZE), (2, 5, 2, SIZE), (2, 5, 2, SIZE)]
+@pytest.mark.lowering
+def test_matmuls_of_16_bit_operands_accumulate_in_float32(on_cpu):
+    shapes = [(2, 5, HEADS, HEAD_DIM), (2, 5, 2, HEAD_DIM), (2, 5, 2, HEAD_DIM)]
     narrow = [jnp.asarray(each, jnp.bfloat16) for each in arrays(*shapes)]
 
+    @jax.jit
     def gradients(query, key, value):
         output, pull = jax.vjp(
             lambda *arrays: dot_product_attention(*arrays, causal=True), query, key, value
         )
         return output, *pull(jnp.ones_like(output))
 
-    wide = jax.jit(gradients)(*(each.astype(jnp.float32) for each in narrow))
-    for result, expected in zip(jax.jit(gradients)(*narrow), wide, strict=True):
+    wide = gradients(*(each.astype(jnp.float32) for each in narrow))
+    for result, expected in zip(gradients(*narrow), wide, strict=True):
         assert result.dtype == jnp.bfloat16
-        close = 2**-6 * np.abs(expected).max()  # a few roundings of 8 bits
+        close = 2**-6 * np.abs(expected).max()  # a few roundings to 8 bits
         np.testing.assert_allclose(result.astype(jnp.float32), expected, atol=close)
-    program = jax.jit(gradients).lower(*narrow).as_text().splitlines()
+    program = gradients.lower(*narrow).as_text().splitlines()
     products = [line.split(" : ")[-1] for line in program if "stablehlo.dot_general" in line]
     assert len(products) == 2 + 4
     for types in products:
         assert types.count("xbf16>") == 2 and types.endswith("xf32>")
 
 
-def test_the_keys_and_values_of_one_query_are_read_where_they_lie(on_cpu):
-    query, *keys = arrays((2, 1, HEADS, SIZE), (2, 64, HEADS, SIZE), (2, 64, HEADS, SIZE))
+@pytest.mark.lowering
+def test_the_keys_and_values_of_a_single_query_are_not_copied(on_cpu):
+    query, *keys = arrays((2, 1, HEADS, HEAD_DIM), *2 * [(2, 64, HEADS, HEAD_DIM)])
     program = jax.jit(dot_product_attention).lower(query, *keys).as_text()
-    row_major = [line for line in program.splitlines() if "LayoutConstraint" in line]
-    assert len(row_major) == 1 and "tensor<2x4x1x6xf32>" in row_major[0]
+    copied = [line for line in program.splitlines() if "LayoutConstraint" in line]
+    assert len(copied) == 1 and "tensor<2x4x1x6xf32>" in copied[0]  # the query
 
 
 def test_large_scores_do_not_overflow():
+    """The softmax selects a single key."""
     q, k, v = (100 * x for x in arrays((1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4)))
     mask = causal_mask(jnp.array([[1, 2]]), jnp.arange(3)[None])
-    assert np.isfinite(dot_product_attention(q, k, v, mask=mask)).all()
+    expected = loop(q, k, v, mask, 0.0, 4**-0.5)
+    np.testing.assert_allclose(dot_product_attention(q, k, v, mask=mask), expected, rtol=1e-6)
 
 
-def test_a_sliding_window_sees_the_last_positions_only():
+def test_a_sliding_window_shows_the_last_positions_only():
     expected = np.array(
         [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     )
@@ -162,7 +190,7 @@ def test_a_sliding_window_sees_the_last_positions_only():
     np.testing.assert_array_equal(window_mask(5, window=3)[0, 0], expected | expected.T)
 
 
-def test_masks_take_the_positions_of_each_row():
+def test_masks_take_the_positions_of_each_example():
     positions = jnp.array([[0, 1], [3, 4]])
     mask = causal_mask(positions, jnp.arange(6)[None], window=2)
     assert mask.shape == (2, 1, 2, 6)
@@ -170,19 +198,23 @@ def test_masks_take_the_positions_of_each_row():
     np.testing.assert_array_equal(mask[1, 0], [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]])
 
 
-def test_products_of_rotated_vectors_depend_on_the_distance_only():
+def test_dot_products_of_rotated_vectors_depend_on_the_distance_only():
     q, k = arrays((1, 1, 1, 8), (1, 1, 1, 8))
 
+    @jax.jit
+    def rotated_dot(i, j):
+        rotated = (rotary(x, n[None, None], theta=50.0) for x, n in ((q, i), (k, j)))
+        return jnp.vdot(*rotated)
+
     def product(i, j):
-        turned = (rotary(x, np.array([[n]]), theta=50.0) for x, n in ((q, i), (k, j)))
-        return float(jnp.vdot(*turned))
+        return float(rotated_dot(jnp.asarray(i), jnp.asarray(j)))
 
     assert product(0, 0) == pytest.approx(float(np.vdot(q, k)), abs=1e-5)
     assert product(3, 1) == pytest.approx(product(13, 11), abs=1e-5)
     assert abs(product(3, 1) - product(1, 3)) > 1e-2
 
 
-def test_rotary_turns_pairs_by_hand():
+def test_rotary_equals_rotations_by_hand():
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
     angles = np.array([2.0, 2.0 / 100**0.5])
     expected = [
@@ -222,15 +254,15 @@ def test_alibi_falls_with_the_distance_in_both_directions():
 
 
 def test_relative_buckets_by_hand():
-    """Of 8 buckets 4 are exact; the others begin at 4, 8, 16, 32 with distances up to 64."""
-    behind = np.array([[0, 1, 3, 4, 7, 8, 15, 16, 31, 32, 64, 1000]])
+    """Four of 8 buckets hold one distance; the others begin at 4, 8, 16, 32, up to 64."""
+    distances = np.array([[0, 1, 3, 4, 7, 8, 15, 16, 31, 32, 64, 1000]])
     queries = jnp.array([[1000]])
     buckets = relative_buckets(
-        queries, 1000 - behind, bidirectional=False, num_buckets=8, max_distance=64
+        queries, 1000 - distances, bidirectional=False, num_buckets=8, max_distance=64
     )
     np.testing.assert_array_equal(buckets[0, 0], [0, 1, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7])
-    ahead = relative_buckets(queries, queries + 5, bidirectional=False)
-    assert ahead.item() == 0
+    later = relative_buckets(queries, queries + 5, bidirectional=False)
+    assert later.item() == 0
     both = relative_buckets(3, bidirectional=True, num_buckets=16, max_distance=64)
     np.testing.assert_array_equal(both[0], [[0, 9, 10], [1, 0, 9], [2, 1, 0]])
 
@@ -268,6 +300,6 @@ def test_relative_buckets_by_hand():
         (lambda: relative_buckets(3, bidirectional=True, num_buckets=2), "1 buckets"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_its_value(build, message):
+def test_an_error_names_the_value_that_does_not_fit(build, message):
     with pytest.raises(ValueError, match=message):
         build()
