@@ -35,13 +35,14 @@ def reference_attention(
     Arguments and result are those of `dot_product_attention`. It is for reading and for tests: it
     checks no shapes, copies shared key-value heads and materializes everything.
     """
+    mask, bias = with_four_axes(mask), with_four_axes(bias)
     q, k, v = (at_least_float32(x) for x in (query, key, value))
     heads_per_kv_head = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, heads_per_kv_head, axis=2) for x in (k, v))  # [batch, keys, heads, ...]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k)  # [batch, heads, queries, keys]
-    scores = scores if bias is None else scores + with_four_axes(bias)
-    visible = jnp.ones((1, 1, 1, 1), bool) if mask is None else with_four_axes(mask)
+    scores = scores if bias is None else scores + bias
+    visible = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
     visible = visible & causal_mask(q.shape[1]) if causal else visible
     visible = visible & window_mask(q.shape[1], window=window) if window is not None else visible
     visible = jnp.broadcast_to(visible, scores.shape)  # [batch, heads, queries, keys]
