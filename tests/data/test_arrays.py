@@ -1,3 +1,5 @@
+"""Datasets in memory: checks, padding, orders, splits."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def test_checked_arrays_are_not_copied():
         ({"inputs": np.array(jnp.array([1, jnp.nan], jnp.bfloat16))}, r"first nan at index \(1,\)"),
     ],
 )
-def test_data_no_network_can_learn_from_is_refused(data, message):
+def test_invalid_arrays_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         check_arrays(data)
 
@@ -49,17 +51,17 @@ def test_a_non_finite_value_is_found_in_any_block(monkeypatch):
         (np.array([0.0, 1.0, 2.0]), "labels have dtype float64"),
     ],
 )
-def test_labels_that_name_no_class_are_refused(labels, message):
+def test_labels_out_of_range_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         check_arrays({"labels": labels}, num_classes=3)
 
 
-def test_missing_labels_are_refused_where_classes_are_expected():
+def test_missing_labels_are_refused_if_num_classes_is_given():
     with pytest.raises(ValueError, match=r"no 'labels' among \['inputs'\]"):
         check_arrays({"inputs": np.zeros(2)}, num_classes=2)
 
 
-def test_padding_has_weight_zero_and_keeps_given_weights_and_dtypes():
+def test_padding_has_weight_zero_and_given_weights_and_dtypes_are_unchanged():
     batch = {
         "inputs": np.ones((2, 3), np.uint8),
         "labels": np.array([4, 5], np.int32),
@@ -76,7 +78,7 @@ def test_padding_has_weight_zero_and_keeps_given_weights_and_dtypes():
     assert padded["labels"].tolist() == [4, 5, 0, 0, 0]
 
 
-def test_padding_of_token_weights_keeps_their_shape():
+def test_token_weights_are_padded_in_their_shape():
     padded = pad_batch({"inputs": np.ones((1, 4)), "weights": np.ones((1, 4))}, 2)
     assert padded["weights"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
 
@@ -98,14 +100,14 @@ def test_orders_never_change():
     assert random_order(8, 2**40, 3).tolist() == [4, 7, 0, 3, 2, 6, 5, 1]
 
 
-def test_every_position_is_equally_likely_for_every_example():
+def test_orders_are_uniform():
     orders = np.stack([random_order(5, seed=1, stream=epoch) for epoch in range(4000)])
     counts = np.stack([np.bincount(column, minlength=5) for column in orders.T])
     # Mean 800, standard deviation 25: five standard deviations.
     assert np.abs(counts - 800).max() < 125
 
 
-def test_parts_of_a_split_hold_every_example_once_and_in_order():
+def test_parts_of_a_split_have_every_example_once_and_in_order():
     data = {"inputs": np.arange(101), "labels": np.arange(101) % 7}
     parts = split(data, (0.5, 0.3, 0.2), seed=3)
     assert [len(part["inputs"]) for part in parts] == [50, 31, 20]
@@ -121,7 +123,7 @@ def test_a_split_depends_on_the_seed_alone():
     assert first.tolist() == again.tolist() != other.tolist()
 
 
-def test_a_stratified_split_divides_every_class_alike():
+def test_a_stratified_split_divides_every_class_in_proportion():
     labels = np.repeat([0, 1, 2], [500, 203, 11])
     train, test = split({"labels": labels}, (0.8, 0.2), seed=0, stratify=True)
     assert (len(train["labels"]), len(test["labels"])) == (571, 143)
@@ -140,7 +142,7 @@ def test_a_stratified_split_divides_every_class_alike():
         ((), "together they must be 10"),
     ],
 )
-def test_parts_that_do_not_add_up_are_refused(parts, message):
+def test_parts_that_do_not_sum_to_the_whole_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         split({"inputs": np.arange(10)}, parts, seed=0)
 

@@ -96,7 +96,7 @@ def test_places_are_searched_in_the_documented_order(tmp_path, monkeypatch):
         assert find([FILE], tmp_path / "argument") == (FILE, place / "letters.gz")
 
 
-def test_a_place_with_the_second_choice_comes_before_a_later_place_with_the_first(tmp_path):
+def test_an_earlier_place_wins_over_a_preferred_file(tmp_path):
     other = dataclasses.replace(FILE, name="letters.zip")
     path = write(tmp_path / "cache/jaxnets/words/letters.zip")
     write(tmp_path / "system/words/letters.gz")
@@ -115,7 +115,7 @@ def test_an_unusable_cache_variable_means_the_home_folder(monkeypatch, tmp_path,
     assert cache_folder() == tmp_path / ".cache" / "jaxnets"
 
 
-def test_a_file_found_nowhere_is_named_with_its_digest_and_the_remedy(tmp_path):
+def test_a_missing_file_is_named_with_its_digest_and_the_remedy(tmp_path):
     file = dataclasses.replace(FILE, url="http://example.org/letters.gz", hint="ask a friend")
     with pytest.raises(FileNotFoundError) as caught:
         fetch(file, download=False)
@@ -123,7 +123,7 @@ def test_a_file_found_nowhere_is_named_with_its_digest_and_the_remedy(tmp_path):
         assert part in str(caught.value)
 
 
-def test_each_data_set_is_located_by_the_name_of_its_loader(tmp_path):
+def test_each_dataset_is_located_by_the_name_of_its_loader(tmp_path):
     assert set(locate().values()) == {None}
     write(tmp_path / "system/fashion-mnist/train-images-idx3-ubyte.gz")
     write(tmp_path / "cache/jaxnets/cifar10/cifar-10-binary.tar.gz")
@@ -231,7 +231,7 @@ def test_a_cache_that_cannot_be_written_is_reported(server, tmp_path, monkeypatc
         fetch(served(server, gzip.compress(CONTENT)))
 
 
-def test_an_interrupted_write_keeps_the_file_that_was_there(tmp_path):
+def test_an_interrupted_write_leaves_the_existing_file(tmp_path):
     path = write(tmp_path / "kept")
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as stream:
         stream.write(b"half")
@@ -294,7 +294,7 @@ EVIL_MEMBERS = [
 
 
 @pytest.mark.parametrize("member", EVIL_MEMBERS, ids=lambda m: f"{m.name} {m.linkname}")
-def test_a_tar_archive_that_reaches_outside_is_refused_before_anything_is_written(tmp_path, member):
+def test_a_tar_archive_with_paths_outside_is_refused_before_anything_is_written(tmp_path, member):
     archive = make_tar(tmp_path / "evil.tar.gz", tar_member("harmless"), member)
     with pytest.raises(ValueError, match="not safe to extract: member"):
         safe_extract(archive, tmp_path / "inside" / "folder")
@@ -303,7 +303,7 @@ def test_a_tar_archive_that_reaches_outside_is_refused_before_anything_is_writte
 
 
 @pytest.mark.parametrize("name", EVIL_NAMES)
-def test_a_zip_archive_that_reaches_outside_is_refused(tmp_path, name):
+def test_a_zip_archive_with_paths_outside_is_refused(tmp_path, name):
     archive = make_zip(tmp_path / "evil.zip", "harmless", name)
     with pytest.raises(ValueError, match="not safe to extract: member"):
         safe_extract(archive, tmp_path / "folder")
@@ -316,7 +316,7 @@ def test_a_link_in_a_zip_archive_is_refused(tmp_path):
         safe_extract(archive, tmp_path / "folder")
 
 
-def test_a_truncated_or_foreign_archive_is_refused_and_leaves_nothing(tmp_path):
+def test_an_invalid_archive_is_refused_and_leaves_nothing(tmp_path):
     whole = make_tar(tmp_path / "x.tar.gz", tar_member("a"), tar_member("b")).read_bytes()
     zipped = make_zip(tmp_path / "x.zip", "a").read_bytes()
     flipped = zipped.replace(CONTENT[:20], CONTENT[:19] + b"!")

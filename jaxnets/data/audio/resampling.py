@@ -86,7 +86,8 @@ def resample(
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision="highest",
     )  # [signals, blocks, up]: block q has the outputs q up ... q up + up - 1
-    return blocks.reshape(len(blocks), -1)[:, :length].reshape(*samples.shape[:-1], length)
+    outputs = blocks.reshape(len(blocks), -1)[:, :length]  # [signals, length]
+    return outputs.reshape(*samples.shape[:-1], length)
 
 
 def resampling_filter(

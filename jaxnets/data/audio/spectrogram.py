@@ -129,6 +129,7 @@ def stft(
     padded = np.zeros(fft_length)
     start = (fft_length - frame_length) // 2
     padded[start : start + frame_length] = np.hanning(frame_length + 1)[:-1]  # periodic
+    # [1, ..., 1, fft_length]
     window = jnp.asarray(padded, frames.dtype).reshape((1,) * (frames.ndim - 1) + (-1,))
     return jnp.fft.rfft(frames * window)  # [..., frames, bins]
 

@@ -131,6 +131,7 @@ def decode_records(content: bytes) -> Arrays:
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
     planes = records[:, 1:].reshape(-1, 3, 32, 32)  # [examples, channels, height, width]
     return {
+        # [examples, height, width, channels]
         "inputs": np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
         "labels": records[:, 0].astype(np.int32),
     }

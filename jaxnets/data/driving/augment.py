@@ -80,7 +80,7 @@ def moved_controls(
     Returns:
         [batch, 3].
     """
-    steering, gas, brake = jnp.moveaxis(controls, -1, 0)
+    steering, gas, brake = jnp.moveaxis(controls, -1, 0)  # each [batch]
     lookahead = style.reach + style.reach_seconds * speeds
     sine = jnp.tan(-steering / style.steering) * lookahead / (2 * WHEELBASE)
     sine = jnp.clip(sine, -0.95, 0.95)
@@ -113,9 +113,9 @@ def random_mirror(
         Frames and controls of the given shapes and dtypes.
     """
     chosen = jax.random.bernoulli(key, 0.5, (len(frames),))
-    flip = chosen.reshape((-1,) + (1,) * (frames.ndim - 1))
+    flip = chosen.reshape((-1,) + (1,) * (frames.ndim - 1))  # [batch, 1, ..., 1]
     signs = jnp.array([-1, 1, 1], controls.dtype).reshape((1,) * (controls.ndim - 1) + (3,))
-    flip_controls = chosen.reshape((-1,) + (1,) * (controls.ndim - 1))
+    flip_controls = chosen.reshape((-1,) + (1,) * (controls.ndim - 1))  # [batch, 1, ..., 1]
     return (
         jnp.where(flip, frames[..., ::-1, :], frames),
         jnp.where(flip_controls, controls * signs, controls),
@@ -146,6 +146,7 @@ def random_shadow(key: jax.Array, frames: jax.Array, strength: float) -> jax.Arr
     shaded = rows * jnp.sin(angle) + columns * jnp.cos(angle) > place
     dark = jax.random.uniform(dark_key, (batch, 1, 1), maxval=strength)
     light = jnp.where(shaded, 1 - dark, 1.0).astype(frames.dtype)
+    # [batch, 1, ..., height, width, 1]
     return frames * light.reshape(batch, *[1] * (frames.ndim - 4), height, width, 1)
 
 

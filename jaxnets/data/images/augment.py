@@ -290,6 +290,7 @@ def mixup(
     partner = jax.random.permutation(order_key, batch)
 
     def interpolate(array: jax.Array) -> jax.Array:
+        # [batch, 1, ..., 1]
         weight = mix.astype(array.dtype).reshape(batch, *[1] * (array.ndim - 1))
         return weight * array + (1 - weight) * jnp.take(array, partner, axis=0)
 

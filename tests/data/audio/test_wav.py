@@ -1,4 +1,4 @@
-"""WAV files: every format against bytes packed by hand, and everything that can be wrong."""
+"""WAV files: every format against bytes packed by hand, and invalid files."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def riff(*chunks):
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-# Sample format: bytes of the lowest, a middle and the highest value, and what they mean.
+# Sample format: bytes of the lowest, a middle and the highest value, and the values.
 FORMATS = {
     "8 bits": (header(8), bytes([0, 192, 255]), [-1, 0.5, 127 / 128]),
     "16 bits": (header(16), struct.pack("<3h", -(2**15), 2**14, 2**15 - 1), [-1, 0.5, 1 - 2**-15]),
@@ -98,7 +98,7 @@ def test_an_odd_data_chunk_may_end_the_file_without_padding():
     np.testing.assert_array_equal(read_wav(content, mono=True)[0], [0, 0.5, -0.5])
 
 
-def test_bytes_behind_the_announced_end_are_ignored():
+def test_bytes_after_the_announced_end_are_ignored():
     np.testing.assert_array_equal(read_wav(GOOD + b"more")[0], read_wav(GOOD)[0])
 
 
@@ -119,7 +119,7 @@ def test_we_read_what_the_standard_library_writes():
     np.testing.assert_array_equal(samples, np.array([2**-23, -(2**-23)], np.float32))
 
 
-def test_written_samples_come_back_within_half_a_level(tmp_path):
+def test_samples_round_trip_within_half_a_level(tmp_path):
     samples = np.random.default_rng(0).uniform(-1, 1 - 2**-15, 500)
     write_wav(tmp_path / "a.wav", samples, 8000)
     read, rate = read_wav(tmp_path / "a.wav", mono=True)
@@ -168,7 +168,7 @@ def data(values=(1, 2)):
         (riff(header(64, code=3), chunk(b"data", struct.pack("<d", 1e300))), "not finite"),
     ],
 )
-def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
+def test_an_invalid_file_is_refused_by_name(content, message, tmp_path):
     path = tmp_path / "speech.wav"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"speech.wav .*{message}"):
@@ -180,12 +180,12 @@ def test_a_bad_file_is_refused_by_name(content, message, tmp_path):
 
 
 @pytest.mark.parametrize("length", range(len(GOOD)))
-def test_a_file_cut_short_anywhere_is_refused(length):
+def test_a_file_truncated_anywhere_is_refused(length):
     with pytest.raises(ValueError, match="given content "):
         read_wav(GOOD[:length])
 
 
-def test_a_file_cut_behind_its_last_sample_is_refused():
+def test_a_file_truncated_after_its_last_sample_is_refused():
     content = riff(header(16), data(), chunk(b"LIST", b"metadata"))
     with pytest.raises(ValueError, match="is cut short"):
         read_wav(content[:-3])
@@ -210,7 +210,7 @@ def test_damaged_files_are_read_or_refused_and_never_crash(draw):
 
 @settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=80))
-def test_arbitrary_bytes_behind_a_valid_start_never_crash(rest):
+def test_arbitrary_bytes_after_a_valid_start_never_crash(rest):
     try:
         read_wav(b"RIFF" + struct.pack("<I", 4 + len(rest)) + b"WAVE" + rest)
     except ValueError as error:
@@ -234,7 +234,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         (np.zeros((1, 40000)), 8000, "exceed"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_no_file(samples, rate, message, tmp_path):
+def test_invalid_samples_are_refused_and_leave_no_file(samples, rate, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_wav(tmp_path / "a.wav", samples, rate)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Batches by length: padding, what an epoch holds, shapes, resume, original order, bad input."""
+"""Bucketing by length: padding, epochs, shapes, resume, original order, argument checks."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from jaxnets.data import bucketed_batches, bucketed_pass, chunked, member_batche
 
 
 def make_pairs(num_examples, seed=0):
-    """Return pairs of which no two sources are equal, with lengths of long-tailed distribution."""
+    """Return pairs with distinct sources and a long-tailed distribution of lengths."""
     random = np.random.default_rng(seed)
     lengths = np.minimum(1 + random.geometric(0.12, (num_examples, 2)), 40)
     return [
@@ -38,7 +38,7 @@ def assert_equal_batches(first, second):
 
 
 def examples(batches):
-    """Return the places of the examples in PAIRS, read from their first token."""
+    """Return the indices of the examples in PAIRS, from their first token."""
     return [int(row[0]) - 1000 for batch in batches for row in batch["inputs"]]
 
 
@@ -56,7 +56,7 @@ def test_sequences_are_padded_to_the_longest_or_to_a_multiple():
     assert pad_sequences(sequences, length=5)[0].shape == (3, 5)
 
 
-def test_what_is_too_long_is_cut_only_on_request():
+def test_long_sequences_are_cut_only_on_request():
     with pytest.raises(ValueError, match="sequence 1 has 3 tokens, more than length=2"):
         pad_sequences([[4], [5, 6, 7]], length=2)
     padded, lengths = pad_sequences([[4], [5, 6, 7]], length=2, truncate=True)
@@ -76,7 +76,7 @@ def test_what_is_too_long_is_cut_only_on_request():
     ],
     ids=["pairs", "classes", "groups"],
 )
-def test_a_run_resumed_at_any_step_sees_the_batches_of_the_uninterrupted_run(source, first_step):
+def test_a_run_resumed_at_any_step_gets_the_batches_of_an_uninterrupted_run(source, first_step):
     whole = take(source, 0, first_step + 40)
     assert_equal_batches(take(source, first_step, 40), whole[first_step:])
 
@@ -104,7 +104,7 @@ def test_classes_stay_with_their_sequences():
         assert batch["lengths"].tolist() == [len(PAIRS[place][0]) for place in places]
 
 
-def test_an_epoch_holds_no_example_twice_and_leaves_out_less_than_a_batch_of_each_bucket():
+def test_an_epoch_has_no_duplicates_and_drops_less_than_a_batch_of_each_bucket():
     steps = SOURCE.steps_per_epoch
     epochs = [examples(take(SOURCE, epoch * steps, steps)) for epoch in range(3)]
     for epoch in epochs:
@@ -114,11 +114,11 @@ def test_an_epoch_holds_no_example_twice_and_leaves_out_less_than_a_batch_of_eac
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_the_examples_left_out_change_with_the_epoch():
+def test_the_dropped_examples_change_with_the_epoch():
     assert set(examples(take(SOURCE, 0, 25 * SOURCE.steps_per_epoch))) == set(range(300))
 
 
-def test_there_are_few_shapes_and_each_holds_about_the_same_number_of_tokens():
+def test_there_are_few_shapes_with_about_the_same_number_of_tokens():
     batches = take(SOURCE, 0, SOURCE.steps_per_epoch)
     shapes = {(batch["inputs"].shape, batch["labels"].shape) for batch in batches}
     assert 3 <= len(shapes) == len(SOURCE.buckets) <= 5
@@ -133,7 +133,7 @@ def test_the_shapes_of_an_epoch_are_mixed():
     assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
 
 
-def test_more_buckets_leave_less_padding_and_the_share_is_that_of_the_batches():
+def test_more_buckets_have_less_padding_and_the_share_is_that_of_the_batches():
     shares = [
         bucketed_batches(
             PAIRS, seed=0, tokens_per_batch=160, num_buckets=n, multiple=1
@@ -145,9 +145,11 @@ def test_more_buckets_leave_less_padding_and_the_share_is_that_of_the_batches():
     (batch,) = take(source, 0, 1)
     assert batch["inputs"].shape == (3, 4)
     assert source.padding_share == 1 - 3 / 12
+    everything = bucketed_pass([([5], 0), ([6], 1), ([7, 8], 1)], tokens_per_batch=12)
+    assert everything.padding_share == 1 - 4 / 12
 
 
-def test_seeds_meet_the_same_shapes_with_other_examples():
+def test_seeds_share_the_order_of_shapes_but_not_of_examples():
     sources = [bucketed_batches(PAIRS, seed=seed, **OPTIONS) for seed in range(3)]
     together = take(member_batches(sources), 5, 40)
     for member, source in enumerate(sources):
@@ -179,7 +181,7 @@ def test_batch_sizes_are_multiples_of_the_number_of_devices():
     batch_multiple=st.integers(1, 3),
     steps_per_shape=st.integers(1, 3),
 )
-def test_whatever_the_lengths_every_example_has_its_turn(
+def test_every_example_is_in_a_bucket_for_all_lengths(
     lengths, num_buckets, multiple, batch_multiple, steps_per_shape
 ):
     pairs = [(np.full(length, 1000 + index), 0) for index, length in enumerate(lengths)]
@@ -198,7 +200,7 @@ def test_whatever_the_lengths_every_example_has_its_turn(
     source = bucketed_batches(
         pairs, seed=0, batch_multiple=batch_multiple, steps_per_shape=steps_per_shape, **options
     )
-    # Each bucket gives at least one batch, so none is left out of every epoch.
+    # Each bucket has at least one batch, so every example is used in some epoch.
     for bucket in source.buckets:
         assert len(bucket) >= bucket.batch_size * steps_per_shape >= smallest
     assert sorted(i for b in source.buckets for i in b.data["indices"]) == list(range(len(pairs)))
@@ -212,7 +214,7 @@ def test_whatever_the_lengths_every_example_has_its_turn(
 # Evaluation
 
 
-def test_a_pass_holds_every_example_once_and_puts_results_into_the_original_order():
+def test_a_pass_has_every_example_once_and_indices_restore_the_original_order():
     source = bucketed_pass(PAIRS, **OPTIONS)
     batches = list(source(0))
     assert len(batches) == len(source) and source.num_examples == 300
@@ -226,7 +228,7 @@ def test_a_pass_holds_every_example_once_and_puts_results_into_the_original_orde
     np.testing.assert_array_equal(results, [source[0] for source, _ in PAIRS])
 
 
-def test_a_pass_is_in_order_of_length_with_one_shape_per_bucket():
+def test_a_pass_is_sorted_by_length_with_one_shape_per_bucket():
     source = bucketed_pass(PAIRS, **OPTIONS)
     batches = list(source(0))
     longest = [max(batch["inputs"].shape[1], batch["labels"].shape[1]) for batch in batches]
@@ -234,13 +236,13 @@ def test_a_pass_is_in_order_of_length_with_one_shape_per_bucket():
     assert len({batch["inputs"].shape for batch in batches}) <= len(source.buckets)
 
 
-def test_a_pass_can_start_late_and_ends():
+def test_a_pass_can_start_at_any_batch_and_ends():
     source = bucketed_pass(LABELLED, **OPTIONS)
     assert_equal_batches(list(source(4)), list(source(0))[4:])
     assert list(source(len(source))) == []
 
 
-# Bad input
+# Argument checks
 
 
 GOOD = ([5, 6, 7], [8])
@@ -263,7 +265,7 @@ GOOD = ([5, 6, 7], [8])
         ([GOOD], {"multiple": 0}, "multiple=0"),
     ],
 )
-def test_pairs_that_cannot_be_batched_are_refused(pairs, options, message):
+def test_invalid_pairs_are_refused(pairs, options, message):
     options = {"tokens_per_batch": 100, **options}
     with pytest.raises(ValueError, match=message):
         bucketed_batches(pairs, seed=0, **options)

@@ -62,7 +62,7 @@ def test_threads_do_not_change_the_order():
     assert labels(take(plain, 2, 10)) == labels(take(threaded, 2, 10))
 
 
-def test_every_epoch_holds_every_example_once_in_its_own_order():
+def test_every_epoch_has_every_example_once_in_its_own_order():
     read = np.concatenate(labels(take(grain_batches(Counting(), 4, seed=0), 0, 10)))
     epochs = read.reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -80,7 +80,7 @@ def test_noise_differs_between_examples_and_epochs():
     assert len(np.unique(noise)) == noise.size == 60
 
 
-def test_resuming_reads_nothing_of_what_comes_before():
+def test_resuming_does_not_read_earlier_batches():
     examples = Counting()
     take(grain_batches(examples, 2, seed=0), 10**6, 1)
     assert len(examples.read) == 2

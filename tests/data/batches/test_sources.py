@@ -1,3 +1,5 @@
+"""Batch sources: order, epochs, resume, stacking, argument checks."""
+
 import itertools
 
 import numpy as np
@@ -41,12 +43,12 @@ def assert_equal_batches(first, second):
     ],
     ids=["shuffled", "index", "whole epochs", "with epochs"],
 )
-def test_a_run_resumed_at_any_step_sees_the_batches_of_the_uninterrupted_run(source, first_step):
+def test_a_run_resumed_at_any_step_gets_the_batches_of_an_uninterrupted_run(source, first_step):
     whole = take(source, 0, first_step + 6)
     assert_equal_batches(take(source, first_step, 6), whole[first_step:])
 
 
-def test_each_epoch_holds_no_example_twice_and_has_its_own_order():
+def test_each_epoch_has_no_duplicates_and_its_own_order():
     source = shuffled_batches(DATA, 5, seed=0)
     assert source.steps_per_epoch == 4
     labels = [batch["labels"] for batch in take(source, 0, 12)]
@@ -60,7 +62,7 @@ def test_the_examples_dropped_at_the_end_of_an_epoch_change_with_the_epoch():
     assert set(np.concatenate(labels)) == set(range(23))
 
 
-def test_rows_of_different_arrays_stay_together_and_keep_their_dtype():
+def test_rows_of_different_arrays_stay_aligned_with_their_dtypes():
     for batch in take(shuffled_batches(DATA, 5, seed=2), 0, 5):
         assert batch["inputs"].dtype == np.uint8
         np.testing.assert_array_equal(batch["inputs"], DATA["inputs"][batch["labels"]])
@@ -76,7 +78,7 @@ def test_index_batches_follow_the_order_of_shuffled_batches():
 @pytest.mark.parametrize(
     "source", [shuffled_batches(DATA, 5, seed=1), index_batches(23, 5, seed=1)]
 )
-def test_batches_tell_their_epoch(source):
+def test_batches_have_the_number_of_their_epoch(source):
     told = with_epochs(source)
     assert told.steps_per_epoch == source.steps_per_epoch == 4
     batches = take(told, 2, 7)
@@ -107,20 +109,20 @@ def test_a_sequential_pass_is_in_order_and_padded_with_weight_zero():
     assert weights.dtype == np.float32
 
 
-def test_a_sequential_pass_can_start_late_and_ends():
+def test_a_sequential_pass_can_start_at_any_batch_and_ends():
     source = sequential_batches(DATA, 10)
     assert_equal_batches(list(source(2)), list(source(0))[2:])
     assert list(source(3)) == []
 
 
-def test_a_sequential_pass_keeps_the_weights_of_the_data():
+def test_a_sequential_pass_uses_the_weights_of_the_data():
     weighted = {**DATA, "weights": np.linspace(0, 1, 23)}
     weights = [batch["weights"] for batch in sequential_batches(weighted, 23)(0)]
     np.testing.assert_allclose(weights, [np.linspace(0, 1, 23)], rtol=1e-7)
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 2, 3, 7])
-def test_chunks_start_at_any_step_and_hold_consecutive_batches(first_step):
+def test_chunks_start_at_any_step_and_stack_consecutive_batches(first_step):
     source = shuffled_batches(DATA, 5, seed=0)
     chunks = take(chunked(source, 3), first_step, 2)
     assert chunks[0]["inputs"].shape == (3, 5, 2, 2, 1)
@@ -128,13 +130,13 @@ def test_chunks_start_at_any_step_and_hold_consecutive_batches(first_step):
     assert_equal_batches(steps, take(source, first_step, 6))
 
 
-def test_only_chunks_say_that_they_hold_several_steps():
+def test_only_chunks_have_several_steps_per_batch():
     source = index_batches(8, 2, seed=0)
     assert chunked(source, 4).steps_per_batch == 4
     assert getattr(source, "steps_per_batch", 1) == 1
 
 
-def test_a_source_that_ends_within_a_chunk_is_an_error_not_a_loss_of_steps():
+def test_a_source_that_ends_within_a_chunk_is_an_error():
     chunks = chunked(sequential_batches(DATA, 10), 2)(0)
     next(chunks)
     with pytest.raises(ValueError, match="ended after 1 batches of a chunk of 2"):

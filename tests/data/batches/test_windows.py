@@ -1,4 +1,4 @@
-"""Windows over a text: places, order, exact coverage, resume, bad input."""
+"""Windows over a text: positions, order, exact coverage, resume, argument checks."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxnets.data import chunked, member_batches, sequential_windows, token_streams, token_windows
 
-# Every token is its own position plus 100, so a batch tells where it was read.
+# Every token is its own position plus 100, so a batch shows its positions.
 TEXT = np.arange(100, 150)
 
 
@@ -32,13 +32,13 @@ ENDLESS = [
 
 @pytest.mark.parametrize("first_step", [0, 1, 4, 5, 23])
 @pytest.mark.parametrize("source", ENDLESS, ids=["windows", "streams"])
-def test_a_run_resumed_at_any_step_sees_the_batches_of_the_uninterrupted_run(source, first_step):
+def test_a_run_resumed_at_any_step_gets_the_batches_of_an_uninterrupted_run(source, first_step):
     whole = take(source, 0, first_step + 5)
     assert_equal_batches(take(source, first_step, 5), whole[first_step:])
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint16])
-def test_labels_are_the_inputs_one_token_later_whatever_the_type_of_the_text(dtype):
+def test_labels_are_the_inputs_shifted_by_one_token_for_every_dtype(dtype):
     text = (TEXT * 7 % 251).astype(dtype)
     sources = (
         token_windows(text, batch_size=4, length=6, seed=3),
@@ -57,7 +57,7 @@ def test_labels_are_the_inputs_one_token_later_whatever_the_type_of_the_text(dty
 # Random windows
 
 
-def test_windows_start_at_every_place_equally_often():
+def test_window_starts_are_uniform():
     source = token_windows(np.arange(14), batch_size=1000, length=4, seed=0)
     starts = np.concatenate([batch["inputs"][:, 0] for batch in take(source, 0, 10)])
     counts = np.bincount(starts, minlength=10)
@@ -66,7 +66,7 @@ def test_windows_start_at_every_place_equally_often():
     assert np.sum((counts - 1000) ** 2 / 1000) < 27.9
 
 
-def test_steps_and_seeds_give_other_windows():
+def test_windows_differ_between_steps_and_seeds():
     draws = {
         tuple(batch["inputs"][:, 0])
         for seed in range(4)
@@ -76,7 +76,7 @@ def test_steps_and_seeds_give_other_windows():
 
 
 def test_the_windows_of_a_seed_never_change():
-    # Golden: other numbers would mean that old runs cannot be resumed.
+    # Golden values: if they changed, old runs could not be resumed.
     source = token_windows(TEXT, batch_size=4, length=6, seed=0)
     starts = [batch["inputs"][:, 0].tolist() for batch in take(source, 0, 2)]
     assert starts == [[125, 114, 100, 102], [115, 118, 107, 127]]
@@ -111,7 +111,9 @@ def test_an_epoch_of_windows_has_about_the_tokens_of_the_text():
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 1), (1, 7), (4, 3), (7, 7), (49, 1)])
-def test_each_row_goes_on_where_it_stopped_and_an_epoch_reads_every_token_once(batch_size, length):
+def test_each_row_continues_the_previous_batch_and_an_epoch_reads_every_token_once(
+    batch_size, length
+):
     source = token_streams(TEXT, batch_size=batch_size, length=length)
     steps = source.steps_per_epoch
     batches = take(source, 0, 3 * steps)
@@ -148,22 +150,22 @@ def test_every_token_but_the_first_is_predicted_exactly_once(
     assert np.sort(joined["labels"][scored]).tolist() == list(range(101, num_tokens + 100))
     np.testing.assert_array_equal(joined["inputs"][scored] + 1, joined["labels"][scored])
     assert source.num_predictions == joined["weights"].sum() == num_tokens - 1
-    # Context: length - stride tokens in front of the input, or all there are.
+    # Context: length - stride tokens before the input, or all there are.
     row, column = np.nonzero(scored)
     position = joined["inputs"][scored] - 100
     assert (column >= np.minimum(position, length - stride)).all()
-    # Tokens in front of a scored one are those of the text, never padding.
+    # Tokens before a scored one are those of the text, never padding.
     for r, c, p in zip(row, column, position, strict=True):
         np.testing.assert_array_equal(joined["inputs"][r, : c + 1], text[p - c : p + 1])
 
 
-def test_no_window_is_without_a_new_token():
+def test_every_window_has_a_new_token():
     source = sequential_windows(TEXT, batch_size=1, length=6, stride=2)
     assert len(source) == source.num_windows == 1 + (49 - 6 + 1) // 2
     assert all(batch["weights"].sum() > 0 for batch in source(0))
 
 
-def test_a_pass_can_start_late_and_ends():
+def test_a_pass_can_start_at_any_batch_and_ends():
     source = sequential_windows(TEXT, batch_size=4, length=6)
     assert_equal_batches(list(source(1)), list(source(0))[1:])
     assert list(source(len(source))) == []
@@ -175,7 +177,7 @@ def test_a_short_last_batch_is_padded_with_weight_zero():
     assert last["inputs"].tolist() == [[148, 0, 0, 0, 0, 0], *[[0] * 6] * 3]
 
 
-# Bad input
+# Argument checks
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,6 @@ def test_a_short_last_batch_is_padded_with_weight_zero():
         (lambda t: next(sequential_windows(t, batch_size=2, length=4)(-1)), "first step -1"),
     ],
 )
-def test_a_text_or_size_that_does_not_fit_is_refused(make, message):
+def test_invalid_texts_and_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(TEXT)

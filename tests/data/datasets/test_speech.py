@@ -1,4 +1,4 @@
-"""Spoken digits: layouts, damage, the split; and strings of them, traced to their recordings."""
+"""Spoken digits: layouts, damage, the split; digit strings, traced to their recordings."""
 
 import dataclasses
 import gzip
@@ -6,6 +6,8 @@ import io
 import itertools
 import struct
 import tarfile
+import urllib.error
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def wav(samples, rate=8000):
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-# Two digits by two speakers, six recordings each; every one has its own length and level.
+# Two digits by two speakers, six recordings each; each has its own length and level.
 CONTENTS = {
     f"{digit}_{speaker}_{number}.wav": wav(
         np.full(10 + 12 * digit + 6 * s + number, 1000 * digit + 100 * s + number - 5000)
@@ -54,7 +56,7 @@ def archive(contents, folder="recordings"):
 
 @pytest.fixture
 def published(monkeypatch, tmp_path):
-    """Make the tiny recordings the published ones, found nowhere yet; return a folder to use."""
+    """Pin the digest of the tiny recordings and empty all places; return a folder to use."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAXNETS_DATA", raising=False)
     monkeypatch.setattr("jaxnets.data.files.SYSTEM_FOLDERS", ())
@@ -89,7 +91,7 @@ def assert_holds_the_recordings(dataset):
     assert len(found) == 24
 
 
-def test_an_archive_is_read_whatever_wraps_it_and_nothing_is_unpacked(published):
+def test_an_archive_is_read_with_any_root_folder_and_is_not_extracted(published):
     for content in (
         archive(CONTENTS),
         archive(dict(reversed(CONTENTS.items()))),
@@ -145,7 +147,7 @@ def test_a_damaged_or_changed_copy_is_refused_with_the_remedy(published, content
     assert "fsdd/fsdd_recordings.tar.gz" in str(caught.value)
 
 
-def test_an_archive_cannot_write_outside_or_make_us_follow_links(published, tmp_path):
+def test_an_archive_writes_nothing_and_its_links_are_not_followed(published, tmp_path):
     with tarfile.open(published / "fsdd/fsdd_recordings.tar.gz", "w:gz") as tar:
         for name, content in CONTENTS.items():
             info = tarfile.TarInfo(f"../../recordings/{name}")
@@ -159,12 +161,12 @@ def test_an_archive_cannot_write_outside_or_make_us_follow_links(published, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_found_nowhere_is_named_with_the_places_and_the_remedy(published):
+def test_a_missing_dataset_is_an_error_with_the_places_and_the_remedy(published):
     with pytest.raises(FileNotFoundError, match=r"(?s)fsdd_recordings.*data/fsdd.*or clone https"):
         spoken_digits(published, download=False)
 
 
-def test_a_download_is_checked_and_kept(published, monkeypatch, tmp_path):
+def test_a_download_is_checked_and_cached(published, monkeypatch, tmp_path):
     (tmp_path / "source.tar.gz").write_bytes(archive(CONTENTS, "repository-1a2b/recordings"))
     pin_digest(monkeypatch, url=(tmp_path / "source.tar.gz").as_uri())
     assert_holds_the_recordings(spoken_digits(published))
@@ -176,6 +178,10 @@ def test_a_failed_or_wrong_download_leaves_nothing_behind(published, monkeypatch
     source = tmp_path / "source.tar.gz"
     pin_digest(monkeypatch, url=source.as_uri())
     with pytest.raises(OSError, match=r"(?s)cannot download file://.*check the connection"):
+        spoken_digits(published)
+    not_found = urllib.error.HTTPError("file://", 404, "Not Found", {}, io.BytesIO())
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"HTTP Error 404"):
+        patch.setattr(speech.urllib.request, "urlopen", Mock(side_effect=not_found))
         spoken_digits(published)
     source.write_bytes(archive({"0_amy_0.wav": wav([1])}))
     with pytest.raises(ValueError, match="the 1 recordings of file://"):
@@ -191,7 +197,7 @@ def test_a_failed_or_wrong_download_leaves_nothing_behind(published, monkeypatch
         ({"0_amy_0.wav": wav([1])[:-1]}, "0_amy_0.wav is cut short"),
     ],
 )
-def test_a_recording_that_does_not_fit_is_refused_by_name(contents, message):
+def test_an_invalid_recording_is_named(contents, message):
     with pytest.raises(ValueError, match=message):
         speech.decode_recordings(contents)
 
@@ -210,7 +216,7 @@ def test_the_published_recordings_have_the_official_split_and_the_stated_lengths
     assert (lengths > 1.3 * 8000).sum() == 3
 
 
-def test_a_label_beyond_the_classes_is_refused():
+def test_a_label_out_of_range_is_refused():
     part = {"inputs": np.zeros((1, 4), np.int16), "labels": np.array([2])}
     with pytest.raises(ValueError, match=r"outside \[0, 2\)"):
         SpeechDataset("odd", part, part, ("a", "b"), ("amy",), 8000)
@@ -244,7 +250,7 @@ def test_tone_words_are_a_pure_function_of_the_seed_and_parts_differ():
 
 # Strings
 
-# 24 recordings of constant level, by which a string can be taken apart again.
+# 24 recordings, each of its own constant level, which identifies it in a string.
 _LENGTHS = np.array([5 + index % 7 for index in range(24)], np.int32)
 PART = {
     "inputs": np.where(
@@ -257,10 +263,10 @@ PART = {
 OPTIONS = {"max_gap_seconds": 0.5, "sample_rate": 8}  # gaps of up to 4 samples
 
 
-def taken_apart(signal):
-    """Return the recordings in a string by the level of each, and the silences before them.
+def split_string(signal):
+    """Return the recordings in a string, identified by level, and the silences before them.
 
-    Runs of one level are one recording each, unless two times the same one stand side by side.
+    A run of one level is one recording, or several copies of it in a row.
     """
     recordings, gaps, gap = [], [], 0
     for level, run in itertools.groupby(signal.tolist()):
@@ -287,7 +293,7 @@ def test_strings_are_whole_recordings_of_one_speaker_with_silences_between():
     all_gaps, used = [], set()
     for signal, length, labels, count in zip(*strings.values(), strict=True):
         assert not signal[length:].any()
-        recordings, gaps = taken_apart(signal[:length])
+        recordings, gaps = split_string(signal[:length])
         assert signal[0] != 0 and signal[length - 1] != 0
         assert len({PART["speakers"][index] for index in recordings}) == 1
         assert labels[:count].tolist() == [PART["labels"][i] + 1 for i in recordings]
@@ -303,7 +309,7 @@ def test_strings_are_whole_recordings_of_one_speaker_with_silences_between():
     assert len(gaps) == 5 and np.abs(gaps / len(all_gaps) - 0.2).max() < 0.05
 
 
-def test_speakers_are_drawn_alike_however_many_recordings_they_have():
+def test_speakers_are_equally_likely_for_any_number_of_recordings():
     part = {**PART, "speakers": np.array([0] * 2 + [1] * 22)}
     strings = digit_strings(part, num_strings=400, seed=0, **OPTIONS)
     first = (strings["inputs"][:, 0] <= 2).sum()
@@ -328,14 +334,14 @@ def test_the_order_of_a_seed_is_pinned():
     ]
 
 
-def test_a_time_limit_is_kept_by_drawing_anew():
+def test_strings_above_the_time_limit_are_redrawn():
     strings = digit_strings(PART, num_strings=200, seed=0, max_seconds=5.0, **OPTIONS)
     assert strings["inputs"].shape == (200, 40)
     assert strings["lengths"].max() <= 40
     for signal, length, count in zip(
         strings["inputs"], strings["lengths"], strings["label_lengths"], strict=True
     ):
-        recordings, _ = taken_apart(signal[:length])
+        recordings, _ = split_string(signal[:length])
         assert len(recordings) == count
 
 

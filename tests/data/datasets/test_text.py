@@ -107,6 +107,11 @@ def test_pinned_files_have_whole_digests_and_addresses_of_one_commit():
         assert len(bytes.fromhex(commit)) == 20
 
 
+def test_other_languages_are_refused():
+    with pytest.raises(ValueError, match=r"\('en', 'fr'\) are not those of the files"):
+        multi30k(target_language="fr", download=False)
+
+
 # The published files
 
 
@@ -146,7 +151,7 @@ def test_sst2_is_the_published_one_with_its_repetitions():
     assert sum(count - 1 for count in collections.Counter(dataset.train.texts).values()) == 9
 
 
-def test_pythons_topics_are_a_text_that_is_always_there(empty_places):
+def test_pythons_topics_are_always_available(empty_places):
     dataset = python_topics()
     text = dataset.train + dataset.validation
     assert len(dataset.train) == len(text) * 9 // 10
@@ -167,7 +172,7 @@ def test_pythons_topics_are_a_text_that_is_always_there(empty_places):
         (b"a\xff\n", b"c\n", r"en\.txt is not UTF-8"),
     ],
 )
-def test_texts_that_are_not_parallel_are_refused(source, target, message):
+def test_non_parallel_texts_are_refused(source, target, message):
     with pytest.raises(ValueError, match=message):
         decode_pairs(source, target, names=("en.txt", "de.txt"))
 
@@ -191,6 +196,6 @@ def test_only_line_ends_divide_sentences():
         (b"g\xc3(\t1\n", r"x\.tsv is not UTF-8"),
     ],
 )
-def test_a_line_without_a_sentence_and_a_label_is_refused(content, message):
+def test_invalid_lines_are_refused(content, message):
     with pytest.raises(ValueError, match=message):
         decode_labeled(content, num_classes=2, name="x.tsv")

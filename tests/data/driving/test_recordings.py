@@ -1,5 +1,6 @@
 """Recordings on disk: round trip, interrupted writing, damage that is named."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -69,6 +70,15 @@ def test_a_damaged_shard_is_named(folder):
     path = folder / "drives_002.npz"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"drives_002.npz is damaged: sha256 .* expected .*again"):
+        driving.read_recordings(folder)
+
+
+def test_a_shard_that_is_not_an_archive_is_named(folder):
+    index = json.loads((folder / "recordings.json").read_text())
+    index["shards"][0]["sha256"] = hashlib.sha256(b"no archive").hexdigest()
+    (folder / "recordings.json").write_text(json.dumps(index))
+    (folder / "drives_000.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"drives_000.npz is not an archive of arrays .*again"):
         driving.read_recordings(folder)
 
 

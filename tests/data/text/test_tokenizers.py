@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, known ids, files, bad input."""
+"""Tokenizers: round trips, known ids, files, argument checks."""
 
 import json
 import pickle
@@ -189,7 +189,7 @@ def test_every_sentence_of_multi30k_round_trips_exactly(num_pairs, size):
                 assert tokenizer.decode(tokenizer.encode(sentence)) == sentence
 
 
-# Bad input
+# Argument checks
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,10 @@ def test_every_sentence_of_multi30k_round_trips_exactly(num_pairs, size):
         (lambda: SubwordTokenizer.train(["", ""], vocabulary_size=300), "the 2 texts are empty"),
         (lambda: SubwordTokenizer.train("ab", vocabulary_size=300), "single string 'ab'"),
         (lambda: SubwordTokenizer.train(["ab"], vocabulary_size=259), "=259 .* at least 260"),
+        (
+            lambda: SubwordTokenizer(SUBWORD.model.replace("<pad>", "<end>")),
+            r"the ids \[None, 1, 2, 3\] instead of \[0, 1, 2, 3\]",
+        ),
         (lambda: SubwordTokenizer("{}"), "'{}' is not the JSON of a tokenizer"),
     ],
 )
