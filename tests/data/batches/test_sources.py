@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxnets.core import steps_per_batch
 from jaxnets.data import (
     chunked,
     index_batches,
@@ -132,8 +133,8 @@ def test_chunks_start_at_any_step_and_stack_consecutive_batches(first_step):
 
 def test_only_chunks_have_several_steps_per_batch():
     source = index_batches(8, 2, seed=0)
-    assert chunked(source, 4).steps_per_batch == 4
-    assert getattr(source, "steps_per_batch", 1) == 1
+    assert steps_per_batch(chunked(source, 4)) == 4
+    assert steps_per_batch(source) == steps_per_batch(member_batches([source])) == 1
 
 
 def test_a_source_that_ends_within_a_chunk_is_an_error():
