@@ -1,12 +1,12 @@
-"""Addition as translation: read "123+456", write "579"; the sums of the test set are held out.
+"""Addition as translation: "123+456" to "579"; the pairs of the test set are held out.
 
     python -m experiments.addition --model gru --seeds 3
     python -m experiments.addition --model lstm --seeds 3
     python -m experiments.addition --model transformer --seeds 3
 
-The classic check of a sequence-to-sequence network (Sutskever, Vinyals and Le 2014,
-arXiv:1409.3215; Zaremba and Sutskever 2014, arXiv:1410.4615). The digits of the sum are written
-from the last to the first, the order in which carries travel.
+The classic test of a sequence-to-sequence network (Sutskever, Vinyals and Le 2014,
+arXiv:1409.3215; Zaremba and Sutskever 2014, arXiv:1410.4615). The digits of the sum are generated
+in reverse, the direction of the carries.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from experiments.pictures import figures
 
 BEGIN, END = jn.data.BEGIN, jn.data.END
 SYMBOLS = "0123456789+"
-#: Id of the first symbol, behind the special ids of all vocabularies of sentences.
+#: Id of the first symbol; the special ids of every vocabulary precede it.
 FIRST = jn.data.UNKNOWN + 1
 VOCABULARY_SIZE = FIRST + len(SYMBOLS)
-#: Share of all pairs of numbers that is never trained on, and how many of them are tested.
+#: Fraction of all pairs of numbers that is held out, and the number of pairs of the test set.
 HELD_OUT, NUM_TESTED = 0.05, 2000
 
 
@@ -40,16 +40,16 @@ class Config(Options):
     """Options of the addition experiment."""
 
     model: Literal["transformer", "rnn", "lstm", "gru"] = "gru"
-    """Encoder and decoder; the recurrent ones with attention."""
+    """Encoder-decoder network; the recurrent ones with attention."""
     digits: int = 3
     """Digits of each number."""
     width: int = 128
-    """Size of the states or of the residual stream."""
+    """Size of the hidden states, or of the residual stream."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Endless batches of sums that are not held out, a pure function of (seed, step)."""
+    """Infinite stream of batches of training sums, a pure function of (seed, step)."""
 
     digits: int
     batch_size: int
@@ -66,7 +66,7 @@ class Sums:
 
 
 class Addition(Problem):
-    """Generated sums, a network that reads and writes digits, and how it is trained."""
+    """Generated sums, an encoder-decoder over digits, and its training."""
 
     dataset_name = "sums"
 
@@ -91,8 +91,8 @@ class Addition(Problem):
                 features=config.width,
                 mlp_dim=2 * config.width,
                 positions="sinusoidal",
-                # Matrices of the usual standard deviation 0.02 leave the network for thousands of
-                # steps where it knows the length and the last digit of a sum, and no carry.
+                # With a standard deviation of 0.02 the network stays for thousands of steps at a
+                # plateau: it predicts the length and the last digit of a sum, but no carry.
                 init_std=None,
             )
             return jn.TransformerTranslator(
@@ -114,23 +114,23 @@ class Addition(Problem):
         return Sums(self.config.digits, self.config.batch_size, seed)
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Write the sums of the test set by greedy decoding; the whole answer counts."""
+        """Decode the sums of the test set greedily; an answer counts if it is exact."""
         answers = [
             self.answers(member(self.evaluated(states), index))
             for index in range(self.config.seeds)
         ]
         right = [str(a + b) for a, b in self.pairs.tolist()]
         self.mistakes = [
-            f"{a}+{b} = {true}, not {said}"
-            for (a, b), true, said in zip(self.pairs.tolist(), right, answers[0], strict=True)
-            if true != said
+            f"{a}+{b} = {true}, not {answer}"
+            for (a, b), true, answer in zip(self.pairs.tolist(), right, answers[0], strict=True)
+            if true != answer
         ]
-        exact = [np.mean([s == r for s, r in zip(said, right, strict=True)]) for said in answers]
+        exact = [np.mean(np.array(each) == np.array(right)) for each in answers]
         return Measured("exact sums", np.array(exact), details={"tested_sums": len(right)})
 
     def answers(self, state: jn.TrainState) -> list[str]:
-        """Return what a network says to the sums of the test set."""
-        variables, said = {"params": state.params}, []
+        """Return the greedy answers of a network to the sums of the test set."""
+        variables, answers = {"params": state.params}, []
         for batch in self.eval_batches:
             generated = jn.generate(
                 self.module,
@@ -142,8 +142,8 @@ class Addition(Problem):
                 stop_tokens=(END,),
                 carry=self.start(variables, batch["inputs"], batch["lengths"]),
             )
-            said += [decode(row)[::-1] for row in np.asarray(generated.tokens)]
-        return said
+            answers += [decode(row)[::-1] for row in np.asarray(generated.tokens)]
+        return answers
 
     def _start(self, variables: Any, inputs: jax.Array, lengths: jax.Array) -> Any:
         return self.module.apply(variables, inputs, lengths, self.capacity, method="start")
@@ -162,46 +162,46 @@ class Addition(Problem):
 def draw_pairs(
     random: np.random.Generator, count: int, digits: int, *, held_out: bool
 ) -> np.ndarray:
-    """Draw pairs of numbers [count, 2] that are, or are not, in the test set."""
-    kept = np.empty((0, 2), np.int64)
-    while len(kept) < count:
+    """Draw pairs of numbers [count, 2]: only held-out pairs, or only training pairs."""
+    accepted = np.empty((0, 2), np.int64)
+    while len(accepted) < count:
         drawn = random.integers(0, 10**digits, (count, 2))
-        kept = np.concatenate([kept, drawn[is_held_out(drawn, digits) == held_out]])
-    return kept[:count]
+        accepted = np.concatenate([accepted, drawn[is_held_out(drawn, digits) == held_out]])
+    return accepted[:count]
 
 
 def is_held_out(pairs: np.ndarray, digits: int) -> np.ndarray:
-    """Say of each pair of numbers [n, 2] whether it belongs to the test set."""
+    """Return for each pair of numbers [n, 2] whether it is held out, by a hash of the pair."""
     code = (pairs[:, 0] * 10**digits + pairs[:, 1]).astype(np.uint64)
     mixed = code * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing; wraps around
     return (mixed >> np.uint64(40)).astype(np.float64) < HELD_OUT * 2**24
 
 
 def encode(pairs: np.ndarray, digits: int) -> dict[str, np.ndarray]:
-    """Write sums as a batch of token ids.
+    """Encode sums as a batch of token ids.
 
     Args:
         pairs: integers [batch, 2] of at most `digits` digits.
-        digits: fixes the shapes.
+        digits: determines the shapes.
 
     Returns:
-        The arrays of a sequence-to-sequence batch: "inputs" [batch, 2 digits + 1], "labels"
-        [batch, digits + 2], ...
+        A sequence-to-sequence batch: "inputs" [batch, 2 digits + 1], "lengths" [batch],
+        "decoder_inputs" and "labels" [batch, digits + 2], "label_lengths" [batch].
     """
     sums = [str(a + b)[::-1] for a, b in pairs.tolist()]
-    asked = [f"{a}+{b}" for a, b in pairs.tolist()]
+    questions = [f"{a}+{b}" for a, b in pairs.tolist()]
     ids = {symbol: FIRST + index for index, symbol in enumerate(SYMBOLS)}
     inputs = np.zeros((len(pairs), 2 * digits + 1), np.int32)
     labels = np.zeros((len(pairs), digits + 2), np.int32)
     decoder_inputs = np.zeros_like(labels)
-    for row, (question, answer) in enumerate(zip(asked, sums, strict=True)):
+    for row, (question, answer) in enumerate(zip(questions, sums, strict=True)):
         inputs[row, : len(question)] = [ids[symbol] for symbol in question]
         answer_ids = [ids[symbol] for symbol in answer]
         labels[row, : len(answer) + 1] = [*answer_ids, END]
         decoder_inputs[row, : len(answer) + 1] = [BEGIN, *answer_ids]
     return {
         "inputs": inputs,
-        "lengths": np.array([len(question) for question in asked], np.int32),
+        "lengths": np.array([len(question) for question in questions], np.int32),
         "decoder_inputs": decoder_inputs,
         "labels": labels,
         "label_lengths": np.array([len(answer) + 1 for answer in sums], np.int32),
@@ -209,7 +209,7 @@ def encode(pairs: np.ndarray, digits: int) -> dict[str, np.ndarray]:
 
 
 def decode(ids: np.ndarray) -> str:
-    """Read token ids up to the first that is no symbol."""
+    """Decode token ids up to the first special id."""
     text = ""
     for index in ids.tolist():
         if index < FIRST:

@@ -1,4 +1,4 @@
-"""Autoencoders of every kind, on digits, MNIST, Fashion-MNIST or CIFAR-10.
+"""Autoencoders of every kind on digits, MNIST, Fashion-MNIST or CIFAR-10.
 
     python -m experiments.autoencoder --kind dense --dataset fashion_mnist
     python -m experiments.autoencoder --kind vae --dataset mnist --preset pytorch-example
@@ -6,8 +6,8 @@
     python -m experiments.autoencoder --kind vq-vae --dataset fashion_mnist
 
 Reference: the VAE of PyTorch's and Flax's examples (the preset pytorch-example; Flax has 500
-hidden units): PyTorch's ends at 105.3 nats per image on MNIST, with gray levels as probabilities.
-The preset differs in that it evaluates the moving average of the parameters.
+hidden units): PyTorch's reaches 105.3 nats per image on MNIST, with gray levels as probabilities.
+The preset differs from it: it evaluates the moving average of the parameters.
 """
 
 from __future__ import annotations
@@ -47,64 +47,63 @@ class Config(Options):
     """Options of the autoencoder experiment."""
 
     kind: Literal["dense", "conv", "denoising", "sparse", "vae", "beta-vae", "vq-vae"] = "dense"
-    """Autoencoder; its recipe sets the defaults shown here."""
+    """Kind of autoencoder; its recipe sets the other defaults."""
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
-    """Images."""
+    """Data set."""
     coder: Literal["dense", "conv"] = "dense"
-    """Encoder and decoder: dense layers or convolutions."""
+    """Layers of encoder and decoder: dense or convolutional."""
     widths: tuple[int, ...] | None = None
-    """Of the encoder's layers; by default 512 256 (dense) or 32 64 (conv)."""
+    """Widths of the encoder's layers; by default 512 256 (dense) or 32 64 (conv)."""
     latent: int = 32
     """Size of the code."""
     likelihood: Literal["squared", "bernoulli", "gaussian", "logistic"] = "squared"
-    """What the decoder's outputs mean; the logistic one is discretised."""
+    """Likelihood of the decoder's outputs; the logistic one is discretized."""
     upsampling: Literal["resize", "subpixel", "transposed"] = "resize"
-    """How the decoder doubles the size of its maps (conv)."""
+    """Upsampling in the decoder (conv)."""
     blocks: int = 0
-    """Residual blocks at the smallest size (conv)."""
+    """Residual blocks at the smallest resolution (conv)."""
     norm: Literal["none", "batch", "layer"] = "none"
-    """In front of the activations."""
+    """Norm before each activation."""
     init: Literal["he", "pytorch"] = "he"
-    """Initial kernels; he: LeCun's where no activation follows."""
+    """Kernel initializers; he uses LeCun's where no activation follows."""
     tied: bool = False
-    """The decoder's matrices are those of the encoder, transposed (dense)."""
+    """Tie the decoder's kernels to the transposed ones of the encoder (dense)."""
     conditional: bool = False
-    """The class is given to encoder and decoder (vae, beta-vae)."""
+    """Condition encoder and decoder on the class (vae, beta-vae)."""
     binarize: bool = False
-    """Pixels are drawn black or white, with the gray level as probability; anew at each step in
-    training, once and for all for what is measured."""
+    """Sample binary pixels from the gray levels: at each training step, and once for evaluation."""
     noise: float = 0.3
     """Standard deviation of the noise, with pixels in [0, 1] (denoising)."""
     active: int = 0
-    """Numbers of a code that are kept, the others become 0; 0 keeps all (sparse)."""
+    """Largest elements of a code; the others are set to 0. 0 disables this (sparse)."""
     sparsity: float = 0.0
-    """Weight of the sum of the absolute code (sparse)."""
+    """Weight of the L1 norm of the code (sparse)."""
     contraction: float = 0.0
-    """Weight of the squared norm of the code's Jacobian (dense, conv)."""
+    """Weight of the squared Frobenius norm of the encoder's Jacobian (dense, conv)."""
     beta: float = 1.0
-    """Weight of the divergence (vae, beta-vae)."""
+    """Weight of the KL divergence (vae, beta-vae)."""
     free_bits: float = 0.0
-    """Nats that each number of the code may carry for nothing (vae, beta-vae)."""
+    """Nats per latent dimension that are not penalized (vae, beta-vae)."""
     kl_warmup: float = 0.0
-    """Share of the steps in which beta rises from 0 (vae, beta-vae)."""
+    """Fraction of the steps in which beta rises from 0 (vae, beta-vae)."""
     codebook: int = 256
     """Number of codes (vq-vae)."""
     embedding: int = 32
     """Size of the code vectors (vq-vae)."""
     commitment: float = 0.25
-    """Weight of the distance to the code vectors (vq-vae)."""
+    """Weight of the commitment loss (vq-vae)."""
     bound_samples: int = 500
-    """Codes for each image in the importance-weighted bound (vae, beta-vae)."""
+    """Samples per image of the importance-weighted bound (vae, beta-vae)."""
     bound_images: int = 1000
-    """Test images of that bound."""
+    """Test images for that bound."""
     probe_labels: int = 1000
-    """Labeled training images of the linear classifiers."""
+    """Labeled training images of the linear probes."""
     pictures_every: int | None = None
-    """Steps between pictures of the progress; by default once an epoch."""
+    """Steps between progress images; by default one epoch."""
 
 
 class ImageAutoencoder(Problem):
-    """A data set of images, an autoencoder, and how it is trained."""
+    """A data set of images, an autoencoder, and its training."""
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
@@ -117,9 +116,9 @@ class ImageAutoencoder(Problem):
         self._check()
         self.dataset = load[config.dataset]()
         self.dataset_name = self.dataset.name + (" (binarized)" if config.binarize else "")
-        # What is measured, in training and test; training itself may draw pixels anew.
+        # The data of the evaluation; training samples binary pixels at each step.
         self.train, self.test = (
-            drawn(part) if config.binarize else part
+            binarized(part) if config.binarize else part
             for part in (self.dataset.train, self.dataset.test)
         )
         self.module = self._make_module()
@@ -133,7 +132,7 @@ class ImageAutoencoder(Problem):
 
     def _check(self) -> None:
         config = self.config
-        needs = {
+        allowed = {
             "binarize": config.likelihood == "bernoulli",
             "conditional": config.kind in VARIATIONAL,
             "kl_warmup": config.kind in VARIATIONAL,
@@ -142,7 +141,7 @@ class ImageAutoencoder(Problem):
             "sparsity": config.kind == "sparse",
             "contraction": config.kind in ("dense", "conv"),
         }
-        for name, possible in needs.items():
+        for name, possible in allowed.items():
             if getattr(config, name) and not possible:
                 flag = name.replace("_", "-")
                 raise RunError(
@@ -153,7 +152,7 @@ class ImageAutoencoder(Problem):
         if config.coder != fixed:
             raise RunError(f"--kind {config.kind} has --coder {fixed}, not {config.coder}")
         if config.kl_warmup > 1:
-            raise RunError(f"--kl-warmup is {config.kl_warmup}; give a share of at most 1")
+            raise RunError(f"--kl-warmup is {config.kl_warmup}; give a fraction of at most 1")
 
     def _make_module(self) -> Any:
         config, dataset = self.config, self.dataset
@@ -207,14 +206,14 @@ class ImageAutoencoder(Problem):
         return jn.reconstruction(module)
 
     def scaled(self, batch: jn.Batch, rng: jax.Array | None, train: bool) -> jn.Batch:
-        """Bring gray levels into the range of the likelihood."""
+        """Map uint8 pixels to the range of the likelihood; binarize in training if asked to."""
         images = batch["inputs"] / jnp.float32(255)
         if train and rng is not None and self.config.binarize:
             images = jax.random.bernoulli(rng, images).astype(images.dtype)
         return {**batch, "inputs": self.low + (1 - self.low) * images}
 
     def shown(self, images: jax.Array | np.ndarray) -> np.ndarray:
-        """Bring images of the network back into [0, 1]."""
+        """Map images from the range of the likelihood to [0, 1]."""
         return (np.asarray(images, np.float32) - self.low) / (1 - self.low)
 
     def example(self) -> tuple[Any, ...]:
@@ -235,7 +234,7 @@ class ImageAutoencoder(Problem):
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.dataset.train
-        if config.executor == "scan":  # the images are on the device: only indices travel
+        if config.executor == "scan":  # the images are on the device: transfer indices only
             return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
         return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
 
@@ -244,15 +243,15 @@ class ImageAutoencoder(Problem):
         return [jn.every(every, code_pictures.Progress(self, folder.path / "progress"))]
 
     def images(self, part: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the images of a part of the data as the network wants them."""
+        """Return images of the data as inputs of the network."""
         return np.asarray(self.scaled({"inputs": part["inputs"]}, None, False)["inputs"])
 
     def labels(self, labels: np.ndarray) -> list[np.ndarray]:
-        """Return the labels as a further argument of a conditional network, else none."""
+        """Return the labels in a list if the network is conditional, else an empty list."""
         return [labels] if self.config.conditional else []
 
     def codes(self, state: jn.TrainState, part: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the code of every image, [examples, numbers]."""
+        """Return the code of every image, flattened, [examples, features]."""
 
         @jax.jit
         def encode(images: jax.Array, *labels: jax.Array) -> jax.Array:
@@ -263,33 +262,33 @@ class ImageAutoencoder(Problem):
         return np.concatenate([np.asarray(c, np.float32).reshape(len(c), -1) for c in codes])
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Evaluate the final networks on the test set, and what their codes are worth."""
-        members = self.evaluate(states, self.eval_batches, self.objective)
-        found = {
-            name: np.array([m[name].compute() for m in members], np.float64)
-            for name in members[0]
-            if np.ndim(members[0][name].total) == 0
-        }
+        """Evaluate the final networks and their codes on the test set."""
+        measured = jn.evaluate(self.eval_step(), states, self.eval_batches)
+        means = {name: np.array(v) for name, v in measured.items() if isinstance(v, list)}
         details: dict[str, Any] = {
             "kind": self.config.kind,
-            **{name: round(float(values.mean()), 6) for name, values in found.items()},
+            **{name: round(float(values.mean()), 6) for name, values in means.items()},
         }
         if self.config.kind == "vq-vae":
-            spread = [float(jn.metrics.codebook_perplexity(m["code_usage"])) for m in members]
-            details |= {"perplexity": round(np.mean(spread), 4), "codebook": self.config.codebook}
+            perplexities = [
+                jn.metrics.codebook_perplexity(jn.Mean(usage, 1.0))
+                for usage in measured["code_usage"]
+            ]
+            perplexity = round(float(np.mean(perplexities)), 4)
+            details |= {"perplexity": perplexity, "codebook": self.config.codebook}
         if self.config.kind in VARIATIONAL:
             details |= code_measures.bound(self, states)
         if self.config.kind == "denoising":
             details |= code_measures.noise(self, states)
-        if not self.config.conditional:  # such codes were made from the labels
-            details |= code_measures.codes(self, states, float(found["squared_error"].mean()))
+        if not self.config.conditional:  # a conditional encoder reads the labels
+            details |= code_measures.codes(self, states, float(means["squared_error"].mean()))
         if self.config.likelihood == "squared":
-            errors = found["squared_error"]
+            errors = means["squared_error"]
             return Measured("test error", errors, "squared error per pixel", details)
-        return Measured("test loss", found["loss"], "nats per image", details)
+        return Measured("test loss", means["loss"], "nats per image", details)
 
     def corrupted(self, images: np.ndarray) -> np.ndarray:
-        """Add the noise of the denoising kind, the same at every call."""
+        """Add the noise of the denoising kind, the same in every call."""
         amount = self.config.noise * (1 - self.low)
         noise = np.random.default_rng(0).normal(scale=amount, size=images.shape)
         return np.clip(images + noise, self.low, 1).astype(np.float32)
@@ -297,16 +296,22 @@ class ImageAutoencoder(Problem):
     def reconstructed(
         self, state: jn.TrainState, images: np.ndarray, labels: np.ndarray
     ) -> np.ndarray:
-        """Return reconstructions, in [0, 1], of images as the network wants them."""
+        """Return reconstructions in [0, 1].
+
+        Args:
+            state: of one network.
+            images: in the range of the likelihood.
+            labels: their classes.
+        """
 
         @jax.jit
         def reconstruct(images: jax.Array, *labels: jax.Array) -> jax.Array:
             return jn.autoencoder.reconstruct(self.module, state.variables, images, *labels)
 
-        found = [
+        parts = [
             reconstruct(images[rows], *self.labels(labels[rows])) for rows in thousands(images)
         ]
-        return self.shown(np.concatenate(found))
+        return self.shown(np.concatenate(parts))
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
@@ -322,8 +327,8 @@ class ImageAutoencoder(Problem):
         code_pictures.draw(self, member(self.evaluated(states), 0), folder.path)
 
 
-def drawn(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Make the pixels of a part of the data black or white, with gray levels as probabilities."""
+def binarized(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sample binary pixels once, with the gray levels as probabilities."""
     rng = np.random.default_rng(0)
     images = part["inputs"]
     white = rng.uniform(size=images.shape).astype(np.float32) < images / np.float32(255)
@@ -362,7 +367,7 @@ RECIPES = {
         warmup=0.0,
         schedule="constant",
         weight_decay=0.0,
-        average_decay=0.995,  # of a rate that never falls, the last parameters are noisy
+        average_decay=0.995,  # without learning rate decay the last parameters are noisy
     ),
 }
 

@@ -2,8 +2,8 @@
 
     python -m experiments.cifar10 --model convnet
 
-Where only the JPEG re-encoding of the data set is found, the result says "CIFAR-10 (JPEG q75)":
-its accuracies are not comparable with published ones.
+If only the JPEG re-encoding of the data set is available, the result is labeled "CIFAR-10 (JPEG
+q75)": its accuracies are not comparable with published ones.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ RECIPES = {
     # Jordan 2024, arXiv:2404.00498, and its later Muon, for 40 minutes on two cores.
     "speedrun": Config(
         model="whitened_convnet",
-        steps=1000,  # 10.3 passes, in whole dispatches
+        steps=1000,  # 10.3 epochs, in whole dispatches
         batch_size=512,
         optimizer="relative_muon",
         learning_rate=0.12,

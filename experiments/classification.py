@@ -1,8 +1,9 @@
-"""Image classification: the options and the problem that the image experiments share."""
+"""Image classification: options and problem shared by the image experiments."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,27 +25,27 @@ class Config(Options):
     """Options of an image classification experiment."""
 
     model: ModelName = "convnet"
-    """Network; its recipe sets the defaults shown here."""
+    """Network; its recipe sets the other defaults."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the training labels."""
     crop: int = 0
     """Random crop after padding by this many pixels."""
     crop_border: Literal["zero", "reflect"] = "zero"
-    """What the padding shows: black, or the image reflected at its edge."""
+    """Padding mode of the crop: zeros (black) or reflection."""
     flip: Literal["none", "random", "alternating"] = "none"
-    """Horizontal flips: drawn for each image, or each image mirrored in every other epoch."""
+    """Horizontal flips: random per image, or every image in every other epoch."""
     cutout: int = 0
     """Side of a random square set to the mean color."""
     mixup: float = 0.0
     """Alpha of mixup; 0 is off."""
     flip_test: bool = False
-    """Average the logits of each test image and its mirror image."""
+    """Test-time augmentation: average the logits of each test image and its mirror image."""
     shift_test: bool = False
-    """Average over two shifts of each test image by a pixel too, with half its weight each."""
+    """Test-time augmentation: also average over two shifts by one pixel, at half the weight."""
     small_side: int = 0
-    """Side to which images are shrunk in the first part of training; 0 shrinks none."""
+    """Height and width to which training images are downsampled at first; 0 disables this."""
     small_share: float = 0.6
-    """Share of the steps that see shrunken images, where there is a side."""
+    """Fraction of the steps with downsampled images, if --small-side is set."""
 
 
 def main(
@@ -54,21 +55,21 @@ def main(
 
     Args:
         name: of the experiment, also the default run folder.
-        load: makes the data set.
-        recipes: named options; those called like a model are that model's defaults.
+        load: options -> data set.
+        recipes: {name: options}; a recipe named like a model sets that model's defaults.
     """
     training.main(name, lambda config: ImageClassification(config, load(config)), recipes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Viewed:
-    """A network that in evaluation gives the mean of its logits for several views of an image.
+class AveragedViews:
+    """A network with test-time augmentation: it averages the logits of several views of an image.
 
     Attributes:
         module: inputs [batch, height, width, channels] -> logits [batch, num_classes].
-        mirrored: also view each image's mirror image.
-        shifted: also view each image a pixel up and left, and a pixel down and right, with the
-            border reflected; the two weigh as much as the image where it is.
+        mirrored: add the mirror image of every view.
+        shifted: add the image shifted by a pixel up and left, and by a pixel down and right, with
+            a reflected border; each has half the weight of the unshifted image.
     """
 
     module: Any
@@ -78,7 +79,7 @@ class Viewed:
     def apply(
         self, variables: Any, inputs: jax.Array, *, train: bool = False, **keywords: Any
     ) -> Any:
-        """Apply the network as Linen does."""
+        """Apply the network, with the signature of a Linen module; in training without views."""
         if train:
             return self.module.apply(variables, inputs, train=True, **keywords)
         views, weights = [inputs], [1.0]
@@ -91,20 +92,20 @@ class Viewed:
             views += [view[:, :, ::-1] for view in views]
             weights *= 2
         logits = self.module.apply(variables, jnp.concatenate(views), **keywords)
-        each = logits.reshape(len(views), len(inputs), -1)
+        each = logits.reshape(len(views), len(inputs), -1)  # [views, batch, classes]
         return jnp.average(each, axis=0, weights=jnp.asarray(weights, logits.dtype))
 
 
 class ImageClassification(Problem):
-    """A data set of images, a network and an optimizer put together as the options say."""
+    """A data set of images and a network, trained with the options."""
 
     def __init__(self, config: Config, dataset: jn.data.ImageDataset) -> None:
         self.options = self.config = config
         self.dataset, self.dataset_name = dataset, dataset.name
         self.module = make_model(config.model, dataset, config.precision)
         several = config.flip_test or config.shift_test
-        viewed = Viewed(self.module, mirrored=config.flip_test, shifted=config.shift_test)
-        self.judged = viewed if several else self.module
+        viewed = AveragedViews(self.module, mirrored=config.flip_test, shifted=config.shift_test)
+        self.viewed = viewed if several else self.module
         self.population_strategy = "map" if prefers_map(config.model) else "vmap"
         self.resident = dict(dataset.train)
         if config.flip == "alternating":
@@ -112,14 +113,13 @@ class ImageClassification(Problem):
         self.steps_per_epoch = max(len(dataset.train["labels"]) // config.batch_size, 1)
         batches = jn.data.sequential_batches(dataset.test, min(1000, len(dataset.test["labels"])))
         self.eval_batches = [jax.device_put(batch) for batch in batches(0)]
-        self.objective = self._classification(label_smoothing=config.label_smoothing)
+        self.objective = self._training_objective(small_side=0)
         side, share = config.small_side, config.small_share
         if not 0 <= side < min(dataset.image_shape[:2]) or not 0 <= share <= 1:
             raise ValueError(
                 f"small_side is {side} and small_share {share}, for images of "
                 f"{dataset.image_shape}; give a smaller side, and a share of the steps in [0, 1]"
             )
-        self.shrinks = False
 
     def example(self) -> tuple[Any, ...]:
         return (jnp.zeros((1, *self.dataset.image_shape)),)
@@ -129,14 +129,14 @@ class ImageClassification(Problem):
         if self.config.model != "whitened_convnet":
             return variables
         examples = {"inputs": self.dataset.train["inputs"][:5000], "labels": None}
-        # The kernel is the same for every seed: computed now, not in the program that draws them.
+        # The kernel does not depend on the seed: compute it now, outside of the traced program.
         with jax.ensure_compile_time_eval():
             images = self._transform(examples, jax.random.key(0), False)["inputs"]
             return jn.convolutional.set_whitening_kernel(variables, images)
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.resident
-        if config.executor == "scan":  # the images are on the device: only indices travel
+        if config.executor == "scan":  # the images are on the device: transfer indices only
             source = jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
         else:
             source = jn.data.shuffled_batches(train, config.batch_size, seed=seed)
@@ -144,7 +144,7 @@ class ImageClassification(Problem):
 
     @property
     def small_steps(self) -> int:
-        """Steps on shrunken images: whole dispatches, where others follow."""
+        """Steps on downsampled images, rounded down to whole dispatches if other steps follow."""
         config = self.config
         steps = round(config.small_share * self.num_steps) if config.small_side else 0
         if steps == self.num_steps:
@@ -156,37 +156,46 @@ class ImageClassification(Problem):
         return sorted({self.small_steps, self.num_steps} - {0})
 
     def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
-        """Shrink the images, or no longer."""
+        """Set the image size of a stage."""
         if not self.small_steps:
             return None
         last_step = self.stages[stage]
-        self.shrinks = last_step <= self.small_steps
-        side = self.config.small_side if self.shrinks else self.dataset.image_shape[0]
+        small_side = self.config.small_side if last_step <= self.small_steps else 0
+        self.objective = self._training_objective(small_side=small_side)
+        side = small_side or self.dataset.image_shape[0]
         return f"up to step {last_step} images are {side} pixels high"
 
+    def _training_objective(self, *, small_side: int) -> jn.Objective:
+        smoothing = self.config.label_smoothing
+        return self._classification(small_side=small_side, label_smoothing=smoothing)
+
     def measure(self, states: jn.TrainState) -> Measured:
-        """Evaluate the final networks on the test set: per seed, and the confusion of all."""
+        """Evaluate the final networks on the test set; the confusion is their mean."""
         metrics = {
             "accuracy": jn.metrics.accuracy,
             "confusion": jn.metrics.confusion_matrix,
             "calibration": jn.metrics.calibration,
         }
-        members = self.evaluate(states, self.eval_batches, self._classification(metrics=metrics))
-        self.confusion = np.mean([m["confusion"].total for m in members], axis=0)
-
-        def mean(value: Callable[[jn.Metrics], Any]) -> float:
-            return round(float(np.mean([float(value(m)) for m in members])), 6)
-
-        metrics = jn.metrics
+        eval_step = self.eval_step(self._classification(metrics=metrics))
+        measured = jn.evaluate(eval_step, states, self.eval_batches)
+        # Shares of all examples, [seeds, true class, predicted class], to counts.
+        shares = measured["confusion"].mean(axis=0)
+        self.confusion = (shares * len(self.dataset.test["labels"])).round(3)
+        macro_f1 = [
+            jn.metrics.precision_recall_f1(jn.Mean(shares, 1.0))["macro_f1"]
+            for shares in measured["confusion"]
+        ]
+        calibration_error = [
+            jn.metrics.expected_calibration_error(jn.Mean(bins, 1.0))
+            for bins in measured["calibration"]
+        ]
         return Measured(
             "test accuracy" + self._views(),
-            np.array([float(m["accuracy"].compute()) for m in members]),
+            np.array(measured["accuracy"]),
             details={
-                "test_loss": mean(lambda m: m["loss"].compute()),
-                "macro_f1": mean(lambda m: metrics.precision_recall_f1(m["confusion"])["macro_f1"]),
-                "calibration_error": mean(
-                    lambda m: metrics.expected_calibration_error(m["calibration"])
-                ),
+                "test_loss": round(float(np.mean(measured["loss"])), 6),
+                "macro_f1": round(float(np.mean(macro_f1)), 6),
+                "calibration_error": round(float(np.mean(calibration_error)), 6),
             },
         )
 
@@ -202,33 +211,36 @@ class ImageClassification(Problem):
         figures.mistakes(test["inputs"], test["labels"], probabilities, names, mistakes)
 
     def probabilities(self, states: jn.TrainState) -> np.ndarray:
-        """Class probabilities [test examples, num_classes], averaged over the networks."""
+        """Return class probabilities [test examples, num_classes], averaged over the networks."""
 
         @jax.jit
         def predict(states: jn.TrainState, batch: jn.Batch) -> jax.Array:
             inputs = self._transform(batch, jax.random.key(0), False)["inputs"]
 
             def one(state: jn.TrainState) -> jax.Array:
-                return jax.nn.softmax(self.judged.apply(state.variables, inputs))
+                return jax.nn.softmax(self.viewed.apply(state.variables, inputs))
 
             return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
 
         batches = [np.asarray(predict(states, batch)) for batch in self.eval_batches]
         return np.concatenate(batches)[: len(self.dataset.test["labels"])]
 
-    def _classification(self, **options: Any) -> jn.Objective:
-        return jn.with_batch_transform(jn.classification(self.judged, **options), self._transform)
+    def _classification(self, *, small_side: int = 0, **options: Any) -> jn.Objective:
+        transform = functools.partial(self._transform, small_side=small_side)
+        return jn.with_batch_transform(jn.classification(self.viewed, **options), transform)
 
     def _views(self) -> str:
         views = {
             "both mirror images": self.config.flip_test,
             "three shifts": self.config.shift_test,
         }
-        taken = " and ".join(name for name, wanted in views.items() if wanted)
-        return f" over {taken}" if taken else ""
+        chosen = " and ".join(name for name, wanted in views.items() if wanted)
+        return f" over {chosen}" if chosen else ""
 
-    def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        """Normalize, and augment while training."""
+    def _transform(
+        self, batch: jn.Batch, rng: jax.Array, train: bool, *, small_side: int = 0
+    ) -> jn.Batch:
+        """Normalize the images; in training also augment and, with `small_side`, downsample."""
         config, data = self.config, jn.data
         images, labels = batch["inputs"], batch["labels"]
         keys = jax.random.split(rng, 4)
@@ -244,7 +256,7 @@ class ImageClassification(Problem):
         if train and config.mixup:
             one_hot = jax.nn.one_hot(labels, self.dataset.num_classes)
             images, labels = data.mixup(keys[3], images, one_hot, config.mixup)
-        if train and self.shrinks:  # read when a stage's step is traced
-            shape = (len(images), config.small_side, config.small_side, images.shape[-1])
+        if train and small_side:
+            shape = (len(images), small_side, small_side, images.shape[-1])
             images = jax.image.resize(images, shape, "linear")
         return {**batch, "inputs": images, "labels": labels}

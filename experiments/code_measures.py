@@ -1,4 +1,4 @@
-"""The numbers of an autoencoder beyond its loss: bounds, restored noise, the worth of its codes."""
+"""Metrics of an autoencoder beside its loss: bounds, denoising, linear probes of its codes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from experiments.harness.problem import member
 
 
 def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
-    """Estimate the bounds of a variational autoencoder on the same test images.
+    """Estimate two bounds of a variational autoencoder on the same test images.
 
     Args:
         problem: the autoencoder's.
         states: of the population.
 
     Returns:
-        Details for the result in nats per image, means over the population: the evidence lower
-        bound, and the importance-weighted one.
+        Details for the result, in nats per image, means over the population: the evidence lower
+        bound and the importance-weighted bound.
     """
     config, count = problem.config, min(problem.config.bound_images, len(problem.test["labels"]))
     objective = jn.importance_weighted(problem.module, num_samples=config.bound_samples)
@@ -29,8 +29,8 @@ def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
     batches = list(jn.data.sequential_batches(part, min(count, 500))(0))
 
     def mean_bound(objective: jn.Objective) -> float:
-        members = problem.evaluate(states, batches, objective)
-        return round(-float(np.mean([m["loss"].compute() for m in members])), 4)
+        losses = jn.evaluate(problem.eval_step(objective), states, batches)["loss"]
+        return round(-float(np.mean(losses)), 4)
 
     return {
         "evidence_lower_bound": mean_bound(problem.objective),
@@ -41,7 +41,7 @@ def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
 
 
 def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
-    """Measure how much of the noise a denoising autoencoder removes from test images.
+    """Measure how much noise a denoising autoencoder removes from test images.
 
     Args:
         problem: the autoencoder's.
@@ -66,7 +66,7 @@ def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
 
 
 def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
-    """Compare codes with pixels and with as many principal components, on few labels.
+    """Compare codes with pixels and with as many principal components by linear probes.
 
     Args:
         problem: the autoencoder's.
@@ -74,8 +74,8 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
         error: mean squared error of the reconstructions of the test images.
 
     Returns:
-        Details for the result: accuracies of linear classifiers, the error of the principal
-        components, and by how much that of the network is below it.
+        Details for the result: accuracies of the linear probes, the squared error of the principal
+        components, and the relative reduction of it by the network.
     """
     config, train, test = problem.config, problem.train, problem.test
     order = np.random.default_rng(0).permutation(len(train["labels"]))[: config.probe_labels]
@@ -84,12 +84,12 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
     def probe(few: np.ndarray, all_of_test: np.ndarray) -> float:
         return probes.linear_probe(few, labeled["labels"], all_of_test, test["labels"])
 
-    found, size = [], 0
+    accuracies, size = [], 0
     for index in range(config.seeds):
         state = member(problem.evaluated(states), index)
         few, all_of_test = problem.codes(state, labeled), problem.codes(state, test)
         size = few.shape[1]
-        found.append(probe(few, all_of_test))
+        accuracies.append(probe(few, all_of_test))
     pixels, few, all_of_test = (
         problem.images(part).reshape(len(part["labels"]), -1) for part in (train, labeled, test)
     )
@@ -100,11 +100,11 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
     details: dict[str, Any] = {
         "labels": len(order),
         "components": size,
-        "probe_code": round(float(np.mean(found)), 4),
+        "probe_code": round(float(np.mean(accuracies)), 4),
         "probe_pixels": round(probe(few, all_of_test), 4),
         "probe_pca": round(probe(*projected), 4),
     }
-    # The code of a VQ-VAE is made of whole numbers; a denoiser does not see the image itself.
+    # The code of a VQ-VAE is discrete; a denoising autoencoder reads a corrupted image.
     if config.kind not in ("vq-vae", "denoising"):
         pca_error = float(np.mean(np.square(lost)))
         details["pca_squared_error"] = round(pca_error, 6)

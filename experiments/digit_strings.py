@@ -1,19 +1,20 @@
-"""Strings of 3 to 7 spoken digits, recognized as a whole by connectionist temporal classification.
+"""Strings of 3 to 7 spoken digits, recognized with connectionist temporal classification (CTC).
 
     python -m experiments.digit_strings --model gru --seeds 3
 
-Strings are put together from recordings of single digits by one speaker, with silence of random
-length between them: for training fresh ones in every step, from the 2,700 training recordings
-alone; for testing 500 fixed ones from the 300 test recordings alone. Where a digit begins and ends
-is not told. The options of the recipes were chosen with --held-out, as in `experiments.speech`.
+A string concatenates recordings of single digits by one speaker, with silence of random length
+between them. Training strings are drawn at every step from the 2,700 training recordings; the 500
+fixed test strings use the 300 test recordings only. The boundaries of the digits are not given. The
+options of the recipes were chosen with --held-out, as in `experiments.speech`.
 
 The result is the word error rate of the prefix beam search, without a language model, as jiwer
-counts it: substitutions, insertions and deletions per digit spoken.
+counts it: substitutions, insertions and deletions per spoken digit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, Literal
 
 import jax
@@ -29,7 +30,7 @@ from experiments.sound import SoundOptions, SoundTransform, choose_parts
 from jaxnets.generation.ctc import ctc_beam_search, ctc_greedy
 from jaxnets.objectives.sequence import check_ctc_batch
 
-#: Seed of the test strings, and strings in a batch of the evaluation.
+#: Seed of the test strings, and batch size of the evaluation.
 TEST_SEED, EVAL_BATCH = 2018, 50
 
 
@@ -38,21 +39,21 @@ class Config(SoundOptions):
     """Options of the digit string experiment."""
 
     model: Literal["gru", "lstm"] = "gru"
-    """Recurrent network; its recipe sets the defaults shown here."""
+    """Recurrent cell; its recipe sets the other defaults."""
     words: Literal["spoken_digits", "tone_words"] = "spoken_digits"
     """Recordings; tone_words are synthetic and need no download."""
     min_digits: int = 3
-    """Least number of digits in a string."""
+    """Minimum number of digits in a string."""
     max_digits: int = 7
-    """Greatest number of digits in a string."""
+    """Maximum number of digits in a string."""
     max_seconds: float = 6.0
-    """Longest string in training; longer ones are drawn anew. Test strings are of any length."""
+    """Maximum length of a training string; longer ones are redrawn. Test strings have none."""
     test_strings: int = 500
     """Number of test strings."""
     layers: int = 2
     """Recurrent layers."""
     width: int = 128
-    """Channels, and size of the states in each direction."""
+    """Channels, and size of the hidden states of each direction."""
     dropout: float = 0.2
     """Dropout rate."""
     beams: int = 8
@@ -60,13 +61,13 @@ class Config(SoundOptions):
 
 
 class DigitStrings(Problem):
-    """Strings of digits, a network that recognizes them, and how it is trained."""
+    """Strings of digits, a speech recognizer, and its training."""
 
-    steps_per_epoch = 100  # there is no last string; an evaluation and a checkpoint every so often
+    steps_per_epoch = 100  # the stream is infinite: this sets evaluations and checkpoints
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
-        word_error_rate([], [])  # so that a missing package is found before the training
+        word_error_rate([], [])  # fail before the training if the package is missing
         if config.words == "tone_words":
             dataset = jn.data.tone_words()
         else:
@@ -115,30 +116,30 @@ class DigitStrings(Problem):
         )
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Recognize the test strings by prefix beam search, and by the best path."""
+        """Recognize the test strings by prefix beam search and by the best path."""
         said = self.words(self.test["labels"], self.test["label_lengths"])
-        found = self.recognize(states)
+        heard = self.recognize(states)
         rates = {
-            name: np.array([word_error_rate(said, heard) for heard in members])
-            for name, members in found.items()
+            name: np.array([word_error_rate(said, texts) for texts in members])
+            for name, members in heard.items()
         }
-        self.recognized = list(zip(said, found["beam"][0], strict=True))
-        wrong = [[a != b for a, b in zip(said, heard, strict=True)] for heard in found["beam"]]
-        losses = self.evaluate(states, self.eval_batches, self.objective)
+        self.recognized = list(zip(said, heard["beam"][0], strict=True))
+        wrong = [[a != b for a, b in zip(said, texts, strict=True)] for texts in heard["beam"]]
+        losses = jn.evaluate(self.eval_step(), states, self.eval_batches)["loss"]
         return Measured(
             f"{self.part} word error rate",
             rates["beam"],
             details={
                 "greedy_word_error_rate": round(float(rates["greedy"].mean()), 6),
                 "string_error_rate": round(float(np.mean(wrong)), 6),
-                "test_loss": round(float(np.mean([m["loss"].compute() for m in losses])), 6),
+                "test_loss": round(float(np.mean(losses)), 6),
                 "tested_strings": len(said),
                 "tested_words": int(self.test["label_lengths"].sum()),
             },
         )
 
     def recognize(self, states: jn.TrainState) -> dict[str, list[list[str]]]:
-        """Return what each network hears in the test strings, by "beam" and "greedy" decoding."""
+        """Return the transcripts of the test strings by each network, "beam" and "greedy"."""
 
         @jax.jit
         def decode(states: jn.TrainState, batch: jn.Batch) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class DigitStrings(Problem):
         return heard
 
     def words(self, labels: np.ndarray, lengths: np.ndarray) -> list[str]:
-        """Write labels, [strings, digits], as the names of the digits."""
+        """Map labels, [strings, digits], to texts: the names of the digits."""
         return [
             " ".join(self.names[label - 1].replace(" ", "-") for label in row[:length])
             for row, length in zip(labels, lengths, strict=True)
@@ -178,18 +179,18 @@ class DigitStrings(Problem):
             for said, heard in self.recognized
         ]
         (folder.path / "recognized.txt").write_text("\n".join(lines), encoding="utf-8")
-        print("\n".join(lines[:5]), file=training.sys.stderr)
+        print("\n".join(lines[:5]), file=sys.stderr)
 
 
 def word_error_rate(said: list[str], heard: list[str]) -> float:
-    """Return the edits per word that make what was heard of what was said; 0 for no texts.
+    """Return the word error rate of transcripts; 0 for no texts.
 
     Args:
-        said: texts of at least one word, separated by spaces.
-        heard: one for each; may be empty.
+        said: references of at least one word, separated by spaces.
+        heard: transcripts, one per reference; may be empty.
 
     Raises:
-        RunError: the package that counts is not installed.
+        RunError: the package jiwer is not installed.
     """
     try:
         import jiwer

@@ -7,12 +7,12 @@
     python -m experiments.driving --head discretized
     python -m experiments.driving --model gru --no-speedometer
 
-An expert that sees the track drives and is recorded; the network learns its controls from the
-camera and the speed (behavior cloning). Then, round by round, the network drives on new tracks
-and the expert says what it would have done (DAgger: Ross, Gordon and Bagnell 2011,
-arXiv:1011.0686, algorithm 3.1, with the expert driving in the first round only). The result is
-the mean score in closed loop on 50 tracks that nothing was trained or tuned on; --held-out
-measures on tracks of `TUNING_SEEDS` instead, for choosing recipes.
+Drives of an expert that reads the track are recorded, and the network learns its controls from the
+camera and the speed (behavior cloning). Then, in each round, the network drives new tracks and the
+expert labels them with its own controls (DAgger: Ross, Gordon and Bagnell 2011, arXiv:1011.0686,
+algorithm 3.1, with the expert driving in the first round only). The result is the mean score in
+closed loop on 50 tracks that were used neither for training nor for tuning. --held-out evaluates
+on tracks of `TUNING_SEEDS` instead, to choose recipes.
 """
 
 from __future__ import annotations
@@ -55,50 +55,49 @@ class Config(Options):
     """Options of the driving experiment."""
 
     model: ModelName = "pilotnet"
-    """Network; lstm and gru are recurrent layers behind --encoder."""
+    """Network; lstm and gru are recurrent layers after --encoder."""
     encoder: EncoderName = "pilotnet"
-    """What sees the frames in front of a recurrent layer."""
+    """Convolutional network before a recurrent layer."""
     head: HeadName = "gaussian"
-    """How controls are regressed: normal distributions, or probabilities of 21 values each."""
+    """Output head: normal distributions, or probabilities of 21 bins per control."""
     hidden: int = 64
-    """Size of the recurrent layer, or of the dense layer in its place."""
+    """Size of the recurrent layer, or of the dense layer that replaces it."""
     speedometer: bool = True
-    """Give the speed to the network; without it, only a memory of the frames can tell it."""
+    """Use the speed as an input; without it, only recurrent networks can infer it."""
     window: int = 1
-    """Consecutive decisions in a training example, of which --batch-size counts each; recurrent
-    networks need more than one."""
+    """Decisions of a training example; 2 or more if recurrent. --batch-size counts decisions."""
     tracks: int = 40
-    """Tracks on which the expert is recorded at first."""
+    """Tracks of the initial recordings of the expert."""
     noise: float = 0.08
-    """What jostles the expert while it is recorded, see ExpertDriver."""
+    """Standard deviation of the noise on the recorded expert's steering."""
     rounds: int = 0
-    """Rounds in which the network drives and the expert labels."""
+    """Rounds of DAgger: the network drives, the expert labels."""
     round_tracks: int = 20
-    """Tracks of each round."""
+    """Tracks per round."""
     frames_per_decision: int = 4
-    """Frames, of 50 a second, for which controls are held."""
+    """Frames (50 per second) for which the controls of a decision are held."""
     max_frames: int = driving.MAX_FRAMES
-    """Frames after which a drive ends."""
+    """Maximum frames of a drive."""
     test_tracks: int = 50
-    """Tracks for the result."""
+    """Tracks of the final evaluation."""
     held_out: bool = False
-    """Measure on tracks for tuning instead of the test tracks."""
+    """Evaluate on tracks for tuning instead of the test tracks."""
     shift: float = 1.0
-    """Pictures are moved by up to this many meters to either side, with corrected controls."""
+    """Shift the camera by up to this many meters to either side, and correct the controls."""
     turn: float = 0.1
-    """Pictures are turned by up to this many radians."""
+    """Rotate the camera by up to this many radians."""
     mirror: bool = True
-    """Mirror half of the pictures, and their steering."""
+    """Mirror half of the frames, and their steering."""
     shadow: float = 0.4
-    """Darkest shadow on a picture, as a share of the light."""
+    """Strongest random shadow, as a fraction of the light."""
     brightness: float = 0.2
-    """Change of brightness, as a share."""
+    """Maximum change of brightness, as a fraction."""
     workers: int = 0
-    """Processes that hold the cars; 0 is this one."""
+    """Processes that simulate the cars; 0 uses this process."""
 
 
 class Driving(Problem):
-    """An expert, a network that imitates it, and the tracks for both."""
+    """An expert, a network that imitates it, and the tracks of both."""
 
     dataset_name = "CarRacing-v3"
     population_strategy = "map"
@@ -131,21 +130,21 @@ class Driving(Problem):
             self.head,
             inputs=("frames", "speeds"),
             value_names=CONTROL_NAMES,
-            apply=_outputs_alone,
+            apply=_outputs_only,
         )
         self.objective = jn.with_batch_transform(objective, self._transform)
 
     @property
     def stages(self) -> Sequence[int]:
-        """Steps on the expert's drives alone, and then as many behind each round of driving."""
+        """Equally many steps on the expert's drives and after each round."""
         parts = self.config.rounds + 1
         return [round(self.num_steps * part / parts) for part in range(1, parts + 1)]
 
     def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
-        """Let each network drive on new tracks, and add what the expert says to its data."""
+        """Let each network drive new tracks, and add these drives with the expert's labels."""
         if not stage:
             return None
-        config, began = self.config, time.perf_counter()
+        config, started = self.config, time.perf_counter()
         first = config.tracks + (stage - 1) * config.round_tracks
         tracks = driving.TRAINING_SEEDS[first : first + config.round_tracks]
         parts, points = [self.resident], []
@@ -164,8 +163,8 @@ class Driving(Problem):
         self.resident = {
             name: np.concatenate([part[name] for part in parts]) for name in self.resident
         }
-        self.seconds["rounds_seconds"] += time.perf_counter() - began
-        return f"round {stage}: the networks reached {np.mean(points):.0f} points"
+        self.seconds["rounds_seconds"] += time.perf_counter() - started
+        return f"round {stage}: the networks scored {np.mean(points):.0f} points"
 
     def example(self) -> tuple[Any, ...]:
         shape = (driving.NUM_WORLD_ROWS, *driving.FRAME_SHAPE[1:])
@@ -179,7 +178,7 @@ class Driving(Problem):
         def source(first_step: int) -> Iterator[jn.Batch]:
             for batch in order(first_step):
                 rows = pool[batch["indices"]]  # [batch, window]
-                if config.executor == "scan":  # the frames are on the device
+                if config.executor == "scan":  # the frames are on the device: transfer indices only
                     yield {"indices": rows}
                 else:
                     yield {name: array[rows] for name, array in self.resident.items()}
@@ -192,8 +191,8 @@ class Driving(Problem):
         return NetworkDriver(self.module, self.head, state.variables)
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Drive the test tracks, by each network and by the expert."""
-        config, began = self.config, time.perf_counter()
+        """Drive the test tracks with each network and with the expert."""
+        config, started = self.config, time.perf_counter()
         tracks = driving.TUNING_SEEDS if config.held_out else driving.TEST_SEEDS
         tracks = tracks[: config.test_tracks]
         expert = driving.drive(driving.ExpertDriver(), tracks, self._fleet(look=False))
@@ -206,7 +205,7 @@ class Driving(Problem):
         everyone = [score for scores in self.scores for score in scores]
         expert_points = float(np.mean([score.points for score in self.expert_scores]))
         _, half_width = jn.metrics.confidence_interval(points.mean(axis=0))
-        self.seconds["test_seconds"] = time.perf_counter() - began
+        self.seconds["test_seconds"] = time.perf_counter() - started
         frames = sum(score.frames for score in everyone)
         off_road = sum(score.frames_off_road for score in everyone)
         return Measured(
@@ -244,8 +243,8 @@ class Driving(Problem):
         driving_pictures.film(driver, lap, folder.path / "lap.gif", seconds=seconds)
 
     def _recordings(self, name: str, seeds: Sequence[int], noise: float) -> dict[str, np.ndarray]:
-        """Read the drives of the expert, or record them first."""
-        began = time.perf_counter()
+        """Read the drives of the expert; record them if they do not exist."""
+        started = time.perf_counter()
         settings = {
             "seeds": [int(seeds[0]), len(seeds)],
             "noise": noise,
@@ -260,7 +259,7 @@ class Driving(Problem):
             return driving.read_recordings(folder, settings)
         drives = driving.drive(driving.ExpertDriver(noise), seeds, self._fleet())
         arrays = driving.write_recordings(folder, drives, settings)
-        self.seconds["recording_seconds"] += time.perf_counter() - began
+        self.seconds["recording_seconds"] += time.perf_counter() - started
         points = np.mean(driving.read_points(folder))
         print(
             f"recorded {len(seeds)} drives of the expert, {len(arrays['speeds'])} decisions, "
@@ -280,9 +279,9 @@ class Driving(Problem):
         )
 
     def _world(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Keep what is trained on, and of the frames the rows that show the world."""
-        kept = {name: arrays[name] for name in ("speeds", "labels", "decisions")}
-        return {"frames": arrays["frames"][:, : driving.NUM_WORLD_ROWS], **kept}
+        """Select the arrays for training, and crop the frames to the rows that show the world."""
+        others = {name: arrays[name] for name in ("speeds", "labels", "decisions")}
+        return {"frames": arrays["frames"][:, : driving.NUM_WORLD_ROWS], **others}
 
     def _validation(self, arrays: dict[str, np.ndarray]) -> Iterator[jn.Batch]:
         window = self.config.window
@@ -293,21 +292,22 @@ class Driving(Problem):
             yield jax.device_put({**batch, "weights": weights})
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        """Scale the frames, and change them while training; a window is changed as a whole."""
+        """Scale the frames; in training also augment them, each window as a whole."""
         if not train:
             return {**batch, "frames": to_inputs(batch["frames"])}
         config = self.config
-        frames, labels = batch["frames"], batch["labels"]
+        frames, labels = batch["frames"], batch["labels"]  # [examples, window, ...]
         examples, window = frames.shape[:2]
         keys = jax.random.split(rng, 5)
         if config.shift or config.turn:
 
             def draw(key: jax.Array, limit: float) -> jax.Array:
                 drawn = jax.random.uniform(key, (examples, 1), minval=-limit, maxval=limit)
-                # At the start of a drive the scale of the pictures is another one.
+                # The camera zooms at the start of a drive, so `move_car` has no fixed scale there.
                 return jnp.where(batch["decisions"] < driving.ZOOMING_DECISIONS, 0.0, drawn)
 
             place = [draw(keys[0], config.shift).ravel(), draw(keys[1], config.turn).ravel()]
+            # [examples * window, height, width, channels]
             flat = frames.reshape(examples * window, *frames.shape[2:])
             frames = driving.move_car(flat, *place).reshape(frames.shape)
             moved = driving.moved_controls(
@@ -323,34 +323,34 @@ class Driving(Problem):
 
 
 def check_options(config: Config) -> None:
-    """Refuse what would stop the run only later.
+    """Check the options and the simulator before anything is recorded.
 
     Raises:
-        RunError: naming the option, or the package that is missing.
+        RunError: an option is out of range, or a package is missing.
     """
     if config.batch_size < config.window:
         raise RunError(
-            f"--batch-size {config.batch_size} decisions hold no --window of {config.window}; "
+            f"--batch-size {config.batch_size} decisions contain no --window of {config.window}; "
             "give a larger batch or a smaller window"
         )
     if config.model in ("lstm", "gru") and config.window < 2:
         raise RunError(f"--window is {config.window}; give 2 or more for --model {config.model}")
     for name in ("shadow", "brightness"):
         if getattr(config, name) > 1:
-            raise RunError(f"--{name} is {getattr(config, name)}; give a share in [0, 1]")
+            raise RunError(f"--{name} is {getattr(config, name)}; give a fraction in [0, 1]")
     try:
         driving.RacingCar()
     except ImportError as error:
         raise RunError(str(error)) from error
 
 
-def _outputs_alone(*arguments: Any, **keywords: Any) -> tuple[jax.Array, jn.ModelState]:
-    """Call a network, and leave its memory aside."""
+def _outputs_only(*arguments: Any, **keywords: Any) -> tuple[jax.Array, jn.ModelState]:
+    """Apply a network and drop its recurrent state."""
     (outputs, _), model_state = jn.apply_module(*arguments, **keywords)
     return outputs, model_state
 
 
-ALONE = Config(
+FEEDFORWARD = Config(
     steps=1200,
     rounds=2,
     workers=2,
@@ -361,10 +361,10 @@ ALONE = Config(
     average_decay=0.99,
     steps_per_dispatch=20,
 )
-RECURRENT = dataclasses.replace(ALONE, window=8, clip=1.0)
+RECURRENT = dataclasses.replace(FEEDFORWARD, window=8, clip=1.0)
 RECIPES = {
-    "pilotnet": ALONE,
-    "resnet": dataclasses.replace(ALONE, model="resnet"),
+    "pilotnet": FEEDFORWARD,
+    "resnet": dataclasses.replace(FEEDFORWARD, model="resnet"),
     "lstm": dataclasses.replace(RECURRENT, model="lstm"),
     "gru": dataclasses.replace(RECURRENT, model="gru"),
 }

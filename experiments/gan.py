@@ -1,4 +1,4 @@
-"""Generative adversarial networks of images, measured in the features of a classifier.
+"""Generative adversarial networks of images, evaluated in the features of a classifier.
 
     python -m experiments.gan --preset digits --seeds 3
     python -m experiments.gan --dataset fashion_mnist --seeds 5
@@ -7,9 +7,9 @@
     python -m experiments.gan --dataset cifar10 --model resnet --conditional
 
 The value is a classifier-feature distance: the Frechet distance between generated and test images
-in the features of a small classifier that the run trains first on the real training images. It is
-no FID and compares with the values of this classifier only; "floor" is the distance of as many
-training images from the same test images.
+in the features of a small classifier that the run first trains on the real training images. It is
+not an FID: only values of the same classifier are comparable. "floor" is the distance between as
+many training images and the same test images.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ LossName = Literal[
 ]
 DatasetName = Literal["digits", "mnist", "fashion_mnist", "cifar10"]
 
-# Batches of generated images from which averaged parameters get their batch statistics.
-_SETTLING = (50, 64)
+# Batches of generated images, [batches, batch], that recalibrate the batch norms of averaged
+# parameters.
+_RECALIBRATION = (50, 64)
 _COLUMNS = 10
 
 
@@ -48,37 +49,37 @@ class Config(Options):
     """Options of the GAN experiment."""
 
     model: Literal["dcgan", "resnet"] = "dcgan"
-    """Pair of networks."""
+    """Generator and discriminator."""
     dataset: DatasetName = "fashion_mnist"
-    """Images; digits need no download."""
+    """Data set; digits needs no download."""
     loss: LossName = "non_saturating"
-    """What the two networks lower."""
+    """Loss of the two networks."""
     conditional: bool = False
-    """Ask for a class: class-conditional generator, projection discriminator."""
+    """Condition on the class: class-conditional generator, projection discriminator."""
     norm: Literal["none", "batch", "layer", "spectral"] = "spectral"
-    """Of the discriminator; penalties go without batch."""
+    """Norm of the discriminator; batch does not combine with gradient penalties."""
     gradient_penalty: float = 0.0
-    """Factor of the penalty of WGAN-GP; 10 in the paper."""
+    """Weight of the gradient penalty of WGAN-GP; 10 in the paper."""
     r1: float = 0.0
-    """Factor of the squared gradient at real images."""
+    """Weight of the R1 penalty: the squared gradient norm at real images."""
     r2: float = 0.0
-    """Factor of the squared gradient at generated images."""
+    """Weight of the R2 penalty: the squared gradient norm at generated images."""
     critics: int = 1
-    """Updates of the discriminator for one of the generator, all on the batch of the step."""
+    """Discriminator updates per generator update, all on the batch of the step."""
     width: int = 32
     """Channels at half the image size (dcgan), or of every block (resnet)."""
     latent_size: int = 100
-    """Numbers that an image is made of."""
+    """Size of a latent."""
     upsampling: Literal["resize", "subpixel", "transposed"] = "resize"
-    """How the generator doubles the size."""
+    """Upsampling in the generator."""
     beta1: float = 0.5
-    """Decay of Adam's average of gradients."""
+    """Decay of Adam's first moment."""
     generator_rate: float | None = None
-    """Peak rate of the generator; by default --learning-rate, which is the discriminator's."""
+    """Peak learning rate of the generator; by default --learning-rate, the discriminator's."""
     samples: int = 10_000
-    """Generated, training and test images that the measures compare, at most."""
+    """Generated, training and test images that are compared, at most."""
     classifier_epochs: int = 3
-    """Passes over the training set of the classifier whose features measure."""
+    """Epochs of the classifier that provides the features."""
     epochs: float = 5.0
     batch_size: int = 64
     learning_rate: float = 5e-4
@@ -86,11 +87,11 @@ class Config(Options):
     schedule: Literal["cosine", "constant"] = "constant"
     weight_decay: float = 0.0
     average_decay: float = 0.999
-    """Decay of the averaged generator that is measured; 0 measures the last one."""
+    """Decay of the moving average of the generator, which is evaluated; 0 disables averaging."""
 
 
 class Adversaries(Problem):
-    """A data set of images, two networks, and how they are trained."""
+    """A data set of images, a generator and a discriminator, and their training."""
 
     def __init__(self, config: Config, dataset: jn.data.ImageDataset) -> None:
         self.options = self.config = config
@@ -113,13 +114,13 @@ class Adversaries(Problem):
         self.eval_batches = [
             jax.device_put(batch) for _, batch in zip(range(2), batches(0), strict=False)
         ]
-        # The same for every picture and every run.
+        # The same in every image and every run.
         key = jax.random.key(0)
         self.fixed_labels = np.arange(dataset.num_classes).repeat(_COLUMNS).astype(np.int32)
         self.fixed_latents = self._latents(jax.random.fold_in(key, 0), len(self.fixed_labels))
-        self.settling = self._latents(jax.random.fold_in(key, 1), *_SETTLING)
-        self.measuring = jax.random.fold_in(key, 2)
-        self._averaged = jax.jit(lambda states: jax.lax.map(self._settled, states))
+        self.recalibration_latents = self._latents(jax.random.fold_in(key, 1), *_RECALIBRATION)
+        self.evaluation_key = jax.random.fold_in(key, 2)
+        self._averaged = jax.jit(lambda states: jax.lax.map(self._recalibrated, states))
 
     def _make_module(self) -> jn.GAN:
         config = self.config
@@ -173,16 +174,16 @@ class Adversaries(Problem):
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config, train = self.config, self.dataset.train
-        if config.executor == "scan":  # the images are on the device: only indices travel
+        if config.executor == "scan":  # the images are on the device: transfer indices only
             return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
         return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
 
     def evaluated(self, states: jn.TrainState) -> jn.TrainState:
-        """Return the states as they are: the curves are those of the pair that plays."""
+        """Return the states unchanged: the curves show the last parameters, not the average."""
         return states
 
     def hooks(self, folder: RunFolder) -> Sequence[jn.Hook]:
-        """Draw the images of the same latents again and again."""
+        """Draw images of fixed latents during training."""
 
         def draw(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
             path = folder.path / "samples" / f"step_{step:08d}.png"
@@ -191,35 +192,37 @@ class Adversaries(Problem):
         return [jn.every(self.options.eval_every or self.steps_per_epoch, draw)]
 
     def generators(self, states: jn.TrainState) -> list[Mapping[str, Any]]:
-        """Return the variables of every seed, with the averaged generator if there is one."""
+        """Return the variables of every seed, with the averaged generator, if any."""
         variables = self._averaged(states)
         return [member(variables, index) for index in range(self.options.seeds)]
 
-    def _settled(self, state: jn.TrainState) -> Mapping[str, Any]:
+    def _recalibrated(self, state: jn.TrainState) -> Mapping[str, Any]:
         if not self.options.average_decay:
             return state.variables
         params = {**state.params, "generator": jn.averaged_parameters(state)}
         labels = None
         if self.config.conditional:
-            size = _SETTLING[0] * _SETTLING[1]
-            labels = (jnp.arange(size) % self.dataset.num_classes).reshape(_SETTLING)
+            size = _RECALIBRATION[0] * _RECALIBRATION[1]
+            labels = (jnp.arange(size) % self.dataset.num_classes).reshape(_RECALIBRATION)
         variables = {**state.variables, "params": params}
-        return jn.gan.recalibrate_batch_norm(self.module, variables, self.settling, labels)
+        return jn.gan.recalibrate_batch_norm(
+            self.module, variables, self.recalibration_latents, labels
+        )
 
     def fixed_images(self, variables: Mapping[str, Any]) -> np.ndarray:
-        """Return the uint8 images of the fixed latents, a row for each class if there are."""
+        """Return the uint8 images of the fixed latents; if conditional, one row per class."""
         labels = self.fixed_labels if self.config.conditional else None
         return self.generate(variables, self.fixed_latents, labels)
 
     def generate(
         self, variables: Mapping[str, Any], latents: jax.Array, labels: np.ndarray | None
     ) -> np.ndarray:
-        """Return the uint8 images [images, height, width, channels] of latents."""
+        """Generate uint8 images, [images, height, width, channels], from latents."""
         images = jn.generate_images(self.module, variables, latents, labels)
         return grids.to_pixels(images, -1, 1)
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Compare the images of every seed with test images in a classifier's features."""
+        """Compare the images of every seed with test images in the features of the classifier."""
         config, num_classes = self.config, self.dataset.num_classes
         real = RealFeatures.load(
             self.dataset,
@@ -227,22 +230,22 @@ class Adversaries(Problem):
             num_images=config.samples,
             epochs=config.classifier_epochs,
         )
-        latents = self._latents(self.measuring, len(real.test.features))
-        asked = real.test_labels if config.conditional else None
+        latents = self._latents(self.evaluation_key, len(real.test.features))
+        labels = real.test_labels if config.conditional else None
         rows = []
         for variables in self.generators(states):
-            found = real.of(self.generate(variables, latents, asked))
-            predicted = found.logits.argmax(axis=-1)
-            similar = jn.precision_recall(real.test.features, found.features)
+            outputs = real.of(self.generate(variables, latents, labels))
+            predicted = outputs.logits.argmax(axis=-1)
+            quality = jn.precision_recall(real.test.features, outputs.features)
             row = {
-                "distance": jn.frechet_distance(real.test.features, found.features),
-                "precision": similar.precision,
-                "recall": similar.recall,
+                "distance": jn.frechet_distance(real.test.features, outputs.features),
+                "precision": quality.precision,
+                "recall": quality.recall,
                 "class_coverage": jn.class_coverage(predicted, num_classes),
                 "least_class_share": float(jn.metrics.class_shares(predicted, num_classes).min()),
             }
-            if asked is not None:
-                row["class_agreement"] = jn.metrics.class_agreement(found.logits, asked)
+            if labels is not None:
+                row["class_agreement"] = jn.metrics.class_agreement(outputs.logits, labels)
             rows.append(row)
         details = {
             name: [round(row[name], 6) for row in rows] for name in rows[0] if name != "distance"
@@ -274,11 +277,11 @@ class Adversaries(Problem):
         grids.film(frames, folder.path / "training.gif")
 
     def walk(self, variables: Mapping[str, Any], num_walks: int = 5) -> np.ndarray:
-        """Return images on the way from one latent to another, a row for each way."""
+        """Return images along interpolations between latents, one row per interpolation."""
         ends = self.fixed_latents[: 2 * num_walks].reshape(num_walks, 2, -1)
         latents = [jn.gan.interpolate_latents(first, last, _COLUMNS) for first, last in ends]
         labels = None
-        if self.config.conditional:  # the class stays, the rest changes
+        if self.config.conditional:  # the class is constant along a row
             labels = (np.arange(num_walks) % self.dataset.num_classes).repeat(_COLUMNS)
         return self.generate(variables, jnp.concatenate(latents), labels)
 
@@ -297,11 +300,11 @@ def make_problem(config: Config) -> Adversaries:
     """Load the data and build the problem.
 
     Raises:
-        RunError: an option that makes no GAN.
+        RunError: incompatible options.
     """
     if config.norm == "batch" and (config.gradient_penalty or config.r1 or config.r2):
         raise RunError(
-            "--norm batch has no gradient of one image alone, which --gradient-penalty, --r1 and "
+            "--norm batch has no gradient per image, which --gradient-penalty, --r1 and "
             "--r2 need; choose --norm none, layer or spectral"
         )
     load: dict[str, Callable[[], jn.data.ImageDataset]] = {
@@ -313,12 +316,12 @@ def make_problem(config: Config) -> Adversaries:
     return Adversaries(config, load[config.dataset]())
 
 
-# What the recipes of papers share here.
+# Shared by the recipes of papers.
 _LARGE = Config(width=64, epochs=20, learning_rate=2e-4, beta1=0.0)
 
 RECIPES = {
     "dcgan": Config(),
-    # 8 pixels halve once only, which leaves dcgan a discriminator of one convolution.
+    # Images of 8 pixels are halved once, so the discriminator of dcgan would be one convolution.
     "digits": Config(
         dataset="digits",
         model="resnet",

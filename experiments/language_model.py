@@ -5,13 +5,15 @@
     python -m experiments.language_model --model lstm
     python -m experiments.language_model --model gru
 
-Reference: nanoGPT's recipe for a CPU (the preset nanogpt-cpu) ends at a validation loss of 1.88
-nats per character on random windows, its recipe for a GPU (10.7 M parameters) at 1.47.
+Reference: nanoGPT's recipe for a CPU (the preset nanogpt-cpu) reaches a validation loss of 1.88
+nats per character on random windows, its recipe for a GPU (10.7 M parameters) 1.47.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from typing import Any, Literal
 
 import jax
@@ -33,11 +35,11 @@ class Config(Options):
     """Options of the language modeling experiment."""
 
     model: Literal["transformer", "rnn", "lstm", "gru", "mgu", "mingru", "minlstm"] = "transformer"
-    """Network; its recipe sets the defaults shown here."""
+    """Network; its recipe sets the other defaults."""
     corpus: Literal["tiny_shakespeare", "python_topics"] = "tiny_shakespeare"
-    """Text; python_topics is the reference text inside Python and needs no download."""
+    """Text; python_topics is the text of Python's help() topics and needs no download."""
     tokens: Literal["characters", "bytes"] = "characters"
-    """What the network reads and writes."""
+    """Tokens of the network."""
     context: int = 256
     """Tokens per training window."""
     layers: int = 6
@@ -45,27 +47,27 @@ class Config(Options):
     heads: int = 4
     """Attention heads (transformer)."""
     width: int = 256
-    """Size of the residual stream (transformer) or of the states."""
+    """Size of the residual stream (transformer) or of the hidden states."""
     embedding: int = 64
-    """Size of the token vectors (recurrent networks)."""
+    """Size of the token embeddings (recurrent networks)."""
     style: Literal["gpt2", "llama"] = "llama"
-    """Learned positions, layer norm and GELU, or rotary positions, RMS norm and SwiGLU."""
+    """gpt2: learned positions, layer norm, GELU; llama: rotary positions, RMS norm, SwiGLU."""
     dropout: float = 0.1
     """Dropout rate."""
     carry: bool = True
-    """Recurrent networks read the text in order and keep their states from batch to batch."""
+    """Truncated backpropagation through time: carry states across batches (recurrent networks)."""
     stride: int | None = None
-    """Tokens between the windows of the evaluation; by default the context, without overlap."""
+    """Stride of the evaluation windows; by default the context, without overlap."""
     prompt: str = "\n"
-    """Beginning of the printed samples."""
+    """Prompt of the printed samples."""
     sample_tokens: int = 500
     """Length of the printed samples."""
     temperature: float = 0.8
-    """Of the printed samples."""
+    """Sampling temperature."""
 
 
 class LanguageModel(Problem):
-    """A text, a network that predicts its next character, and how it is trained."""
+    """A text, a network that predicts the next token, and its training."""
 
     eval_name = "validation"
 
@@ -91,7 +93,7 @@ class LanguageModel(Problem):
         self.objective = jn.language_modeling(self.module, carry_across_batches=self.carries)
         self.steps_per_epoch = max(len(self.train) // (config.batch_size * config.context), 1)
         windows = self._evaluation_windows()
-        every = max(len(windows) // 8, 1)  # a sample of the text, for the curves
+        every = max(len(windows) // 8, 1)  # a subset, for the curves
         self.eval_batches = [jax.device_put(batch) for batch in windows[::every]]
 
     def _make_module(self) -> Any:
@@ -110,7 +112,7 @@ class LanguageModel(Problem):
         block = {"features": config.width, "num_heads": config.heads}
         if config.style == "llama":
             block |= {"positions": "rotary", "norm": "rms", "activation": "swiglu"}
-            # Two thirds of 4 x width, so that three matrices cost what two do without a gate.
+            # 2/3 of 4 x width: three matrices as large together as the two of an ungated MLP.
             block |= {"mlp_dim": 8 * config.width // 3 // 8 * 8, "use_bias": False}
         return jn.TransformerLM(
             size,
@@ -139,23 +141,19 @@ class LanguageModel(Problem):
     def member_source(self, seed: int) -> jn.BatchSource:
         config = self.config
         sizes = {"batch_size": config.batch_size, "length": config.context}
-        if self.carries:  # in order, so all seeds read the same
+        if self.carries:  # in the order of the text, the same for all seeds
             return jn.data.token_streams(self.train, **sizes)
         return jn.data.token_windows(self.train, seed=seed, **sizes)
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Evaluate on the whole validation text, and on random windows as nanoGPT does."""
+        """Evaluate on the whole validation text, and on random windows like nanoGPT."""
         config = self.config
-        losses = {"all": self._evaluation_windows()}
+        eval_step = self.eval_step()
+        values = np.array(jn.evaluate(eval_step, states, self._evaluation_windows())["loss"])
         source = jn.data.token_windows(
             self.validation, batch_size=64, length=config.context, seed=1_000_003
         )
-        losses["random"] = [batch for _, batch in zip(range(40), source(0), strict=False)]
-        found = {
-            name: [m["loss"].compute() for m in self.evaluate(states, batches, self.objective)]
-            for name, batches in losses.items()
-        }
-        values = np.array(found["all"], np.float64)
+        random_windows = jn.evaluate(eval_step, states, itertools.islice(source(0), 40))["loss"]
         return Measured(
             "validation loss",
             values,
@@ -163,7 +161,7 @@ class LanguageModel(Problem):
             details={
                 "perplexity": round(float(np.exp(values).mean()), 4),
                 "bits": round(float(values.mean() / np.log(2)), 4),
-                "random_windows": round(float(np.mean(found["random"])), 6),
+                "random_windows": round(float(np.mean(random_windows)), 6),
                 "evaluated_tokens": len(self.validation) - 1,
             },
         )
@@ -177,13 +175,13 @@ class LanguageModel(Problem):
         samples = self.sample(member(self.evaluated(states), 0))
         text = "\n\n---\n\n".join(samples) + "\n"
         (folder.path / "samples.txt").write_text(text, encoding="utf-8")
-        print(samples[0], file=training.sys.stderr)
+        print(samples[0], file=sys.stderr)
 
     def sample(self, state: jn.TrainState, num_samples: int = 3) -> list[str]:
         """Continue the prompt.
 
-        A transformer writes half a context at a time, each from the half before, so that it never
-        reads at a position that it has not seen in training.
+        A transformer generates half a context at a time, given the previous half, so that no
+        position exceeds those of training.
         """
         config = self.config
         prompts = np.tile(self.prompt, (num_samples, 1))

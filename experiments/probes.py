@@ -1,4 +1,4 @@
-"""What a code is worth: beside principal components, and as the input of a linear classifier."""
+"""Reference points for codes: principal components, linear probes, signal-to-noise ratios."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def principal_components(vectors: np.ndarray, num_components: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the mean and the directions of the greatest variance.
+    """Return the mean and the directions of largest variance.
 
     Args:
-        vectors: [examples, numbers].
-        num_components: at most as many as numbers.
+        vectors: [examples, features].
+        num_components: at most the number of features.
 
     Returns:
-        [numbers], and orthonormal rows [num_components, numbers].
+        [features], and orthonormal rows [num_components, features].
     """
     mean = vectors.mean(axis=0)
     centered = vectors - mean
@@ -28,13 +28,13 @@ def linear_probe(
 ) -> float:
     """Train a logistic regression on labeled codes.
 
-    The numbers of the codes are standardized; the strength of the L2 penalty is the one that does
-    best on a fifth of the labeled examples when trained on the others.
+    The features are standardized. The strength of the L2 penalty is chosen on a fifth of the
+    labeled examples, held out from training.
 
     Args:
-        codes: [examples, numbers].
+        codes: [examples, features].
         labels: integer [examples].
-        test_codes: [test examples, numbers].
+        test_codes: [test examples, features].
         test_labels: integer [test examples].
 
     Returns:
@@ -54,10 +54,12 @@ def linear_probe(
             model.fit(codes[train], labels[train])
         return float(np.mean(model.predict(x) == y))
 
-    # The examples come in random order.
-    kept = len(codes) - max(len(codes) // 5, 1)
+    # The examples are in random order.
+    num_train = len(codes) - max(len(codes) // 5, 1)
     strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    scores = [accuracy(c, slice(kept), codes[kept:], labels[kept:]) for c in strengths]
+    scores = [
+        accuracy(c, slice(num_train), codes[num_train:], labels[num_train:]) for c in strengths
+    ]
     best = strengths[int(np.argmax(scores))]
     return accuracy(best, slice(None), test_codes, test_labels)
 
@@ -67,7 +69,7 @@ def signal_to_noise(images: np.ndarray, clean: np.ndarray) -> np.ndarray:
 
     Args:
         images: [examples, height, width, channels].
-        clean: the same without noise.
+        clean: the same images without noise.
 
     Returns:
         Decibels, [examples]: 10 log10(1 / mean squared error).

@@ -1,4 +1,4 @@
-"""A small classifier of real images, whose features measure generated ones."""
+"""A small classifier of real images; its features are compared with those of generated images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _STEPS_PER_DISPATCH = 50
 
 @dataclasses.dataclass(frozen=True)
 class RealFeatures:
-    """A trained classifier, and what it makes of real images.
+    """A trained classifier and its outputs for real images.
 
     Attributes:
         module: the classifier.
         variables: its parameters and running statistics.
-        dataset: the images, with the numbers that normalize them.
+        dataset: the images, with the mean and standard deviation that normalize them.
         train: features and logits of training images.
         test: features and logits of as many test images.
-        test_labels: classes of the latter.
+        test_labels: classes of the test images.
     """
 
     module: Any
@@ -43,14 +43,14 @@ class RealFeatures:
     def load(
         cls, dataset: jn.data.ImageDataset, folder: Path, *, num_images: int, epochs: int
     ) -> RealFeatures:
-        """Train the classifier, or read it from the folder where it has been trained.
+        """Train the classifier, or restore it from its checkpoint.
 
-        Seed and recipe are fixed, so that runs on the same images measure with the same features.
+        Seed and recipe are fixed, so runs on the same images use the same features.
 
         Args:
             dataset: real images.
             folder: of its checkpoint.
-            num_images: training and test images to keep the features of, at most.
+            num_images: training and test images whose features are computed, at most.
             epochs: passes over the training set.
 
         Returns:
@@ -72,17 +72,17 @@ class RealFeatures:
         return jn.classifier_features(self.module, self.variables, inputs)
 
     def floor(self) -> dict[str, float]:
-        """Return the measures of training images against test images, and the accuracy."""
+        """Return the metrics of training images against test images, and the accuracy."""
         train, test = self.train.features, self.test.features
         similar = jn.precision_recall(test, train)
         agreement = jn.metrics.class_agreement(self.test.logits, self.test_labels)
-        numbers = {
+        metrics = {
             "floor": jn.frechet_distance(test, train),
             "floor_precision": similar.precision,
             "floor_recall": similar.recall,
             "classifier_accuracy": agreement,
         }
-        return {name: round(number, 6) for name, number in numbers.items()}
+        return {name: round(value, 6) for name, value in metrics.items()}
 
 
 def _make_classifier(dataset: jn.data.ImageDataset) -> jn.ConvNet:

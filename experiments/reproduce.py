@@ -1,4 +1,4 @@
-"""Run registered results again, and say which hold.
+"""Run registered results again and report which hold.
 
     python -m experiments.reproduce digits fashion_mnist_mlp
     python -m experiments.reproduce --table           # write the table of docs/results.md
@@ -28,16 +28,16 @@ from experiments.harness.run_folder import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which rows."""
+    """Rows to run."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Rows of experiments/results.toml; all of them by default."""
+    """Rows of experiments/results.toml; all by default."""
     table: bool = False
     """Write the table of docs/results.md, and run nothing."""
     readme: bool = False
     """With --table: write the short table of README.md instead."""
     out: Path = Path("runs/reproduce")
-    """Folder of the runs."""
+    """Folder of the run folders."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Config,
         args=arguments,
         prog="python -m experiments.reproduce",
-        description=f"Run registered results again, and say which hold. Rows: {rows}.",
+        description=f"Run registered results again and report which hold. Rows: {rows}.",
     )
     with errors_without_traceback():
         unknown = [name for name in config.names if name not in entries]
@@ -93,10 +93,10 @@ def _reproduce(entry: registry.Entry, folder: Path) -> str:
 
 
 def run(command: str, folder: Path) -> dict[str, Any]:
-    """Run a registered command, or go on with it.
+    """Run a registered command, or resume it.
 
     Args:
-        command: that begins with "python -m".
+        command: begins with "python -m".
         folder: of the run.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What experiments on sentences share: batches of sentences of like length."""
+"""Batches of sentences of similar length, for the experiments on sentences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from experiments.harness.problem import Problem
 
 
 class SentenceProblem(Problem):
-    """A problem whose options have `buckets`, and whose batch_size counts sentences.
+    """A problem whose options include `buckets`; its batch_size counts sentences.
 
     A subclass sets the attributes in its constructor.
 
     Attributes:
-        train: encoded examples, as `jaxnets.data.bucketed_batches` takes them.
-        tokens_per_batch: size of a training batch, padding included.
-        tokens_per_pass: size of a batch of an evaluation.
+        train: encoded examples, for `jaxnets.data.bucketed_batches`.
+        tokens_per_batch: tokens of a training batch, padding included.
+        tokens_per_pass: tokens of an evaluation batch, padding included.
     """
 
     config: Any
@@ -39,7 +39,7 @@ class SentenceProblem(Problem):
         )
 
     def one_pass(self, examples: Sequence[Any]) -> list[jn.Batch]:
-        """Return the batches of encoded examples, each once, with their "indices"."""
+        """Return batches that contain each encoded example once, with their "indices"."""
         source = jn.data.bucketed_pass(
             examples, tokens_per_batch=self.tokens_per_pass, num_buckets=self.config.buckets
         )

@@ -1,4 +1,4 @@
-"""Sentiment of sentences from film reviews, good or bad: SST-2, 6,920 sentences, from scratch.
+"""Binary sentiment of sentences from film reviews: SST-2, 6,920 sentences, from scratch.
 
 python -m experiments.sentiment --model lstm --seeds 3
 python -m experiments.sentiment --model transformer --seeds 3
@@ -30,33 +30,33 @@ class Config(Options):
     model: Literal["lstm", "gru", "transformer"] = "lstm"
     """Bidirectional recurrent network or transformer encoder."""
     tokens: Literal["words", "subwords"] = "words"
-    """What the network reads."""
+    """Tokens of the network."""
     min_count: int = 2
-    """Words that occur less often in the training sentences are unknown."""
+    """Minimum count of a word of the vocabulary in the training sentences."""
     vocabulary: int = 4000
-    """Number of subwords."""
+    """Size of the vocabulary of subwords."""
     width: int = 64
-    """Size of the states of a direction, or of the residual stream."""
+    """Size of the hidden states of each direction, or of the residual stream."""
     embedding: int = 64
-    """Size of the token vectors (recurrent networks)."""
+    """Size of the token embeddings (recurrent networks)."""
     layers: int = 1
     """Number of layers."""
     heads: int = 4
     """Attention heads (transformer)."""
     pool: Literal["last", "mean", "max"] = "max"
-    """What the classes are read off (recurrent networks; a transformer reads the mean)."""
+    """Pooling before the logits (recurrent networks; the transformer uses the mean)."""
     dropout: float = 0.5
     """Dropout rate."""
     word_dropout: float = 0.1
-    """Probability that a token of a training sentence is read as an unknown one."""
+    """Probability that a token of a training sentence is replaced by the unknown token."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the training labels."""
     buckets: int = 5
-    """Groups of sentences of like length; each is one compiled shape."""
+    """Groups of sentences of similar length; each compiles one program."""
 
 
 class Sentiment(SentenceProblem):
-    """Labeled sentences, a classifier and how it is trained; batch_size counts sentences."""
+    """Labeled sentences, a classifier and its training; batch_size counts sentences."""
 
     eval_name = "validation"
     tokens_per_pass = 4096
@@ -121,7 +121,7 @@ class Sentiment(SentenceProblem):
         return list(zip(ids, sentences.labels.tolist(), strict=True))
 
     def drop_words(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        """Make some tokens unknown in training: no sentence may hang on a single one."""
+        """Replace random tokens by the unknown token in training."""
         if not train:
             return batch
         dropped = jax.random.bernoulli(rng, self.config.word_dropout, batch["inputs"].shape)
@@ -131,29 +131,29 @@ class Sentiment(SentenceProblem):
         return (self.eval_batches[0]["inputs"][:1],)
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Evaluate on the test sentences: per seed, and the confusion of all."""
+        """Evaluate on the test sentences; the confusion is the mean over the networks."""
         metrics = {
             "accuracy": jn.metrics.accuracy,
             "confusion": jn.metrics.confusion_matrix,
             "calibration": jn.metrics.calibration,
         }
-        objective = jn.classification(self.module, metrics=metrics)
-        test = self.one_pass(self._encode(self.dataset.test))
-        members = self.evaluate(states, test, objective)
-        validation = self.evaluate(states, self.eval_batches, objective)
-        self.confusion = np.mean([m["confusion"].total for m in members], axis=0)
-
-        def mean(values: list[Any]) -> float:
-            return round(float(np.mean(values)), 6)
-
-        calibration_error = jn.metrics.expected_calibration_error
+        eval_step = self.eval_step(jn.classification(self.module, metrics=metrics))
+        test_batches = self.one_pass(self._encode(self.dataset.test))
+        test = jn.evaluate(eval_step, states, test_batches)
+        validation = jn.evaluate(eval_step, states, self.eval_batches)
+        # Shares of all sentences, [seeds, true class, predicted class], to counts.
+        self.confusion = (test["confusion"].mean(axis=0) * len(self.dataset.test)).round(3)
+        calibration_error = [
+            jn.metrics.expected_calibration_error(jn.Mean(bins, 1.0))
+            for bins in test["calibration"]
+        ]
         return Measured(
             "test accuracy",
-            np.array([float(m["accuracy"].compute()) for m in members]),
+            np.array(test["accuracy"]),
             details={
-                "validation_accuracy": mean([m["accuracy"].compute() for m in validation]),
-                "test_loss": mean([m["loss"].compute() for m in members]),
-                "calibration_error": mean([calibration_error(m["calibration"]) for m in members]),
+                "validation_accuracy": round(float(np.mean(validation["accuracy"])), 6),
+                "test_loss": round(float(np.mean(test["loss"])), 6),
+                "calibration_error": round(float(np.mean(calibration_error)), 6),
                 "vocabulary": self.tokenizer.vocabulary_size,
             },
         )
@@ -174,7 +174,7 @@ class Sentiment(SentenceProblem):
         (folder.path / "mistakes.txt").write_text("".join(lines), encoding="utf-8")
 
     def probabilities(self, states: jn.TrainState, sentences: Any) -> np.ndarray:
-        """Class probabilities [sentences, classes], averaged over the networks."""
+        """Return class probabilities [sentences, classes], averaged over the networks."""
 
         @jax.jit
         def predict(states: jn.TrainState, batch: jn.Batch) -> jax.Array:
@@ -184,10 +184,10 @@ class Sentiment(SentenceProblem):
 
             return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
 
-        found = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
+        probabilities = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
         for batch in self.one_pass(self._encode(sentences)):
-            found[batch["indices"]] = predict(states, batch)
-        return found
+            probabilities[batch["indices"]] = predict(states, batch)
+        return probabilities
 
 
 def mistakes(
@@ -198,17 +198,17 @@ def mistakes(
     *,
     num_shown: int = 50,
 ) -> list[str]:
-    """List the wrongly classified sentences of which the networks were most sure.
+    """List the misclassified sentences, the most confident predictions first.
 
     Args:
         texts: the sentences.
         labels: integer [sentences].
         probabilities: [sentences, classes].
         class_names: names in the order of the classes.
-        num_shown: lines at most.
+        num_shown: maximum number of lines.
 
     Returns:
-        A line for each, the most confident first.
+        A line per sentence.
     """
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)

@@ -1,4 +1,4 @@
-"""What the experiments on sound share: their options, and log-mel features inside the step."""
+"""Options of the experiments on sound, and log-mel features computed inside the step."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 import jaxnets as jn
 from experiments.harness.options import Options
 
-#: Of the recordings of a word by a speaker, the share that --held-out measures on: with the spoken
-#: digits those numbered 5 to 9 of 5 to 49.
+#: Fraction of the recordings of a word by a speaker on which --held-out evaluates: of the spoken
+#: digits numbers 5 to 9 of 5 to 49.
 HELD_OUT = 1 / 9
 
 
 @dataclasses.dataclass(frozen=True)
 class SoundOptions(Options):
-    """Options of an experiment on sound; how sound is changed, it is changed in training only."""
+    """Options of an experiment on sound; augmentation applies to training only."""
 
     held_out: bool = False
-    """Measure on a ninth of the training recordings, kept out of training, to choose options by."""
+    """Hold out a ninth of the training recordings and evaluate on it, to choose options."""
     mels: int = 40
-    """Features per frame; frames are 25 ms long and 10 ms apart."""
+    """Mel bands per frame; frames are 25 ms long and 10 ms apart."""
     shift: float = 0.0
-    """Greatest shift in time, in seconds; what is moved over an end is lost."""
+    """Maximum shift in time, in seconds; samples shifted beyond an end are lost."""
     speed: float = 0.0
-    """Greatest change of the speed, as a share."""
+    """Maximum change of the speed, as a fraction."""
     noise: float = 0.0
-    """Least signal-to-noise ratio of added noise, in decibels (the greatest is 40); 0 is none."""
+    """Minimum signal-to-noise ratio of added noise, in decibels (maximum 40); 0 disables this."""
     gain: float = 0.0
-    """Greatest change of the level, in decibels."""
+    """Maximum change of the level, in decibels."""
     time_mask: int = 0
-    """Greatest width of each of two masks of frames."""
+    """Maximum width of each of two masks of frames."""
     frequency_mask: int = 0
-    """Greatest width of each of two masks of features."""
+    """Maximum width of each of two masks of mel bands."""
 
 
 _MAX_NOISE_RATIO = 40.0
@@ -42,13 +42,13 @@ _MAX_NOISE_RATIO = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class SoundTransform:
-    """Turn recordings into standardized log-mel features, changed at random in training.
+    """Map recordings to standardized log-mel features, with random augmentation in training.
 
     Attributes:
-        options: what is changed, and by how much.
+        options: of the augmentation.
         sample_rate: of the recordings, in hertz.
-        keep_time: cut what a slower speed moves beyond the end of the array, so that the number of
-            frames is that of evaluation; otherwise the array grows.
+        keep_time: truncate slowed-down recordings to the length of the array, so that training has
+            as many frames as evaluation; otherwise the array grows.
     """
 
     options: SoundOptions
@@ -57,11 +57,11 @@ class SoundTransform:
 
     @property
     def log_mel(self) -> jn.data.LogMel:
-        """The features before they are standardized."""
+        """The features before standardization."""
         return jn.data.LogMel(self.sample_rate, num_mels=self.options.mels)
 
     def __call__(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
-        """Replace "inputs", int16 [batch, time], by features, and "lengths" by those in frames."""
+        """Map "inputs", int16 [batch, time], to [batch, frames, mels], and "lengths" to frames."""
         options, data = self.options, jn.data
         samples, lengths = data.to_waveform(batch["inputs"]), batch["lengths"]
         keys = jax.random.split(rng, 5)
@@ -84,9 +84,9 @@ class SoundTransform:
             decibels = {"min_decibels": -options.gain, "max_decibels": options.gain}
             samples = data.random_gain(keys[3], samples, **decibels)
         features, lengths = self.log_mel(samples, lengths), self.log_mel.frames(lengths)
-        # One mean and variance for all features together: that takes out the loudness of a word and
-        # leaves the mean spectrum, which tells much about one as short as these.
-        flat = features.reshape(len(features), -1, 1)
+        # One mean and variance over all bands of a recording: it removes the loudness and keeps the
+        # mean spectrum, which is informative for words as short as these.
+        flat = features.reshape(len(features), -1, 1)  # [batch, frames * mels, 1]
         features = data.standardize(flat, lengths * options.mels).reshape(features.shape)
         if train and (options.time_mask or options.frequency_mask):
             features = data.spec_augment(
@@ -103,24 +103,23 @@ class SoundTransform:
 def choose_parts(
     dataset: jn.data.SpeechDataset, options: SoundOptions
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
-    """Choose what a run trains on and what it measures on.
+    """Choose the recordings for training and for evaluation.
 
     Args:
         dataset: recordings.
         options: of the run.
 
     Returns:
-        The recordings to train on, those to measure on, and what to call the latter: "test", or
-        with --held-out "held-out", a part of the training recordings: the first ones of each word
-        by each speaker.
+        The recordings for training, those for evaluation, and the name of the latter: "test", or
+        "held-out" with --held-out: the first training recordings of each word by each speaker.
     """
     if not options.held_out:
         return dict(dataset.train), dict(dataset.test), "test"
     train = dataset.train
     groups = train["labels"] * len(dataset.speaker_names) + train["speakers"]
-    kept = np.ones(len(groups), bool)
+    held_out = np.zeros(len(groups), bool)
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
-        kept[members[: round(HELD_OUT * len(members))]] = False
-    parts = ({name: array[chosen] for name, array in train.items()} for chosen in (kept, ~kept))
+        held_out[members[: round(HELD_OUT * len(members))]] = True
+    parts = ({name: array[rows] for name, array in train.items()} for rows in (~held_out, held_out))
     return (*parts, "held-out")

@@ -6,8 +6,8 @@
     python -m experiments.speech --model transformer --seeds 3
 
 The split is the official one of the Free Spoken Digit Dataset: of the 50 recordings of each digit
-by each speaker, numbers 0 to 4 are the test part. The options of the recipes were chosen with
---held-out, which measures on recordings 5 to 9 and trains on the others.
+by each speaker, numbers 0 to 4 are the test set. The options of the recipes were chosen with
+--held-out, which evaluates on recordings 5 to 9 and trains on the others.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Config(SoundOptions):
     """Options of the spoken word experiment."""
 
     model: Literal["convnet", "lstm", "gru", "transformer"] = "convnet"
-    """Network; its recipe sets the defaults shown here."""
+    """Network; its recipe sets the other defaults."""
     words: Literal["spoken_digits", "tone_words"] = "spoken_digits"
     """Recordings; tone_words are synthetic and need no download."""
     max_seconds: float = 1.0
-    """Longer recordings are cut here."""
+    """Longer recordings are truncated to this length."""
     layers: int = 3
     """Number of layers."""
     width: int = 128
-    """Channels, size of the states in each direction, or size of the residual stream."""
+    """Channels, size of the hidden states of each direction, or of the residual stream."""
     dropout: float = 0.3
     """Dropout rate."""
     label_smoothing: float = 0.0
@@ -48,7 +48,7 @@ class Config(SoundOptions):
 
 
 class SpokenWords(Problem):
-    """Recordings of single words, a network that tells them apart, and how it is trained."""
+    """Recordings of single words, a classifier, and its training."""
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
@@ -56,7 +56,7 @@ class SpokenWords(Problem):
         self.dataset_name = dataset.name
         self.train, self.test, self.part = choose_parts(dataset, config)
         self.module = self._make_module()
-        # Each is the faster one on CPU.
+        # The faster one on CPU.
         self.population_strategy = "map" if config.model == "convnet" else "vmap"
         self.resident = self.train
         self.steps_per_epoch = max(len(self.train["labels"]) // config.batch_size, 1)
@@ -99,9 +99,7 @@ class SpokenWords(Problem):
 
     def _transform(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         batch = self.sound(batch, rng, train)
-        if (
-            self.config.model == "convnet"
-        ):  # reads the silence behind the words like any other sound
+        if self.config.model == "convnet":  # convolves the padding like silence
             del batch["lengths"]
         return batch
 
@@ -111,12 +109,12 @@ class SpokenWords(Problem):
 
     def member_source(self, seed: int) -> jn.BatchSource:
         config = self.config
-        if config.executor == "scan":  # the recordings are on the device: only indices travel
+        if config.executor == "scan":  # the recordings are on the device
             return jn.data.index_batches(len(self.train["labels"]), config.batch_size, seed=seed)
         return jn.data.shuffled_batches(self.train, config.batch_size, seed=seed)
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Evaluate the final networks: per seed and speaker, and the confusion of all."""
+        """Evaluate the final networks, per seed and speaker; the confusion is their mean."""
         labels, speakers = self.test["labels"], self.test["speakers"]
         self.probabilities = self.predict(states)
         predicted = self.probabilities.argmax(-1)
@@ -124,12 +122,12 @@ class SpokenWords(Problem):
         self.confusion = np.zeros((self.dataset.num_classes,) * 2)
         for row in predicted:
             np.add.at(self.confusion, (labels, row), 1 / len(predicted))
-        members = self.evaluate(states, self.eval_batches, self.objective)
+        losses = jn.evaluate(self.eval_step(), states, self.eval_batches)["loss"]
         return Measured(
             f"{self.part} accuracy",
             right.mean(axis=1),
             details={
-                "test_loss": round(float(np.mean([m["loss"].compute() for m in members])), 6),
+                "test_loss": round(float(np.mean(losses)), 6),
                 "accuracy_by_speaker": {
                     name: round(float(right[:, speakers == index].mean()), 6)
                     for index, name in enumerate(self.dataset.speaker_names)
@@ -138,7 +136,7 @@ class SpokenWords(Problem):
         )
 
     def predict(self, states: jn.TrainState) -> np.ndarray:
-        """Return the class probabilities that each network gives, [seeds, examples, classes]."""
+        """Return the class probabilities of each network, [seeds, examples, classes]."""
 
         @jax.jit
         def probabilities(states: jn.TrainState, batch: jn.Batch) -> jax.Array:
@@ -162,9 +160,10 @@ class SpokenWords(Problem):
         panels = {"loss": ("loss", "test/loss"), "accuracy": ("accuracy", "test/accuracy")}
         figures.curves(history, panels, folder.path / "curves.png")
         figures.confusion(self.confusion, names, folder.path / "confusion.png")
-        # Without the lengths, so that the silence behind a word is as dark as any other silence.
+        # Without the lengths, so that the padding is as dark as silence within a word.
         log_mels = np.asarray(jax.jit(self.sound.log_mel)(self.test["inputs"]))
-        images = np.swapaxes(log_mels, 1, 2)[:, ::-1, :, None]  # low sounds at the bottom
+        # [examples, mels, frames, 1], low frequencies at the bottom
+        images = np.swapaxes(log_mels, 1, 2)[:, ::-1, :, None]
         probabilities = self.probabilities.mean(axis=0)
         figures.mistakes(images, labels, probabilities, names, folder.path / "mistakes.png")
 

@@ -3,9 +3,9 @@
     python -m experiments.translation --model transformer
     python -m experiments.translation --model gru
 
-The result is BLEU on test2016 as sacrebleu computes it by default (mixed case, tokenization 13a)
-on sentences as they stand in the files: no lower case, no tokenization of ours. Numbers in papers
-on Multi30k are mostly of lower-cased, tokenized text, where the same translations score higher:
+The result is BLEU on test2016 as sacrebleu computes it by default (mixed case, tokenization 13a),
+on the sentences of the files without lower-casing or tokenization. Papers on Multi30k mostly report
+BLEU of lower-cased, tokenized text, where the same translations score higher:
 38.3 for a recurrent network with attention (Caglayan et al. 2017, arXiv:1707.04481), 41.0 for a
 transformer of 2.6 M parameters (Wu et al. 2021, arXiv:2105.14462).
 """
@@ -13,6 +13,7 @@ transformer of 2.6 M parameters (Wu et al. 2021, arXiv:2105.14462).
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, Literal
 
 import jax
@@ -35,21 +36,21 @@ class Config(Options):
     """Options of the translation experiment."""
 
     model: Literal["transformer", "gru", "lstm"] = "transformer"
-    """Encoder and decoder; the recurrent ones with attention."""
+    """Encoder-decoder network; the recurrent ones with attention."""
     attention: Literal["bahdanau", "luong"] = "bahdanau"
     """Attention of the recurrent networks."""
     vocabulary: int = 6000
     """Subword tokens, shared by both languages."""
     width: int = 256
-    """Size of the residual stream, or of the states."""
+    """Size of the residual stream, or of the hidden states."""
     embedding: int = 256
-    """Size of the token vectors (recurrent networks)."""
+    """Size of the token embeddings (recurrent networks)."""
     hidden: int = 512
     """Width of the feed-forward networks (transformer)."""
     encoder_layers: int = 3
-    """Number of layers that read (transformer)."""
+    """Encoder layers (transformer)."""
     decoder_layers: int = 2
-    """Number of layers that write (transformer)."""
+    """Decoder layers (transformer)."""
     heads: int = 4
     """Attention heads (transformer)."""
     dropout: float = 0.3
@@ -57,22 +58,22 @@ class Config(Options):
     label_smoothing: float = 0.1
     """Weight of the uniform distribution in the training labels."""
     buckets: int = 8
-    """Groups of sentences of like length; each is one compiled shape."""
+    """Groups of sentences of similar length; each compiles one program."""
     beams: int = 5
-    """Width of the beam search."""
+    """Number of beams."""
     length_penalty: float = 1.0
     """Exponent of the length normalization in the beam search."""
 
 
 class Translation(SentenceProblem):
-    """Sentence pairs, an encoder-decoder and how it is trained; batch_size counts sentences."""
+    """Sentence pairs, an encoder-decoder and its training; batch_size counts sentences."""
 
     eval_name = "validation"
     tokens_per_pass = 2048
 
     def __init__(self, config: Config) -> None:
         self.options = self.config = config
-        bleu_metric()  # so that a missing package is found before the training
+        bleu_metric()  # fail before the training if the package is missing
         self.dataset = dataset = jn.data.multi30k(config.data)
         self.dataset_name = dataset.name
         self.tokenizer = jn.data.SubwordTokenizer.train(
@@ -83,7 +84,7 @@ class Translation(SentenceProblem):
         self.tokens_per_batch = config.batch_size * round(float(np.mean(longest)))
         self.num_tokens = max(longest) + 1
         self.module = self._make_module()
-        self.start = jax.jit(self._start)  # once, so that what it compiles serves every call
+        self.start = jax.jit(self._start)  # one jit, so that all calls share its cache
         self.objective = jn.sequence_to_sequence(
             self.module, label_smoothing=config.label_smoothing
         )
@@ -145,7 +146,7 @@ class Translation(SentenceProblem):
             The translations, in the same order.
         """
         variables = {"params": state.params}
-        # The target is not read; the pass wants some, and pads by the longer side.
+        # `one_pass` needs targets; they are not used.
         pairs = [(ids, ids) for ids in map(self.tokenizer.encode, sentences)]
         translations = [""] * len(sentences)
         for batch in self.one_pass(pairs):
@@ -169,7 +170,7 @@ class Translation(SentenceProblem):
         return self.module.apply(variables, inputs, lengths, self.num_tokens + 1, method="start")
 
     def measure(self, states: jn.TrainState) -> Measured:
-        """Translate the test set with the width of the options, and greedily."""
+        """Translate the test set by beam search and greedily."""
         sources = [source for source, _ in self.dataset.test]
         references = [target for _, target in self.dataset.test]
         metric = bleu_metric()
@@ -182,6 +183,7 @@ class Translation(SentenceProblem):
                 self.samples = list(zip(sources, references, translations, strict=True))
             plain = self.translate(state, sources, num_beams=1)
             greedy.append(metric.corpus_score(plain, [references]).score)
+        validation = jn.evaluate(self.eval_step(), states, self.eval_batches)
         return Measured(
             "test2016 score",
             np.array(beam),
@@ -189,14 +191,10 @@ class Translation(SentenceProblem):
             details={
                 "greedy": round(float(np.mean(greedy)), 4),
                 "bleu_signature": str(metric.get_signature()),
-                "validation_loss": round(float(np.mean(self._validation_loss(states))), 6),
+                "validation_loss": round(float(np.mean(validation["loss"])), 6),
                 "vocabulary": self.tokenizer.vocabulary_size,
             },
         )
-
-    def _validation_loss(self, states: jn.TrainState) -> list[float]:
-        members = self.evaluate(states, self.eval_batches, self.objective)
-        return [float(metrics["loss"].compute()) for metrics in members]
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
@@ -212,7 +210,7 @@ class Translation(SentenceProblem):
             for source, reference, translation in self.samples
         ]
         (folder.path / "translations.txt").write_text("\n".join(lines), encoding="utf-8")
-        print("\n".join(lines[:3]), file=training.sys.stderr)
+        print("\n".join(lines[:3]), file=sys.stderr)
         source, _, translation = self.samples[0]
         weights, labels = self.attention(member(self.evaluated(states), 0), source, translation)
         figures.attention(weights, *labels, folder.path / "attention.png")
@@ -220,10 +218,11 @@ class Translation(SentenceProblem):
     def attention(
         self, state: jn.TrainState, source: str, translation: str
     ) -> tuple[np.ndarray, tuple[list[str], list[str]]]:
-        """Return what each written token looked at: [target, source], and the tokens' texts."""
-        read, said = self.tokenizer.encode(source), self.tokenizer.encode(translation)
-        inputs, decoder_inputs = read[None], np.concatenate([[BEGIN], said])[None]
-        lengths = np.array([len(read)])
+        """Return cross-attention probabilities [target, source] and the texts of both axes."""
+        source_ids = self.tokenizer.encode(source)
+        target_ids = self.tokenizer.encode(translation)
+        inputs, decoder_inputs = source_ids[None], np.concatenate([[BEGIN], target_ids])[None]
+        lengths = np.array([len(source_ids)])
         _, recorded = jn.capture(
             self.module, {"params": state.params}, inputs, decoder_inputs, lengths
         )
@@ -232,8 +231,8 @@ class Translation(SentenceProblem):
             weights = layers[max(layers)]["cross_attention"]["weights"].mean(axis=1)
         else:
             weights = recorded["attention"]
-        texts = [self.tokenizer.decode([index]).strip() for index in (*read, *said)]
-        labels = texts[: len(read)], [*texts[len(read) :], "(end)"]
+        texts = [self.tokenizer.decode([index]).strip() for index in (*source_ids, *target_ids)]
+        labels = texts[: len(source_ids)], [*texts[len(source_ids) :], "(end)"]
         return np.asarray(weights[0]), labels
 
 

@@ -22,5 +22,5 @@ def stopped_at_three(monkeypatch):
             "experiments.harness.training.jn.every",
             lambda steps, hook: every(3, stop) if steps == 6 else every(steps, hook),
         )
-        with pytest.raises(Stopped, match="go on with --resume"):
+        with pytest.raises(Stopped, match="continue with --resume"):
             yield

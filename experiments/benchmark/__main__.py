@@ -1,4 +1,4 @@
-"""The command line of the benchmark; the last line printed is the result as JSON."""
+"""The command line of the benchmark; its last line of output is the result as JSON."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from jaxnets.host import usable_cores
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured, against whom, how long."""
+    """Workloads, competitors and duration of the benchmark."""
 
     workloads: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of workloads; by default all of the platform."""
+    """Names of workloads; by default all of --platform."""
     against: tuple[str, ...] = tuple(
         name for name in COMPETITORS if name not in (REFERENCE, ON_REQUEST)
     )
-    """Competitors beside jaxnets."""
+    """Competitors of jaxnets."""
     rounds: int = 5
-    """Turns of each competitor."""
+    """Turns per competitor."""
     seconds: float = 3.0
-    """Length of a turn; a turn has at least one call."""
+    """Duration of a turn, which has at least one call."""
     platform: Literal["cpu", "gpu"] = "cpu"
-    """Where all is computed; by default, a GPU has workloads of its own."""
+    """Where everything is computed; each platform has its own default workloads."""
     threads: int | None = None
-    """Cores that each competitor may use; by default all."""
+    """Cores per competitor; by default all."""
     tiny: bool = False
-    """Small shapes, to see that every side runs; the times mean nothing."""
+    """Small shapes, to check that every side runs; the times are meaningless."""
     data: Path | None = None
-    """Folder of Fashion-MNIST; by default it is searched for."""
+    """Folder of Fashion-MNIST; `python -m jaxnets doctor` shows where it is searched by default."""
     out: Path = Path("runs/benchmark")
     """Folder of this run."""
     resume: bool = False
-    """Go on with the workloads that an interrupted run has not measured."""
+    """Measure the workloads that an interrupted run has not measured."""
 
 
-#: Load of the machine below which nothing else of weight runs.
+#: Load average below which no other work disturbs the measurement.
 _QUIET = 0.5
 
 
@@ -71,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         The content of `result.json`.
 
     Raises:
-        RunError: an unknown name, a number that makes no run, or a folder that does not fit.
+        RunError: a name is unknown, an option out of range, or the folder contains another run.
     """
     _check(config)
     folder = RunFolder(config.out)
@@ -81,8 +81,8 @@ def run(config: Config) -> dict[str, Any]:
         return finished
     load = round(os.getloadavg()[0], 2)
     if load > _QUIET:
-        print(f"the load is {load}: other work makes the times mean less", file=sys.stderr)
-    # Workloads that are measured are the checkpoints of this run.
+        print(f"the load average is {load}: other work disturbs the times", file=sys.stderr)
+    # The measured workloads are the checkpoints of this run.
     folder.checkpoints.mkdir(exist_ok=True)
     results: dict[str, Any] = {}
     for name in config.workloads or _names(config.platform):
@@ -133,7 +133,7 @@ def _names(platform: str) -> list[str]:
 
 
 def _files(config: Config) -> tuple[str, str]:
-    """Return the files of the training images and labels, downloaded where they are not found."""
+    """Return the files of the training images and labels; download them if they are missing."""
     images_file, labels_file, *_ = (
         str(files.fetch(file, config.data)) for file in images.FASHION_MNIST_FILES
     )
@@ -168,14 +168,14 @@ def _check(config: Config) -> None:
         )
     if config.threads is not None and not 1 <= config.threads <= usable_cores():
         raise RunError(
-            f"--threads is {config.threads}; this machine has 1 to {usable_cores()} for you"
+            f"--threads is {config.threads}; give 1 to {usable_cores()}, the cores of this process"
         )
 
 
 def _description() -> str:
     return (
-        f"Workloads: {', '.join(WORKLOADS)}. Competitors: {', '.join(COMPETITORS)}. The peers come "
-        "with pip install -e '.[benchmark]'; what is not installed is left out and said."
+        f"Workloads: {', '.join(WORKLOADS)}. Competitors: {', '.join(COMPETITORS)}. The other "
+        "libraries come with pip install -e '.[benchmark]'; one that is not installed is skipped."
     )
 
 

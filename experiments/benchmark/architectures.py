@@ -1,6 +1,6 @@
-"""The networks as numbers; each side builds them with its own means.
+"""The architectures as dataclasses; each side builds them in its own library.
 
-Imported by every process that is measured, so it knows no library.
+Every measured process imports this module, so it imports no library.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network(abc.ABC):
-    """An architecture as numbers.
+    """An architecture.
 
     Attributes:
-        num_outputs: classes, or tokens of the vocabulary; a generative network of images has
-            neither.
+        num_outputs: classes, or size of the vocabulary; unused by generative networks of images.
     """
 
     num_outputs: int = 10
@@ -38,7 +37,7 @@ class Network(abc.ABC):
 
     @property
     def input_range(self) -> tuple[float, float] | None:
-        """Least and greatest value of an input that has to lie in a range, else None."""
+        """Minimum and maximum of the inputs; None if they are unbounded."""
         return None
 
 
@@ -61,7 +60,7 @@ class Perceptron(Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolutional(Network):
-    """3x3 convolutions, each with ReLU and a 2x2 max pool; then dense layers with ReLU between.
+    """3x3 convolutions, each with ReLU and 2x2 max pooling, then dense layers with ReLU.
 
     Attributes:
         image: height, width, channels.
@@ -79,14 +78,14 @@ class Convolutional(Network):
 
     @property
     def num_flat(self) -> int:
-        """Features behind the last pool, all pixels side by side."""
+        """Features after the last pool, flattened."""
         shrunk = 2 ** len(self.channels)
         return self.image[0] // shrunk * (self.image[1] // shrunk) * self.channels[-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Residual(Network):
-    """ResNet-18 with the stem for CIFAR: 3x3 of stride 1 and no pool.
+    """ResNet-18 with the stem for CIFAR: a 3x3 convolution of stride 1, no pooling.
 
     Attributes:
         image: height, width, channels.
@@ -110,14 +109,14 @@ class Residual(Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks(Network):
-    """Transformer blocks: norm, attention, norm, four times as wide a layer with tanh GELU.
+    """Pre-norm transformer blocks with an MLP of 4 x width and tanh GELU.
 
     Attributes:
         num_layers: number of blocks.
         num_heads: attention heads.
         width: features.
-        scanned: compute the blocks in a loop over their stacked parameters, which is one block to
-            compile; jaxnets only.
+        scanned: scan over the stacked parameters of the blocks, so that one block is compiled;
+            jaxnets only.
     """
 
     num_layers: int
@@ -128,11 +127,11 @@ class Blocks(Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageTransformer(Blocks):
-    """GPT: token and position vectors, causal blocks, a norm, logits without a bias.
+    """GPT: token and position embeddings, causal blocks, a norm, logits without a bias.
 
     Attributes:
         context: tokens, and number of learned positions.
-        tied: the logits are read off the token vectors.
+        tied: share the token embeddings with the output layer.
     """
 
     context: int
@@ -175,11 +174,11 @@ class Vision(Blocks):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecurrentLanguage(Network):
-    """Token vectors, LSTM layers, logits with a bias.
+    """Token embeddings, LSTM layers, logits with a bias.
 
     Attributes:
-        embedding: size of the token vectors.
-        hidden: size of the states.
+        embedding: size of the token embeddings.
+        hidden: size of the hidden states.
         num_layers: number of layers.
         time: tokens.
     """
@@ -204,11 +203,11 @@ class RecurrentLanguage(Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BidirectionalGRU(Network):
-    """A GRU in each direction; the logits see the last state of both.
+    """A GRU in each direction; the logits read the last states of both.
 
     Attributes:
         channels: features of a frame.
-        hidden: size of the states.
+        hidden: size of the hidden states.
         time: frames.
     """
 
@@ -223,14 +222,14 @@ class BidirectionalGRU(Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VariationalAutoencoder(Network):
-    """A dense encoder to mean and log variance, a dense decoder to the logits of the pixels.
+    """A dense encoder to mean and log variance, and a dense decoder to the logits of the pixels.
 
     Each has one hidden layer with ReLU.
 
     Attributes:
         image: height, width, channels.
         hidden: width of the hidden layers.
-        latent: numbers of a code.
+        latent: size of the code.
     """
 
     image: tuple[int, int, int] = (28, 28, 1)
@@ -247,24 +246,24 @@ class VariationalAutoencoder(Network):
 
     @property
     def num_pixels(self) -> int:
-        """Numbers of an image."""
+        """Elements of an image."""
         return math.prod(self.image)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialPair(Network):
-    """DCGAN, without transposed convolutions and with kernels that fit their strides.
+    """DCGAN with nearest-neighbor upsampling, and kernels that are a multiple of their strides.
 
-    Generator: a linear map to few pixels, then pixels are repeated and convolved 3x3; batch norm
-    and ReLU behind each but the last, which ends in tanh. Discriminator: 4x4 convolutions of
-    stride 2, batch norm behind each but the first, leaky ReLU of slope 0.2, a linear map to the
-    logit. No bias in front of a norm.
+    Generator: a dense layer to the smallest maps, then nearest-neighbor upsampling and 3x3
+    convolutions, each followed by batch norm and ReLU, the last by tanh. Discriminator: 4x4
+    convolutions of stride 2, each but the first followed by batch norm, leaky ReLU of slope 0.2,
+    and a dense layer to the logit. No bias before a norm.
 
     Attributes:
         image: height, width, channels.
-        latent: numbers of a latent.
+        latent: size of a latent.
         width: channels at half the size of the images.
-        num_doublings: how often the generator doubles the size, and the discriminator halves it.
+        num_doublings: upsamplings of the generator, and strided convolutions of the discriminator.
     """
 
     image: tuple[int, int, int] = (32, 32, 1)
@@ -282,7 +281,7 @@ class AdversarialPair(Network):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Of the discriminator's convolutions; the generator's maps have them in reverse."""
+        """Channels of the discriminator's convolutions; the generator's are the reverse."""
         return tuple(self.width * 2**index for index in range(self.num_doublings))
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw a panel for each workload: a bar for each competitor, its range over the rounds on it.
+    """Draw a panel per workload: a bar per competitor, with its range over the rounds.
 
     Args:
         results: {workload: what `driver.measure` returned}.

@@ -1,4 +1,4 @@
-"""Who competes in what."""
+"""The competitors and their tasks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _STEPS = frozenset({"train", "infer"})
 
 @dataclasses.dataclass(frozen=True)
 class Competitor:
-    """A library and a way to use it.
+    """A library and a variant of its use.
 
     Attributes:
         name: on the command line.
         module: the side.
-        tasks: what it takes part in.
-        variant: the side's name for this way.
-        packages: what has to be installed.
+        tasks: that it supports.
+        variant: the side's name of the variant.
+        packages: required packages.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Competitor:
     packages: tuple[str, ...] = ()
 
     def takes_part(self, workload: Workload) -> bool:
-        """Whether it has a way to compute a workload."""
+        """Whether it supports a workload."""
         if self.variant == "scan" and workload.steps_per_dispatch == 1:
-            return False  # nothing to bundle
+            return False  # a dispatch has one step
         if self.variant == "split" and workload.precision != "float32":
-            return False  # nothing to split
+            return False  # only float32 matmuls are split
         if self.name == "equinox" and workload.precision != "float32":
-            return False  # its documentation has no policy for mixed precision
+            return False  # no mixed precision in its documentation
         return workload.task in self.tasks
 
     def missing(self) -> list[str]:
@@ -49,23 +49,23 @@ def _side(
     return Competitor(name, f"experiments.benchmark.{module}", tasks, variant, packages)
 
 
-# Plain Flax and torch only: elsewhere the same updates would be written by hand once more.
+# Plain Flax and torch only: the other sides would repeat the same handwritten updates.
 _GENERATIVE = frozenset({"autoencode", "adversarial"})
 _CLASSIC = _STEPS | _GENERATIVE | {"population", "epoch"}
 _ALL = _CLASSIC | {"generate", "positions"}
 
-#: The one that the others are compared with.
+#: The competitor that the others are compared with.
 REFERENCE = "jaxnets"
-#: Takes part where it is asked for: it gains on processors with matrix units only.
+#: Only with --against: it gains only on processors with matrix units.
 ON_REQUEST = "jaxnets-split"
 #: Name -> competitor, in the order of the report.
 COMPETITORS: dict[str, Competitor] = {
     competitor.name: competitor
     for competitor in (
         _side(REFERENCE, "jaxnets_side", _ALL, "", "jaxnets"),
-        # With jaxnets.keep_freed_memory, which is the user's choice.
+        # With jaxnets.keep_freed_memory, which the user has to call.
         _side("jaxnets-kept", "jaxnets_side", _ALL - {"positions"}, "kept", "jaxnets"),
-        # The same with the float32 products of dense layers as three of bfloat16.
+        # The same, with float32 matmuls of dense layers as three bfloat16 matmuls.
         _side(ON_REQUEST, "jaxnets_side", frozenset({"train"}), "split", "jaxnets"),
         _side("flax", "flax_side", _CLASSIC, "", "flax"),
         _side("flax-scan", "flax_side", _STEPS | {"population"}, "scan", "flax"),
@@ -73,7 +73,7 @@ COMPETITORS: dict[str, Competitor] = {
         _side("equinox", "equinox_side", _STEPS, "", "equinox"),
         _side("torch", "torch_side", _CLASSIC, "", "torch"),
         _side("torch-fused", "torch_side", _CLASSIC - {"infer"}, "fused", "torch"),
-        # Of a population it would compile each member by itself.
+        # It would compile each member of a population separately.
         _side("torch-compile", "torch_side", _CLASSIC - {"population"}, "compile", "torch"),
         _side("transformers", "transformers_side", frozenset({"generate"}), "", "transformers"),
     )

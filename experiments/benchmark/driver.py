@@ -1,4 +1,4 @@
-"""Runs the competitors, each in a process of its own, and lets them take turns."""
+"""Runs each competitor in its own process, and lets them take turns."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from experiments.benchmark.competitors import Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import Workload
 
-#: Seconds between two turns, in which the threads of the last one fall asleep.
+#: Seconds between two turns, until the threads of the last one sleep.
 PAUSE = 0.3
-#: Seconds after which a process that gives no answer is given up.
+#: Seconds after which a process without an answer is dropped.
 PATIENCE = 1800.0
 
 
 class LeftOut(Exception):
-    """A competitor cannot take part, or no longer; its text says why."""
+    """A competitor cannot take part or continue; the message states the reason."""
 
 
 class Process(Protocol):
-    """What takes the commands of `worker`."""
+    """Receives the commands of `worker`."""
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Send a command and wait for the answer; raises LeftOut."""
@@ -43,11 +43,11 @@ class Process(Protocol):
 
 
 class Worker:
-    """A process that runs `worker` and computes only when it is asked.
+    """A process that runs `worker` and computes only on command.
 
     Args:
-        settings: what it is told.
-        log: file for whatever it prints.
+        settings: of the process.
+        log: file for its output.
         patience: seconds to wait for an answer.
         variables: further environment variables of the process.
     """
@@ -61,11 +61,11 @@ class Worker:
     ) -> None:
         self.log, self.patience = log, patience
         threads = str(settings.threads)
-        # Torch and NumPy take their number of threads from here, XLA from the cores it may use.
+        # These set the threads of torch and NumPy; XLA uses the cores of the process.
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
         chosen = {
             "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda,cpu"}[settings.platform],
-            # The competitors wait for their turns side by side on one device.
+            # All competitors hold memory of one device at the same time.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         with log.open("w") as errors:
@@ -97,7 +97,7 @@ class Worker:
             The answer.
 
         Raises:
-            LeftOut: an error in the process, its end, or no answer within `patience`.
+            LeftOut: the process failed, ended, or gave no answer within `patience`.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -105,19 +105,19 @@ class Worker:
                 json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True
             )
         except BrokenPipeError:
-            raise LeftOut(self._epitaph()) from None
+            raise LeftOut(self._exit_message()) from None
         if not select.select([self.process.stdout], [], [], self.patience)[0]:
             raise LeftOut(f"gave no answer to {command!r} within {self.patience:g} s")
         line = self.process.stdout.readline()
         if not line:
-            raise LeftOut(self._epitaph())
+            raise LeftOut(self._exit_message())
         answer = json.loads(line)
         if "error" in answer:
             raise LeftOut(answer["error"])
         return answer
 
     def close(self) -> None:
-        """End the process: it leaves by itself when its input ends."""
+        """End the process: it exits at the end of its standard input."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -128,7 +128,7 @@ class Worker:
             self.process.wait()
         self.process.stdout.close()
 
-    def _epitaph(self) -> str:
+    def _exit_message(self) -> str:
         code = self.process.wait()
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return f"ended with code {code}" + (f": {lines[-1]}" if lines else "")
@@ -144,20 +144,19 @@ def measure(
     pause: float = PAUSE,
     tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Measure a workload: every competitor once in each round, one after the other.
+    """Measure a workload: in each round every competitor has a turn.
 
     Args:
-        workload: what is computed.
-        competitors: in the order of their turns; those that have no way to compute it are passed
-            over.
+        workload: to measure.
+        competitors: in the order of their turns; those that do not support it are skipped.
         start: starts the process of a competitor.
-        rounds: number of turns of each.
-        seconds: length of a turn.
+        rounds: turns per competitor.
+        seconds: duration of a turn.
         pause: seconds between two turns.
-        tell: gets a line about what goes on.
+        tell: is called with lines about the progress.
 
     Returns:
-        "unit"; "competitors", {name: numbers}, times in seconds; "left_out", {name: reason}.
+        "unit"; "competitors", {name: measurements}, times in seconds; "left_out", {name: reason}.
     """
     found: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -205,16 +204,16 @@ def measure(
     finally:
         for process in running.values():
             process.close()
-    summaries = {name: _summarize(numbers) for name, numbers in found.items()}
+    summaries = {name: _summarize(each) for name, each in found.items()}
     return {"unit": workload.unit, "competitors": summaries, "left_out": left_out}
 
 
-def _summarize(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    times = numbers["times"]
+def _summarize(measurements: Mapping[str, Any]) -> dict[str, Any]:
+    times = measurements["times"]
     every = [each for turn in times for each in turn]
     return {
         "median": float(np.median(every)),
         "rounds": [float(np.median(turn)) for turn in times],
         "calls": len(every),
-        **{name: value for name, value in numbers.items() if name != "times"},
+        **{name: value for name, value in measurements.items() if name != "times"},
     }

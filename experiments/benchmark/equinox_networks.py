@@ -55,7 +55,7 @@ def _through(layers: list[eqx.nn.Linear], x: jax.Array) -> jax.Array:
 
 
 class CNN(eqx.Module):
-    """Convolutions, ReLU and pools."""
+    """Convolutions, ReLU and max pooling."""
 
     convolutions: list[eqx.nn.Conv2d]
     layers: list[eqx.nn.Linear]
@@ -92,7 +92,7 @@ class Normalized(eqx.Module):
 
 
 class ResidualBlock(eqx.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut."""
 
     first: Normalized
     second: Normalized
@@ -140,7 +140,7 @@ class ResNet(eqx.Module):
 
 
 class Block(eqx.Module):
-    """Attention and a feed-forward network, each behind a norm."""
+    """A pre-norm block of attention and an MLP."""
 
     norms: list[eqx.nn.LayerNorm]
     joined: eqx.nn.Linear

@@ -38,7 +38,7 @@ def _size(model: Any) -> int:
 
 
 def train(workload: Workload) -> Prepared:
-    """Steps one after the other."""
+    """Single steps."""
     model, state = build(workload.network, 0)
     optimizer = optax.adam(LEARNING_RATE)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))

@@ -1,4 +1,4 @@
-"""The generative networks in plain Flax Linen and Optax, each update written by hand."""
+"""The generative networks in plain Flax Linen and Optax, with handwritten updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments.benchmark.workloads import (
     Workload,
 )
 
-#: (state or states, images) -> (the next, loss)
+#: (state or states, images) -> (next state or states, loss)
 Step = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 
 
@@ -43,7 +43,7 @@ class PlainVAE(nn.Module):
 
 
 class PlainGenerator(nn.Module):
-    """Latents to images: pixels are repeated and convolved."""
+    """Latents to images by nearest-neighbor upsampling and convolutions."""
 
     network: AdversarialPair
 
@@ -56,8 +56,8 @@ class PlainGenerator(nn.Module):
         x = nn.Dense(height * width * first, use_bias=False, kernel_init=small)(latents)
         x = nn.relu(norm()(x.reshape(-1, height, width, first)))
         for channels in others:
-            x = nn.relu(norm()(conv(channels, use_bias=False)(_repeated(x))))
-        return nn.tanh(conv(network.image[2])(_repeated(x)))
+            x = nn.relu(norm()(conv(channels, use_bias=False)(_upsample(x))))
+        return nn.tanh(conv(network.image[2])(_upsample(x)))
 
 
 class PlainDiscriminator(nn.Module):
@@ -77,7 +77,7 @@ class PlainDiscriminator(nn.Module):
         return nn.Dense(1, kernel_init=small)(x.reshape(len(x), -1))[:, 0]
 
 
-def _repeated(x: jax.Array) -> jax.Array:
+def _upsample(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -108,13 +108,13 @@ def update_autoencoder(
 def update_discriminator(
     discriminator: State, generator: State, images: jax.Array, latents: jax.Array
 ) -> tuple[State, jax.Array]:
-    """Train the discriminator; real and generated images are batches of their own.
+    """Train the discriminator; real and generated images are two separate batches.
 
     Args:
         discriminator: its state.
-        generator: its state, which stays.
-        images: real ones in [-1, 1], [batch, height, width, channels].
-        latents: of the generated ones, [batch, latent].
+        generator: its state, constant here.
+        images: real images in [-1, 1], [batch, height, width, channels].
+        latents: of the generated images, [batch, latent].
 
     Returns:
         The discriminator's next state, and its loss.
@@ -136,7 +136,7 @@ def update_generator(
     """Train the generator.
 
     Args:
-        discriminator: its state, which stays.
+        discriminator: its state, constant here.
         generator: its state.
         latents: [batch, latent].
 
@@ -160,7 +160,7 @@ def _apply(state: State, params: Any, stats: Any, inputs: jax.Array) -> tuple[ja
 
 
 def create(workload: Workload) -> tuple[Any, Step]:
-    """Return the first state, of two networks (discriminator, generator), and the step."""
+    """Return the initial state, or those of (discriminator, generator), and the step."""
     network = workload.network
     if isinstance(network, VariationalAutoencoder):
         return _create_autoencoder(network, workload)

@@ -36,7 +36,7 @@ class PlainMLP(nn.Module):
 
 
 class PlainCNN(nn.Module):
-    """Convolutions, ReLU and pools."""
+    """Convolutions, ReLU and max pooling."""
 
     network: Convolutional
     dtype: Any
@@ -53,7 +53,7 @@ class PlainCNN(nn.Module):
 
 
 class PlainResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut."""
 
     features: int
     strides: int
@@ -92,7 +92,7 @@ class PlainResNet(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Attention and a feed-forward network, each behind a norm."""
+    """A pre-norm block of attention and an MLP."""
 
     network: Blocks
     causal: bool
@@ -104,9 +104,10 @@ class PlainBlock(nn.Module):
         heads = self.network.num_heads
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         h = nn.LayerNorm(dtype=self.dtype)(x)
-        joined = dense(3 * width)(h).reshape(batch, time, 3, heads, width // heads)
+        # [batch, time, 3, heads, head_dim]
+        qkv = dense(3 * width)(h).reshape(batch, time, 3, heads, width // heads)
         h = jax.nn.dot_product_attention(
-            joined[:, :, 0], joined[:, :, 1], joined[:, :, 2], is_causal=self.causal
+            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=self.causal
         )
         x = x + dense(width)(h.reshape(batch, time, width))
         h = nn.LayerNorm(dtype=self.dtype)(x)
@@ -146,12 +147,12 @@ class PlainViT(nn.Module):
         network, normal = self.network, nn.initializers.normal(0.02)
         size = (network.patch, network.patch)
         x = nn.Conv(network.width, size, strides=size, padding="VALID", dtype=self.dtype)(images)
-        x = x.reshape(x.shape[0], -1, network.width)
+        x = x.reshape(x.shape[0], -1, network.width)  # [batch, patches, width]
         token = self.param("token", nn.initializers.zeros_init(), (1, 1, network.width))
         token = jnp.tile(token.astype(x.dtype), (x.shape[0], 1, 1))
         x = jnp.concatenate([token, x], axis=1)
-        places = self.param("positions", normal, (1, x.shape[1], network.width))
-        x = x + places.astype(x.dtype)
+        positions = self.param("positions", normal, (1, x.shape[1], network.width))
+        x = x + positions.astype(x.dtype)
         for _ in range(network.num_layers):
             x = PlainBlock(network, False, self.dtype)(x)
         x = nn.LayerNorm(dtype=self.dtype)(x)

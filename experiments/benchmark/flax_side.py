@@ -22,7 +22,7 @@ LIBRARIES = ("flax", "jax", "optax")
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Build a workload; the variant "scan" puts many steps into one program by hand."""
+    """Build a workload; the variant "scan" is a handwritten scan over many steps."""
     workload = settings.workload
     if workload.task == "infer":
         return infer(workload)
@@ -63,13 +63,13 @@ def _batches(workload: Workload) -> list[dict[str, jax.Array]]:
 
 
 def train(workload: Workload) -> Prepared:
-    """Steps one after the other."""
+    """Single steps."""
     (state,) = _create(workload)
     return _one_by_one(workload, _step, state, _batches(workload))
 
 
 def train_generative(workload: Workload) -> Prepared:
-    """Steps one after the other, of one network or of two."""
+    """Single steps of one network or of two."""
     state, step = flax_generative.create(workload)
     return _one_by_one(workload, step, state, [jax.device_put(workload.inputs())])
 
@@ -90,7 +90,7 @@ def _one_by_one(
 
 
 def scan(workload: Workload) -> Prepared:
-    """Many steps in one program, which its user has to write."""
+    """A handwritten scan over the steps of a dispatch."""
     (state,), bundled = _create(workload), workload.steps_per_dispatch
     step, batches = _bundled(workload)
 
@@ -109,7 +109,7 @@ def _bundled(workload: Workload) -> tuple[Callable[..., Any], dict[str, jax.Arra
 
 
 def train_one_after_the_other(workload: Workload, *, together: bool) -> Prepared:
-    """A step of each network, or many steps of each, with the one program that fits them all."""
+    """A step of each network in turn, or a dispatch of each, with one compiled program."""
     states = _create(workload, workload.members)
     size, bundled = num_parameters(states[0]), workload.steps_per_dispatch if together else 1
     if together:

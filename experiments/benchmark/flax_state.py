@@ -1,4 +1,4 @@
-"""The train state of plain Flax, as its guide on batch norm extends it."""
+"""The train state of plain Flax, extended as in its guide on batch norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax.training import train_state
 
 
 class State(train_state.TrainState):
-    """Parameters, optimizer state and the averages of batch norms."""
+    """Parameters, optimizer state and the running averages of batch norms."""
 
     batch_stats: Any
 
@@ -22,12 +22,12 @@ def create_states(
     *inputs: Any,
     num_states: int = 1,
 ) -> list[State]:
-    """Return states with different parameters and the same functions, which one program fits.
+    """Return states with different parameters and the same functions, for one compiled program.
 
     Args:
         module: the network.
         optimizer: of its parameters.
-        inputs: an example of what the module is called with.
+        inputs: example inputs of the module.
         num_states: number of networks.
     """
     init = jax.jit(module.init)
@@ -44,6 +44,6 @@ def create_states(
 
 
 def num_parameters(states: Any) -> int:
-    """Return the number of trainable numbers of a state, or of all states in a tuple."""
+    """Return the number of parameters of a state, or of all states in a tuple."""
     found = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, State))
     return sum(leaf.size for state in found for leaf in jax.tree.leaves(state.params))

@@ -1,4 +1,4 @@
-"""The generative networks of jaxnets, with the objectives that it has for them."""
+"""The generative networks of jaxnets with their objectives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.benchmark.workloads import (
 
 
 def create(workload: Workload) -> tuple[jn.TrainState, jn.StepFn]:
-    """Return the state before the first step, and the step of batches with images as "inputs"."""
+    """Return the initial state, and the step for batches with images as "inputs"."""
     module: jn.VAE | jn.GAN
     match network := workload.network:
         case VariationalAutoencoder():

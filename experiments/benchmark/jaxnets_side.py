@@ -1,4 +1,4 @@
-"""jaxnets' own way: the executors of the library, on its networks."""
+"""jaxnets: its networks and its executors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ LIBRARIES = ("jaxnets", "jax", "flax", "optax")
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Build a workload; the variant "kept" keeps freed memory, "split" splits products, too."""
+    """Build a workload.
+
+    The variant "kept" calls `keep_freed_memory`; "split" also computes float32 matmuls as three
+    bfloat16 matmuls.
+    """
     if settings.variant in ("kept", "split"):
         jn.keep_freed_memory()
     if settings.variant == "split":
@@ -97,7 +101,7 @@ def build(network: Network, precision: jn.Precision) -> Any:
 
 
 def _blocks(network: Blocks) -> jn.BlockConfig:
-    # The peers' attention has biases everywhere.
+    # The attention of the other libraries has all biases.
     return jn.BlockConfig(
         features=network.width,
         num_heads=network.num_heads,
@@ -127,10 +131,10 @@ def _size(params: Any) -> int:
 
 
 def train(workload: Workload) -> Prepared:
-    """Steps one after the other, or many of them in a dispatch."""
+    """Single steps, or a scan over the steps of a dispatch."""
     module = _module(workload)
     update = _update(workload, module)
-    # One program, as the experiments create their states: without, every array is a call.
+    # One compiled program, as in the experiments: eager creation dispatches every array.
     state = jax.jit(lambda seed: _create(workload, module, update, seed))(0)
     step, batches = _bundled(workload, jn.make_train_step(update))
     run = _steps(jn.jit_step(step, donate=True), state, batches, workload.steps_per_dispatch)
@@ -138,7 +142,7 @@ def train(workload: Workload) -> Prepared:
 
 
 def train_population(workload: Workload) -> Prepared:
-    """All networks, in the way that the first call finds the fastest."""
+    """A step of every network; the first call chooses the fastest loop over the members."""
     module = _module(workload)
     update = _update(workload, module)
     seeds = np.arange(workload.members)
@@ -156,7 +160,7 @@ def train_population(workload: Workload) -> Prepared:
 
 
 def _bundled(workload: Workload, step: jn.StepFn) -> tuple[jn.StepFn, list[Any]]:
-    """Return the step of a dispatch and what it is called with in turn."""
+    """Return the step of a dispatch and its batches."""
     if workload.steps_per_dispatch > 1:
         return jn.scan_steps(step), [jax.device_put(workload.bundle())]
     inputs, labels = workload.inputs(), workload.labels()
@@ -164,7 +168,7 @@ def _bundled(workload: Workload, step: jn.StepFn) -> tuple[jn.StepFn, list[Any]]
 
 
 def train_generative(workload: Workload) -> Prepared:
-    """Steps one after the other, of one network or of two on one state."""
+    """Single steps of one network, or of two in one state."""
     state, step = jaxnets_generative.create(workload)
     batches = [jax.device_put({"inputs": workload.inputs()})]
     run = _steps(jn.jit_step(step, donate=True), state, batches, 1)
@@ -182,7 +186,7 @@ def _steps(
         for _ in range(num_steps // bundled):
             state, metrics = executor(state, next(endless))
         metrics = jax.device_get(jax.block_until_ready((state, metrics))[1])
-        # One loss, or one of each network.
+        # One loss, or one per network.
         losses = [metrics[name] for name in metrics if name.split("/")[-1] == "loss"]
         return float(sum(np.sum(loss.total) / np.sum(loss.count) for loss in losses))
 
@@ -211,7 +215,7 @@ def train_epoch(workload: Workload, folder: Path) -> Prepared:
     def normalized(batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         return {**batch, "inputs": jn.data.normalize(batch["inputs"], mean, deviation)}
 
-    # The numbers that every image data set of the library brings along.
+    # As in `ImageDataset` of the library.
     mean, deviation = (0.2860,), (0.3530,)
     update = _update(workload, module)
     objective = jn.with_batch_transform(update.objective, normalized)
@@ -239,7 +243,7 @@ def _language_model(workload: Workload) -> tuple[Any, Mapping[str, Any], jax.Arr
 
 
 def generate(workload: Workload) -> Prepared:
-    """Continue prompts greedily, reading them included."""
+    """Continue prompts greedily, prefill included."""
     module, variables, prompts = _language_model(workload)
 
     def run(num_calls: int) -> None:
@@ -251,7 +255,7 @@ def generate(workload: Workload) -> Prepared:
 
 
 def generate_by_position(workload: Workload) -> Prepared:
-    """The time of a token at the beginning and at the end of a cache of one size."""
+    """Time per token at several positions of a cache of constant size."""
     module, variables, prompts = _language_model(workload)
     times: dict[int, list[float]] = {length: [] for length in workload.new_tokens}
     programs = 0
@@ -266,13 +270,13 @@ def generate_by_position(workload: Workload) -> Prepared:
     def run(num_calls: int) -> None:
         nonlocal after_first
         for length in times:
-            began = time.perf_counter()
-            # Other prompts of the same shape must not need another program.
-            turned = np.roll(prompts, len(times[length]), axis=1)
+            started = time.perf_counter()
+            # Other prompts of the same shape must not compile another program.
+            rolled = np.roll(prompts, len(times[length]), axis=1)
             jax.block_until_ready(
-                _continue(module, variables, jnp.asarray(turned), length, workload.capacity)
+                _continue(module, variables, jnp.asarray(rolled), length, workload.capacity)
             )
-            times[length].append(time.perf_counter() - began)
+            times[length].append(time.perf_counter() - started)
         after_first = after_first or programs
 
     def details() -> dict[str, Any]:

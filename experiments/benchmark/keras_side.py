@@ -1,8 +1,8 @@
 """Keras 3 on JAX: `compile` and `fit`, as in its guides.
 
-A `fit` goes over a data set, so many batches of it that what `fit` does at its beginning and end
-counts little. That data set lies in memory. "same" padding of a stride of 2 is on one side only,
-where the other sides pad both: the arithmetic is equally much.
+A `fit` runs over a data set in memory of so many batches that its fixed cost is negligible. "same"
+padding at a stride of 2 pads one side only; the other libraries pad both. The arithmetic is the
+same.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Positions(layers.Layer):
 
 
 class ClassToken(layers.Layer):
-    """Puts a learned vector in front of [batch, time, features]."""
+    """Prepends a learned vector to [batch, time, features]."""
 
     def build(self, input_shape: Any) -> None:
         """Declare the vector."""
         self.token = self.add_weight(shape=(1, 1, input_shape[-1]), initializer="zeros")
 
     def call(self, x: Any) -> Any:
-        """Join it."""
+        """Prepend it."""
         return ops.concatenate([ops.repeat(self.token, ops.shape(x)[0], axis=0), x], axis=1)
 
 
@@ -143,7 +143,7 @@ def build(workload: Workload) -> Any:
         keras.config.set_dtype_policy(f"mixed_{workload.precision}")
     dtype = "int32" if network.reads_tokens else "float32"
     inputs = keras.Input(network.input_shape, dtype=dtype)
-    # With mixed precision the guide ends a model in float32.
+    # The guide on mixed precision computes the last activation in float32.
     logits = layers.Activation("linear", dtype="float32")(_OUTPUTS[type(network)](inputs, network))
     return keras.Model(inputs, logits)
 

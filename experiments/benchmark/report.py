@@ -1,4 +1,4 @@
-"""What the numbers say: ratios with their spread, and the table."""
+"""Ratios of times with their range, and the table."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 from experiments.benchmark.competitors import REFERENCE
 
-#: Name of the comparison with the fastest of torch's ways.
+#: Name of the comparison with the fastest variant of torch.
 BEST_TORCH = "best torch"
 
 
 def compare(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Divide the reference's times by those of the others.
+    """Divide the times of the reference by those of the others.
 
     Args:
         measured: as returned by `driver.measure`.
 
     Returns:
-        {competitor: {"ratio", "low", "high"}}: the median, the smallest and the greatest over the
-        rounds, of each of which the ratio of the two median times is taken; below 1 where the
-        reference is faster. `BEST_TORCH` is among them, with the name of the fastest of torch's
-        ways as "which". Empty without the reference.
+        {competitor: {"ratio", "low", "high"}}: median, minimum and maximum over the rounds of the
+        ratio of the median times in a round, below 1 if the reference is faster. It includes
+        `BEST_TORCH`, with the name of the fastest variant of torch as "which". Empty without the
+        reference.
     """
     found = measured["competitors"]
     if REFERENCE not in found:
@@ -47,7 +47,7 @@ def compare(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def table(name: str, measured: Mapping[str, Any]) -> str:
-    """Return the numbers of a workload as a table of text.
+    """Return the measurements of a workload as a text table.
 
     Args:
         name: of the workload.
@@ -87,7 +87,7 @@ def _ratio(ratio: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """Write a time with three digits or more in a unit that suits it.
+    """Format a time with at least three digits, in ms or s.
 
     Example:
         >>> duration(0.00271828), duration(12.345), duration(0.1234)

@@ -1,8 +1,7 @@
-"""What a side is: a module that prepares a workload with the means of one library.
+"""The interface of a side: a module that prepares a workload with one library.
 
 A side has `prepare(settings) -> Prepared` and the tuple `LIBRARIES`, the packages whose versions
-its numbers depend on. It imports its library when it is imported itself, in the process of its own
-that `worker` runs.
+its measurements depend on. It imports its library at the top, in the process of `worker`.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from experiments.benchmark.workloads import STARTS, WORKLOADS, Workload, shrink
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a process of the benchmark is told, as JSON on its command line.
+    """Settings of a process of the benchmark, passed as JSON on its command line.
 
     Attributes:
         module: the side.
-        variant: which of the side's ways to compute.
+        variant: of the side.
         name: of the workload.
         tiny: shrink the workload.
-        threads: cores to compute on.
-        platform: "cpu" or "gpu", where all is computed.
+        threads: number of cores.
+        platform: "cpu" or "gpu".
         images: file of Fashion-MNIST's training images, for an epoch.
         labels: file of their labels.
     """
@@ -44,7 +43,7 @@ class Settings:
 
     @property
     def workload(self) -> Workload:
-        """The workload that is meant."""
+        """The workload of this name."""
         workload = (WORKLOADS | STARTS)[self.name]
         return shrink(workload) if self.tiny else workload
 
@@ -54,13 +53,12 @@ class Prepared:
     """A workload, ready to be timed.
 
     Attributes:
-        run: does a number of steps, waits for the last one and returns its loss, None if there is
-            none.
-        num_parameters: trainable numbers of one network.
-        steps_per_call: steps that `run` is asked for.
-        parts: by how much the time of such a call is divided.
-        steps_first: steps of the first call, whose time tells how long compilation takes.
-        details: further numbers, asked for at the end.
+        run: does a number of steps, waits for the last one and returns its loss, or None.
+        num_parameters: of one network.
+        steps_per_call: argument of `run` in the timed calls.
+        parts: divisor of the time of a call.
+        steps_first: argument of `run` in the first call, which compiles.
+        details: further measurements, called at the end.
     """
 
     run: Callable[[int], float | None]
@@ -72,22 +70,22 @@ class Prepared:
 
 
 class Side(Protocol):
-    """A module with a library's way to compute the workloads."""
+    """A module that computes the workloads with one library."""
 
     LIBRARIES: tuple[str, ...]
 
     def prepare(self, settings: Settings) -> Prepared:
-        """Build the network, its data and its step, which is compiled by its first call."""
+        """Build the network, its data and its step; the first call compiles."""
         ...
 
 
 def ready(
     workload: Workload, run: Callable[[int], float | None], num_parameters: int, **changes: Any
 ) -> Prepared:
-    """Describe a workload whose steps are counted and timed in the usual way.
+    """Return a `Prepared` with the step counts of a workload.
 
     Args:
-        workload: what is computed.
+        workload: to measure.
         run: see `Prepared`.
         num_parameters: see `Prepared`.
         changes: other fields of `Prepared`.
@@ -103,7 +101,7 @@ def ready(
 
 
 def read_idx(path: str) -> np.ndarray:
-    """Read a file of Fashion-MNIST as its users do who have no library for it.
+    """Read a file of Fashion-MNIST without a library.
 
     Args:
         path: IDX file of bytes, gzipped or not.

@@ -1,10 +1,10 @@
-"""The time from nothing to the first trained step, and of the import alone.
+"""The time of the import, and from the start of a process to the first training step.
 
     python -m experiments.benchmark.startup
 
-Each number comes from processes of their own. The first process of a network fills JAX's persistent
-compilation cache, those after it find their programs there. The last line printed is the result as
-JSON.
+Each measurement runs in a new process. The first process of a network fills JAX's persistent
+compilation cache; the later ones read their programs from it. The last line of output is the result
+as JSON.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from experiments.harness.command_line import print_result
 from experiments.harness.run_folder import RunError, environment
 from jaxnets.host import usable_cores
 
-#: What is imported, beside the first of them.
+#: {name: statement}; the first is the reference.
 IMPORTS = {
     "jax, flax and optax": "import jax, flax.linen, optax",
     "jax, flax, optax and jaxnets": "import jax, flax.linen, optax, jaxnets",
-    "the same and what a script takes from jaxnets": (
+    "jax, flax, optax, jaxnets and the names of a script": (
         "import jax, flax.linen, optax, jaxnets as jn; jn.data, jn.MLP, jn.classification, "
         "jn.Update, jn.create_train_state, jn.make_train_step, jn.jit_step, jn.fit, jn.evaluate"
     ),
 }
-#: Network and side, by what the table calls them.
+#: {title: (network, competitor)}.
 FIRST_STEPS = {
-    "jaxnets, layers in a loop": ("gpt-12-scanned", "jaxnets-kept"),
+    "jaxnets, scanned layers": ("gpt-12-scanned", "jaxnets-kept"),
     "jaxnets": ("gpt-12", "jaxnets-kept"),
     "plain Flax": ("gpt-12", "flax"),
 }
@@ -46,12 +46,12 @@ FIRST_STEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How often it is measured."""
+    """Options of the measurement."""
 
     rounds: int = 3
-    """Processes of each kind."""
+    """Processes per measurement."""
     tiny: bool = False
-    """Small networks, to see that it runs; the times mean nothing."""
+    """Small networks, to check that it runs; the times are meaningless."""
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure everything, and print it on standard error.
+    """Measure everything and print it to standard error.
 
     Args:
         config: of the run.
@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
         RunError: no rounds.
     """
     if config.rounds < 1:
-        raise RunError(f"rounds is {config.rounds}; measure at least once")
+        raise RunError(f"rounds is {config.rounds}; give 1 or more")
     imports = import_times(config)
     for name, seconds in imports.items():
         print(f"{seconds:8.3f} s  import of {name}", file=sys.stderr)
@@ -88,7 +88,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{title}, {network}:", file=sys.stderr)
         for kind, each in steps[title].items():
             print(
-                f"{each['total']:8.3f} s  with a {kind} cache, behind an import of "
+                f"{each['total']:8.3f} s  with a {kind} cache, after an import of "
                 f"{each['import']:.3f} s: {each['prepare']:.3f} s to the state, "
                 f"{each['first']:.3f} s for the first step",
                 file=sys.stderr,
@@ -97,13 +97,13 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def import_times(config: Config) -> dict[str, float]:
-    """Return the median seconds of each of `IMPORTS`, each time in a process of its own."""
+    """Return the median seconds of each of `IMPORTS`, each in a new process."""
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for _ in range(config.rounds):
         for name, statement in IMPORTS.items():
-            code = f"import time; began = time.perf_counter(); {statement}"
+            code = f"import time; started = time.perf_counter(); {statement}"
             done = subprocess.run(
-                [sys.executable, "-c", f"{code}; print(time.perf_counter() - began)"],
+                [sys.executable, "-c", f"{code}; print(time.perf_counter() - started)"],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -113,7 +113,7 @@ def import_times(config: Config) -> dict[str, float]:
 
 
 def first_step(network: str, side: str, config: Config, folder: Path) -> dict[str, float]:
-    """Take the first step of a network in a process of its own.
+    """Take the first step of a network in a new process.
 
     Args:
         network: name of one of `STARTS`.
@@ -122,8 +122,8 @@ def first_step(network: str, side: str, config: Config, folder: Path) -> dict[st
         folder: for the log and the cache of compiled programs.
 
     Returns:
-        Seconds: "import", of all of jaxnets if the side uses it; "prepare", until state and batches
-        are there; "first", for the step; and the "total" of the last two.
+        Seconds: "import", of all of jaxnets if the side uses it; "prepare", to create state and
+        batches; "first", of the step; and the "total" of the last two.
     """
     competitor = COMPETITORS[side]
     settings = Settings(
@@ -133,7 +133,7 @@ def first_step(network: str, side: str, config: Config, folder: Path) -> dict[st
         threads=usable_cores(),
         tiny=config.tiny,
     )
-    # Modules that are loaded when they are first used would count as preparing.
+    # Otherwise lazily loaded modules would count as "prepare".
     variables = _cache(folder / "cache") | {"EAGER_IMPORT": "1"}
     with contextlib.closing(Worker(settings, folder / "log", variables=variables)) as worker:
         prepared, first = worker.ask("prepare"), worker.ask("first")
@@ -142,7 +142,7 @@ def first_step(network: str, side: str, config: Config, folder: Path) -> dict[st
 
 
 def _cache(folder: Path) -> dict[str, str]:
-    """Return the environment in which JAX keeps every program that it compiles."""
+    """Return the environment in which JAX caches every compiled program in a folder."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,4 +1,4 @@
-"""The generative networks in torch and their training, as its examples of VAE and DCGAN go."""
+"""The generative networks and their training in torch, as in its examples of VAE and DCGAN."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _generator(network: AdversarialPair) -> nn.Module:
         conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
         layers += [nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(after), nn.ReLU()]
     last = nn.Conv2d(channels[-1], network.image[2], 3, padding=1)
-    return _start_small(nn.Sequential(*layers, nn.Upsample(scale_factor=2), last, nn.Tanh()))
+    return _init_weights(nn.Sequential(*layers, nn.Upsample(scale_factor=2), last, nn.Tanh()))
 
 
 def _discriminator(network: AdversarialPair) -> nn.Module:
@@ -57,10 +57,10 @@ def _discriminator(network: AdversarialPair) -> nn.Module:
         conv = nn.Conv2d(before, after, 4, 2, 1, bias=False)
         layers += [conv, nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
     logit = nn.Linear(height * width * channels[-1], 1)
-    return _start_small(nn.Sequential(*layers, nn.Flatten(), logit, nn.Flatten(0)))
+    return _init_weights(nn.Sequential(*layers, nn.Flatten(), logit, nn.Flatten(0)))
 
 
-def _start_small(model: nn.Module) -> nn.Module:
+def _init_weights(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
@@ -129,7 +129,7 @@ class Competing:
         return self.update_discriminator(images, first) + self.update_generator(second)
 
     def update_discriminator(self, images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Train it on images and on as many generated from latents, and return its loss."""
+        """Train the discriminator on images and as many generated ones; return its loss."""
         optimizer, _ = self.optimizers
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -141,10 +141,10 @@ class Competing:
         return loss.detach()
 
     def update_generator(self, latents: torch.Tensor) -> torch.Tensor:
-        """Train it on latents, [batch, latent], and return its loss."""
+        """Train the generator with latents, [batch, latent]; return its loss."""
         (discriminator, _), (_, optimizer) = self.models, self.optimizers
         optimizer.zero_grad(set_to_none=True)
-        # Spares the gradients of weights that this update leaves alone.
+        # Skip the gradients of the discriminator, which this update does not change.
         discriminator.requires_grad_(False)
         loss = functional.softplus(-self.discriminate(self.generate(latents))).mean()
         loss.backward()

@@ -42,7 +42,7 @@ def _cnn(network: Convolutional) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -75,12 +75,12 @@ def _resnet(network: Residual) -> nn.Module:
         width = features
     head = nn.Linear(width, network.num_outputs)
     model: Any = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    # The layout that torch recommends for convolutional networks of many channels on CPU.
+    # The memory format that torch recommends for convolutional networks on CPU.
     return model.to(memory_format=torch.channels_last)
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each behind a norm."""
+    """A pre-norm block of attention and an MLP."""
 
     def __init__(self, network: Blocks, causal: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch: eager, with the fused Adam, and compiled (with the fused Adam too)."""
+"""torch: eager, eager with the fused Adam, and compiled with the fused Adam."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _channels_first(images: torch.Tensor, workload: Workload) -> torch.Tensor:
 
 
 def train(settings: Settings, device: torch.device) -> Prepared:
-    """Steps one after the other."""
+    """Single steps."""
     workload = settings.workload
     model, step = _make_step(settings, device)
     inputs = _inputs(workload, device)
@@ -93,7 +93,7 @@ def train(settings: Settings, device: torch.device) -> Prepared:
 
 
 def train_generative(settings: Settings, device: torch.device) -> Prepared:
-    """Steps one after the other, of one network or of two."""
+    """Single steps of one network or of two."""
     workload = settings.workload
     with device:
         trained = torch_generative.create(workload.network, settings.variant)
@@ -108,7 +108,7 @@ def train_generative(settings: Settings, device: torch.device) -> Prepared:
 
 
 def train_one_after_the_other(settings: Settings, device: torch.device) -> Prepared:
-    """A step of each network."""
+    """A step of each network in turn."""
     workload = settings.workload
     members = [_make_step(settings, device) for _ in range(workload.members)]
     inputs = _inputs(workload, device)
@@ -144,7 +144,7 @@ def infer(settings: Settings, device: torch.device) -> Prepared:
 
 
 def train_epoch(settings: Settings, device: torch.device) -> Prepared:
-    """From the files to trained parameters, with the loader that fetches whole batches."""
+    """From the files to trained parameters, with a loader that fetches whole batches."""
     workload = settings.workload
     model, step = _make_step(settings, device)
     start = {name: value.clone() for name, value in model.state_dict().items()}

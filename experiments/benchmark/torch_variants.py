@@ -1,4 +1,4 @@
-"""torch's ways to train: eager, with the fused Adam, and compiled (with the fused Adam too)."""
+"""The variants of torch: eager, eager with the fused Adam, and compiled with the fused Adam."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from experiments.benchmark.sides import Settings
 
 
 def begin(settings: Settings) -> torch.device:
-    """Make torch ready for a workload, and return the device of its networks and its data."""
+    """Set up torch for a workload; return the device of its networks and data."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    # TF32 on a GPU, as JAX multiplies float32 there, and torch too in convolutions.
+    # TF32 on a GPU, which is the default of JAX and of torch's convolutions.
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda" if settings.platform == "gpu" else "cpu")
 
 
 def callable_of(model: torch.nn.Module, variant: str) -> Any:
-    """Return what to call a network by: its compiled form in the variant "compile"."""
+    """Return the network, compiled in the variant "compile"."""
     return torch.compile(model) if variant == "compile" else model
 
 
 def adam(
     model: torch.nn.Module, variant: str, learning_rate: float, beta1: float = 0.9
 ) -> torch.optim.Adam:
-    """Return Adam for a network, the fused one in the variants "fused" and "compile"."""
+    """Return Adam for a network, fused in the variants "fused" and "compile"."""
     fused = variant in ("fused", "compile")
     return torch.optim.Adam(model.parameters(), learning_rate, (beta1, 0.999), fused=fused or None)
 
 
 def num_parameters(*models: torch.nn.Module) -> int:
-    """Return the number of trainable numbers of some networks."""
+    """Return the number of parameters of networks."""
     return sum(parameter.numel() for model in models for parameter in model.parameters())

@@ -13,7 +13,7 @@ LIBRARIES = ("transformers", "torch")
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Continue prompts greedily, reading them included."""
+    """Continue prompts greedily, prefill included."""
     device = begin(settings)
     workload, network = settings.workload, settings.workload.network
     assert isinstance(network, LanguageTransformer)
@@ -24,7 +24,7 @@ def prepare(settings: Settings) -> Prepared:
         n_layer=network.num_layers,
         n_head=network.num_heads,
         bos_token_id=0,
-        eos_token_id=None,  # nothing ends a text: every call makes all of the tokens
+        eos_token_id=None,  # no stop token: every call generates all tokens
     )
     with device:
         model = GPT2LMHeadModel(config)

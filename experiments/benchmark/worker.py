@@ -1,7 +1,7 @@
-"""A process of the benchmark: prepares one workload with one side, and computes when asked.
+"""A process of the benchmark: prepares one workload with one side, and computes on command.
 
-Commands come as lines of JSON on standard input and answers go out on standard output, one line
-each. Whatever a library prints goes to standard error.
+Commands are lines of JSON on standard input, answers are lines of JSON on standard output. What the
+libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Timer:
 
     def prepare(self) -> dict[str, Any]:
         """Import the library and build everything."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         side = importlib.import_module(self.settings.module)
         imported = time.perf_counter()
         self.libraries = side.LIBRARIES
@@ -44,7 +44,7 @@ class Timer:
         # After `prepare`: this starts JAX, and `jaxnets.keep_freed_memory` has to precede that.
         check_platform(self.settings.platform, sys.modules.get("jax"))
         return {
-            "import_seconds": imported - began,
+            "import_seconds": imported - started,
             "prepare_seconds": time.perf_counter() - imported,
             "num_parameters": self.prepared.num_parameters,
         }
@@ -54,10 +54,10 @@ class Timer:
         return {"seconds": self._time(self.prepared.steps_first), "loss": self.loss}
 
     def turn(self, seconds: float) -> dict[str, Any]:
-        """Time calls for some seconds, at least one.
+        """Time at least one call, and further calls until `seconds` have passed.
 
-        The call before them is not counted: it brings the caches back, which the others have used
-        meanwhile. Where a call is as long as the turn, this does not matter and is left out.
+        An untimed call before them warms up the caches, which the other processes have evicted. It
+        is omitted if a call is as long as the turn.
         """
         steps = self.prepared.steps_per_call
         if self.longest < seconds:
@@ -69,7 +69,7 @@ class Timer:
         return {"times": [each / self.prepared.parts for each in times], "loss": self.loss}
 
     def finish(self) -> dict[str, Any]:
-        """Tell what is known at the end."""
+        """Return memory, details and versions."""
         return {
             "peak_bytes": self._peak_bytes(),
             "details": dict(self.prepared.details()),
@@ -77,7 +77,7 @@ class Timer:
         }
 
     def _peak_bytes(self) -> int:
-        """Return the most memory that the networks had where they are computed."""
+        """Return the peak memory of the device, or of this process on a CPU."""
         if self.settings.platform == "cpu":
             return peak_bytes()
         if torch := sys.modules.get("torch"):
@@ -85,20 +85,20 @@ class Timer:
         return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def _time(self, steps: int) -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.loss = self.prepared.run(steps)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
 def check_platform(platform: str, jax: Any) -> None:
-    """Refuse to compute elsewhere, as JAX does where it finds no GPU; torch refuses by itself.
+    """Check that JAX uses the platform: without a GPU it falls back to the CPU; torch fails.
 
     Args:
         platform: "cpu" or "gpu".
-        jax: the package, if this process has it.
+        jax: the package, or None if this process has not imported it.
 
     Raises:
-        RuntimeError: JAX computes elsewhere.
+        RuntimeError: JAX uses another platform.
     """
     if jax is not None and jax.default_backend() != platform:
         raise RuntimeError(
@@ -108,7 +108,7 @@ def check_platform(platform: str, jax: Any) -> None:
 
 
 def _version(package: str) -> str:
-    """Return the version of a package; that of a checkout without metadata is unknown."""
+    """Return the version of a package; "unknown" for a checkout without metadata."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -116,7 +116,7 @@ def _version(package: str) -> str:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has had in RAM."""
+    """Return the peak resident memory of this process."""
     try:
         with open("/proc/self/status") as file:
             # Unlike getrusage, this does not count the process that started this one.
@@ -127,7 +127,7 @@ def peak_bytes() -> int:
 
 
 def limit_cores(count: int) -> None:
-    """Let this process use some cores only; thread pools that come later have as many threads."""
+    """Restrict this process to `count` cores; later thread pools have as many threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 

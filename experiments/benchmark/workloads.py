@@ -1,6 +1,6 @@
-"""What is computed, described once.
+"""The workloads: networks with their tasks and batch sizes.
 
-Imported by every process that is measured, so it knows NumPy only.
+Every measured process imports this module, so it imports NumPy only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from experiments.benchmark.architectures import (
     Vision,
 )
 
-#: Batches of a data set. They share their inputs and differ in their labels, which are drawn: no
-#: network can fit them, so gradients never shrink to numbers so small that they cost extra time.
+#: Batches of a data set, with the same inputs and different random labels: no network can fit them,
+#: so gradients do not shrink to denormal numbers, which would cost extra time.
 NUM_BATCHES = 8
-#: Of Adam; the rate itself costs nothing.
+#: Learning rate of Adam; no time depends on it.
 LEARNING_RATE = 1e-3
-#: Of the Adam of each of two adversaries, and its decay of the first moment.
+#: Learning rate of the Adam of generator and discriminator, and its decay of the first moment.
 ADVERSARIAL_RATE, ADVERSARIAL_BETA1 = 2e-4, 0.5
-#: Pixels of Fashion-MNIST, in [0, 1].
+#: Mean and standard deviation of the pixels of Fashion-MNIST in [0, 1].
 PIXEL_MEAN, PIXEL_DEVIATION = 0.2860, 0.3530
 
 Precision = Literal["float32", "bfloat16"]
@@ -41,32 +41,29 @@ Task = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A network and what is done with it.
+    """A network and its task.
 
     Attributes:
         name: on the command line.
         network: its architecture.
-        batch_size: examples of a step.
-        task: "train": steps of Adam. "infer": logits of a batch. "population": a step of
-            each of `members` networks on one batch. "epoch": read Fashion-MNIST from its files
-            and train for one pass. "autoencode": steps of Adam on the negative evidence lower
-            bound of pixels that are probabilities, with one code drawn for each image.
-            "adversarial": an update of the discriminator, then one of the generator, with the
-            non-saturating loss and latents drawn for each of the two; the loss is the sum of both.
-            "generate": continue prompts greedily. "positions": the same for several numbers of
-            tokens in one cache.
-        precision: of matrix products and activations; parameters are float32, and so is all of
+        batch_size: examples per step.
+        task: "train": steps of Adam. "infer": logits of a batch. "population": a step of each of
+            `members` networks on one batch. "epoch": read Fashion-MNIST from its files and train
+            for one epoch. "autoencode": steps of Adam on the negative evidence lower bound with
+            Bernoulli pixels and one sample per image. "adversarial": an update of the
+            discriminator, then one of the generator, with the non-saturating loss and separate
+            latents; the loss is the sum of both. "generate": continue prompts greedily.
+            "positions": the same for several numbers of tokens in a cache of one size.
+        precision: of matmuls and activations; parameters are float32, and so is all of
             "autoencode" and "adversarial".
-        steps_per_call: steps that are started one after the other before the result is waited
-            for; many where a step is short, as in a real loop.
-        steps_per_dispatch: steps that a side may bundle into one program, if it can.
-        steps_per_fit: batches of the data set that a `fit` goes over, so many that its beginning
-            and end do not count.
+        steps_per_call: steps that are dispatched before the result is awaited; many if a step is
+            short, as in a real loop.
+        steps_per_dispatch: steps that a side may combine in one program.
+        steps_per_fit: batches of the data set of a `fit`, enough to make its fixed cost negligible.
         members: networks of a population.
         prompt: tokens of a prompt.
-        new_tokens: how many tokens are generated; one number but for "positions".
-        platform: where it is computed unless it is asked for elsewhere; what a GPU computes is
-            large enough to fill one.
+        new_tokens: numbers of generated tokens; one entry except for "positions".
+        platform: of the default workloads; those of a GPU are large enough to fill one.
     """
 
     name: str
@@ -84,7 +81,7 @@ class Workload:
 
     @property
     def unit(self) -> str:
-        """What one time is the time of."""
+        """What a measured time refers to."""
         return {
             "train": "step",
             "infer": "batch",
@@ -98,7 +95,7 @@ class Workload:
 
     @property
     def capacity(self) -> int:
-        """Tokens of the longest sequence that is generated, prompt included."""
+        """Length of the longest generated sequence, prompt included."""
         return self.prompt + max(self.new_tokens)
 
     def inputs(self) -> np.ndarray:
@@ -126,7 +123,7 @@ class Workload:
         }
 
     def prompts(self) -> np.ndarray:
-        """Return the prompts that are continued, int32 [batch, prompt]."""
+        """Return the prompts, int32 [batch, prompt]."""
         rng = np.random.default_rng(2)
         shape = (self.batch_size, self.prompt)
         return rng.integers(0, self.network.num_outputs, shape, np.int32)
@@ -240,7 +237,7 @@ WORKLOADS: dict[str, Workload] = {
             prompt=12,
             new_tokens=(64, 128, 256, 500),
         ),
-        # 468 full batches are one pass over the 60,000 images.
+        # 468 full batches are one epoch of the 60,000 images.
         Workload(
             name="epoch", network=_CNN, batch_size=128, task="epoch", steps_per_call=60_000 // 128
         ),
@@ -268,7 +265,7 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 _DEEP = LanguageTransformer(num_outputs=65, num_layers=12, num_heads=6, width=384, context=128)
-#: Name -> workload whose first step is of interest, for `startup`.
+#: Name -> workload of `startup`, which times the first step.
 STARTS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
@@ -281,10 +278,10 @@ STARTS: dict[str, Workload] = {
 
 
 def shrink(workload: Workload) -> Workload:
-    """Return a workload of the same kind that takes no time, to see that a side runs.
+    """Return a small workload of the same kind, to check that a side runs.
 
     Args:
-        workload: of the registry.
+        workload: to shrink.
 
     Returns:
         The workload with small shapes and few steps.

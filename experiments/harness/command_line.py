@@ -22,7 +22,7 @@ class Stopped(Exception):
 def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     """Read the options of an experiment.
 
-    `--preset` or else `--model` or `--kind` chooses the recipe, every other option changes it.
+    `--preset`, else `--model` or `--kind`, chooses the recipe. Every other option overrides it.
 
     Args:
         name: of the experiment.
@@ -42,14 +42,17 @@ def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     return tyro.cli(
         type(next(iter(recipes.values()))),
         prog=f"python -m experiments.{name}",
-        description=f"Recipes (--preset, or --model or --kind for its own): {', '.join(recipes)}.",
+        description=(
+            f"Recipes: {', '.join(recipes)}. --preset chooses one, and so does --model or --kind "
+            "of the same name. Every other option overrides it."
+        ),
         default=recipes.get(key, next(iter(recipes.values()))),
     )
 
 
 @contextlib.contextmanager
 def errors_without_traceback() -> Iterator[None]:
-    """Turn the errors a user can mend into one line on standard error and exit code 2."""
+    """Turn errors that the user can correct into one line on standard error and exit code 2."""
     try:
         yield
     except Stopped as stopped:
@@ -60,10 +63,10 @@ def errors_without_traceback() -> Iterator[None]:
 
 
 def print_result(run: Callable[[], Any]) -> None:
-    """Print what a run returns as JSON, the last line on standard output.
+    """Call `run` and print its result as JSON, the last line on standard output.
 
     Args:
-        run: the work; errors that a user can mend become one line.
+        run: returns the result; errors that the user can correct become one line.
     """
     with errors_without_traceback():
         result = run()

@@ -11,73 +11,73 @@ from experiments.harness.run_folder import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How long, how many, with which optimizer, where to."""
+    """Length, number of networks, optimizer, and output of a run."""
 
     preset: str | None = None
-    """Named recipe instead of the model's own; --help lists them."""
+    """Recipe to use instead of the model's own; its names are above."""
     epochs: float = 10.0
     """Passes over the training set."""
     steps: int | None = None
     """Training steps; overrides --epochs."""
     seeds: int = 1
-    """Number of networks, trained at once as a population in one program."""
+    """Number of networks, trained together as a population in one compiled program."""
     seed: int = 0
     """Seed of the first network; the others count up from it."""
     executor: Literal["scan", "jit", "pmap", "sharded"] = "scan"
-    """scan: many steps a dispatch; pmap, sharded: several devices."""
+    """scan runs many steps per dispatch; pmap and sharded use several devices."""
     steps_per_dispatch: int = 50
-    """Steps in one dispatch of the scan executor."""
+    """Steps per dispatch of the scan executor."""
     batch_size: int = 128
     """Examples per step and network."""
     optimizer: Literal["adamw", "nesterov", "rmsprop", "lion", "muon", "relative_muon"] = "adamw"
-    """sgd has Nesterov momentum 0.9; relative_muon is for convolutions behind which are norms."""
+    """nesterov: SGD with momentum 0.9; relative_muon: for convolutions followed by norms."""
     learning_rate: float = 2e-3
-    """Peak rate, after a linear warm-up; of relative_muon it is a share of each kernel's norm."""
+    """Peak learning rate after a linear warm-up; relative_muon: relative to each kernel's norm."""
     adam_share: float = 1.0
-    """Share of the rate at which Adam trains what is no convolution (relative_muon)."""
+    """Adam's learning rate over --learning-rate, for all but convolutions (relative_muon)."""
     warmup: float = 0.15
-    """Share of the steps in which the rate rises."""
+    """Fraction of the steps in which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up: a cosine or a line down to --final-rate, or the peak rate."""
+    """Learning rate after the warm-up: cosine or linear decay to --final-rate, or the peak."""
     final_rate: float = 0.0
-    """Share of the peak rate at which the cosine or the line ends."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of kernels (adamw, lion, muon), or L2 penalty (sgd, rmsprop)."""
+    """Decoupled weight decay of kernels (adamw, lion, muon), or L2 penalty (nesterov, rmsprop)."""
     beta2: float = 0.999
-    """Decay of the average of squared gradients (adamw; what Muon leaves to Adam)."""
+    """Decay of the second moment (adamw; parameters that the two kinds of Muon leave to Adam)."""
     clip: float = 0.0
-    """Largest norm of the whole gradient; 0 is no limit."""
+    """Maximum global norm of the gradient; 0 disables clipping."""
     average_decay: float = 0.0
-    """Decay of the averaged parameters that are evaluated; 0 evaluates the last ones."""
+    """Decay of the moving average of the parameters, which is evaluated; 0 disables averaging."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations."""
     keep_freed_memory: bool = True
-    """Keep freed memory in the process: faster steps on CPU, see jaxnets.keep_freed_memory."""
+    """Call jaxnets.keep_freed_memory: faster steps on CPU."""
     log_every: int = 50
     """Steps between rows of the log."""
     eval_every: int | None = None
-    """Steps between evaluations on held-out data, for the curves only; by default once an epoch."""
+    """Steps between evaluations on held-out data, for the curves; by default one epoch."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; by default once an epoch."""
+    """Steps between checkpoints; by default one epoch."""
     tensorboard: bool = False
-    """Write TensorBoard event files into the run folder too: numbers, pictures, histograms."""
+    """Also write TensorBoard event files: scalars, images, histograms."""
     data: Path | None = None
-    """Folder of the data set; by default it is searched for (see `python -m jaxnets doctor`)."""
+    """Folder of the data set; `python -m jaxnets doctor` shows where it is searched by default."""
     out: Path = Path("runs")
     """Folder of this run."""
     resume: bool = False
     """Continue an unfinished run."""
 
 
-#: Numbers with a fraction that must not be 0; of the others 0 means "none".
+#: Floating-point options that must not be 0; in the others 0 disables something.
 _POSITIVE = ("epochs", "learning_rate")
 
 
 def check(options: Options) -> None:
-    """Refuse numbers that make no run.
+    """Check that every numeric option is in its range.
 
     Raises:
-        RunError: naming the option and what it may be.
+        RunError: an option out of range; the message names it and its range.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -1,4 +1,4 @@
-"""What an experiment trains: data, network, objective and optimizer, always as a population."""
+"""The definition of an experiment: data, network, objective, optimizer; always a population."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Measured:
     """The outcome of a run.
 
     Attributes:
-        metric: what `values` are, such as "test accuracy".
+        metric: name of the metric, such as "test accuracy".
         values: one per seed.
-        unit: "%" if the values are shares of one, else such as "nats per character".
-        details: further numbers for `result.json`.
+        unit: "%" if the values are fractions, else a unit such as "nats per character".
+        details: further entries of `result.json`.
     """
 
     metric: str
@@ -34,7 +34,7 @@ class Measured:
 
 
 class Problem(abc.ABC):
-    """An experiment's data and network, and how they are trained as its options say.
+    """The data and network of an experiment, and their training with its options.
 
     A subclass sets the attributes in its constructor and defines the abstract methods.
 
@@ -42,13 +42,13 @@ class Problem(abc.ABC):
         options: of the run.
         dataset_name: for the result.
         module: the network.
-        objective: what is lowered.
-        population_strategy: how a population runs, see `jaxnets.population_step`.
-        resident: training arrays that live on the device under the scan executor; None if the
-            batches come from the host.
-        steps_per_epoch: batches in one pass over the training data.
+        objective: its training objective.
+        population_strategy: how a population is executed, see `jaxnets.population_step`.
+        resident: training arrays that the scan executor stores on the device; None if the batches
+            come from the host.
+        steps_per_epoch: batches per epoch.
         eval_batches: held-out batches for the curves.
-        eval_name: what the curves of `eval_batches` are called.
+        eval_name: prefix of the metrics of `eval_batches`.
     """
 
     options: Options
@@ -63,11 +63,11 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def example(self) -> tuple[Any, ...]:
-        """Return inputs with which the network is initialized."""
+        """Return example inputs, to initialize the network."""
 
     @abc.abstractmethod
     def member_source(self, seed: int) -> jn.BatchSource:
-        """Return the batches that the network of one seed sees."""
+        """Return the training batches of one seed."""
 
     @abc.abstractmethod
     def measure(self, states: jn.TrainState) -> Measured:
@@ -85,37 +85,37 @@ class Problem(abc.ABC):
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the run."""
         options = self.options
         return options.steps or max(round(options.epochs * self.steps_per_epoch), 1)
 
     @property
     def stages(self) -> Sequence[int]:
-        """Last step of each stage of the run, rising to `num_steps`; there is one here.
+        """Last step of each stage of the run, ascending to `num_steps`; one stage by default.
 
-        In front of each stage `prepare` is called, and then `batches` and `executor` again.
+        Before each stage `prepare` is called, then `batches` and `executor`.
         """
         return (self.num_steps,)
 
     def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
-        """Make what a stage trains on, where it depends on the networks so far; nothing here.
+        """Prepare the data or the objective of a stage; nothing by default.
 
-        A resumed run calls this for the stages that are over too, with later states: what they
-        made must be read again from the folder.
+        A resumed run also calls this for the finished stages, with later states: read what they
+        produced from the folder.
 
         Args:
             folder: of the run.
             stage: counts from 0.
-            states: the networks as they are.
+            states: the networks at the start of the stage.
 
         Returns:
-            A line to print, if there is anything to say.
+            A line to print, or None.
         """
         return None
 
     @property
     def update(self) -> jn.Update | Sequence[jn.Update]:
-        """The gradient phase of a step, or its phases."""
+        """The update of a step, or a sequence of them."""
         return jn.Update(self.objective, make_optimizer(self.options, self.num_steps))
 
     @property
@@ -134,12 +134,12 @@ class Problem(abc.ABC):
         return jax.jit(jax.vmap(create))(self.seeds)
 
     def batches(self) -> jn.BatchSource:
-        """Every network's own order of examples, so that each equals its run alone."""
+        """Return the batches of all seeds: each keeps its own order, so it equals its solo run."""
         options = self.options
         source = jn.data.member_batches([self.member_source(int(seed)) for seed in self.seeds])
         if options.executor == "scan":
             return jn.data.chunked(source, options.steps_per_dispatch)
-        # pmap and sharded split each batch over the devices themselves, from the host.
+        # pmap and sharded transfer each batch from the host and split it over the devices.
         return jn.data.prefetch(source) if options.executor == "jit" else source
 
     def train_step(self) -> jn.StepFn:
@@ -147,11 +147,11 @@ class Problem(abc.ABC):
         return jn.make_train_step(self.update)
 
     def hooks(self, folder: RunFolder) -> Sequence[jn.Hook]:
-        """Return what else is to be called while training, such as for pictures; nothing here."""
+        """Return further hooks, such as one that draws images; none by default."""
         return ()
 
     def executor(self) -> jn.Executor:
-        """Compile the one step as the options say."""
+        """Build the executor of the options."""
         step = jn.population_step(
             self.train_step(), shared_batch=False, strategy=self.population_strategy
         )
@@ -169,7 +169,7 @@ class Problem(abc.ABC):
     def eval_step(
         self, objective: jn.Objective | None = None
     ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
-        """Compile the evaluation of the whole population."""
+        """Compile the evaluation of the population, for `jaxnets.evaluate`."""
         step = jn.population_step(
             jn.make_eval_step(self.objective if objective is None else objective),
             strategy=self.population_strategy,
@@ -177,26 +177,17 @@ class Problem(abc.ABC):
         return jax.jit(lambda states, batch: step(self.evaluated(states), batch))
 
     def evaluated(self, states: jn.TrainState) -> jn.TrainState:
-        """Return the states with the parameters that count: the averaged ones, if any."""
+        """Return the states with the parameters to evaluate: the averaged ones, if any."""
         if not self.options.average_decay:
             return states
         return dataclasses.replace(states, params=jn.averaged_parameters(states))
 
-    def evaluate(
-        self, states: jn.TrainState, batches: Sequence[jn.Batch], objective: jn.Objective
-    ) -> list[jn.Metrics]:
-        """Sum the metrics of every network over batches."""
-        step = self.eval_step(objective)
-        sums = [jax.device_get(step(states, batch)) for batch in batches]
-        total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums)
-        return [member(total, index) for index in range(self.options.seeds)]
-
 
 def member(population: Any, index: int) -> Any:
-    """Return one member of a population: the leaves at an index of their leading axis."""
+    """Return one member of a population: every leaf at `index` of its leading axis."""
     return jax.tree.map(lambda leaf: leaf[index], population)
 
 
 def thousands(examples: Sequence[Any] | np.ndarray) -> list[slice]:
-    """Split examples into consecutive slices of at most 1000, to bound the memory of a pass."""
+    """Split examples into consecutive slices of at most 1000, to bound the memory of one call."""
     return [slice(start, start + 1000) for start in range(0, len(examples), 1000)]

@@ -19,13 +19,13 @@ _BEGIN, _END = "<!-- results -->\n", "\n<!-- end of results -->"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Where results were measured.
+    """Hardware and versions of a measurement.
 
     Attributes:
         cores: the machine.
         python: version.
         jax: version.
-        mark: behind the time of its rows in the table.
+        mark: follows the time of its rows in the table.
     """
 
     cores: str
@@ -40,21 +40,21 @@ class Entry:
 
     Attributes:
         name: of the row.
-        data: data set, and the measure where it is no accuracy.
-        network: architecture and parameters.
-        command: that gives the number.
+        data: data set, and the metric if it is not the accuracy.
+        network: architecture and number of parameters.
+        command: that reproduces the value.
         value: mean over the seeds, as in `result.json`.
-        decimals: of the value as it is shown.
-        goal: "max" or "min", which way is better.
+        decimals: shown of the value.
+        goal: "max" or "min", the better direction.
         seeds: number of networks.
         seconds: training time of all of them.
-        setting: where.
+        setting: hardware and versions.
         ci95: half-width of the interval over the seeds; None for one seed.
-        tolerance: by how much a rerun may differ, if more than the intervals.
-        unit: "%" for a share, "" for a number whose unit `data` names.
-        remark: further numbers of the run.
-        reference: number of others, with its source.
-        readme: name of the row in the README's short table; "" leaves it out.
+        tolerance: difference allowed to a rerun, if larger than the intervals.
+        unit: "%" for a fraction, "" if `data` names the unit.
+        remark: further metrics of the run.
+        reference: a published value, with its source.
+        readme: name of the row in the README's short table; "" omits it.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Entry:
         return f"{self.seconds:g} s {self.setting.mark}".rstrip()
 
     def show(self, value: float, ci95: float | None) -> str:
-        """Return a value of this row with its interval, as the table has it."""
+        """Format a value of this row with its interval, as in the table."""
 
         def write(number: float) -> str:
             if self.unit == "%":
@@ -98,13 +98,13 @@ class Entry:
         return f"{write(value)} +- {write(ci95)}" if ci95 else f"{write(value)} (all seeds)"
 
     def judge(self, result: Mapping[str, Any]) -> str:
-        """Compare a rerun with the registered number.
+        """Compare a rerun with the registered value.
 
         Args:
             result: content of the rerun's `result.json`.
 
         Returns:
-            "holds" where the means differ by at most the two half-widths together, or the
+            "holds" if the means differ by at most the sum of the two half-widths, or the
             tolerance; else "better" or "worse".
         """
         difference = result["value"] - self.value
@@ -119,8 +119,8 @@ def load(path: Path = RESULTS) -> list[Entry]:
     """Read the registry.
 
     Raises:
-        ValueError: a field that is unknown or missing, a setting without its table, or a name
-            that occurs twice.
+        ValueError: a field is unknown or missing, a setting is undefined, or two rows have the
+            same name.
     """
     content = tomllib.loads(path.read_text())
     settings = {name: Setting(**fields) for name, fields in content["settings"].items()}

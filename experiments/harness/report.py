@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else."""
+"""The report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from experiments.harness import registry
 from experiments.pictures.svg_chart import NUM_COLORS, Series, line_chart
 from jaxnets.tools.comparison import show_number
 
-_PICTURES = {".png": "image/png", ".gif": "image/gif"}
-# Drawn as charts, or shown elsewhere in the report.
-_SHOWN_OTHERWISE = frozenset({"curves"})
+_MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}
+# Images that the report shows as charts.
+_DRAWN_AS_CHARTS = frozenset({"curves"})
 _HEADLINE = ("value", "ci95", "values", "unit", "metric", "experiment", "dataset", "model")
 _ENVIRONMENT = ("command", "python", "jax", "flax", "optax", "devices", "cpu_cores")
 _TIMES = {
     "compile_seconds": "first call, compilation",
-    "step_seconds": "steps and pictures of the progress",
-    "evaluation_seconds": "evaluation on the way",
+    "step_seconds": "steps, progress images",
+    "evaluation_seconds": "evaluation during training",
     "checkpoints_seconds": "checkpoints",
     "batches_seconds": "waiting for batches",
-    "measure_seconds": "final measures and pictures",
+    "measure_seconds": "final evaluation, images",
 }
 
 _STYLE = """
@@ -68,11 +68,11 @@ pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write `report.html` from what a run has left in its folder.
+    """Write `report.html` from the files of a run.
 
     Args:
-        folder: with `config.json`, `metrics.jsonl` and pictures.
-        result: what `result.json` is to hold.
+        folder: with `config.json`, `metrics.jsonl` and images.
+        result: content of `result.json`.
 
     Returns:
         Path of the report.
@@ -82,10 +82,10 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
     sections = [
         _head(result),
         _section("Curves", _cards(_curves(rows))),
-        _section("Pictures", _cards(_pictures(folder))),
-        _section("Measures", _measures(result)),
+        _section("Images", _cards(_images(folder))),
+        _section("Metrics", _metrics(result)),
         _section("Time", _time(result)),
-        _section("Run it again", _again(result, config)),
+        _section("Reproduce", _again(result, config)),
     ]
     title = f"{result['experiment']}, {result['dataset']}"
     page = (
@@ -101,7 +101,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
 
 def _head(result: Mapping[str, Any]) -> str:
     names = filter(None, (result["experiment"], result["dataset"], result["model"]))
-    what = ", ".join(dict.fromkeys(names))  # the digits are both
+    what = ", ".join(dict.fromkeys(names))  # experiment and data set may have one name
     value = show_number(result["value"], result["unit"])
     spread = ""
     if result["ci95"] is not None:
@@ -122,7 +122,7 @@ def _head(result: Mapping[str, Any]) -> str:
 
 
 def _references(result: Mapping[str, Any]) -> Iterable[str]:
-    """Say what the registry knows of this very run, apart from where its folder is."""
+    """Return the registered value and reference of the same command, whatever its --out."""
     words = result["command"].split(" --out ")[0]
     for entry in registry.load():
         if entry.command == words:
@@ -144,10 +144,10 @@ def _curves(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> Series:
-    known = [row for row in rows if name in row]
-    steps = np.array([row["step"] for row in known])
-    values = np.array([np.atleast_1d(np.array(row[name], float)) for row in known])
-    return Series(steps, values.reshape(len(known), -1))
+    with_name = [row for row in rows if name in row]
+    steps = np.array([row["step"] for row in with_name])
+    values = np.array([np.atleast_1d(np.array(row[name], float)) for row in with_name])
+    return Series(steps, values.reshape(len(with_name), -1))  # [points, seeds]
 
 
 def _legend(names: Iterable[str]) -> str:
@@ -159,19 +159,19 @@ def _legend(names: Iterable[str]) -> str:
     return f'<div class="legend">{"".join(keys)}</div>'
 
 
-def _pictures(folder: Path) -> Iterable[str]:
+def _images(folder: Path) -> Iterable[str]:
     for path in sorted(folder.iterdir()):
-        if path.suffix in _PICTURES and path.stem not in _SHOWN_OTHERWISE:
+        if path.suffix in _MEDIA_TYPES and path.stem not in _DRAWN_AS_CHARTS:
             content = base64.b64encode(path.read_bytes()).decode()
             name = html.escape(path.stem.replace("_", " "))
             yield (
                 f'<figure class="wide"><img alt="{name}" '
-                f'src="data:{_PICTURES[path.suffix]};base64,{content}">'
+                f'src="data:{_MEDIA_TYPES[path.suffix]};base64,{content}">'
                 f"<figcaption>{name}</figcaption></figure>"
             )
 
 
-def _measures(result: Mapping[str, Any]) -> str:
+def _metrics(result: Mapping[str, Any]) -> str:
     hidden = {*_HEADLINE, *_ENVIRONMENT, *_TIMES, "train_seconds", "wall_seconds"}
     return _table({name: value for name, value in result.items() if name not in hidden})
 
@@ -210,7 +210,7 @@ def _cards(figures: Iterable[str]) -> str:
 
 def _table(values: Mapping[str, Any]) -> str:
     rows = (
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_shown(value))}</td>"
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_format(value))}</td>"
         "</tr>"
         for name, value in values.items()
         if value is not None
@@ -218,9 +218,9 @@ def _table(values: Mapping[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_format, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

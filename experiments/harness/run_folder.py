@@ -1,11 +1,11 @@
 """The folder of a run: its configuration, its state on disk, its result.
 
-config.json     every option, as resolved
+config.json     every option with its value
 metrics.jsonl   one row per logged step
-checkpoints/    what a resumed run starts from
+checkpoints/    training states; a resumed run starts from the latest
 *.png           figures
-report.html     all of it on one page
-result.json     written last; a folder that has it is finished
+report.html     everything on one page
+result.json     written last: its presence marks a finished run
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import jax
 
-#: Options that say where or how a run is computed, not what it computes.
+#: Options that do not affect the result; a run may be resumed with other values.
 NOT_PART_OF_THE_RUN = (
     *("out", "resume", "data", "checkpoint_every", "keep_freed_memory", "tensorboard", "workers"),
 )
 
 
 class RunError(Exception):
-    """A run that cannot be started or continued as asked; its text says what to do."""
+    """A run cannot be started or resumed; the message states the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The log, one JSON row per logged step."""
+        """The log: one JSON object per logged step."""
         return self.path / "metrics.jsonl"
 
     def open(self, config: Any, *, resume: bool) -> dict[str, Any] | None:
-        """Begin, continue or recognize a run.
+        """Start or resume a run, or read its result.
 
         Args:
             config: dataclass of options.
@@ -61,8 +61,8 @@ class RunFolder:
             The result if the run is finished, else None.
 
         Raises:
-            RunError: the folder holds another run, or an unfinished one without `resume`, or
-                cannot be written.
+            RunError: the folder contains another run, or an unfinished one without `resume`, or
+                is not writable.
         """
         options = to_json(config)
         stored = self._read("config.json")
@@ -73,7 +73,7 @@ class RunFolder:
                 return result
             if not resume and any(self.checkpoints.glob("*")):
                 raise RunError(
-                    f"{self.path} holds an unfinished run; go on with --resume, or choose "
+                    f"{self.path} contains an unfinished run; continue it with --resume, or choose "
                     "another folder with --out"
                 )
         try:
@@ -86,7 +86,7 @@ class RunFolder:
         return None
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file atomically: whole or not at all."""
+        """Write a JSON file atomically."""
         temporary = self.path / f"{name}.new"
         with temporary.open("w") as file:
             json.dump(content, file, indent=2)
@@ -104,7 +104,7 @@ class RunFolder:
             raise RunError(f"{self.path} is a file; choose another --out") from error
         except ValueError as error:
             raise RunError(
-                f"{self.path / name} is not readable JSON ({error}); remove the folder, or choose "
+                f"{self.path / name} is not valid JSON ({error}); remove the folder, or choose "
                 "another --out"
             ) from error
 
@@ -112,13 +112,13 @@ class RunFolder:
         for name in sorted((stored.keys() | options.keys()) - set(NOT_PART_OF_THE_RUN)):
             if stored.get(name) != options.get(name):
                 raise RunError(
-                    f"{self.path} holds a run with {name} = {stored.get(name)!r}, not "
+                    f"{self.path} contains a run with {name} = {stored.get(name)!r}, not "
                     f"{options.get(name)!r}; choose another folder with --out"
                 )
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Return the options of a dataclass as JSON can hold them."""
+    """Return the options of a dataclass as JSON values."""
     plain = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(config).items()
@@ -127,7 +127,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a number depends on besides the code: command, versions, device."""
+    """Return what a result depends on besides the code: command, versions, devices."""
     import flax
     import optax
 

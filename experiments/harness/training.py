@@ -1,4 +1,4 @@
-"""The course of every experiment: open the run folder, train, measure, write the result."""
+"""The steps of every experiment: open the run folder, train, measure, write the result."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from jaxnets.training.history import Writer
 def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str, Options]) -> None:
     """Run an experiment from the command line.
 
-    What a person reads goes to standard error. The one line on standard output, unless that is a
-    terminal, is the result as JSON.
+    Progress goes to standard error. If standard output is not a terminal, its only line is the
+    result as JSON.
 
     Args:
         name: of the experiment, also the default run folder.
         make_problem: options -> problem; loads the data.
-        recipes: named options; those called like a model are that model's defaults.
+        recipes: {name: options}; a recipe named like a model sets that model's defaults.
     """
     recipes = {
         key: dataclasses.replace(recipe, out=Path("runs") / f"{name}_{key}")
         for key, recipe in recipes.items()
     }
     options = command_line.parse(name, recipes)
-    if options.keep_freed_memory:  # of this process, which is ours
+    if options.keep_freed_memory:  # a setting of the process, which belongs to the experiment
         jn.keep_freed_memory()
     with command_line.errors_without_traceback():
         result = run(name, options, make_problem)
@@ -67,18 +67,18 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     states, history = jn.resume(folder.checkpoints, problem.create_states())
     writers = [jn.jsonl_writer(folder.metrics)]
     events: Any = None
-    drawn: list[jn.Hook] = []
+    image_hooks: list[jn.Hook] = []
     if options.tensorboard:
         events = jn.tensorboard_writer(folder.path / "tensorboard")
         writers.append(events)
-        drawn = [
+        image_hooks = [
             event_pictures.NewPictures(folder.path),
             jn.every(options.eval_every or problem.steps_per_epoch, jn.parameter_histograms()),
         ]
-    began = time.perf_counter()
-    states, history = _train(problem, folder, states, history, writers, drawn)
+    started = time.perf_counter()
+    states, history = _train(problem, folder, states, history, writers, image_hooks)
     if history.interrupted:
-        raise command_line.Stopped(f"stopped by {history.stopped}; go on with --resume")
+        raise command_line.Stopped(f"stopped by {history.stopped}; continue with --resume")
     print(
         f"trained {options.seeds} network(s) for {problem.num_steps} steps: first call "
         f"{history.first_call_seconds:.1f} s (compilation), the others {history.seconds:.1f} s",
@@ -91,7 +91,7 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     if events is not None:
         event_pictures.show_last(events, folder.path, history, problem.num_steps)
     result["measure_seconds"] = round(time.perf_counter() - trained, 2)
-    result["wall_seconds"] = round(time.perf_counter() - began, 2)
+    result["wall_seconds"] = round(time.perf_counter() - started, 2)
     page = report.write(folder.path, result)
     folder.write("result.json", result)
     print(f"{describe(measured)}; see {page}", file=sys.stderr)
@@ -104,9 +104,9 @@ def _train(
     states: jn.TrainState,
     history: jn.History,
     writers: list[Writer],
-    drawn: list[jn.Hook],
+    image_hooks: list[jn.Hook],
 ) -> tuple[jn.TrainState, jn.History]:
-    """Run the stages that are left, one after the other, as one course of steps."""
+    """Run the remaining stages in order, with one history."""
     options = problem.options
     hooks = [
         jn.every(
@@ -114,20 +114,20 @@ def _train(
             jn.validation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
         ),
         *problem.hooks(folder),
-        *drawn,
+        *image_hooks,
         jn.Checkpointing(
             folder.checkpoints,
             every=options.checkpoint_every or problem.steps_per_epoch,
             keep=2,
         ),
     ]
-    compiling = 0.0
+    compile_seconds = 0.0
     for stage, last_step in enumerate(problem.stages):
-        told = problem.prepare(folder, stage, states)
-        if told:
-            print(told, file=sys.stderr)
+        message = problem.prepare(folder, stage, states)
+        if message:
+            print(message, file=sys.stderr)
         if last_step < min(int(states.step[0]) + 1, problem.num_steps):
-            continue  # a resumed run is beyond this stage
+            continue  # finished before the run was resumed
         states, history = jn.fit(
             problem.executor(),
             states,
@@ -138,8 +138,8 @@ def _train(
             log_every=options.log_every,
             history=history,
         )
-        compiling += history.first_call_seconds
-        history.first_call_seconds = compiling
+        compile_seconds += history.first_call_seconds
+        history.first_call_seconds = compile_seconds
         if history.stopped is not None:
             break
     return states, history
@@ -174,7 +174,7 @@ def summarize(
 
 
 def describe(measured: Measured) -> str:
-    """Return the outcome as a sentence, with its interval over the seeds."""
+    """Return the outcome as text, with its confidence interval over the seeds."""
     value, interval = jn.metrics.confidence_interval(measured.values)
     shown = show_number(value, measured.unit)
     spread = ""

@@ -1,4 +1,4 @@
-"""The pictures of an autoencoder: progress, reconstructions, samples, walks, the map of codes."""
+"""Images of an autoencoder: progress, reconstructions, samples, interpolations, codes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NUM_COLUMNS = 10
 
 
 class Progress:
-    """A hook that draws the same codes, or the same test images, again and again.
+    """A hook that draws images of the network in training.
 
-    Of a variational autoencoder it decodes 64 codes that never change; of the others, which have
-    no distribution of codes, it reconstructs 32 test images and draws them beside the originals.
+    A variational autoencoder decodes 64 fixed codes. The others, which have no distribution of
+    codes, reconstruct 32 test images, drawn next to the originals.
 
     Args:
         problem: the autoencoder's.
-        folder: where the pictures go, one PNG file for each step.
+        folder: of the images, one PNG file per call.
     """
 
     def __init__(self, problem: Any, folder: Path) -> None:
@@ -33,12 +33,12 @@ class Progress:
         self._folder = folder
         chosen = {name: array[:32] for name, array in problem.test.items()}
         self._originals = jnp.asarray(problem.images(chosen))
-        self._picture = jax.jit(lambda variables: self._images(variables))
+        self._compiled = jax.jit(lambda variables: self._images(variables))
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         self._folder.mkdir(exist_ok=True)
         first = member(self._problem.evaluated(state), 0)
-        images = self._problem.shown(self._picture(first.variables))
+        images = self._problem.shown(self._compiled(first.variables))
         grids.grid(grids.arrange(images), self._folder / f"{step:08d}.png")
 
     def _images(self, variables: Mapping[str, Any]) -> jax.Array:
@@ -46,14 +46,14 @@ class Progress:
         if hasattr(module, "posterior"):
             labels = problem.labels(np.arange(64) % problem.dataset.num_classes)
             return _samples(problem, variables, 64, labels)
-        found = jn.autoencoder.reconstruct(module, variables, self._originals)
-        # Originals and reconstructions in turn, so that pairs stand side by side.
-        pairs = jnp.stack([self._originals, found], axis=1)
-        return pairs.reshape(-1, *found.shape[1:])
+        reconstructed = jn.autoencoder.reconstruct(module, variables, self._originals)
+        # Alternate originals and reconstructions: [images, 2, height, width, channels].
+        pairs = jnp.stack([self._originals, reconstructed], axis=1)
+        return pairs.reshape(-1, *reconstructed.shape[1:])  # [2 * images, ...]
 
 
 def draw(problem: Any, state: jn.TrainState, folder: Path) -> None:
-    """Draw all pictures of a trained network.
+    """Draw all images of a trained network.
 
     Args:
         problem: the autoencoder's.
@@ -66,14 +66,15 @@ def draw(problem: Any, state: jn.TrainState, folder: Path) -> None:
     codes = problem.codes(state, test)
     names = problem.dataset.class_names
     grids.code_map(codes, labels, names, folder / "codes.png")
-    walks = _walks(problem, state, images, labels)
-    grids.grid(problem.shown(walks), folder / "interpolations.png")
+    rows = _interpolations(problem, state, images, labels)
+    grids.grid(problem.shown(rows), folder / "interpolations.png")
     if hasattr(module, "posterior"):
         count = problem.dataset.num_classes * _NUM_COLUMNS
         classes = np.repeat(np.arange(problem.dataset.num_classes), _NUM_COLUMNS)
-        found = _samples(problem, state.variables, count, problem.labels(classes))
-        found = found.reshape(-1, _NUM_COLUMNS, *images.shape[1:])
-        grids.grid(problem.shown(found), folder / "samples.png")
+        samples = _samples(problem, state.variables, count, problem.labels(classes))
+        # [classes, columns, height, width, channels]
+        samples = samples.reshape(-1, _NUM_COLUMNS, *images.shape[1:])
+        grids.grid(problem.shown(samples), folder / "samples.png")
         walk = _latent_walk(problem, state, codes, labels)
         grids.grid(problem.shown(walk), folder / "latent_walk.png")
     _anomalies(problem, state, images, labels, folder)
@@ -95,7 +96,7 @@ def _samples(
 def _reconstructions(
     problem: Any, state: jn.TrainState, images: np.ndarray, labels: np.ndarray, folder: Path
 ) -> None:
-    """Draw originals, what the network saw where that is something else, and what it made."""
+    """Draw originals, corrupted inputs of a denoising autoencoder, and reconstructions."""
     rows = [problem.shown(images)]
     if problem.config.kind == "denoising":
         images = problem.corrupted(images)
@@ -104,8 +105,10 @@ def _reconstructions(
     grids.grid(np.stack(rows), folder / "reconstructions.png")
 
 
-def _walks(problem: Any, state: jn.TrainState, images: np.ndarray, labels: np.ndarray) -> jax.Array:
-    """Walk between pairs of test images, [walks, steps, height, width, channels]."""
+def _interpolations(
+    problem: Any, state: jn.TrainState, images: np.ndarray, labels: np.ndarray
+) -> jax.Array:
+    """Interpolate between pairs of test images, [pairs, steps, height, width, channels]."""
     pairs = min(8, len(images) // 2)
     given = problem.labels(labels[:pairs])
     return jn.autoencoder.interpolate(
@@ -121,16 +124,16 @@ def _walks(problem: Any, state: jn.TrainState, images: np.ndarray, labels: np.nd
 def _latent_walk(
     problem: Any, state: jn.TrainState, codes: np.ndarray, labels: np.ndarray
 ) -> jax.Array:
-    """Change one number of a test image's code at a time, those that carry most in the first rows.
+    """Vary one dimension of a test image's code per row, in the order of their variance.
 
-    The means of a number that carries nothing are all near 0.
+    The posterior means of an unused dimension are all near 0.
     """
     chosen = np.argsort(-codes.var(axis=0), kind="stable")[:8]
     values = np.linspace(-3, 3, _NUM_COLUMNS, dtype=np.float32)
-    walk = np.tile(codes[0], (len(chosen), _NUM_COLUMNS, 1))
-    for row, number in enumerate(chosen):
-        walk[row, :, number] = values
-    flat = jnp.asarray(walk.reshape(-1, codes.shape[1]))
+    walk = np.tile(codes[0], (len(chosen), _NUM_COLUMNS, 1))  # [rows, columns, latent]
+    for row, dimension in enumerate(chosen):
+        walk[row, :, dimension] = values
+    flat = jnp.asarray(walk.reshape(-1, codes.shape[1]))  # [rows * columns, latent]
     given = problem.labels(np.repeat(labels[:1], len(flat)))
     images = jn.autoencoder.decode(problem.module, state.variables, flat, *given)
     return images.reshape(len(chosen), _NUM_COLUMNS, *images.shape[1:])
@@ -139,7 +142,7 @@ def _latent_walk(
 def _anomalies(
     problem: Any, state: jn.TrainState, images: np.ndarray, labels: np.ndarray, folder: Path
 ) -> None:
-    """Draw the test images with the highest anomaly scores, and below them the lowest."""
+    """Draw the test images with the highest anomaly scores, then those with the lowest."""
 
     @jax.jit
     def score(images: jax.Array, *labels: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Pictures of drives: scores, what a network looks at, a film of a lap."""
+"""Figures of drives: scores, saliency, an animation of a lap."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NUM_SHOWN = 8
 def scores(
     networks: Sequence[Sequence[driving.Score]], expert: Sequence[driving.Score], path: Path
 ) -> None:
-    """Draw the points on each track, the worst first, of each network and of the expert.
+    """Draw the sorted scores of each network and of the expert.
 
     Args:
-        networks: for each network its scores.
+        networks: scores of each network, one per track.
         expert: scores on the same tracks.
         path: PNG file.
     """
@@ -40,7 +40,7 @@ def scores(
         points = sorted(score.points for score in drives)
         axis.plot(points, marker=".", color="tab:blue", label=label)
     axis.plot(sorted(score.points for score in expert), color="tab:orange", label="expert")
-    axis.set(xlabel="tracks, the worst first", ylabel="points")
+    axis.set(xlabel="tracks, sorted by score", ylabel="points")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -48,9 +48,9 @@ def scores(
 
 
 def gradient_maps(driver: NetworkDriver, drive: driving.Drive) -> np.ndarray:
-    """Return how much each pixel of a frame changes the steering there, [frames, height, width].
+    """Return the input gradient of the steering for each frame, [frames, height, width].
 
-    A network with a memory is shown each frame as its first one.
+    A recurrent network reads each frame with a zero carry.
     """
     network, head = driver.network, driver.head
 
@@ -62,11 +62,11 @@ def gradient_maps(driver: NetworkDriver, drive: driving.Drive) -> np.ndarray:
 
         return jn.input_gradient(steering, to_inputs(frames))
 
-    return _in_parts(maps, drive.arrays["frames"], drive.arrays["speeds"])
+    return _map_batches(maps, drive.arrays["frames"], drive.arrays["speeds"])
 
 
 def backprop_maps(driver: NetworkDriver, drive: driving.Drive) -> np.ndarray | None:
-    """Return the VisualBackProp of PilotNet's convolutions; None for another encoder."""
+    """Return the VisualBackProp of PilotNet's convolutions; None for other encoders."""
     network = driver.network
     if not isinstance(network.encoder, jn.PilotNet):
         return None
@@ -75,15 +75,15 @@ def backprop_maps(driver: NetworkDriver, drive: driving.Drive) -> np.ndarray | N
     def maps(frames: jax.Array, speeds: jax.Array) -> jax.Array:
         images = to_inputs(frames)
         _, inside = jn.capture(network, driver.variables, images[:, None], speeds[:, None])
-        seen = [inside["encoder"][f"map_{index}"] for index in range(len(CONVOLUTIONS))]
-        geometry = [(size, strides) for _, size, strides in CONVOLUTIONS]
-        return jn.visual_backprop(seen, geometry, images.shape[1:3])
+        activations = [inside["encoder"][f"map_{index}"] for index in range(len(CONVOLUTIONS))]
+        kernels_and_strides = [(size, strides) for _, size, strides in CONVOLUTIONS]
+        return jn.visual_backprop(activations, kernels_and_strides, images.shape[1:3])
 
-    return _in_parts(maps, drive.arrays["frames"], drive.arrays["speeds"])
+    return _map_batches(maps, drive.arrays["frames"], drive.arrays["speeds"])
 
 
 def saliency(driver: NetworkDriver, drive: driving.Drive, path: Path) -> None:
-    """Show frames of a drive, and below them what the network looks at.
+    """Draw frames of a drive, and below them their saliency maps.
 
     Args:
         driver: the network.
@@ -104,13 +104,13 @@ def saliency(driver: NetworkDriver, drive: driving.Drive, path: Path) -> None:
 
 
 def film(driver: NetworkDriver, drive: driving.Drive, path: Path, *, seconds: float) -> None:
-    """Draw a lap as an animation: the camera with what the network looks at, and the controls.
+    """Draw a lap as an animation: the camera with its saliency map, and the controls.
 
     Args:
         driver: the network.
         drive: with frames.
         path: GIF file.
-        seconds: between two decisions; every other one is drawn.
+        seconds: between two decisions; every second one is drawn.
     """
     frames = drive.arrays["frames"][:, : driving.NUM_WORLD_ROWS]
     maps = backprop_maps(driver, drive)
@@ -122,7 +122,7 @@ def film(driver: NetworkDriver, drive: driving.Drive, path: Path, *, seconds: fl
         panels.append(
             _panel(picture, drive.arrays["controls"][index], drive.arrays["speeds"][index])
         )
-    # One palette for all, or else the colors flicker; made of enough panels to hold every color.
+    # One palette for all panels, so that colors do not flicker; six panels contain every color.
     chosen = [panels[i] for i in np.linspace(0, len(panels) - 1, 6).astype(int)]
     palette = Image.fromarray(np.concatenate(chosen)).quantize(128, Image.Quantize.MAXCOVERAGE)
     reduced = [panel.quantize(palette=palette, dither=Image.Dither.NONE) for panel in panels]
@@ -132,7 +132,7 @@ def film(driver: NetworkDriver, drive: driving.Drive, path: Path, *, seconds: fl
 
 
 def _panel(picture: np.ndarray, controls: np.ndarray, speed: float) -> Image.Image:
-    """Put bars of steering, gas and brake, and the speed, below a picture."""
+    """Draw bars of steering, gas and brake, and the speed, below an image."""
     height, width = picture.shape[:2]
     panel = Image.new("RGB", (width, height + 48), "black")
     panel.paste(Image.fromarray(picture))
@@ -153,7 +153,7 @@ def _panel(picture: np.ndarray, controls: np.ndarray, speed: float) -> Image.Ima
 
 
 def _overlaid(frames: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Darken the frames, and tint what the network looks at."""
+    """Darken the frames and tint the salient pixels."""
     bright = np.quantile(maps, 0.995, axis=(1, 2), keepdims=True)
     shares = np.clip(maps / np.maximum(bright, 1e-12), 0, 1)[..., None]
     tint = np.array([255, 60, 220])
@@ -161,12 +161,14 @@ def _overlaid(frames: np.ndarray, maps: np.ndarray) -> np.ndarray:
     return np.clip(mixed, 0, 255).astype(np.uint8)
 
 
-def _in_parts(function: jax.stages.Wrapped, frames: np.ndarray, speeds: np.ndarray) -> np.ndarray:
-    """Map 32 frames at a time, the last ones padded, so that one program serves all."""
-    found = []
+def _map_batches(
+    function: jax.stages.Wrapped, frames: np.ndarray, speeds: np.ndarray
+) -> np.ndarray:
+    """Map 32 frames per call, with the last batch padded, so that one program is compiled."""
+    maps = []
     for start in range(0, len(frames), 32):
         part = frames[start : start + 32], speeds[start : start + 32]
         missing = 32 - len(part[1])
         padded = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in part]
-        found.append(np.asarray(function(*padded))[: len(part[1])])
-    return np.concatenate(found)
+        maps.append(np.asarray(function(*padded))[: len(part[1])])
+    return np.concatenate(maps)

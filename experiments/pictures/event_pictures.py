@@ -1,4 +1,4 @@
-"""The pictures of a run folder in TensorBoard: those of its hooks, and those of its end."""
+"""The images of a run folder in TensorBoard: those of its hooks, and the final ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import jaxnets as jn
 
 
 class NewPictures:
-    """A hook that returns what the hooks before it have drawn into subfolders of the run.
+    """A hook that returns the images that earlier hooks wrote to subfolders of the run.
 
-    Of each subfolder it returns the latest new picture, as `pictures/subfolder`.
+    It returns the latest new image of each subfolder, as `pictures/subfolder`.
 
     Args:
         folder: of the run.
@@ -32,16 +32,16 @@ class NewPictures:
         return {f"pictures/{path.parent.name}": _read(path) for path in new}
 
     def _drawn(self) -> set[tuple[Path, int]]:
-        # With their times: a resumed run draws some of them again.
+        # With modification times: a resumed run overwrites some of them.
         return {(path, path.stat().st_mtime_ns) for path in self._folder.glob("*/*.png")}
 
 
 def show_last(writer: Any, folder: Path, history: jn.History, step: int) -> None:
-    """Show the pictures of a finished run, `pictures/name`, beside what it logged.
+    """Write the final images of a run, `pictures/name`, to the event files of its log.
 
     Args:
         writer: one with `show`, closed.
-        folder: of the run; the PNG files in it are shown.
+        folder: of the run; its PNG files are written.
         history: of the run.
         step: its last one.
     """
@@ -53,5 +53,5 @@ def show_last(writer: Any, folder: Path, history: jn.History, step: int) -> None
 
 def _read(path: Path) -> jn.Image:
     with Image.open(path) as opened:
-        kept = opened if opened.mode in ("L", "RGB", "RGBA") else opened.convert("RGB")
-        return jn.Image(np.asarray(kept))
+        image = opened if opened.mode in ("L", "RGB", "RGBA") else opened.convert("RGB")
+        return jn.Image(np.asarray(image))

@@ -19,8 +19,8 @@ def curves(history: History, panels: dict[str, Sequence[str]], path: Path) -> No
     """Draw metrics over steps: the mean over seeds as a line, their range as a band.
 
     Args:
-        history: rows whose values are lists with a number per seed.
-        panels: {title of a panel: names of the metrics in it}.
+        history: its values are lists with one value per seed.
+        panels: {title of a panel: names of its metrics}.
         path: PNG file.
     """
     figure, axes = plt.subplots(
@@ -43,7 +43,7 @@ def curves(history: History, panels: dict[str, Sequence[str]], path: Path) -> No
 
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix, colored by the share of each true class.
+    """Draw a confusion matrix, colored by the fraction of each true class.
 
     Args:
         counts: [true class, predicted class].
@@ -62,7 +62,7 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> Non
             color = "white" if shares[row, column] > 0.5 else "black"
             text = f"{count:.0f}" if count >= 1 else f"{count:.1f}"
             axis.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
-    figure.colorbar(image, label="share of the true class")
+    figure.colorbar(image, label="fraction of the true class")
     _save(figure, path)
 
 
@@ -75,7 +75,7 @@ def mistakes(
     *,
     num_shown: int = 24,
 ) -> None:
-    """Show the wrongly classified images on which the network was most sure.
+    """Draw the misclassified images, the most confident predictions first.
 
     Args:
         images: uint8 [examples, height, width, channels].
@@ -83,7 +83,7 @@ def mistakes(
         probabilities: [examples, num_classes].
         class_names: names in the order of the classes.
         path: PNG file.
-        num_shown: images at most.
+        num_shown: maximum number of images.
     """
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
@@ -98,8 +98,8 @@ def mistakes(
     for axis, index in zip(axes.flat, worst, strict=False):
         image = images[index].squeeze(-1) if images.shape[-1] == 1 else images[index]
         axis.imshow(image, cmap="gray" if image.ndim == 2 else None)
-        guess, sure = class_names[predicted[index]], probabilities[index].max()
-        axis.set_title(f"{guess} {sure:.0%}\nnot {class_names[labels[index]]}", fontsize=8)
+        guess, confidence = class_names[predicted[index]], probabilities[index].max()
+        axis.set_title(f"{guess} {confidence:.0%}\nnot {class_names[labels[index]]}", fontsize=8)
     figure.suptitle(f"{len(wrong)} of {len(labels)} wrong; the most confident mistakes")
     _save(figure, path)
 
@@ -107,12 +107,12 @@ def mistakes(
 def attention(
     weights: np.ndarray, source: Sequence[str], target: Sequence[str], path: Path
 ) -> None:
-    """Draw what each written token looked at.
+    """Draw cross-attention probabilities.
 
     Args:
         weights: [target, source]; the rows sum to 1.
-        source: texts of the tokens read.
-        target: texts of the tokens written.
+        source: texts of the source tokens.
+        target: texts of the target tokens.
         path: PNG file.
     """
     size = 1.5 + 0.3 * len(source), 1.2 + 0.3 * len(target)

@@ -1,4 +1,4 @@
-"""Pictures that a generative network makes: grids, films, maps of codes; images are in [0, 1]."""
+"""Figures of generated images in [0, 1]: grids, animations, scatter plots of codes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-# Sides of small images are multiplied until they have about this many pixels.
+# Small images are enlarged by an integer factor to about this many pixels a side.
 _SHOWN_SIDE = 56
 
 
 def to_pixels(images: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return images in [low, high] as uint8; what is beyond is cut off, and NaN black."""
+    """Map images in [low, high] to uint8; values outside are clipped, NaN becomes `low`."""
     shares = (np.nan_to_num(images, nan=low) - low) / (high - low)
     return np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8)
 
 
 def grid(images: np.ndarray, path: Path) -> None:
-    """Lay images out in rows and columns.
+    """Draw images in rows and columns.
 
     Args:
-        images: [rows, columns, height, width, channels], uint8, or floats in [0, 1]; one channel
+        images: [rows, columns, height, width, channels], uint8, or floating in [0, 1]; one channel
             is gray.
-        path: PNG file; its folder is made.
+        path: PNG file; its folder is created.
     """
     rows, columns, height, width, channels = images.shape
     pixels = images if images.dtype == np.uint8 else to_pixels(images, 0, 1)
@@ -37,6 +37,7 @@ def grid(images: np.ndarray, path: Path) -> None:
     pixels = pixels.repeat(factor, axis=2).repeat(factor, axis=3)
     border = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
     pixels = np.pad(pixels, border, constant_values=255)
+    # [rows, height, columns, width, channels] -> [rows * height, columns * width, channels]
     sheet = pixels.swapaxes(1, 2).reshape(
         rows * (height * factor + 2), columns * (width * factor + 2), channels
     )
@@ -49,10 +50,10 @@ def arrange(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
     Args:
         images: [images, height, width, channels].
-        columns: images in a row; by default about as many as there are rows.
+        columns: images per row; by default about as many as rows.
 
     Returns:
-        [rows, columns, height, width, channels]; what fills no row is left out.
+        [rows, columns, height, width, channels], without an incomplete last row.
     """
     columns = max(1, round(len(images) ** 0.5)) if columns is None else columns
     rows = len(images) // columns
@@ -60,12 +61,12 @@ def arrange(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 
 def film(frames: Sequence[Path], path: Path, *, seconds: float = 0.25) -> None:
-    """Join pictures to an animation that goes round and rests at the end.
+    """Join frames to an animation that loops, with a pause at the end.
 
     Args:
-        frames: PNG files of one size, in order; without any, nothing is written.
+        frames: PNG files of one size, in order; if empty, nothing is written.
         path: GIF file.
-        seconds: that each frame is shown.
+        seconds: duration of a frame.
     """
     if not frames:
         return
@@ -81,17 +82,17 @@ def film(frames: Sequence[Path], path: Path, *, seconds: float = 0.25) -> None:
 
 
 def code_map(codes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw codes as points of a plane, colored by class.
+    """Draw a scatter plot of codes, colored by class.
 
-    Codes of more than two numbers are shown by their first two principal components.
+    Codes of other than two dimensions are projected to their first two principal components.
 
     Args:
-        codes: [examples, numbers].
+        codes: [examples, features].
         labels: integer [examples].
         class_names: names in the order of the classes.
         path: PNG file.
     """
-    names = ("first number", "second number")
+    names = ("first dimension", "second dimension")
     if codes.shape[1] != 2:
         centered = codes - codes.mean(axis=0)
         _, _, components = np.linalg.svd(centered, full_matrices=False)

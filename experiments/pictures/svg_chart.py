@@ -1,4 +1,4 @@
-"""Line charts as SVG text, colored by the style sheet of the page they stand in."""
+"""Line charts as SVG text, colored by the style sheet of their page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Colors that the page defines: var(--series-0), var(--series-1), ...
+#: Number of colors that the page defines: var(--series-0), var(--series-1), ...
 NUM_COLORS = 6
 
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 30
-_MOST_POINTS = 300
+_MAX_POINTS = 300
 
 
 class Series(NamedTuple):
@@ -33,13 +33,13 @@ def line_chart(title: str, series: Mapping[str, Series]) -> str:
     """Draw metrics over steps: the mean over seeds as a line, their range as a band.
 
     Args:
-        title: of the chart, for readers that cannot see it.
-        series: {name: points}; points that are not finite are left out.
+        title: of the chart, for screen readers.
+        series: {name: points}; non-finite points are omitted.
 
     Returns:
-        An <svg> element, or "" where there is nothing to draw.
+        An <svg> element, or "" if there is no finite point.
     """
-    drawn = {name: _thinned(_finite(points)) for name, points in series.items()}
+    drawn = {name: _downsampled(_finite(points)) for name, points in series.items()}
     drawn = {name: points for name, points in drawn.items() if len(points.steps)}
     if not drawn:
         return ""
@@ -83,16 +83,16 @@ def line_chart(title: str, series: Mapping[str, Series]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def nice_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Return round numbers, equally far apart, that span a range.
+def nice_ticks(low: float, high: float, *, max_ticks: int = 6) -> list[float]:
+    """Return round, equally spaced numbers that span a range.
 
     Args:
-        low: smallest number.
-        high: largest number.
-        most: ticks at most.
+        low: start of the range.
+        high: end of the range.
+        max_ticks: maximum number of ticks.
 
     Returns:
-        Two ticks or more; the first is at most `low`, the last at least `high`.
+        At least two ticks; the first is at most `low`, the last at least `high`.
 
     Example:
         >>> nice_ticks(0.13, 1.9)
@@ -101,24 +101,24 @@ def nice_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     if high <= low:
         wide = abs(low) * 0.1 or 1.0
         low, high = low - wide, high + wide
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = 10.0 ** math.floor(math.log10((high - low) / max_ticks))
     for factor in (1, 2, 2.5, 5, 10, 20, 25, 50):
         first, last = math.floor(low / (factor * step)), math.ceil(high / (factor * step))
-        if last - first < most:
+        if last - first < max_ticks:
             return [round(index * factor * step, 12) for index in range(first, last + 1)]
-    raise AssertionError((low, high))  # a step of 50 spans any range that is most steps of 1 long
+    raise AssertionError((low, high))  # high - low < 10 * max_ticks * step
 
 
 def _finite(points: Series) -> Series:
-    kept = np.isfinite(points.values).all(axis=1)
-    return Series(points.steps[kept], points.values[kept])
+    finite = np.isfinite(points.values).all(axis=1)
+    return Series(points.steps[finite], points.values[finite])
 
 
-def _thinned(points: Series) -> Series:
-    """Average neighbors, so that a long run draws no more points than a screen shows."""
+def _downsampled(points: Series) -> Series:
+    """Average neighboring points down to as many as a screen can show."""
     count = len(points.steps)
-    if count <= _MOST_POINTS:
+    if count <= _MAX_POINTS:
         return points
-    groups: Sequence[np.ndarray] = np.array_split(np.arange(count), _MOST_POINTS)
+    groups: Sequence[np.ndarray] = np.array_split(np.arange(count), _MAX_POINTS)
     steps = np.array([points.steps[group[-1]] for group in groups])
     return Series(steps, np.stack([points.values[group].mean(axis=0) for group in groups]))

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import TINY, tiny
 
 import jaxnets as jn
-from experiments.classification import ImageClassification, Viewed
+from experiments.classification import AveragedViews, ImageClassification
 from experiments.harness.models import ModelName, make_model
 from experiments.harness.run_folder import RunFolder
 from jaxnets.data import digits, normalize
@@ -45,15 +45,15 @@ def test_all_views_count_in_evaluation_and_the_image_alone_in_training():
     here, mirrored = range(8), range(7, -1, -1)
     before, behind = [1, *range(7)], [*range(1, 8), 6]  # with the border reflected
     mean = (logits(here, here) + logits(here, mirrored)) / 2
-    judged = Viewed(module, mirrored=True, shifted=False)
-    np.testing.assert_allclose(judged.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
+    viewed = AveragedViews(module, mirrored=True, shifted=False)
+    np.testing.assert_allclose(viewed.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
     shifted = (logits(before, before) + logits(behind, behind)) / 2
     mean = (logits(here, here) + shifted) / 2
-    judged = Viewed(module, mirrored=False, shifted=True)
-    np.testing.assert_allclose(judged.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
+    viewed = AveragedViews(module, mirrored=False, shifted=True)
+    np.testing.assert_allclose(viewed.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
     training = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
     for one, other in zip(
-        jax.tree.leaves(judged.apply(variables, images, **training)),
+        jax.tree.leaves(viewed.apply(variables, images, **training)),
         jax.tree.leaves(module.apply(variables, images, **training)),
         strict=True,
     ):

@@ -112,7 +112,7 @@ def test_every_network_gives_the_outputs_of_its_head(model, head):
     shapes = jax.ShapeDtypeStruct((2, 3, 84, 96, 3), jnp.float32), jnp.zeros((2, 3))
     (found, memory), _ = jax.eval_shape(network.init_with_output, jax.random.key(0), *shapes)
     assert found.shape == (2, 3, outputs) and found.dtype == jnp.float32
-    expected = jax.eval_shape(lambda: network.no_memory(2))
+    expected = jax.eval_shape(lambda: network.zero_carry(2))
     assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, expected)
     assert (memory is None) == (model in ("pilotnet", "resnet"))
 

@@ -130,10 +130,10 @@ def test_an_unfinished_run_wants_resume_and_then_ends_bitwise_the_same(
         "experiments.harness.training.jn.every",
         lambda steps, hook: every(5, stop_at_ten) if steps == 10 else every(steps, hook),
     )
-    with pytest.raises(command_line.Stopped, match="go on with --resume"):
+    with pytest.raises(command_line.Stopped, match="continue with --resume"):
         tiny(tmp_path, seeds=3)
     monkeypatch.undo()
-    with pytest.raises(RunError, match="unfinished run; go on with --resume"):
+    with pytest.raises(RunError, match="unfinished run; continue it with --resume"):
         tiny(tmp_path, seeds=3)
     result = tiny(tmp_path, seeds=3, resume=True)
     assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
@@ -178,7 +178,7 @@ def test_a_folder_that_nobody_can_write_is_reported():
 
 def test_a_damaged_configuration_is_reported(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RunError, match="not readable JSON"):
+    with pytest.raises(RunError, match="not valid JSON"):
         tiny(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_a_run_told_to_stop_saves_and_ends_with_code_3(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert b"SIGTERM" in errors and b"go on with --resume" in errors
+    assert b"SIGTERM" in errors and b"continue with --resume" in errors
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_an_unfinished_run_resumes_to_bitwise_the_same(finished, tmp_path, monke
 
     hooks = gan.Adversaries.hooks
     monkeypatch.setattr(gan.Adversaries, "hooks", lambda *given: [*hooks(*given), stop])
-    with pytest.raises(Stopped, match="go on with --resume"):
+    with pytest.raises(Stopped, match="continue with --resume"):
         train(tmp_path, seeds=2, conditional=True)
     monkeypatch.undo()
     result = train(tmp_path, seeds=2, conditional=True, resume=True)
@@ -134,7 +134,7 @@ def test_the_averaged_generator_draws_with_statistics_of_its_own_images(tmp_path
         jax.tree.map(
             np.testing.assert_array_equal, variables["params"]["generator"], member(average, seed)
         )
-        before = np.asarray(problem.settling) @ np.asarray(
+        before = np.asarray(problem.recalibration_latents) @ np.asarray(
             variables["params"]["generator"]["start"]["kernel"]
         )
         variance = before.reshape(-1, variables["params"]["generator"]["start_norm"]["scale"].size)

@@ -185,7 +185,7 @@ def test_processes_of_their_own_compute_one_at_a_time(tmp_path, monkeypatch):
     assert all(end <= float(row[1]) for end, row in zip(ends, rows[1:], strict=False))
     # The same folder again is finished; another run in it is refused.
     assert command.run(config) == result
-    with pytest.raises(RunError, match="holds a run with rounds = 2, not 3"):
+    with pytest.raises(RunError, match="contains a run with rounds = 2, not 3"):
         command.run(dataclasses.replace(config, rounds=3))
 
 
@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_with_the_other_workloads(tmp_path, monkeypat
     config = command.Config(workloads=("mlp", "gpt"), out=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         command.run(config)
-    with pytest.raises(RunError, match="go on with --resume"):
+    with pytest.raises(RunError, match="continue it with --resume"):
         command.run(config)
     result = command.run(dataclasses.replace(config, resume=True))
     assert asked == ["mlp", "gpt", "gpt"] and list(result["workloads"]) == ["mlp", "gpt"]
