@@ -16,6 +16,7 @@ ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 COMPILE_FAST = " --xla_backend_optimization_level=0" if ON_CPU else ""
 if ON_CPU and jax.__version_info__ < (0, 11):  # later versions reject the flag
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
+    COMPILE_FAST += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + COMPILE_FAST
 
 jax.config.update("jax_num_cpu_devices", 4)

@@ -109,23 +109,16 @@ def run(code):
 #: Some functions have the name of a module, which must not shadow them.
 SHADOWED = "print([callable(getattr(jn, n)) for n in ('adversarial', 'beam_search', 'dcgan')])"
 
-#: Prints the loaded modules of the library after `import jaxnets`, and after one name.
-LOAD_ONE = f"""
-import sys
+#: Prints the modules of the library that are loaded after `import jaxnets` and after one name.
+#: Then it loads every name.
+LOAD = f"""
+import sys, jax
+before = dict(jax.config.values)
 import jaxnets as jn
 def loaded(): return sorted(name for name in sys.modules if name.startswith('jaxnets.'))
 print(loaded())
 jn.fit
 print(loaded())
-{SHADOWED}
-"""
-
-#: Loads those modules first, then the functions of the same names, and then every name.
-LOAD_ALL = f"""
-import sys, jax
-before = dict(jax.config.values)
-import jaxnets.generation.beam_search, jaxnets.objectives.adversarial, jaxnets.models.gan
-import jaxnets as jn
 {SHADOWED}
 for name in jn.__all__:
     getattr(jn, name)
@@ -136,19 +129,26 @@ print([name for name, value in before.items() if jax.config.values[name] != valu
 """
 
 
-def test_a_name_loads_only_the_modules_that_it_needs():
-    before, after, functions = map(ast.literal_eval, run(LOAD_ONE).splitlines())
-    assert before == []
-    assert "jaxnets.training.loop" in after
-    assert not any(name.startswith(("jaxnets.models", "jaxnets.layers")) for name in after)
-    assert functions == [True, True, True]
+#: Loads the modules before the functions of the same names.
+MODULES_FIRST = f"""
+import jaxnets.generation.beam_search, jaxnets.objectives.adversarial, jaxnets.models.gan
+import jaxnets as jn
+{SHADOWED}
+"""
 
 
-def test_all_names_load_no_heavy_package_and_change_no_configuration():
-    functions, heavy, changed = map(ast.literal_eval, run(LOAD_ALL).splitlines())
+def test_names_are_loaded_when_used_without_heavy_packages_and_changes_of_configuration():
+    none, one, functions, heavy, changed = map(ast.literal_eval, run(LOAD).splitlines())
+    assert none == []
+    assert "jaxnets.training.loop" in one
+    assert not any(name.startswith(("jaxnets.models", "jaxnets.layers")) for name in one)
     assert functions == [True, True, True]
     assert heavy == []
     assert changed == []
+
+
+def test_modules_do_not_shadow_the_functions_of_the_same_names():
+    assert ast.literal_eval(run(MODULES_FIRST)) == [True, True, True]
 
 
 def test_every_exported_name_exists_and_is_documented():

@@ -69,7 +69,8 @@ class PopulationExecutor:
         ...     key = jax.random.key(seed)
         ...     return create_train_state(module.init(key, batch["inputs"]), update, rng=key)
         >>> executor = PopulationExecutor(make_train_step(update))
-        >>> states, metrics = executor(jax.vmap(create)(jnp.arange(3)), batch)
+        >>> states = jax.jit(jax.vmap(create))(jnp.arange(3))
+        >>> states, metrics = executor(states, batch)
         >>> executor.strategy == min(executor.milliseconds, key=executor.milliseconds.get)
         True
     """

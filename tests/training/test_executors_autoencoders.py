@@ -4,6 +4,7 @@ In the default group only what no other network has: a collective inside of a mo
 """
 
 import dataclasses
+import functools
 import importlib
 
 import jax
@@ -181,7 +182,8 @@ def test_a_restarted_code_is_the_same_on_every_device():
     codes = np.asarray(quantizer["sums"]) / np.asarray(quantizer["shares"])[:, None]
     restarted = np.isclose(quantizer["shares"], 1 / 4)
     assert restarted.sum() >= 3
-    vectors = module.apply(state.variables, batch["inputs"], method="encode")
+    encode = jax.jit(functools.partial(module.apply, method="encode"))
+    vectors = encode(state.variables, batch["inputs"])
     encoded = np.asarray(vectors)[WEIGHTS > 0].reshape(-1, 2)  # [vectors, embedding]
     for code in codes[restarted]:  # a vector of the batch, not a mixture of those of the devices
         assert np.min(np.abs(encoded - code[None]).max(axis=1)) < 1e-5
