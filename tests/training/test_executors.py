@@ -430,6 +430,7 @@ def test_a_users_own_step_is_checked_too():
     assert "takes no axis_name" in report.skipped["pmap"]
     assert "make_train_step" in report.skipped["microbatched"]
     assert "largest of all" in str(report) and "pmap not run" in str(report)
+    assert f"({len(report.differences['jit']) - 1} more leaves differ less)" in report.table(1)
 
 
 @pytest.mark.four_devices
