@@ -82,7 +82,7 @@ def test_batch_norm_in_training_equals_torch():
     np.testing.assert_allclose(y, from_torch(ty), rtol=1e-4, atol=1e-5)
     stats = changed["batch_stats"]
     np.testing.assert_allclose(stats["mean"], reference.running_mean.numpy(), rtol=1e-5)
-    # torch keeps the unbiased variance, Flax and this library the biased one.
+    # torch stores the unbiased variance, Flax and this library the biased one.
     biased = 0.9 + 0.1 * x.reshape(-1, 6).var(0)
     np.testing.assert_allclose(stats["var"], biased, rtol=1e-5)
 

@@ -88,8 +88,7 @@ def convolution(
     rates = broadcast_to_axes(dilation, spatial, "dilation")
     pairs = padding_pairs(padding, x.shape[1:-1], dilated_size(kernel.shape[:-2], rates), steps)
     spec = ConvSpec(steps, pairs, rates, groups)
-    problem = selection.describe(x, kernel, spec)
-    if selection.select(selection.FORWARD, problem) == "pointwise":
+    if selection.is_pointwise(selection.describe(x, kernel, spec)):
         if any(step > 1 for step in steps):
             return _shared_strided_pointwise(x, kernel, spec)
         return linear(x, kernel.reshape(channels, features))

@@ -119,7 +119,8 @@ def winograd_gain(problem: ConvProblem, size: Axes) -> float:
     return winograd.multiplications_saved(size) * pairs / additions
 
 
-def _is_pointwise(problem: ConvProblem) -> bool:
+def is_pointwise(problem: ConvProblem) -> bool:
+    """Whether the convolution is a matmul over the channels: the condition of "pointwise"."""
     single = math.prod(problem.kernel_size) == 1
     return single and problem.spec.groups == 1 and not any(map(any, problem.spec.padding))
 
@@ -157,7 +158,7 @@ def _has_fewer_features(problem: ConvProblem) -> bool:
 
 
 FORWARD = (
-    Row("pointwise", _is_pointwise, "a 1x1 kernel is a matmul over the channels"),
+    Row("pointwise", is_pointwise, "a 1x1 kernel is a matmul over the channels"),
     Row(
         "winograd",
         lambda p: winograd_gain(p, p.output_size) >= _WINOGRAD_GAIN,
