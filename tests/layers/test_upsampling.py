@@ -84,7 +84,6 @@ METHODS = [("resize", 3), ("subpixel", 3), ("transposed", 3), ("transposed", 4)]
             (METHODS[1], LECUN),
             (METHODS[2], LECUN),
             (METHODS[3], LECUN),
-            (METHODS[3], HE),
         ],
     ),
 )

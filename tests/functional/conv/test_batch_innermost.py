@@ -81,7 +81,14 @@ def test_a_network_computes_the_same_as_with_channels_innermost(monkeypatch, for
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 13, 11, 2)))
         network = Network()
-        variables = jax.jit(network.init, static_argnames="train")(jax.random.key(0), x, train=True)
+        shapes = jax.eval_shape(
+            lambda key, x: network.init(key, x, train=True), jax.random.key(0), x
+        )
+        leaves, structure = jax.tree.flatten(shapes)
+        random = np.random.default_rng(1)
+        variables = structure.unflatten(
+            [random.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
+        )
 
         def loss(variables, x):
             y, updated = network.apply(variables, x, train=True, mutable=["batch_stats"])
