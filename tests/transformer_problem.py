@@ -1,4 +1,6 @@
-"""What the tests of the transformers share: tiny options, inputs, parameters, their number."""
+"""Shared by the tests of the transformers: tiny options, inputs and parameters."""
+
+import functools
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ from jaxnets.models.transformer import BlockConfig
 
 LENGTHS = np.array([7, 3, 0], np.int32)
 DROPPING = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}
-# Numbers of parameters of the parts of a block of `config()`.
+# Numbers of parameters in the parts of a block of `config()`.
 NORM, ATTENTION, FEED_FORWARD = 16, 4 * 64 + 3 * 8, 2 * 96 + 12 + 8
 BLOCK = 2 * NORM + ATTENTION + FEED_FORWARD
 
@@ -31,20 +33,26 @@ def made(module, *inputs):
     return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.3)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(module, variables, *inputs):
+    """Apply a network in evaluation, compiled once for all tests."""
+    return module.apply(variables, *inputs)
+
+
 def close(found, expected, tolerance=2e-5):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def check_padding(module, x, lengths, *, more, stepwise=False):
-    """Check that what lies beyond the lengths changes neither output nor gradients.
+    """Check that padding changes neither output nor gradients.
 
     Args:
         module: the network.
         x: tokens [batch, time] or frames [batch, time, channels].
         lengths: of the rows of `x`.
-        more: by how many steps of garbage `x` becomes longer.
-        stepwise: whether there is an output for each step, which counts within the lengths only.
+        more: number of steps of garbage appended to `x`.
+        stepwise: whether there is an output for each step; those beyond the lengths are ignored.
     """
     variables = made(module, x)
     garbage = np.nan if np.issubdtype(x.dtype, np.floating) else 99
@@ -65,8 +73,8 @@ def check_padding(module, x, lengths, *, more, stepwise=False):
 
 
 def check_wrong_lengths(module, x):
-    """Check that a length out of range in a compiled program gives NaN for its row alone."""
-    variables, run = made(module, x), jax.jit(module.apply)
+    """Check that a length out of range in a compiled program gives NaN in its row only."""
+    variables = made(module, x)
     for wrong in (-1, x.shape[1] + 1):
-        y = run(variables, x, np.array([4, wrong, 2], np.int32))
+        y = forward(module, variables, x, np.array([4, wrong, 2], np.int32))
         assert np.isnan(y[1]).all() and np.isfinite(y[0]).all() and np.isfinite(y[2, :2]).all()

@@ -133,6 +133,7 @@ def test_one_beam_without_length_penalty_is_greedy_decoding(module):
     np.testing.assert_allclose(beams.scores[:, 0], greedy.log_probabilities.sum(1), rtol=1e-5)
 
 
+@pytest.mark.slow  # of the default group is the test of `Shifted`, with the same model inside
 def test_scores_of_a_recurrent_model_are_those_of_its_full_forward_pass():
     """A carry that did not follow its beam would give other probabilities."""
     module = TinyRecurrentModel(VOCABULARY)

@@ -1,5 +1,6 @@
 """Comparison of runs, against SciPy and by hand."""
 
+import itertools
 import json
 
 import numpy as np
@@ -32,20 +33,28 @@ def test_pairs_are_tested_by_welch_and_corrected_by_holm():
     assert [pair.holds_up for pair in found.differences] == [True, False, False]
 
 
-def test_a_corrected_value_is_never_below_a_smaller_one_nor_above_one():
+def test_corrected_p_values_are_monotonic_and_at_most_one():
     same = [
         run(name, 0.5, 0.5 + shift) for name, shift in zip("abc", (0.1, 0.11, 0.12), strict=True)
     ]
-    values = [pair.p_value for pair in compare(same).differences]
-    assert max(values) == 1.0
+    plain = {
+        first.name + second.name: scipy.stats.ttest_ind(
+            first.values, second.values, equal_var=False
+        ).pvalue
+        for first, second in itertools.combinations(same, 2)
+    }
+    found = {pair.first + pair.second: pair.p_value for pair in compare(same).differences}
+    assert max(found.values()) == 1.0
+    ranked = [found[name] for name in sorted(plain, key=plain.get)]
+    assert ranked == sorted(ranked)
 
 
-def test_runs_without_spread_differ_or_do_not():
+def test_runs_without_variance_are_equal_or_different():
     found = compare([run("a", 0.9, 0.9), run("b", 0.9, 0.9), run("c", 0.8, 0.8)]).differences
     assert [pair.p_value for pair in found] == [1.0, 0.0, 0.0]
 
 
-def test_one_seed_is_shown_and_not_tested():
+def test_a_run_of_one_seed_is_listed_and_not_tested():
     found = compare([run("one", 0.9), run("three", 0.8, 0.81, 0.82)])
     assert found.differences == ()
     assert "one seed cannot be tested for significance: one; give --seeds 3" in str(found)
@@ -59,7 +68,7 @@ def test_one_seed_is_shown_and_not_tested():
         ([run("a", 0.9), run("b", 1.5, metric="text, loss")], "b has text, loss; compare like"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(runs, message):
+def test_runs_that_cannot_be_compared_are_refused(runs, message):
     with pytest.raises(ValueError, match=message):
         compare(runs)
 

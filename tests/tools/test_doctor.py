@@ -1,4 +1,4 @@
-"""The doctor: what it looks at, and that it finds what is wrong."""
+"""The installation check: its report, and that it detects problems."""
 
 import json
 import pathlib
@@ -21,10 +21,16 @@ def report():
     return doctor.examine()
 
 
+@pytest.fixture
+def without_self_tests(monkeypatch):
+    """Skip the self-tests, which compile a training step."""
+    monkeypatch.setattr(doctor, "_try", lambda name, check: doctor.Check(name, None, 0.0))
+
+
 def pretend(monkeypatch, **versions):
-    found = doctor.installed_version
+    real = doctor.installed_version
     monkeypatch.setattr(
-        doctor, "installed_version", lambda name: versions.get(name.replace("-", "_"), found(name))
+        doctor, "installed_version", lambda name: versions.get(name.replace("-", "_"), real(name))
     )
 
 
@@ -50,6 +56,7 @@ def test_the_columns_of_the_text_are_aligned(report):
 
 
 @pytest.mark.parametrize(("package", "version"), doctor.KNOWN_BAD)
+@pytest.mark.usefixtures("without_self_tests")
 def test_a_known_bad_version_is_a_problem_with_a_remedy(package, version, monkeypatch, capsys):
     pretend(monkeypatch, **{package: version})
     assert main(["doctor"]) == 1
@@ -64,6 +71,7 @@ def test_other_versions_of_the_same_packages_are_no_problem():
     assert doctor.version_problems({"jax": "0.10.1", "jaxlib": "0.12.0.1"}) == []
 
 
+@pytest.mark.usefixtures("without_self_tests")
 def test_a_missing_package_is_a_problem_with_a_remedy(monkeypatch):
     pretend(monkeypatch, orbax_checkpoint=None)
     report = doctor.examine()
@@ -73,7 +81,7 @@ def test_a_missing_package_is_a_problem_with_a_remedy(monkeypatch):
     assert "not installed" in str(report)
 
 
-def test_a_training_step_that_does_not_learn_is_found(monkeypatch, capsys):
+def test_a_training_step_that_does_not_learn_is_a_problem(monkeypatch, capsys):
     def stuck(state, batch):
         return state, {"loss": jn.Mean(jnp.zeros(()), jnp.zeros(()))}
 
@@ -95,11 +103,12 @@ def test_a_training_step_that_raises_is_reported_and_does_not_stop_the_report(mo
     assert "FAILED" in str(report) and "PROBLEM" in str(report)
 
 
-def test_wrong_sums_are_found(monkeypatch):
+def test_wrong_sums_are_a_problem(monkeypatch):
     monkeypatch.setattr(doctor.jax, "jit", lambda function: lambda *args: function(*args) + 1)
     assert re.match("40000 of 40000 are wrong; install", doctor._check_sums())
 
 
+@pytest.mark.usefixtures("without_self_tests")
 def test_a_backend_that_does_not_start_is_reported(monkeypatch):
     def broken():
         raise RuntimeError("unknown backend 'gpv'")
@@ -108,7 +117,8 @@ def test_a_backend_that_does_not_start_is_reported(monkeypatch):
     assert doctor.examine().devices == ("none: unknown backend 'gpv'",)
 
 
-def test_data_is_found_where_it_lies_and_otherwise_the_remedy_is_told(monkeypatch, tmp_path):
+@pytest.mark.usefixtures("without_self_tests")
+def test_the_report_names_the_folder_of_a_data_set_or_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAXNETS_DATA", str(tmp_path))
     (tmp_path / "mnist").mkdir()
@@ -119,12 +129,14 @@ def test_data_is_found_where_it_lies_and_otherwise_the_remedy_is_told(monkeypatc
     assert report.settings["JAXNETS_DATA"] == str(tmp_path)
 
 
-def test_a_data_folder_that_does_not_exist_is_told(monkeypatch, tmp_path):
+@pytest.mark.usefixtures("without_self_tests")
+def test_a_data_folder_that_does_not_exist_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXNETS_DATA", str(tmp_path / "absent"))
     assert "no such folder" in doctor.examine().settings["JAXNETS_DATA"]
 
 
-def test_a_missing_extra_is_told_with_its_command_and_is_no_problem(monkeypatch):
+@pytest.mark.usefixtures("without_self_tests")
+def test_a_missing_extra_is_reported_with_its_command_and_is_no_problem(monkeypatch):
     pretend(monkeypatch, grain=None)
     report = doctor.examine()
     assert report.extras["grain"] == ("grain",)
@@ -143,17 +155,18 @@ def test_the_extras_are_those_of_the_project():
 
 
 @pytest.mark.parametrize(
-    ("folder", "told"), [("/programs", "/programs"), (None, "off; set JAX_COMPILATION_CACHE_DIR")]
+    ("folder", "text"), [("/programs", "/programs"), (None, "off; set JAX_COMPILATION_CACHE_DIR")]
 )
-def test_the_compilation_cache_is_told(folder, told):
+def test_the_compilation_cache_is_reported(folder, text):
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", folder)
     try:
-        assert doctor._settings()["compilation cache"].startswith(told)
+        assert doctor._settings()["compilation cache"].startswith(text)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.usefixtures("without_self_tests")
 def test_the_command_prints_one_json_object(capsys):
     assert main(["doctor", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -162,7 +175,7 @@ def test_the_command_prints_one_json_object(capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["doktor"], ["doctor", "--jso"]])
-def test_a_command_that_is_not_known_is_refused(arguments, capsys):
+def test_an_unknown_command_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2

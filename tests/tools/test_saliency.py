@@ -1,15 +1,16 @@
-"""What a network looks at: against gradients and products computed by hand."""
+"""Saliency maps against gradients and products computed by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import random_variables
 
 import jaxnets as jn
 from jaxnets.models.convolutional.pilotnet import CONVOLUTIONS
 
 
-def test_the_gradient_is_the_largest_of_the_channels_and_apart_for_each_image():
+def test_the_gradient_is_the_maximum_over_channels_and_separate_for_each_image():
     weights = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
     images = jnp.ones((2, 3, 4, 2)) * jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
     found = jn.input_gradient(lambda x: jnp.sum(weights[None] * x**2, axis=(1, 2, 3)), images)
@@ -22,7 +23,7 @@ def test_visual_backprop_multiplies_means_and_spreads_them_with_ones():
     first = np.concatenate([first, np.zeros_like(first)], axis=-1)  # the mean halves it
     second = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32).reshape(1, 2, 2, 1)
     found = jn.visual_backprop([first, second], [(2, 1), (3, 1)], (5, 5))[0]
-    # The kernel of 3 spreads the two active places over 3 x 3 each, of the 4 x 4 map.
+    # The kernel of 3 spreads each of the two active elements over 3 x 3 of the 4 x 4 map.
     spread = np.zeros((4, 4))
     spread[:3, :3] += 1
     spread[1:, 1:] += 2
@@ -34,29 +35,30 @@ def test_visual_backprop_multiplies_means_and_spreads_them_with_ones():
     np.testing.assert_allclose(found, expected / expected.max(), rtol=1e-5)
 
 
-def test_nothing_active_gives_nothing_and_no_nan():
+def test_maps_of_zeros_give_zeros_and_no_nan():
     found = jn.visual_backprop([jnp.zeros((1, 3, 3, 2))], [(5, 2)], (10, 10))
     np.testing.assert_array_equal(found, np.zeros((1, 10, 10)))
 
 
-def test_the_maps_of_pilotnet_lead_back_to_a_spot_in_the_picture():
+def test_the_maps_of_pilotnet_mark_a_bright_square_in_the_image():
     module = jn.PilotNet()
     images = jnp.zeros((2, 84, 96, 3)).at[0, 30:40, 60:70].set(5.0)
-    variables = jax.jit(module.init)(jax.random.key(0), images)
+    variables = random_variables(module, images)
+    variables = jax.tree.map(lambda x: x * (x.ndim > 1), variables)  # biases 0, so a map is too
 
     @jax.jit
-    def look(images):
+    def saliency(images):
         _, inside = jn.capture(module, variables, images)
         maps = [inside[f"map_{index}"] for index in range(5)]
         geometry = [(size, stride) for _, size, stride in CONVOLUTIONS]
         return jn.visual_backprop(maps, geometry, (84, 96))
 
-    found = look(images)
+    found = saliency(images)
     assert found.shape == (2, 84, 96)
     assert float(found[0].max()) == pytest.approx(1)
     row, column = np.unravel_index(np.argmax(found[0]), (84, 96))
     assert 25 <= row <= 45 and 55 <= column <= 75
-    assert not found[1].any()  # all biases are 0
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformer_problem import (
     NORM,
     close,
     config,
+    forward,
     made,
     tokens,
 )
@@ -57,26 +58,33 @@ def test_padding_of_the_source_changes_neither_logits_nor_gradients():
 
 
 def test_logits_depend_on_the_whole_source_and_on_the_target_so_far():
-    variables, run = made(SHARED, SOURCE, TARGET), jax.jit(SHARED.apply)
-    before = run(variables, SOURCE, TARGET)
+    variables, full = made(SHARED, SOURCE, TARGET), np.full(3, 7, np.int32)
+    before = forward(SHARED, variables, SOURCE, TARGET, full)
     target = TARGET.copy()
     target[:, 2] = (target[:, 2] + 1) % 11
-    after = run(variables, SOURCE, target)
+    after = forward(SHARED, variables, SOURCE, target, full)
     np.testing.assert_array_equal(before[:, :2], after[:, :2])
     assert (np.abs(before - after)[:, 2:].max((0, 2)) > 1e-4).all()
     source = SOURCE.copy()
     source[:, 6] = (source[:, 6] + 1) % 11
-    assert (np.abs(before - run(variables, source, TARGET)).max((0, 2)) > 1e-5).all()
+    other = forward(SHARED, variables, source, TARGET, full)
+    assert (np.abs(before - other).max((0, 2)) > 1e-5).all()
 
 
-def test_the_attention_of_a_translator_can_be_read():
+def test_capture_records_the_attention_of_a_translator_without_changing_its_output():
     variables = made(SHARED, SOURCE, TARGET)
-    _, recorded = capture(SHARED, variables, SOURCE, decoder_inputs=TARGET, lengths=LENGTHS)
+
+    @jax.jit
+    def captured(variables):
+        return capture(SHARED, variables, SOURCE, decoder_inputs=TARGET, lengths=LENGTHS)
+
+    output, recorded = captured(variables)
+    close(output, forward(SHARED, variables, SOURCE, TARGET, LENGTHS), 1e-6)
     weights = recorded["decoder"]["layer_0"]["cross_attention"]["weights"]
     assert weights.shape == (3, 2, 4, 7)
     np.testing.assert_allclose(weights[:2].sum(-1), 1, rtol=1e-5)
     np.testing.assert_array_equal(weights[1, ..., 3:], 0)
-    np.testing.assert_array_equal(weights[2], 0)  # nothing to read
+    np.testing.assert_array_equal(weights[2], 0)  # an empty source
 
 
 @pytest.mark.parametrize(
