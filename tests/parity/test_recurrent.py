@@ -1,4 +1,4 @@
-"""Recurrent stacks against torch's, from its weights. Optional: run with `-m parity`."""
+"""Recurrent stacks against torch.nn.RNN, LSTM and GRU. Optional: run with `-m parity`."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ NETWORKS = {
 }
 
 
-def our_layout(network, name, *, gradients):
-    """Return torch's parameters, or their gradients, under our names."""
+def torch_parameters(network, name, *, gradients):
+    """Return torch's parameters, or their gradients, under the names of `Recurrent`."""
 
     def array(parameter):
         return np.array((parameter.grad if gradients else parameter.detach()).numpy())
@@ -39,11 +39,11 @@ def our_layout(network, name, *, gradients):
             layer = {
                 "input_kernel": parts["weight_ih"].T,
                 "recurrent_kernel": parts["weight_hh"].T,
-                # Where the two biases are added, the gradient of either is that of the sum.
+                # torch adds two biases; the gradient of each is the gradient of their sum.
                 "bias": parts["bias_ih"] + (0 if gradients else parts["bias_hh"]),
             }
             if name == "gru":
-                inner = 2 * SIZE  # torch adds the candidate's second bias inside the reset
+                inner = 2 * SIZE  # the reset gate multiplies the candidate's second bias
                 layer["candidate_bias"] = parts["bias_hh"][inner:]
                 layer["bias"][inner:] = parts["bias_ih"][inner:]
             params[f"{direction}_{index}"] = layer
@@ -66,7 +66,7 @@ def test_a_stack_and_its_gradients_equal_torch(name, bidirectional, lengths):
         rng.normal(size=(2 * (1 + bidirectional), 4, SIZE)).astype(np.float32)
         for _ in range(2 if name == "lstm" else 1)
     ]
-    names = list(ours.zero_carry(1))  # in torch's order: layer by layer, forward first
+    names = list(ours.zero_carry(1))  # torch's order: layer by layer, forward first
     start = {key: tuple(state[i] for state in states) for i, key in enumerate(names)}
 
     tx = torch.tensor(x, requires_grad=True)
@@ -87,11 +87,11 @@ def test_a_stack_and_its_gradients_equal_torch(name, bidirectional, lengths):
     def run(params, x, start):
         return ours.apply({"params": params}, x, lengths, carry=start)
 
-    params = our_layout(theirs, name, gradients=False)
-    found, pullback = jax.vjp(run, params, jnp.asarray(x), start)
-    assert_close(found, (toutputs.detach().numpy(), final))
+    params = torch_parameters(theirs, name, gradients=False)
+    actual, pullback = jax.vjp(run, params, jnp.asarray(x), start)
+    assert_close(actual, (toutputs.detach().numpy(), final))
 
-    noise = jax.tree.map(lambda y: rng.normal(size=y.shape).astype(np.float32), found)
+    noise = jax.tree.map(lambda y: rng.normal(size=y.shape).astype(np.float32), actual)
     loss = (toutputs * torch.tensor(noise[0])).sum()
     for index, state in enumerate(tfinal):
         stacked = np.stack([noise[1][key][index] for key in names])
@@ -100,11 +100,11 @@ def test_a_stack_and_its_gradients_equal_torch(name, bidirectional, lengths):
     start_gradients = {
         key: tuple(state.grad.numpy()[i] for state in tstates) for i, key in enumerate(names)
     }
-    expected = (our_layout(theirs, name, gradients=True), tx.grad.numpy(), start_gradients)
+    expected = (torch_parameters(theirs, name, gradients=True), tx.grad.numpy(), start_gradients)
     assert_close(pullback(jax.tree.map(jnp.asarray, noise)), expected)
 
 
-def assert_close(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_close(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(b).max()))

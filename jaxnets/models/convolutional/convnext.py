@@ -56,7 +56,7 @@ class ConvNeXtBlock(nn.Module):
 class ConvNeXt(nn.Module):
     """ConvNeXt: a patchify stem and stages, each at half the resolution of the previous one.
 
-    Corresponds to `torchvision.models.convnext.ConvNeXt`, with equal numbers of parameters.
+    Corresponds to `torchvision.models.convnext.ConvNeXt`, with equal parameter counts.
 
     Attributes:
         stage_sizes: number of blocks of each stage.

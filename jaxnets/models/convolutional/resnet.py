@@ -91,7 +91,7 @@ class ResNet(nn.Module):
     """Residual network, version 1.5: the stride of a bottleneck is in its 3x3 convolution.
 
     Corresponds to `torchvision.models.ResNet` with `zero_init_residual=True`: the same
-    architecture, padding, initialization of the convolutions and numbers of parameters.
+    architecture, padding, initialization of the convolutions and parameter counts.
 
     Differs from the paper, which puts the stride of a bottleneck in its first 1x1 convolution and
     takes narrower networks for CIFAR-10 (section 4.2).

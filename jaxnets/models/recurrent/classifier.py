@@ -47,7 +47,9 @@ class SequenceClassifier(nn.Module):
     Example:
         >>> module = SequenceClassifier(num_outputs=3, hidden_size=8, bidirectional=True)
         >>> frames, lengths = jnp.ones((2, 10, 4)), jnp.array([10, 6])
-        >>> module.apply(module.init(jax.random.key(0), frames), frames, lengths).shape
+        >>> init = jax.jit(module.init_with_output)
+        >>> logits, variables = init(jax.random.key(0), frames, lengths)
+        >>> logits.shape
         (2, 3)
 
     References:
@@ -133,7 +135,9 @@ class TextClassifier(nn.Module):
     Example:
         >>> module = TextClassifier(vocabulary_size=100, hidden_size=8, pool="mean")
         >>> tokens, lengths = jnp.ones((2, 10), jnp.int32), jnp.array([10, 6])
-        >>> module.apply(module.init(jax.random.key(0), tokens), tokens, lengths).shape
+        >>> arguments = (jax.random.key(0), tokens, lengths)
+        >>> logits, variables = jax.eval_shape(module.init_with_output, *arguments)
+        >>> logits.shape
         (2, 2)
     """
 

@@ -42,15 +42,15 @@ class RecurrentLM(nn.Module):
         >>> import jax.numpy as jnp
         >>> module = RecurrentLM(vocabulary_size=65, hidden_size=8, cell="gru")
         >>> tokens = jnp.zeros((2, 10), jnp.int32)
-        >>> variables = module.init(jax.random.key(0), tokens)
-        >>> module.apply(variables, tokens).shape
+        >>> logits, variables = jax.jit(module.init_with_output)(jax.random.key(0), tokens)
+        >>> logits.shape
         (2, 10, 65)
 
         Truncated backpropagation through time over the windows of a long text:
 
-        >>> carry = module.apply(variables, 2, method="start")
-        >>> logits, carry = module.apply(variables, tokens[:, :5], carry=carry)
-        >>> logits, carry = module.apply(variables, tokens[:, 5:], carry=carry)
+        >>> carry, apply = module.apply(variables, 2, method="start"), jax.jit(module.apply)
+        >>> logits, carry = apply(variables, tokens[:, :5], carry=carry)
+        >>> logits, carry = apply(variables, tokens[:, 5:], carry=carry)
 
     References:
         Mikolov et al. 2010, Interspeech ("Recurrent neural network based language model");

@@ -87,7 +87,7 @@ def cell_weights(
 class RecurrentLayer(nn.Module):
     """One recurrent layer in one direction, time-major.
 
-    Corresponds to `flax.linen.RNN` with `time_major=True`, whose cells keep one kernel per gate.
+    Corresponds to `flax.linen.RNN` with `time_major=True`, whose cells have one kernel per gate.
 
     Attributes:
         hidden_size: size of the state.
@@ -141,7 +141,7 @@ class Recurrent(nn.Module):
 
     Corresponds to `torch.nn.RNN`, `LSTM` and `GRU` with `batch_first=True`: the same equations,
     order of gates, dropout between layers and, with `lengths`, results of a `PackedSequence`; the
-    kernels are those of torch transposed. `tests/parity/test_recurrent.py` maps the parameters.
+    kernels are transposed. `tests/parity/test_recurrent.py` maps the parameters.
     Also to `keras.layers.LSTM` and, but for the order of gates, `keras.layers.GRU`.
 
     Differs from torch: one bias, the sum of torch's two, except in the candidate of
@@ -170,9 +170,9 @@ class Recurrent(nn.Module):
 
         >>> module = Recurrent(hidden_size=8, cell="gru", num_layers=2)
         >>> x = jnp.ones((3, 10, 4))
-        >>> variables = module.init(jax.random.key(0), x)
-        >>> first, carry = module.apply(variables, x[:, :6])
-        >>> second, carry = module.apply(variables, x[:, 6:], carry=carry)
+        >>> init, apply = jax.jit(module.init_with_output), jax.jit(module.apply)
+        >>> (first, carry), variables = init(jax.random.key(0), x[:, :6])
+        >>> second, carry = apply(variables, x[:, 6:], carry=carry)
         >>> second.shape, sorted(carry)
         ((3, 4, 8), ['forward_0', 'forward_1'])
 

@@ -43,8 +43,9 @@ class SpeechRecognizer(nn.Module):
     Example:
         >>> module = SpeechRecognizer(num_outputs=11, features=8, hidden_size=8, num_layers=1)
         >>> frames, lengths = jnp.ones((2, 30, 40)), jnp.array([30, 17])
-        >>> (logits, lengths), _ = module.init_with_output(jax.random.key(0), frames, lengths)
-        >>> logits.shape, lengths.tolist()
+        >>> arguments = (jax.random.key(0), frames, lengths)
+        >>> (logits, _), variables = jax.eval_shape(module.init_with_output, *arguments)
+        >>> logits.shape, module.num_frames(lengths).tolist()
         ((2, 8, 11), [8, 5])
 
     References:

@@ -52,8 +52,9 @@ class RecurrentTranslator(nn.Module):
     Example:
         >>> module = RecurrentTranslator(source_vocabulary_size=20, hidden_size=8)
         >>> source, target = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 7), jnp.int32)
-        >>> variables = module.init(jax.random.key(0), source, target)
-        >>> module.apply(variables, source, target, jnp.array([5, 3])).shape
+        >>> arguments = (jax.random.key(0), source, target, jnp.array([5, 3]))
+        >>> logits, variables = jax.eval_shape(module.init_with_output, *arguments)
+        >>> logits.shape
         (2, 7, 20)
 
     References:

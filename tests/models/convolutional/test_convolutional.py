@@ -35,6 +35,39 @@ def images(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+RESNETS = {  # He et al. 2016, Table 1
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
+CONVNEXTS = {  # Liu et al. 2022, section 3; stochastic depth: appendix A.1
+    "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768), 0.1),
+    "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768), 0.4),
+    "convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024), 0.5),
+    "convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536), 0.5),
+}
+WIDE_RESNETS = {
+    "wide_resnet16_4": (16, 4),
+    "wide_resnet40_4": (40, 4),
+    "wide_resnet28_10": (28, 10),
+}
+
+
+def test_presets_have_the_sizes_of_the_papers():
+    for name, sizes in RESNETS.items():
+        module = getattr(convolutional, name)()
+        assert (module.stage_sizes, module.bottleneck, module.num_outputs) == (*sizes, 1000), name
+    for name, sizes in CONVNEXTS.items():
+        module = getattr(convolutional, name)(100)
+        assert (module.stage_sizes, module.stage_features, module.dropout_rate) == sizes, name
+        assert module.num_outputs == 100
+    for name, sizes in WIDE_RESNETS.items():
+        module = getattr(convolutional, name)(dropout_rate=0.3)
+        assert (module.depth, module.widen_factor, module.dropout_rate) == (*sizes, 0.3), name
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     mostly_slow(

@@ -281,14 +281,21 @@ def test_scores_of_any_size_give_probabilities_that_sum_to_one():
     assert np.isfinite(context).all()
 
 
-def test_one_embedding_table_may_serve_both_languages_and_the_logits():
+@pytest.mark.parametrize("hidden_size", [4, 5])
+def test_one_embedding_table_may_serve_both_languages_and_the_logits(hidden_size):
     module = RecurrentTranslator(
-        9, embedding_size=4, hidden_size=5, cell="rnn", share_embeddings=True, tie_embeddings=True
+        9,
+        embedding_size=4,
+        hidden_size=hidden_size,
+        cell="rnn",
+        share_embeddings=True,
+        tie_embeddings=True,
     )
     variables, logits = shapes_of(module, SOURCE, TARGET)
     assert logits.shape == (3, 4, 9)
     params = variables["params"]
-    assert {"source_embedding", "head"}.isdisjoint(params) and "projection" in params
+    assert {"source_embedding", "head"}.isdisjoint(params)
+    assert ("projection" in params) == (hidden_size != 4)
     assert params["target_embedding"]["embedding"].shape == (9, 4)
 
 
