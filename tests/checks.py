@@ -10,17 +10,21 @@ from jaxnets.core import Precision, tree_path
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)
 
 
-def mostly_slow(cases, kept):
+def mostly_slow(cases, kept, mark=pytest.mark.slow):
     """Return the cases of a test, of which all but those kept belong to the slow group."""
     cases, kept = list(cases), list(kept)
     assert all(case in cases for case in kept)
     return [
         pytest.param(
-            *(case if isinstance(case, tuple) else [case]),
-            marks=[pytest.mark.slow] * (case not in kept),
+            *(case if isinstance(case, tuple) else [case]), marks=[mark] * (case not in kept)
         )
         for case in cases
     ]
+
+
+def mostly_exhaustive(cases, kept):
+    """Return the cases of a test, of which all but those kept belong to the exhaustive group."""
+    return mostly_slow(cases, kept, pytest.mark.exhaustive)
 
 
 def normal(shape, seed, dtype=np.float64):

@@ -1,4 +1,4 @@
-"""What JAX's internals need, in one place: platforms, layouts, chunks of a batch."""
+"""Control of lowering: a function for each platform, memory layout, chunks of a batch."""
 
 from jaxnets.functional.lowering.chunks import map_chunks, sum_over_chunks
 from jaxnets.functional.lowering.layout import (

@@ -1,9 +1,9 @@
-"""One function of arrays, computed in another way on another platform.
+"""Functions with a different implementation for each platform.
 
-`lax.platform_dependent` leaves a conditional in the program, which XLA resolves behind the
-partitioning for a mesh; what then holds a collective stays a conditional. On fake CPU devices
-such collectives have no order, and devices that run them in different ones wait for each other for
-ever. Here the choice is made when the program is lowered, and nothing of it is left.
+`lax.platform_dependent` leaves a conditional in the program, which XLA resolves only after it has
+partitioned the program for a mesh. A conditional that contains a collective by then is never
+resolved. On fake CPU devices such collectives have no order, and devices that run them in different
+orders deadlock. Here the choice is made at lowering, and the program contains no conditional.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 _Function = Callable[..., Any]
-#: The same, with as many positional arrays, that returns a list of arrays.
+#: The same with flat arguments and results: takes arrays, returns a list of arrays.
 _ArrayFunction = Callable[..., list[jax.Array]]
 
 _CPU, _PARTITIONED = "cpu", "partitioned"
@@ -28,33 +28,33 @@ def platform_dependent(
 ) -> Any:
     """Apply one function on CPU and another one elsewhere.
 
-    It can be differentiated, transposed and mapped as often as both functions can. A derivative
-    computes what it needs of the function's intermediate results again, so a function that is
-    not linear in its arrays belongs into a custom derivative.
+    Differentiable, transposable and batchable as often as both functions are. Derivatives save no
+    residuals but recompute them, so a nonlinear function belongs inside a `jax.custom_vjp`.
+    Unlike `lax.platform_dependent` it leaves no conditional in the program.
 
     Args:
-        operands: the arguments of the functions, arrays or trees of them.
-        cpu: on CPU, returns an array or a tree of arrays.
-        default: on other platforms, returns arrays of the same shapes and dtypes.
-        partitioned: on CPU in a program for a mesh, which XLA divides among the devices; if None,
-            `cpu` is.
+        operands: the arguments of the functions, pytrees of arrays.
+        cpu: on CPU, returns a pytree of arrays.
+        default: on other platforms, returns a pytree of the same structure, shapes and dtypes.
+        partitioned: on CPU in a program that XLA partitions over the devices of a mesh; by
+            default `cpu`.
 
     Returns:
-        What the function returns.
+        The result of the function.
 
     Raises:
-        TypeError: results that differ in structure, shape or dtype.
+        TypeError: the functions return other structures, shapes or dtypes.
     """
     functions = {_CPU: cpu, "default": default, _PARTITIONED: partitioned}
     branches, returned = {}, {}
-    for name, each in functions.items():
-        if each:
-            branches[name], shapes = jax.make_jaxpr(each, return_shape=True)(*operands)
+    for name, function in functions.items():
+        if function:
+            branches[name], shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
             returned[name] = jax.tree.map(lambda x: jax.core.ShapedArray(x.shape, x.dtype), shapes)
-    for name, own in returned.items():
-        if own != returned["default"]:
+    for name, avals in returned.items():
+        if avals != returned["default"]:
             raise TypeError(
-                f"the function {name!r} returns {own}, the default {returned['default']}; make "
+                f"the function {name!r} returns {avals}, the default {returned['default']}; make "
                 "them alike"
             )
     results = _choice.bind(*jax.tree.leaves(operands), **branches)
@@ -66,24 +66,24 @@ _choice.multiple_results = True
 
 
 @_choice.def_impl
-def _run(*arrays: jax.Array, **branches: ClosedJaxpr) -> list[jax.Array]:
+def _impl(*arrays: jax.Array, **branches: ClosedJaxpr) -> list[jax.Array]:
     platforms = {device.platform for device in jax.numpy.asarray(arrays[0]).devices()}
     return jaxpr_as_fun(branches[_CPU if platforms == {_CPU} else "default"])(*arrays)
 
 
 @_choice.def_abstract_eval
-def _result(*avals: Any, **branches: ClosedJaxpr) -> Any:
+def _abstract_eval(*avals: Any, **branches: ClosedJaxpr) -> Any:
     return branches["default"].out_avals
 
 
 def _lower(
     ctx: mlir.LoweringRuleContext, *operands: Any, platform: str, **branches: ClosedJaxpr
 ) -> Any:
-    # Inside of `shard_map` and `pmap` nothing is divided any more, and no such number is there.
+    # Inside `shard_map` and `pmap` XLA partitions nothing, and the context has no such number.
     num_devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
     if platform == _CPU and num_devices > 1 and _PARTITIONED in branches:
         platform = _PARTITIONED
-    # XLA puts the body in the place of the call; unlike `mlir.lower_fun`, nothing is traced again.
+    # XLA inlines the call; unlike `mlir.lower_fun`, this traces nothing again.
     body = branches[platform]
     return mlir.core_call_lowering(ctx, *operands, name=f"on_{platform}", call_jaxpr=body)
 
@@ -92,79 +92,83 @@ mlir.register_lowering(_choice, functools.partial(_lower, platform="default"))
 mlir.register_lowering(_choice, functools.partial(_lower, platform=_CPU), platform=_CPU)
 
 
-def _push_forward(
+def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], **branches: ClosedJaxpr
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+    differentiated = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
     def tangent_of(function: _ArrayFunction) -> _ArrayFunction:
         def tangent(*arrays: jax.Array) -> list[jax.Array]:
             values, directions = arrays[: len(primals)], arrays[len(primals) :]
-            partial = _with_others_fixed(function, values, moving)
-            return jax.jvp(partial, tuple(values[i] for i in moving), directions)[1]
+            partial = _with_others_fixed(function, values, differentiated)
+            return jax.jvp(partial, tuple(values[i] for i in differentiated), directions)[1]
 
         return tangent
 
-    pushed = _changed(tangent_of, [*primals, *(tangents[i] for i in moving)], branches)
-    return _choice.bind(*primals, **branches), pushed
+    nonzero = [tangents[i] for i in differentiated]
+    tangents_out = _transform_branches(tangent_of, [*primals, *nonzero], branches)
+    return _choice.bind(*primals, **branches), tangents_out
 
 
-def _pull_back(cotangents: list[Any], *operands: Any, **branches: ClosedJaxpr) -> list[Any]:
+def _transpose(cotangents: list[Any], *operands: Any, **branches: ClosedJaxpr) -> list[Any]:
     linear = [i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
     if all(isinstance(cotangent, ad.Zero) for cotangent in cotangents):
         return [None if i not in linear else ad.Zero(x.aval) for i, x in enumerate(operands)]
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    num_cotangents = len(cotangents)
     known = [operand for i, operand in enumerate(operands) if i not in linear]
 
     def transpose_of(function: _ArrayFunction, which: int) -> _ArrayFunction:
         def transpose(*arrays: jax.Array) -> list[jax.Array]:
-            pulled, rest = list(arrays[: len(cotangents)]), iter(arrays[len(cotangents) :])
+            of_results, rest = list(arrays[:num_cotangents]), iter(arrays[num_cotangents:])
             values = [None if i in linear else next(rest) for i in range(len(operands))]
             partial = _with_others_fixed(function, values, linear)
             avals = [operands[i].aval for i in linear]
-            return [jax.linear_transpose(partial, *avals)(pulled)[linear.index(which)]]
+            return [jax.linear_transpose(partial, *avals)(of_results)[linear.index(which)]]
 
         return transpose
 
-    # One choice for each, so that the compiler can drop the gradient that nobody asks for.
+    # One choice for each operand, so that the compiler can drop the gradients that are not used.
     return [
-        _changed(functools.partial(transpose_of, which=i), [*cotangents, *known], branches)[0]
+        _transform_branches(
+            functools.partial(transpose_of, which=i), [*cotangents, *known], branches
+        )[0]
         if i in linear
         else None
         for i in range(len(operands))
     ]
 
 
-def _map(
+def _batch(
     arrays: Sequence[Any], axes: Sequence[int | None], **branches: ClosedJaxpr
 ) -> tuple[list[jax.Array], list[int]]:
-    mapped = _changed(functools.partial(jax.vmap, in_axes=tuple(axes)), arrays, branches)
+    mapped = _transform_branches(functools.partial(jax.vmap, in_axes=tuple(axes)), arrays, branches)
     return mapped, [0] * len(mapped)
 
 
-ad.primitive_jvps[_choice] = _push_forward
-ad.primitive_transposes[_choice] = _pull_back
-batching.primitive_batchers[_choice] = _map
+ad.primitive_jvps[_choice] = _jvp
+ad.primitive_transposes[_choice] = _transpose
+batching.primitive_batchers[_choice] = _batch
 
 
-def _changed(
+def _transform_branches(
     transform: Callable[[_ArrayFunction], _ArrayFunction],
     arrays: Sequence[Any],
     branches: dict[str, ClosedJaxpr],
 ) -> list[jax.Array]:
-    """Choose between the transforms of the functions of a choice."""
-    functions = {name: transform(jaxpr_as_fun(each)) for name, each in branches.items()}
+    """Apply a JAX transformation to every branch, and choose between the results."""
+    functions = {name: transform(jaxpr_as_fun(branch)) for name, branch in branches.items()}
     return platform_dependent(*arrays, **functions)
 
 
 def _with_others_fixed(
-    function: _ArrayFunction, values: Sequence[Any], moving: Sequence[int]
+    function: _ArrayFunction, values: Sequence[Any], free: Sequence[int]
 ) -> _ArrayFunction:
-    """Return the function of the arguments `moving` alone."""
+    """Return the function of its arguments at `free`, with the others fixed to `values`."""
 
-    def partial(*moved: jax.Array) -> list[jax.Array]:
+    def partial(*free_values: jax.Array) -> list[jax.Array]:
         arguments = list(values)
-        for i, value in zip(moving, moved, strict=True):
+        for i, value in zip(free, free_values, strict=True):
             arguments[i] = value
         return function(*arguments)
 

@@ -1,4 +1,4 @@
-"""Recurrence: a scan over time, the cells, linear recurrences in parallel."""
+"""Recurrence: the scan over time, its cells, and linear recurrences parallel in time."""
 
 from jaxnets.functional.recurrence.associative import (
     MinGRUCell,

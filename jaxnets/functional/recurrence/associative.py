@@ -1,8 +1,8 @@
-"""Recurrences that run over all time steps at once: minGRU and minLSTM.
+"""Recurrences that are parallel in time: minGRU and minLSTM.
 
-Their gates see the inputs only, so the state is a linear recurrence h' = a h + b whose
-coefficients are known for all steps beforehand; an associative scan computes it in a number of
-parallel steps that grows with the logarithm of the length.
+Their gates depend only on the inputs. So the state is a linear recurrence h' = a h + b, whose
+coefficients are known for all steps in advance. An associative scan computes it in O(log time)
+parallel steps.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def linear_recurrence(
 ) -> jax.Array:
     """Compute h_t = decay_t h_(t-1) + update_t for all t, by an associative scan.
 
-    Stable for decays in [0, 1], whose products can only underflow to 0. Reverse-mode
+    Stable for decays in [0, 1]: their products can only underflow to 0. Reverse-mode
     differentiable any number of times; forward mode is not supported.
 
     Args:
         decay: [time, ...].
         update: [time, ...].
         start: h before the first step, [...].
-        reverse: go from the last step to the first.
+        reverse: run from the last step to the first.
 
     Returns:
         h after each step, [time, ...].
@@ -60,14 +60,14 @@ def linear_recurrence(
 def _linear_recurrence(
     reverse: bool, decay: jax.Array, update: jax.Array, start: jax.Array
 ) -> jax.Array:
-    def join(
+    def compose(
         earlier: tuple[jax.Array, jax.Array], later: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
     first = -1 if reverse else 0
     update = update.at[first].add(decay[first] * start)
-    return lax.associative_scan(join, (decay, update), reverse=reverse)[1]
+    return lax.associative_scan(compose, (decay, update), reverse=reverse)[1]
 
 
 def _recurrence_forward(
@@ -80,30 +80,32 @@ def _recurrence_forward(
 def _recurrence_backward(
     reverse: bool, residuals: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the same recurrence the other way: g_t = cotangent_t + decay_(t+1) g_(t+1)."""
+    """Run the same recurrence in the other direction: g_t = cotangent_t + decay_(t+1) g_(t+1)."""
     decay, start, states = residuals
     first = -1 if reverse else 0
-    zero, before = jnp.zeros_like(start), _delayed(states, start, reverse=reverse)
-    following = _delayed(decay, zero, reverse=not reverse)
-    gradient = _linear_recurrence(not reverse, following, cotangent, zero)
-    return gradient * before, gradient, decay[first] * gradient[first]
+    zero, previous = jnp.zeros_like(start), _shift(states, start, reverse=reverse)
+    next_decay = _shift(decay, zero, reverse=not reverse)
+    gradient = _linear_recurrence(not reverse, next_decay, cotangent, zero)
+    return gradient * previous, gradient, decay[first] * gradient[first]
 
 
 _linear_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-def _delayed(x: jax.Array, start: jax.Array, *, reverse: bool) -> jax.Array:
+def _shift(x: jax.Array, start: jax.Array, *, reverse: bool) -> jax.Array:
+    """Shift by one step: each step's value becomes that of the step before it, at first `start`."""
     pieces = [x[1:], start[None]] if reverse else [start[None], x[:-1]]
     return jnp.concatenate(pieces)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelCell(Cell):
-    """A cell whose gates see the inputs only: h' = decay h + update.
+    """A cell whose gates depend only on the inputs: h' = decay h + update.
 
     Attributes:
         candidate: "positive" passes the candidate through g(x) = x + 0.5 where x >= 0 and
-            sigmoid(x) elsewhere, as the paper's log-space version does; "identity" leaves it.
+            sigmoid(x) elsewhere, as the paper's log-space version does; "identity" leaves it
+            unchanged.
 
     Raises:
         ValueError: another `candidate`.
@@ -165,8 +167,8 @@ class MinGRUCell(ParallelCell):
 
     z = sigmoid(x W + b), h' = (1 - z) h + z g(x W + b), each with its own W and b.
 
-    Differs from the paper: its logarithms are not needed, since the associative scan multiplies
-    decays in (0, 1) only; so the state may start at zero or below.
+    Differs from the paper: no logarithms, because the associative scan multiplies only decays in
+    (0, 1). So the initial state may be zero or negative.
 
     References:
         Feng et al. 2024, arXiv:2410.01201, section 3.1 and appendix B.
@@ -194,7 +196,7 @@ class MinLSTMCell(ParallelCell):
     num_gates: ClassVar[int] = 3
 
     def coefficients(self, x: Gates) -> tuple[jax.Array, jax.Array]:
-        forget, write, candidate = x
+        forget, input_gate, candidate = x
         # f / (f + i) = sigmoid(log f - log i), which stays exact where both gates underflow.
-        margin = jax.nn.softplus(-write) - jax.nn.softplus(-forget)
-        return jax.nn.sigmoid(margin), jax.nn.sigmoid(-margin) * self._candidate(candidate)
+        log_ratio = jax.nn.softplus(-input_gate) - jax.nn.softplus(-forget)
+        return jax.nn.sigmoid(log_ratio), jax.nn.sigmoid(-log_ratio) * self._candidate(candidate)

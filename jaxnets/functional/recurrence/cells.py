@@ -1,4 +1,4 @@
-"""The classic recurrent cells, as pure step functions: Elman, LSTM, GRU, minimal gated unit."""
+"""The classic recurrent cells as pure step functions: Elman, LSTM, GRU, minimal gated unit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from jaxnets.functional.recurrence.scan import Carry, Cell, Gates, Initializer, 
 class ElmanCell(Cell):
     """The simple recurrent cell: h' = activation(x W + h U + b).
 
+    Corresponds to `flax.linen.SimpleCell` and `torch.nn.RNNCell`, which has two biases.
+
     Attributes:
-        activation: element-wise function.
+        activation: elementwise function.
 
     References:
         Elman 1990, Cognitive Science 14(2).
@@ -31,9 +33,9 @@ class ElmanCell(Cell):
     num_gates: ClassVar[int] = 1
 
     def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
-        (hidden,), (given,) = carry, x
+        (hidden,), (projected,) = carry, x
         (recurrent,) = products[0](hidden)
-        return (self.activation(given + recurrent),)
+        return (self.activation(projected + recurrent),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +43,14 @@ class LSTMCell(Cell):
     """Long short-term memory; gates packed as input, forget, candidate, output.
 
     i, f, o = sigmoid(x W + h U + b), g = tanh(x W + h U + b), each with its own W, U and b;
-    c' = f c + i g; h' = o tanh(c').
+    c' = f c + i g; h' = o tanh(c'). Corresponds to `flax.linen.OptimizedLSTMCell`, whose kernels
+    are separate parameters, and to `torch.nn.LSTMCell`, which has two biases.
 
     Attributes:
         forget_bias: initial bias of the forget gate; 1 lets gradients through from the start.
-        peephole: let the input and forget gates see c and the output gate see c', each through
+        peephole: add c to the input and forget gates and c' to the output gate, each scaled by
             one weight per unit.
-        layer_norm: normalize x W, h U and the c' that the output sees.
+        layer_norm: normalize x W, h U and, in h' only, c'.
 
     Differs from the paper of the layer norm: the biases of the first two norms, which would be
     added to b, are left out.
@@ -92,18 +95,18 @@ class LSTMCell(Cell):
         if self.layer_norm:
             packed = jnp.concatenate(recurrent, axis=-1)
             recurrent = jnp.split(layer_norm(packed, weights["recurrent_scale"]), 4, axis=-1)
-        write, forget, candidate, read = map(jnp.add, x, recurrent)
+        input_gate, forget_gate, candidate, output_gate = map(jnp.add, x, recurrent)
         if self.peephole:
-            write = write + weights["peephole"][:1] * memory
-            forget = forget + weights["peephole"][1:2] * memory
-        written = jax.nn.sigmoid(write) * jnp.tanh(candidate)
-        memory = jax.nn.sigmoid(forget) * memory + written
+            input_gate = input_gate + weights["peephole"][:1] * memory
+            forget_gate = forget_gate + weights["peephole"][1:2] * memory
+        update = jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
+        memory = jax.nn.sigmoid(forget_gate) * memory + update
         if self.peephole:
-            read = read + weights["peephole"][2:] * memory
-        seen = memory
+            output_gate = output_gate + weights["peephole"][2:] * memory
+        normalized = memory
         if self.layer_norm:
-            seen = layer_norm(memory, weights["memory_scale"], weights["memory_bias"])
-        return jax.nn.sigmoid(read) * jnp.tanh(seen), memory
+            normalized = layer_norm(memory, weights["memory_scale"], weights["memory_bias"])
+        return jax.nn.sigmoid(output_gate) * jnp.tanh(normalized), memory
 
     def _initial_bias(
         self, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
@@ -115,12 +118,13 @@ class LSTMCell(Cell):
 class GRUCell(Cell):
     """Gated recurrent unit; gates packed as reset, update, candidate.
 
-    r, z = sigmoid(x W + h U + b); h' = z h + (1 - z) n, where the candidate n is
-    tanh(x W + (r h) U + b) if the reset comes before the product, as in the paper, and
-    tanh(x W + r (h U + b') + b) if it comes after it, as in cuDNN and torch, which is faster.
+    r, z = sigmoid(x W + h U + b); h' = z h + (1 - z) n. The candidate n is
+    tanh(x W + (r h) U + b) if the reset comes before the matmul, as in the paper, and
+    tanh(x W + r (h U + b') + b) if it comes after it, as in `torch.nn.GRUCell`,
+    `flax.linen.GRUCell` and cuDNN, which is faster.
 
     Attributes:
-        reset: "before" or "after".
+        reset: "before" or "after" the matmul with U.
 
     Raises:
         ValueError: another `reset`.
@@ -155,15 +159,15 @@ class GRUCell(Cell):
         reset = jax.nn.sigmoid(x[0] + recurrent[0])
         update = jax.nn.sigmoid(x[1] + recurrent[1])
         if self.reset == "after":
-            seen = reset * (recurrent[2] + weights["candidate_bias"][None])
+            candidate = reset * (recurrent[2] + weights["candidate_bias"][None])
         else:
-            (seen,) = products[1](reset * hidden)
-        return (update * hidden + (1 - update) * jnp.tanh(x[2] + seen),)
+            (candidate,) = products[1](reset * hidden)
+        return (update * hidden + (1 - update) * jnp.tanh(x[2] + candidate),)
 
 
 @dataclasses.dataclass(frozen=True)
 class MinimalGatedCell(Cell):
-    """Minimal gated unit, two thirds of a GRU; gates packed as forget, candidate.
+    """Minimal gated unit, with two thirds of a GRU's weights; gates packed as forget, candidate.
 
     f = sigmoid(x W + h U + b); h' = (1 - f) h + f tanh(x W + (f h) U + b).
 
@@ -180,6 +184,6 @@ class MinimalGatedCell(Cell):
     def advance(self, weights: Weights, carry: Carry, x: Gates, products: Products) -> Carry:
         (hidden,), (recurrent,) = carry, products[0](carry[0])
         forget = jax.nn.sigmoid(x[0] + recurrent)
-        (remembered,) = products[1](forget * hidden)
-        candidate = jnp.tanh(x[1] + remembered)
+        (recurrent,) = products[1](forget * hidden)
+        candidate = jnp.tanh(x[1] + recurrent)
         return ((1 - forget) * hidden + forget * candidate,)

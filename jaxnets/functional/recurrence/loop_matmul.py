@@ -1,7 +1,7 @@
-"""Products of a few rows with the same large kernel, at every step of a loop.
+"""Loop-invariant matmuls: a few rows times the same large kernel at every step of a loop.
 
-On CPU a product packs its right operand anew at each call, which for a kernel of megabytes costs
-more than a few rows' arithmetic. With the kernel on the left, as it lies, only the rows are packed.
+On CPU a matmul packs its right operand at each call, which for a kernel of megabytes costs more
+than the arithmetic of a few rows. With the kernel as the left operand only the rows are packed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from jax import lax
 from jaxnets.functional.lowering.layout import row_major
 from jaxnets.functional.lowering.platforms import platform_dependent
 
-# A kernel of fewer numbers goes on the right: packed, it stays in the nearest caches. From here on
+# A smaller kernel is the right operand: packed, it stays in the innermost caches. From this size on
 # the left side takes 0.3 to 1 of the time for up to 128 rows (JAX 0.10 and 0.12, 2 cores).
 _LARGE_KERNEL = 2**18
-# Transposing a kernel costs as much as the left side saves in so many steps.
+# Transposing the kernel costs as much as the left side saves in this many steps.
 _STEPS_TO_TRANSPOSE = 8
-# Rows a multiple of 8 KiB apart fall into the same sets of a cache, when columns are read.
+# Reading columns of rows that are a multiple of 8 KiB apart hits the same cache sets.
 _ALIASED_FEATURES = 2048
 
 
 class LoopKernel(NamedTuple):
-    """A kernel [hidden, columns] and its transpose, which is laid out once, not at every step."""
+    """A kernel [hidden, columns] and its row-major transpose, materialized once before the loop."""
 
     plain: jax.Array
     transposed: jax.Array
@@ -40,22 +40,22 @@ class LoopKernel(NamedTuple):
 def loop_matmuls(
     kernels: Sequence[jax.Array], *, steps: int
 ) -> list[Callable[[jax.Array], jax.Array]]:
-    """Return the product with each of the kernels, for a loop of so many steps.
+    """Return matmuls with each of the kernels, for the steps of a loop.
 
     Args:
         kernels: each [hidden, columns].
         steps: length of the loop.
 
     Returns:
-        Functions of [rows, hidden] that give [rows, columns], float32 or wider.
+        Functions from [rows, hidden] to [rows, columns], float32 or wider.
     """
     if steps < _STEPS_TO_TRANSPOSE:
         return [functools.partial(multiply, kernel) for kernel in kernels]
-    return [functools.partial(_multiply, *LoopKernel.of(kernel)) for kernel in kernels]
+    return [functools.partial(_loop_matmul, *LoopKernel.of(kernel)) for kernel in kernels]
 
 
 def multiply(kernel: jax.Array, rows: jax.Array) -> jax.Array:
-    """Multiply [rows, hidden] by [hidden, columns] once, in the kernel's dtype.
+    """Multiply [rows, hidden] by [hidden, columns], in the kernel's dtype.
 
     Returns:
         [rows, columns], float32 or wider.
@@ -64,46 +64,51 @@ def multiply(kernel: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def matmul_with_tap(kernel: LoopKernel, tap: jax.Array, rows: jax.Array) -> jax.Array:
-    """Multiply, with the cotangent of the product going to `tap` instead of to the kernel.
+def perturbed_matmul(kernel: LoopKernel, perturbation: jax.Array, rows: jax.Array) -> jax.Array:
+    """Multiply rows by a kernel whose gradient `kernel_gradient_over_time` computes later.
+
+    The kernel itself gets no gradient. Instead the cotangent of the result becomes that of the
+    perturbation, an input of zeros, as with `flax.linen.Module.perturb`.
 
     Args:
         kernel: of [hidden, columns].
-        tap: [rows, columns], of the product's dtype; has no influence on it.
+        perturbation: zeros [rows, columns], of the dtype of the result; not read.
         rows: [rows, hidden].
 
     Returns:
         [rows, columns], float32 or wider.
     """
-    return _multiply(*kernel, rows)
+    return _loop_matmul(*kernel, rows)
 
 
-def _matmul_with_tap_forward(
-    kernel: LoopKernel, tap: jax.Array, rows: jax.Array
+def _perturbed_matmul_forward(
+    kernel: LoopKernel, perturbation: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, LoopKernel]:
-    return _multiply(*kernel, rows), kernel
+    return _loop_matmul(*kernel, rows), kernel
 
 
-def _matmul_with_tap_backward(
+def _perturbed_matmul_backward(
     kernel: LoopKernel, cotangent: jax.Array
 ) -> tuple[None, jax.Array, jax.Array]:
-    return None, cotangent, _multiply(kernel.transposed, kernel.plain, cotangent)
+    return None, cotangent, _loop_matmul(kernel.transposed, kernel.plain, cotangent)
 
 
-matmul_with_tap.defvjp(_matmul_with_tap_forward, _matmul_with_tap_backward)
+perturbed_matmul.defvjp(_perturbed_matmul_forward, _perturbed_matmul_backward)
 
 
-def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
-    """Sum the products of all steps' rows with the cotangents of their products.
+def kernel_gradient_over_time(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
+    """Return the gradient of a kernel that multiplies rows at every step, as one matmul.
 
     Args:
-        rows: [time, batch, hidden].
-        cotangents: [time, batch, columns].
+        rows: of all steps, [time, batch, hidden].
+        cotangents: of the results of all steps, [time, batch, columns].
 
     Returns:
         [hidden, columns].
     """
-    rows, cotangents = (array.reshape(-1, array.shape[-1]) for array in (rows, cotangents))
+    rows, cotangents = (
+        x.reshape(-1, x.shape[-1]) for x in (rows, cotangents)
+    )  # [time * batch, ...]
     columns = rows.T
     if cotangents.shape[-1] % _ALIASED_FEATURES == 0 or rows.dtype == jnp.bfloat16:
         columns = row_major(columns)
@@ -111,24 +116,24 @@ def kernel_gradient(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
 
 
 def _accumulating_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    # Of bfloat16 too: the CPU's kernels are fast for a float32 result only (JAX 0.10).
+    # For bfloat16 operands too: the CPU kernels are fast only for a float32 result (JAX 0.10).
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(x, y, preferred_element_type=wide)
 
 
-def _multiply(kernel: jax.Array, transposed: jax.Array, rows: jax.Array) -> jax.Array:
+def _loop_matmul(kernel: jax.Array, transposed: jax.Array, rows: jax.Array) -> jax.Array:
     if kernel.size < _LARGE_KERNEL or kernel.dtype != jnp.float32:
         return multiply(kernel, rows)
     return platform_dependent(
         kernel,
         transposed,
         rows,
-        cpu=lambda _, transposed, rows: _on_the_left(transposed, rows),
+        cpu=lambda _, transposed, rows: _kernel_on_the_left(transposed, rows),
         default=lambda kernel, _, rows: multiply(kernel, rows),
     )
 
 
-def _on_the_left(transposed: jax.Array, rows: jax.Array) -> jax.Array:
-    # Behind a barrier, as XLA would turn the product of transposes round again.
+def _kernel_on_the_left(transposed: jax.Array, rows: jax.Array) -> jax.Array:
+    # Without the barrier XLA would rewrite the product of transposes as rows @ kernel.
     product = lax.optimization_barrier(transposed @ rows.astype(transposed.dtype).T)
     return product.T

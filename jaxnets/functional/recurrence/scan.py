@@ -1,8 +1,8 @@
-"""Pure recurrent arithmetic: cells as step functions, and the one scan that runs any of them.
+"""Recurrent cells as pure step functions, and the one scan that runs any of them.
 
-A cell says which weights it has, how it projects its inputs and how it makes one step. The scan
-projects the inputs of all time steps as one matrix product in front of the loop, so that only the
-product with the hidden state is left inside. Time comes first: [time, batch, features].
+A cell defines its weights, the projection of its inputs and one step. The scan projects the inputs
+of all time steps in one matmul before the loop, so that only the matmul with the hidden state is
+left inside. Arrays are time-major: [time, batch, features].
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from jaxnets.functional.lengths import check_lengths, padding_mask
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.recurrence.loop_matmul import (
     LoopKernel,
-    kernel_gradient,
+    kernel_gradient_over_time,
     loop_matmuls,
-    matmul_with_tap,
     multiply,
+    perturbed_matmul,
 )
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 Tree = TypeVar("Tree")
-#: The states of a cell, each [batch, hidden_size]; the first one is its output.
+#: The states of a cell, each [batch, hidden_size]; the first one is the output.
 Carry: TypeAlias = tuple[jax.Array, ...]
 #: Name -> array, as listed by `Cell.parameters`.
 Weights: TypeAlias = Mapping[str, jax.Array]
-#: One array for each gate, in the order that the cell names, each [batch, hidden_size].
+#: One array a gate, each [batch, hidden_size], in the order in which the cell packs its gates.
 Gates: TypeAlias = Sequence[jax.Array]
 #: Functions that multiply [batch, hidden_size] by the recurrent kernels of some gates.
 Products: TypeAlias = Sequence[Callable[[jax.Array], Gates]]
@@ -46,11 +46,13 @@ Products: TypeAlias = Sequence[Callable[[jax.Array], Gates]]
 class Cell(abc.ABC):
     """One step of a recurrent layer, as a pure function of weights, carry and projected input.
 
-    The kernels and the bias of all gates are packed side by side, in the order that the cell
-    names. A subclass defines `advance`; one with further weights extends `parameters`.
+    The kernels and the biases of all gates are concatenated along the last axis, in the order that
+    the docstring of the cell gives. A subclass defines `advance`; one with further weights extends
+    `parameters`. Corresponds to `flax.linen.RNNCellBase`, whose cells are modules and multiply
+    gate by gate.
 
     Attributes:
-        num_gates: number of gates, candidates included.
+        num_gates: number of gates, the candidate included.
         states: names of the arrays of the carry.
     """
 
@@ -59,15 +61,15 @@ class Cell(abc.ABC):
 
     @property
     def products(self) -> tuple[int, ...]:
-        """Number of gates in each product with the recurrent kernel, from left to right."""
+        """Number of gates in each matmul with the recurrent kernel, from left to right."""
         return (self.num_gates,)
 
     def parameters(
         self, num_channels: int, hidden_size: int
     ) -> dict[str, tuple[Initializer, tuple[int, ...]]]:
-        """List the weights: {name: (initializer, shape)}.
+        """Return the weights as {name: (initializer, shape)}.
 
-        Recurrent kernels start orthogonal, gate by gate (Saxe et al. 2013, arXiv:1312.6120).
+        The initial recurrent kernel of each gate is orthogonal (Saxe et al. 2013, arXiv:1312.6120).
         """
         packed, initializers = self.num_gates * hidden_size, jax.nn.initializers
         orthogonal = _each_gate(initializers.orthogonal(), self.num_gates)
@@ -78,7 +80,7 @@ class Cell(abc.ABC):
         }
 
     def project(self, weights: Weights, x: jax.Array) -> jax.Array:
-        """Map inputs [..., channels] of any number of steps to [..., num_gates * hidden_size]."""
+        """Project inputs [..., channels] of all steps to [..., num_gates * hidden_size]."""
         projected = linear(x, weights["input_kernel"])
         return projected + along_channels(weights["bias"], projected)
 
@@ -87,20 +89,20 @@ class Cell(abc.ABC):
         """Advance one step.
 
         Args:
-            weights: as listed by `parameters`; the recurrent kernel is reached by `products`.
+            weights: as in `parameters`; the recurrent kernel is applied by `products`.
             carry: states before the step, each [batch, hidden_size].
             x: the projected input of each gate, from `project`.
-            products: one for each entry of the property `products`.
+            products: one function for each entry of the property `products`.
 
         Returns:
             The states after the step.
         """
 
     def step(self, weights: Weights, carry: Carry, projected: jax.Array) -> Carry:
-        """Advance one step, with all weights: `advance` with plain matrix products.
+        """Advance one step outside of a scan: `advance` with plain matmuls.
 
         Args:
-            weights: as listed by `parameters`.
+            weights: as in `parameters`.
             carry: states before the step, each [batch, hidden_size].
             projected: [batch, num_gates * hidden_size], from `project`.
 
@@ -111,7 +113,7 @@ class Cell(abc.ABC):
         return _advance(self, weights, carry, split_gates(self, projected), products)
 
     def kernels(self, weights: Weights) -> list[jax.Array]:
-        """Cut the recurrent kernel into one for each entry of `products`."""
+        """Split the recurrent kernel, [hidden_size, columns], into one for each of `products`."""
         kernel = weights["recurrent_kernel"]
         ends = np.cumsum((0, *self.products)) * kernel.shape[0]
         return [kernel[:, first:end] for first, end in itertools.pairwise(ends)]
@@ -125,10 +127,10 @@ class Cell(abc.ABC):
         *,
         reverse: bool,
     ) -> tuple[jax.Array, Carry]:
-        """Run over projected inputs [time, batch, ...]; the rest as in `recurrent_scan`.
+        """Run over projected inputs [time, batch, ...]; the other arguments as in `recurrent_scan`.
 
         Returns:
-            Outputs [time, batch, hidden_size], arbitrary where not valid, and the last carry.
+            Outputs [time, batch, hidden_size], arbitrary where not valid, and the final carry.
         """
         rest = {name: array for name, array in weights.items() if name != "recurrent_kernel"}
         return _scan(self, reverse, self.kernels(weights), rest, projected, carry, valid)
@@ -145,22 +147,24 @@ def recurrent_scan(
 ) -> tuple[jax.Array, Carry]:
     """Run a cell over a sequence.
 
+    Corresponds to `flax.linen.RNN`, with a backward pass of its own: the recurrent kernel gets its
+    gradient from one matmul after the loop, and a cell is recomputed from its carry and matmuls.
     Reverse-mode differentiable any number of times; forward mode is not supported.
 
     Args:
         cell: the step.
-        weights: of the dtype of the matrix products.
-        x: [time, batch, channels]; finite at the steps that are not valid, see `mask_padding`.
+        weights: of the dtype in which the matmuls are computed.
+        x: [time, batch, channels]; finite at invalid steps too, see `mask_padding`.
         carry: states before the first step, each [batch, hidden_size], float32 or wider: the
             rounding of a narrower state would add up over time.
-        valid: bool [time, batch]; the other steps leave the carry as it is and give 0. All are
-            valid by default.
-        reverse: go from the last step to the first, so that with padding at the end each
-            sequence starts at its own last step.
+        valid: bool [time, batch]; an invalid step passes the carry through and outputs 0. By
+            default all steps are valid.
+        reverse: run from the last step to the first; with padding at the end each sequence
+            starts at its own last step.
 
     Returns:
         Outputs [time, batch, hidden_size], in the order of `x` and the dtype of the weights, and
-        the carry after the last step taken.
+        the final carry.
 
     Example:
         >>> from jaxnets.functional.recurrence.cells import ElmanCell
@@ -193,21 +197,21 @@ def _scan(
     products = loop_matmuls(kernels, steps=len(projected))
 
     def advance(carry: Carry, inputs: tuple[Gates, jax.Array | None]) -> tuple[Carry, jax.Array]:
-        now, valid = inputs
-        after = keep(valid, _advance(cell, rest, carry, now, products), carry)
+        gates, valid = inputs
+        after = keep(valid, _advance(cell, rest, carry, gates, products), carry)
         return after, after[0].astype(projected.dtype)
 
     inputs = split_gates(cell, projected), valid
-    carry, outputs = lax.scan(advance, carry, inputs, reverse=reverse, unroll=_steps_at_once())
+    carry, outputs = lax.scan(advance, carry, inputs, reverse=reverse, unroll=_unroll())
     return outputs, carry
 
 
-def _steps_at_once() -> int:
-    """Return how many steps one turn of the loop takes.
+def _unroll() -> int:
+    """Return the number of steps in one iteration of the loop.
 
-    On GPUs a turn waits for its kernels to be started: an LSTM of 1024 units, 128 rows and 128
-    steps takes 9.7 ms forward and back, and 7.7 with 8 steps at once (H200; cuDNN's takes 8.0). On
-    CPU 4 steps at once gain nothing, and 16 are slower.
+    On GPUs an iteration waits for its kernels to be launched: an LSTM of 1024 units, batch 128 and
+    128 steps takes 9.7 ms forward and backward, and 7.7 with 8 steps an iteration (H200; cuDNN's
+    LSTM takes 8.0). On CPU 4 steps gain nothing, and 16 are slower.
     """
     return 8 if jax.default_backend() == "gpu" else 1
 
@@ -221,62 +225,65 @@ def _scan_forward(
     carry: Carry,
     valid: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Carry], Any]:
-    """Run forward, with what `_scan_backward` needs.
+    """Run forward, and return the residuals of `_scan_backward`.
 
-    The plain gradient adds to an array of the size of the kernel at every step. Here the cotangent
-    of each product goes to its tap instead, an input that has no influence, and once those of all
-    steps are known one matrix product gives the kernel's.
+    The default gradient accumulates into an array of the size of the kernel at every step. Here
+    each matmul has a perturbation, an input of zeros that receives the cotangent of its result.
+    After the loop one matmul with those of all steps gives the gradient of the kernel.
     """
     shape, dtype = projected.shape[:2], carry[0].dtype
-    taps = [jnp.zeros((*shape, kernel.shape[1]), dtype) for kernel in kernels]
+    # [time, batch, columns]
+    perturbations = [jnp.zeros((*shape, kernel.shape[1]), dtype) for kernel in kernels]
     loop_kernels = [LoopKernel.of(kernel) for kernel in kernels]
 
     def run(
-        rest: Weights, gates: Gates, carry: Carry, taps: Sequence[jax.Array]
+        rest: Weights, gates: Gates, carry: Carry, perturbations: Sequence[jax.Array]
     ) -> tuple[tuple[jax.Array, Carry], list[jax.Array]]:
-        # Kept for the gradient: the carry and the products. What the cell makes of them is cheaper
-        # to compute again than to write to one stack for each of its operations.
+        # Residuals are the carry and the products. The cell's elementwise operations are cheaper to
+        # recompute than to save, each in a stack over time.
         @functools.partial(
             jax.checkpoint,
             policy=jax.checkpoint_policies.save_only_these_names("product"),
             prevent_cse=False,
         )
         def advance(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
-            now, valid, taps = inputs
-            multiplied: list[jax.Array] = []
+            gates, valid, perturbations = inputs
+            operands: list[jax.Array] = []
 
-            def product(kernel: LoopKernel, tap: jax.Array, hidden: jax.Array) -> jax.Array:
-                multiplied.append(hidden)
-                return matmul_with_tap(kernel, tap, hidden)
+            def product(
+                kernel: LoopKernel, perturbation: jax.Array, hidden: jax.Array
+            ) -> jax.Array:
+                operands.append(hidden)
+                return perturbed_matmul(kernel, perturbation, hidden)
 
             products = [
-                functools.partial(product, kernel, tap)
-                for kernel, tap in zip(loop_kernels, taps, strict=True)
+                functools.partial(product, *pair)
+                for pair in zip(loop_kernels, perturbations, strict=True)
             ]
-            after = keep(valid, _advance(cell, rest, carry, now, products), carry)
-            narrow = [hidden.astype(projected.dtype) for hidden in multiplied]
+            after = keep(valid, _advance(cell, rest, carry, gates, products), carry)
+            narrow = [hidden.astype(projected.dtype) for hidden in operands]
             return after, (after[0].astype(projected.dtype), narrow)
 
-        carry, (outputs, multiplied) = lax.scan(
-            *(advance, carry, (gates, valid, taps)), reverse=reverse, unroll=_steps_at_once()
+        carry, (outputs, operands) = lax.scan(
+            *(advance, carry, (gates, valid, perturbations)), reverse=reverse, unroll=_unroll()
         )
-        return (outputs, carry), multiplied
+        return (outputs, carry), operands
 
     gates = split_gates(cell, projected)
-    result, pullback, multiplied = jax.vjp(run, rest, gates, carry, taps, has_aux=True)
-    return result, (pullback, multiplied)
+    result, pullback, operands = jax.vjp(run, rest, gates, carry, perturbations, has_aux=True)
+    return result, (pullback, operands)
 
 
 def _scan_backward(
     cell: Cell, reverse: bool, residuals: Any, cotangents: tuple[jax.Array, Carry]
 ) -> tuple[Any, ...]:
-    pullback, multiplied = residuals
-    rest, gates, carry, products = pullback(cotangents)
-    kernels = [
-        kernel_gradient(hidden, product.astype(hidden.dtype))
-        for hidden, product in zip(multiplied, products, strict=True)
+    pullback, operands = residuals
+    drest, dgates, dcarry, dproducts = pullback(cotangents)
+    dkernels = [
+        kernel_gradient_over_time(hidden, dproduct.astype(hidden.dtype))
+        for hidden, dproduct in zip(operands, dproducts, strict=True)
     ]
-    return kernels, rest, jnp.concatenate(gates, axis=-1), carry, None
+    return dkernels, drest, jnp.concatenate(dgates, axis=-1), dcarry, None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -289,7 +296,7 @@ def _advance(
     gates: Gates,
     products: Sequence[Callable[[jax.Array], jax.Array]],
 ) -> Carry:
-    """Advance the cell, with each product split into its gates, named for `_scan_forward`."""
+    """Advance the cell, each product split into its gates and named for the checkpoint policy."""
 
     def of_gates(product: Callable[[jax.Array], jax.Array], count: int, hidden: jax.Array) -> Gates:
         parts = jnp.split(product(hidden), count, axis=-1)
@@ -303,13 +310,13 @@ def _advance(
 
 
 def split_gates(cell: Cell, projected: jax.Array) -> list[jax.Array]:
-    """Take projected inputs apart, before the loop.
+    """Split projected inputs into gates, before the loop.
 
-    A step that reads several parts of one array at the loop's index is not vectorized by XLA's CPU
-    program, and takes up to three times as long.
+    XLA's CPU compiler does not vectorize a step that slices several parts from one array at the
+    loop's index; such a step takes up to three times as long.
 
     Args:
-        cell: whose gates they are.
+        cell: defines the gates.
         projected: [..., num_gates * hidden_size].
 
     Returns:
@@ -319,10 +326,10 @@ def split_gates(cell: Cell, projected: jax.Array) -> list[jax.Array]:
 
 
 def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
-    """Take the states after a step where it is valid, and those before it elsewhere.
+    """Select the states after a step where the step is valid, and those before it elsewhere.
 
     Args:
-        valid: bool [batch]; None is all valid.
+        valid: bool [batch]; None means all valid.
         after: pytree of arrays [batch, features].
         before: likewise.
 
@@ -331,30 +338,30 @@ def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
     """
     if valid is None:
         return after
-    taken = valid[:, None]
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), after, before)
+    valid = valid[:, None]  # [batch, 1]
+    return jax.tree.map(lambda a, b: jnp.where(valid, a, b), after, before)
 
 
 def mask_padding(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Clear what lies beyond the end of each sequence: `clear_padding` with time in front.
+    """Set everything past the end of each sequence to 0: `clear_padding`, time-major.
 
     Args:
         x: [time, batch, channels], floating.
         lengths: integer [batch] in [0, time].
 
     Returns:
-        `x` with 0 beyond each length, whatever stood there, and the mask of the valid steps, bool
-        [time, batch]. Where a length that is known only when the program runs is out of range,
-        the whole sequence is NaN, so that it stops training instead of being cut in silence.
+        `x` with 0 past each length, even where it was NaN, and the mask of the valid steps, bool
+        [time, batch]. If a traced length is out of range, the whole sequence is NaN: training
+        stops instead of silently truncating it.
 
     Raises:
-        ValueError: lengths of another shape or dtype, or known to be out of range.
+        ValueError: lengths of another shape or dtype, or concrete ones that are out of range.
     """
     time, batch = x.shape[:2]
     inside = check_lengths(lengths, rows=batch, most=time)
     valid = padding_mask(lengths, (batch, time)).T
-    kept = jnp.where(inside[None, :, None], x, jnp.asarray(jnp.nan, x.dtype))
-    return jnp.where(valid[..., None], kept, jnp.zeros((), x.dtype)), valid
+    x = jnp.where(inside[None, :, None], x, jnp.asarray(jnp.nan, x.dtype))
+    return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype)), valid
 
 
 def _each_gate(initializer: Initializer, num_gates: int) -> Initializer:
@@ -362,9 +369,8 @@ def _each_gate(initializer: Initializer, num_gates: int) -> Initializer:
         key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
     ) -> jax.Array:
         gate = (shape[0], shape[1] // num_gates)
-        # One after the other under vmap: on CPU, batches of the QR decompositions behind orthogonal
-        # matrices wait for each other for ever if as many run at once as there are threads (found
-        # with JAX 0.10.1).
+        # Sequential under vmap. The QR decompositions of orthogonal matrices deadlock on CPU if as
+        # many batches of them run at once as there are threads (JAX 0.10.1).
         one = jax.custom_batching.sequential_vmap(lambda key: initializer(key, gate, dtype))
         keys = jax.random.split(key, num_gates)
         return jnp.concatenate([one(key) for key in keys], axis=1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import mostly_exhaustive
 
 from jaxnets.functional.attention import cudnn
 from jaxnets.functional.attention.dot_product import (
@@ -128,10 +129,7 @@ DEFAULT = [
 
 @pytest.mark.parametrize(
     ("shape", "mask"),
-    [
-        pytest.param(*case, marks=[pytest.mark.exhaustive] * (case not in DEFAULT))
-        for case in itertools.product(SHAPES, MASKS)
-    ],
+    mostly_exhaustive(itertools.product(SHAPES, MASKS), DEFAULT),
 )
 def test_it_equals_the_reference(stand_in, shape, mask):
     queries, keys, local_mask = SHAPES[shape]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import normal
+from checks import mostly_exhaustive, normal
 
 from jaxnets.functional.attention import tiling
 from jaxnets.functional.attention.dot_product import (
@@ -152,10 +152,7 @@ def cases(default):
     """Parametrize with all cases, of which only the default ones run every time."""
     return pytest.mark.parametrize(
         ("small_tiles", "name", "bias_axes", "mask_axes"),
-        [
-            pytest.param(*case, marks=[pytest.mark.exhaustive] * (case not in default))
-            for case in CASES
-        ],
+        mostly_exhaustive(CASES, default),
         indirect=["small_tiles"],
     )
 

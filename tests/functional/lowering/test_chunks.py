@@ -1,4 +1,4 @@
-"""A batch chunk by chunk: the same numbers, and no rest where the batch divides well."""
+"""A batch in chunks: the same values, and no remainder if a divisor of the batch is near."""
 
 import jax
 import jax.numpy as jnp
@@ -7,39 +7,40 @@ import pytest
 
 from jaxnets.functional.lowering.chunks import map_chunks, sum_over_chunks
 
-# As many numbers as examples: `cached` is how many examples a chunk may have.
+# One element an example, so that the elements of a chunk are its examples.
 CASES = [
-    # (batch, cached, examples of the chunks and of a rest)
+    # (batch, chunk_elements, examples of the chunks and of a remainder)
     (60, 5, [5]),
     (64, 5, [4]),  # the divisor that is nearest as a ratio
     (64, 6, [8]),
-    (61, 5, [5, 1]),  # a prime number: chunks of what was asked for, and a rest
+    (61, 5, [5, 1]),  # a prime number: chunks of the wanted size, and a remainder
     (12, 12, [12]),  # one chunk
     (12, 3, [12]),  # too few chunks to gain anything
     (0, 4, [0]),
 ]
 
 
-@pytest.mark.parametrize(("batch", "cached", "sizes"), CASES)
-def test_chunks_leave_no_rest_where_a_divisor_is_near(batch, cached, sizes):
+@pytest.mark.parametrize(("batch", "chunk_elements", "sizes"), CASES)
+def test_chunks_leave_no_remainder_if_a_divisor_is_near(batch, chunk_elements, sizes):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, 3)), jnp.float32)
-    seen = []  # where there are chunks, the whole batch comes first: its shape is asked for
+    traced = []  # if there are chunks, the whole batch comes first, for the shape of its result
     sizes = sizes if sizes == [batch] else [batch, *sizes]
 
     def squares(x):
-        seen.append(len(x))
+        traced.append(len(x))
         return x**2
 
-    found = jax.jit(lambda x: map_chunks(squares, x, num_elements=batch, chunk_elements=cached))(x)
-    # The order of the examples stays.
+    found = jax.jit(
+        lambda x: map_chunks(squares, x, num_elements=batch, chunk_elements=chunk_elements)
+    )(x)
     np.testing.assert_allclose(found, x**2, rtol=1e-6)
-    assert list(dict.fromkeys(seen)) == sizes
+    assert list(dict.fromkeys(traced)) == sizes
 
-    seen.clear()
+    traced.clear()
     summed = jax.jit(
         lambda x: sum_over_chunks(
-            lambda x: jnp.sum(squares(x), 0), x, num_elements=batch, chunk_elements=cached
+            lambda x: jnp.sum(squares(x), 0), x, num_elements=batch, chunk_elements=chunk_elements
         )
     )(x)
     np.testing.assert_allclose(summed, jnp.sum(x**2, 0), rtol=1e-5)
-    assert list(dict.fromkeys(seen)) == sizes
+    assert list(dict.fromkeys(traced)) == sizes

@@ -1,4 +1,4 @@
-"""Arrays that XLA's CPU program computes once."""
+"""Arrays that XLA's CPU program materializes once."""
 
 import re
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnets as jn
@@ -18,37 +19,40 @@ def compiled(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().as_text()
 
 
-def two_readers(mark):
+def two_readers(transform):
     def function(x):
-        largest = mark(jnp.maximum(x, jnp.flip(x, 1)))
+        largest = transform(jnp.maximum(x, jnp.flip(x, 1)))
         return largest[:, :, 0] + 1, jnp.flip(largest, 1) * 2
 
     return function
 
 
-def test_two_loops_read_what_one_has_computed():
+@pytest.mark.lowering
+def test_two_loops_read_an_array_that_is_computed_once():
     assert compiled(two_readers(lambda x: x), X).count(" maximum(") == 2  # as XLA does it
     assert compiled(two_readers(materialize), X).count(" maximum(") == 1
 
 
-def test_numbers_and_two_derivatives_are_those_of_the_array():
-    def cubes(mark):
-        return lambda x: jnp.sum(mark(mark(x) ** 3))
+def test_values_and_two_derivatives_are_those_of_the_array():
+    def cubes(transform):
+        return lambda x: jnp.sum(transform(transform(x) ** 3))
 
     for derivative in (cubes, lambda f: jax.grad(cubes(f))):
-        np.testing.assert_array_equal(derivative(materialize)(X), derivative(lambda x: x)(X))
-    second = jax.vmap(jax.vmap(jax.grad(jax.grad(lambda x: materialize(x**3)))))
+        found, expected = (jax.jit(derivative(each))(X) for each in (materialize, lambda x: x))
+        np.testing.assert_array_equal(found, expected)
+    second = jax.jit(jax.vmap(jax.vmap(jax.grad(jax.grad(lambda x: materialize(x**3))))))
     np.testing.assert_allclose(second(X[0]), 6 * X[0], rtol=1e-6)
 
 
-def test_it_is_batched_and_looped_over():
+def test_it_is_batched_by_vmap_and_by_map():
     expected = jnp.exp(X) * 2
     one = jax.jit(lambda x: materialize(jnp.exp(x)) * 2)
     np.testing.assert_allclose(jax.vmap(one)(X), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.lax.map(one, X), expected, rtol=1e-6)
 
 
-def test_a_sharding_passes_through():
+@pytest.mark.lowering
+def test_it_preserves_the_sharding():
     sharding = NamedSharding(jn.data_mesh(jax.devices()[:2]), PartitionSpec("data"))
     placed = jax.device_put(X, sharding)
     function = two_readers(materialize)
@@ -56,14 +60,18 @@ def test_a_sharding_passes_through():
     assert jax.jit(function)(placed)[1].sharding.is_equivalent_to(sharding, 3)
 
 
-def test_a_pooled_network_looks_for_each_maximum_once(on_cpu):
+@pytest.mark.lowering
+def test_a_network_with_pooling_compares_each_window_once(on_cpu):
     module = jn.ConvNet(num_outputs=3, features=(4,), hidden_features=())
     batch = {"inputs": jnp.ones((2, 8, 8, 1)), "labels": jnp.zeros(2, int)}
     update = jn.Update(jn.classification(module), optax.sgd(0.1))
-    state = jn.create_train_state(
-        module.init(jax.random.key(0), batch["inputs"]), update, rng=jax.random.key(1)
-    )
+
+    def initialize():
+        variables = module.init(jax.random.key(0), batch["inputs"])
+        return jn.create_train_state(variables, update, rng=jax.random.key(1))
+
+    state = jax.eval_shape(initialize)
     text = compiled(jn.make_train_step(update), state, batch)
-    # Four places of a window are compared with its maximum, and then with the number of the place.
+    # The four elements of a window are compared with its maximum, then with the selected offset.
     maps = re.findall(r"pred\[4,4,[\d,]*2\]\S* compare\(.*direction=EQ", text)
     assert len(maps) == 4 + 1

@@ -1,10 +1,12 @@
-"""A choice by platform: what is computed, its derivatives, and what is left of it in a program."""
+"""A choice by platform: its values, its derivatives, and what programs contain of it."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import normal
+from checks import mostly_exhaustive, normal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnets import functional
@@ -31,7 +33,7 @@ def chosen(x, y):
     return platform_dependent(x, y, cpu=on_cpu_only, default=elsewhere)
 
 
-# What contains a choice, and what it is on CPU.
+# Functions that contain a choice, and what they compute on CPU.
 FUNCTIONS = {
     "plain": (chosen, on_cpu_only),
     "in a jit": (jax.jit(chosen), on_cpu_only),
@@ -54,16 +56,28 @@ TRANSFORMS = {
 SHAPES = {"mapped gradient": ((4, 3), (3,))}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    mostly_exhaustive(
+        itertools.product(TRANSFORMS, [False, True]),
+        [*((name, True) for name in TRANSFORMS), ("value", False), ("mapped gradient", False)],
+    ),
+)
 def test_every_transform_is_that_of_the_function_for_this_platform(name, compiled, on_cpu):
-    transform, run = TRANSFORMS[name], jax.jit if compiled else lambda f: f
-    x, y = (normal(shape, i) for i, shape in enumerate(SHAPES.get(name, [(4, 3), (4, 3)])))
-    for function, plain in FUNCTIONS.values():
-        expected = jax.jit(transform(plain))(x, y)
-        found = run(transform(function))(x, y)
-        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
+    transform = TRANSFORMS[name]
+    operands = [normal(shape, i) for i, shape in enumerate(SHAPES.get(name, [(4, 3), (4, 3)]))]
+
+    def choices(*operands):
+        return [transform(function)(*operands) for function, _ in FUNCTIONS.values()]
+
+    @jax.jit
+    def plain(*operands):
+        return [transform(function)(*operands) for _, function in FUNCTIONS.values()]
+
+    found = (jax.jit(choices) if compiled else choices)(*operands)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(plain(*operands)), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
 def test_a_linear_choice_is_transposed(on_cpu):
@@ -78,22 +92,24 @@ def test_a_linear_choice_is_transposed(on_cpu):
     np.testing.assert_allclose(found, kernel @ normal((5,), 2), rtol=1e-13)
 
 
+@pytest.mark.lowering
 @pytest.mark.parametrize("transform", [lambda f: f, lambda f: jax.grad(lambda x, y: f(x, y).sum())])
-def test_a_program_holds_the_function_of_its_platform_and_no_choice(transform):
+def test_a_program_contains_the_function_of_its_platform_and_no_conditional(transform):
     x = normal((4, 3), 0)
     trace = jax.jit(transform(chosen)).trace(x, x)
     texts = {p: trace.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
     there = {platform: "tan " in text for platform, text in texts.items()}
     assert there == {"cpu": False, "tpu": True, "cuda": True}
     assert not any("stablehlo.case" in text for text in texts.values())
-    # A program for several platforms has to ask.
+    # A program for several platforms needs a conditional.
     both = trace.lower(lowering_platforms=("cpu", "tpu")).as_text()
     assert "stablehlo.case" in both
     assert "tan " in both
 
 
+@pytest.mark.lowering
 @pytest.mark.four_devices
-def test_what_a_mesh_adds_up_is_added_up_outside_of_conditionals(on_cpu):
+def test_no_conditional_contains_an_all_reduce(on_cpu):
     mesh = data_mesh(jax.devices("cpu")[:4])
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
@@ -111,7 +127,7 @@ def test_what_a_mesh_adds_up_is_added_up_outside_of_conditionals(on_cpu):
 
 
 @pytest.mark.four_devices
-def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
+def test_partitioned_programs_have_a_function_of_their_own(on_cpu):
     def several(x):
         return platform_dependent(
             x, cpu=jnp.sin, default=jnp.cos, partitioned=lambda x: 2 * jnp.tan(x)
@@ -123,7 +139,7 @@ def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
     np.testing.assert_allclose(jitted(x), jnp.cos(x), rtol=1e-13)
     expected = 2 / jnp.cos(x) ** 2
     np.testing.assert_allclose(jitted(jax.device_put(x, split)), expected, rtol=1e-13)
-    # Each device has a program of its own here.
+    # Not partitioned: each device runs the same program on its own arrays.
     np.testing.assert_allclose(jax.pmap(several)(x), jnp.sin(x), rtol=1e-13)
     mapped = jax.shard_map(several, mesh=mesh, in_specs=split.spec, out_specs=split.spec)
     np.testing.assert_allclose(jax.jit(mapped)(x), jnp.sin(x), rtol=1e-13)
@@ -132,11 +148,11 @@ def test_a_function_of_its_own_for_programs_that_are_partitioned(on_cpu):
 
 
 @pytest.mark.four_devices
-def test_it_is_mapped_over_devices_with_checked_axes(on_cpu):
+def test_it_works_in_a_shard_map_that_checks_replication(on_cpu):
     mesh = data_mesh(jax.devices("cpu")[:4])
     x, y = normal((4, 3), 0), normal((1, 3), 1)
 
-    def gradient(x, y):  # of what all devices share: it comes out summed over them
+    def gradient(x, y):  # with respect to a replicated array: summed over the devices
         return jax.grad(lambda y: chosen(x, y).sum())(y)
 
     axes = (PartitionSpec("data"), PartitionSpec())
@@ -145,7 +161,7 @@ def test_it_is_mapped_over_devices_with_checked_axes(on_cpu):
     np.testing.assert_allclose(jax.jit(per_device)(x, y), expected, rtol=1e-13)
 
 
-def test_trees_of_arrays(on_cpu):
+def test_pytrees_of_arrays(on_cpu):
     x = normal((4, 3), 0)
 
     def sums(tree, absent):
@@ -170,6 +186,6 @@ def test_trees_of_arrays(on_cpu):
         platform_dependent(x, cpu=lambda x: [x], default=lambda x: (x,))
 
 
-def test_functions_that_return_other_arrays_are_an_error():
+def test_functions_with_different_results_are_an_error():
     with pytest.raises(TypeError, match=r"'cpu' returns .*4,3.* the default .*\[3\]"):
         platform_dependent(normal((4, 3), 0), cpu=lambda x: x, default=lambda x: x[0])

@@ -1,4 +1,4 @@
-"""minGRU and minLSTM: all steps at once against loops, long sequences, extreme gates."""
+"""minGRU and minLSTM: the parallel scan against loops, long sequences, extreme gates."""
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def loop_by_hand(name, weights, x, length, start, *, reverse):
-    """Run one sequence in NumPy, from the formulas of the paper."""
+def numpy_loop(name, weights, x, length, start, *, reverse):
+    """Run one sequence in NumPy, with the formulas of the paper."""
     weights = {key: np.asarray(value, np.float64) for key, value in weights.items()}
     state, outputs = start, np.zeros((len(x), len(start)))
     for time in reversed(range(length)) if reverse else range(length):
@@ -54,8 +54,8 @@ def loop_by_hand(name, weights, x, length, start, *, reverse):
             update = sigmoid(gates[0])
             state = (1 - update) * state + update * candidate
         else:
-            forget, write = sigmoid(gates[0]), sigmoid(gates[1])
-            state = (forget * state + write * candidate) / (forget + write)
+            forget, input_gate = sigmoid(gates[0]), sigmoid(gates[1])
+            state = (forget * state + input_gate * candidate) / (forget + input_gate)
         outputs[time] = state
     return outputs, state
 
@@ -69,7 +69,7 @@ def test_a_layer_equals_its_formula_in_a_numpy_loop_in_both_directions(name):
     outputs, carry = jax.jit(module.apply)(variables, x, LENGTHS, carry=carry)
     for index, length in enumerate(LENGTHS):
         for direction, half in (("forward_0", slice(0, 5)), ("backward_0", slice(5, 10))):
-            expected, state = loop_by_hand(
+            expected, state = numpy_loop(
                 name,
                 variables["params"][direction],
                 x[index],
@@ -152,22 +152,36 @@ def test_long_sequences_equal_single_steps_and_keep_finite_gradients(name):
 
 
 @pytest.mark.parametrize("name", ["mingru", "minlstm"])
-def test_gates_that_are_wide_open_or_shut_stay_finite(name):
+def test_gates_that_are_open_or_shut_give_the_limits_of_the_formula(name):
     cell = CELLS[name]
     signs = np.array(np.meshgrid(*[[-1, 0, 1]] * cell.num_gates)).reshape(cell.num_gates, -1)
     x = jnp.asarray(1e4 * signs[..., None], jnp.float32)
 
-    def total(x):
-        return jnp.sum(linear_recurrence(*cell.coefficients(x), jnp.ones(1)))
+    @jax.jit
+    def run(x):
+        def total(x):
+            states = linear_recurrence(*cell.coefficients(x), jnp.ones(1))
+            return jnp.sum(states), states[:, 0]
 
-    value, gradient = jax.value_and_grad(total)(x)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
-    decay, _ = cell.coefficients(x)
-    assert (decay >= 0).all() and (decay <= 1).all()
+        return jax.grad(total, has_aux=True)(x)
+
+    gradient, states = run(x)
+    assert np.isfinite(gradient).all()
+    # Indexed by the gates, each shut, half open or open: update; forget and input.
+    decays = {
+        "mingru": np.array([1, 1 / 2, 0]),
+        "minlstm": np.array([[1 / 2, 0, 0], [1, 1 / 2, 1 / 3], [1, 2 / 3, 1 / 2]]),
+    }
+    candidates, state, expected = {-1: 0.0, 0: 0.5, 1: 1e4 + 0.5}, 1.0, []
+    for *gates, candidate in signs.T:
+        decay = decays[name][tuple(gate + 1 for gate in gates)]
+        state = decay * state + (1 - decay) * candidates[candidate]
+        expected.append(state)
+    np.testing.assert_allclose(states, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mingru", "minlstm"])
-def test_windows_of_any_size_with_the_carry_between_them_equal_the_whole(name):
+def test_chunks_of_a_sequence_with_the_carry_between_them_equal_the_whole(name):
     x, module = sequences(), Recurrent(5, cell=name, num_layers=2, residual=True)
     variables, run = made(module, x), jax.jit(module.apply)
     whole, final = run(variables, x)

@@ -1,4 +1,4 @@
-"""Products with one kernel at every step of a loop, small and large, against the plain ones."""
+"""Loop-invariant matmuls with small and large kernels, against plain ones."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from jaxnets.functional.recurrence import loop_matmul
 from jaxnets.functional.recurrence.cells import GRUCell, LSTMCell
 from jaxnets.functional.recurrence.loop_matmul import (
     LoopKernel,
-    kernel_gradient,
+    kernel_gradient_over_time,
     loop_matmuls,
-    matmul_with_tap,
+    perturbed_matmul,
 )
 from jaxnets.functional.recurrence.scan import recurrent_scan
 
-# One below and one from `_LARGE_KERNEL` on; the last one's columns fall into the same cache sets.
+# One kernel smaller than `_LARGE_KERNEL`, two that are not; the columns of the last one alias.
 KERNELS = [(7, 12), (512, 513), (128, 2048)]
 
 
@@ -31,7 +31,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("steps", [2, 50])
 @pytest.mark.parametrize("shape", KERNELS, ids=str)
-def test_products_of_a_loop_equal_plain_ones(shape, steps):
+def test_matmuls_in_a_loop_equal_plain_ones(shape, steps):
     kernel, rows = normal(*shape), normal(5, shape[0], seed=1)
 
     @jax.jit
@@ -52,21 +52,22 @@ def test_gradients_equal_plain_ones(shape):
 
     @jax.jit
     def found(kernel, rows):
-        def total(rows, tap):
-            loop_kernel = LoopKernel.of(kernel)
-            products = [matmul_with_tap(loop_kernel, tap[i], rows[i]) for i in range(len(rows))]
+        def total(rows, perturbations):
+            loop_kernel, steps = LoopKernel.of(kernel), zip(perturbations, rows, strict=True)
+            products = [perturbed_matmul(loop_kernel, *step) for step in steps]
             return jnp.sum(jnp.sin(jnp.stack(products) / hidden**0.5) * weights)
 
-        drows, tapped = jax.grad(total, (0, 1))(rows, jnp.zeros_like(weights))
-        return kernel_gradient(rows, tapped), drows
+        drows, cotangents = jax.grad(total, (0, 1))(rows, jnp.zeros_like(weights))
+        return kernel_gradient_over_time(rows, cotangents), drows
 
-    for ours, plain in zip(found(kernel, rows), jax.grad(loss, (0, 1))(kernel, rows), strict=True):
+    expected = jax.jit(jax.grad(loss, (0, 1)))(kernel, rows)
+    for ours, plain in zip(found(kernel, rows), expected, strict=True):
         close(ours, plain)
 
 
 @pytest.mark.parametrize("cell", [LSTMCell(), GRUCell(reset="before")], ids=["lstm", "gru"])
 def test_a_recurrent_layer_with_a_large_kernel_equals_its_single_steps(cell, monkeypatch):
-    """Value, gradient and the gradient of the gradient's norm; alone and in a population."""
+    """Value, gradient and the gradient of its squared norm; alone and in a population."""
     monkeypatch.setattr(loop_matmul, "_LARGE_KERNEL", 1)
     monkeypatch.setattr(loop_matmul, "_ALIASED_FEATURES", 4)
     weights = {
@@ -94,20 +95,26 @@ def test_a_recurrent_layer_with_a_large_kernel_equals_its_single_steps(cell, mon
         return jax.grad(squared)
 
     pair = jax.tree.map(lambda w: jnp.stack([w, -0.5 * w]), weights)
-    for make in (jax.value_and_grad, curvature):
-        found = jax.jit(jax.vmap(make(ours)))(pair)
-        for index in range(2):
-            alone = jax.tree.map(lambda w, i=index: w[i], pair)
-            expected = jax.jit(make(plain))(alone)
-            jax.tree.map(
-                lambda a, b, i=index: np.testing.assert_allclose(a[i], b, rtol=2e-4, atol=2e-4),
-                found,
-                expected,
-            )
+
+    @jax.jit
+    def results(pair):
+        population = [jax.vmap(make(ours))(pair) for make in (jax.grad, curvature)]
+        alone = lax.map(jax.value_and_grad(ours), pair)
+        return [*population, alone]
+
+    @jax.jit
+    def expected_results(pair):
+        value, gradient = lax.map(jax.value_and_grad(plain), pair)
+        return [gradient, lax.map(curvature(plain), pair), (value, gradient)]
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
+        *(results(pair), expected_results(pair)),
+    )
 
 
 @pytest.mark.parametrize("shape", KERNELS, ids=str)
-def test_narrow_products_are_not_rounded_and_their_gradients_once(shape):
+def test_bfloat16_products_are_not_rounded_and_their_gradients_once(shape):
     kernel, rows = normal(*shape), normal(3, 5, shape[0], seed=1)
     cotangents = normal(3, 5, shape[1], seed=2)
     kernel, rows, cotangents = (x.astype(jnp.bfloat16) for x in (kernel, rows, cotangents))
@@ -115,6 +122,6 @@ def test_narrow_products_are_not_rounded_and_their_gradients_once(shape):
     (product,) = loop_matmuls([kernel], steps=3)
     close(jax.jit(product)(rows[0]), wide[1][0] @ wide[0])
     expected = jnp.einsum("tbh,tbc->hc", *wide[1:])
-    gradient = jax.jit(kernel_gradient)(rows, cotangents)
+    gradient = jax.jit(kernel_gradient_over_time)(rows, cotangents)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=2**-8, atol=1e-4)

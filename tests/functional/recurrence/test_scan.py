@@ -1,9 +1,12 @@
-"""The scan's own gradient against the plain one of a loop over single steps."""
+"""The custom gradient of the scan against the default one of a loop over single steps."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import mostly_exhaustive
 from jax import lax
 
 from jaxnets.functional.recurrence import scan
@@ -32,13 +35,13 @@ def problem(cell, dtype, steps=6):
     return weights, x, carry
 
 
-def plain(cell, weights, x, carry, reverse, valid=VALID):
-    """Scan over single steps, with the gradient that JAX gives it."""
+def stepwise(cell, weights, x, carry, reverse, valid=VALID):
+    """Scan over single steps, with JAX's default gradient."""
 
     def step(carry, inputs):
-        projected, now = inputs
+        projected, valid = inputs
         wide = projected.astype(carry[0].dtype)
-        carry = keep(now, cell.step(weights, carry, wide), carry)
+        carry = keep(valid, cell.step(weights, carry, wide), carry)
         return carry, carry[0].astype(projected.dtype)
 
     carry, outputs = lax.scan(step, carry, (cell.project(weights, x), valid), reverse=reverse)
@@ -54,7 +57,7 @@ def loss(run):
     return total
 
 
-def both(name, dtype, reverse, valid=VALID):
+def losses_and_arguments(name, dtype, reverse, valid=VALID):
     cell = CELLS[name]
     arguments = problem(cell, dtype, len(valid))
 
@@ -62,27 +65,36 @@ def both(name, dtype, reverse, valid=VALID):
         return recurrent_scan(cell, weights, x, carry, valid=valid, reverse=reverse)
 
     def reference(weights, x, carry):
-        return plain(cell, weights, x, carry, reverse, valid)
+        return stepwise(cell, weights, x, carry, reverse, valid)
 
     return [loss(ours), loss(reference)], arguments
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("name", CELLS)
-def test_the_gradient_equals_the_plain_one_in_double_precision(name, reverse, enable_x64):
-    losses, arguments = both(name, jnp.float64, reverse)
-    found, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arguments) for f in losses)
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    mostly_exhaustive(
+        itertools.product(CELLS, ["forward", "reverse"]),
+        [
+            *(("rnn", "forward"), ("lstm", "reverse"), ("gru_after", "forward")),
+            *(("gru_before", "reverse"), ("mgu", "forward")),
+        ],
+    ),
+)
+def test_the_gradient_equals_the_default_one_in_double_precision(name, direction, enable_x64):
+    losses, arguments = losses_and_arguments(name, jnp.float64, direction == "reverse")
+
+    @jax.jit
+    def gradients(*arguments):
+        return [jax.grad(loss, argnums=(0, 1, 2))(*arguments) for loss in losses]
+
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
-        *(
-            found,
-            expected,
-        ),
+        *gradients(*arguments),
     )
 
 
 def test_the_gradient_can_be_differentiated_again(enable_x64):
-    losses, (weights, x, carry) = both("gru_before", jnp.float64, False)
+    losses, (weights, x, carry) = losses_and_arguments("gru_before", jnp.float64, False)
 
     def curvature(f):
         def squared(kernel):
@@ -95,12 +107,12 @@ def test_the_gradient_can_be_differentiated_again(enable_x64):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_in_bfloat16_the_gradient_is_nearer_to_the_true_one_than_the_plain_one():
-    """The plain gradient of the kernel adds up over the steps in bfloat16."""
+def test_in_bfloat16_the_gradient_is_more_accurate_than_the_default_one():
+    """The default gradient of the kernel accumulates over the steps in bfloat16."""
     errors, every = [], np.ones((100, 3), bool)
-    losses, (weights, x, carry) = both("lstm", jnp.float32, False, every)
+    losses, (weights, x, carry) = losses_and_arguments("lstm", jnp.float32, False, every)
     true = jax.jit(jax.grad(losses[1]))(weights, x, carry)["recurrent_kernel"]
-    for f in both("lstm", jnp.bfloat16, False, every)[0]:
+    for f in losses_and_arguments("lstm", jnp.bfloat16, False, every)[0]:
         narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
         gradient = jax.jit(jax.grad(f))(narrow, x.astype(jnp.bfloat16), carry)["recurrent_kernel"]
         assert gradient.dtype == jnp.bfloat16
@@ -109,9 +121,9 @@ def test_in_bfloat16_the_gradient_is_nearer_to_the_true_one_than_the_plain_one()
     assert errors[0] < 0.01 * float(jnp.linalg.norm(true))
 
 
-def test_several_steps_at_once_are_the_same_steps(monkeypatch, enable_x64):
-    losses, arguments = both("gru_after", jnp.float64, True)
-    monkeypatch.setattr(scan, "_steps_at_once", lambda: 4)  # and two are left over
+def test_an_unrolled_loop_takes_the_same_steps(monkeypatch, enable_x64):
+    losses, arguments = losses_and_arguments("gru_after", jnp.float64, True)
+    monkeypatch.setattr(scan, "_unroll", lambda: 4)  # of 6 steps
     found, expected = (
         jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*arguments) for f in losses
     )
@@ -122,15 +134,12 @@ def test_several_steps_at_once_are_the_same_steps(monkeypatch, enable_x64):
     assert program.count("unroll=4") == 2
 
 
-def test_members_of_a_population_get_the_gradients_of_single_runs():
-    losses, (weights, x, carry) = both("lstm", jnp.float32, True)
-    gradient = jax.jit(jax.grad(losses[0]))
+def test_members_of_a_population_have_the_gradients_of_single_runs():
+    losses, (weights, x, carry) = losses_and_arguments("lstm", jnp.float32, True)
+    gradient = jax.grad(losses[0])
     pair = jax.tree.map(lambda w: jnp.stack([w, -0.5 * w]), weights)
-    together = jax.jit(jax.vmap(jax.grad(losses[0]), in_axes=(0, None, None)))(pair, x, carry)
-    for index in range(2):
-        alone = gradient(jax.tree.map(lambda w, i=index: w[i], pair), x, carry)
-        jax.tree.map(
-            lambda a, b, i=index: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5),
-            together,
-            alone,
-        )
+    population = jax.jit(jax.vmap(gradient, in_axes=(0, None, None)))(pair, x, carry)
+    single = jax.jit(lambda pair: lax.map(lambda weights: gradient(weights, x, carry), pair))(pair)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), population, single
+    )
