@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.benchmark import chart, driver, report
-from experiments.benchmark.competitors import COMPETITORS, ON_REQUEST, REFERENCE, Competitor
+from experiments.benchmark.competitors import BEFORE, COMPETITORS, ON_REQUEST, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import WORKLOADS, shrink
 from experiments.harness.command_line import print_result
@@ -30,7 +30,7 @@ class Config:
     workloads: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of workloads; by default all of --platform."""
     against: tuple[str, ...] = tuple(
-        name for name in COMPETITORS if name not in (REFERENCE, ON_REQUEST)
+        name for name in COMPETITORS if name not in (REFERENCE, BEFORE, ON_REQUEST)
     )
     """Competitors of jaxnets."""
     rounds: int = 5
@@ -43,6 +43,8 @@ class Config:
     """Cores per competitor; by default all."""
     tiny: bool = False
     """Small shapes, to check that every side runs; the times are meaningless."""
+    before: Path | None = None
+    """Another checkout of this repository, whose jaxnets competes as jaxnets-before."""
     data: Path | None = None
     """Folder of Fashion-MNIST; `python -m jaxnets doctor` shows where it is searched by default."""
     out: Path = Path("runs/benchmark")
@@ -113,11 +115,13 @@ def _measure(name: str, config: Config, folder: RunFolder) -> dict[str, Any]:
             images=images_file,
             labels=labels_file,
         )
-        return driver.Worker(settings, folder.path / f"{name}_{competitor.name}.log")
+        log = folder.path / f"{name}_{competitor.name}.log"
+        checkout = config.before if competitor.name == BEFORE else None
+        return driver.Worker(settings, log, folder=checkout)
 
     measured = driver.measure(
         workload,
-        [COMPETITORS[one] for one in dict.fromkeys((REFERENCE, *config.against))],
+        [COMPETITORS[one] for one in _competitors(config)],
         start,
         rounds=config.rounds,
         seconds=config.seconds,
@@ -153,6 +157,11 @@ def _machine(config: Config) -> dict[str, Any]:
     return {**environment(), "processor": processor, "threads": _threads(config)}
 
 
+def _competitors(config: Config) -> list[str]:
+    before = () if config.before is None else (BEFORE,)
+    return list(dict.fromkeys((REFERENCE, *before, *config.against)))
+
+
 def _check(config: Config) -> None:
     for what, names, known in (
         ("workload", config.workloads, WORKLOADS),
@@ -161,6 +170,13 @@ def _check(config: Config) -> None:
         for name in names:
             if name not in known:
                 raise RunError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
+    if BEFORE in config.against and config.before is None:
+        raise RunError(f"{BEFORE} is another checkout; name its folder with --before")
+    if config.before and not (config.before / "experiments/benchmark/worker.py").is_file():
+        raise RunError(
+            f"--before {config.before} is no checkout of this repository; give the folder that "
+            "holds experiments/"
+        )
     if config.rounds < 1 or config.seconds <= 0:
         raise RunError(
             f"--rounds {config.rounds} and --seconds {config.seconds:g} measure nothing; give "

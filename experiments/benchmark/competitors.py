@@ -58,11 +58,14 @@ _ALL = _CLASSIC | {"generate", "positions"}
 REFERENCE = "jaxnets"
 #: Only with --against: it gains only on processors with matrix units.
 ON_REQUEST = "jaxnets-split"
+#: Another checkout of this repository, which the option `--before` names.
+BEFORE = "jaxnets-before"
 #: Name -> competitor, in the order of the report.
 COMPETITORS: dict[str, Competitor] = {
     competitor.name: competitor
     for competitor in (
         _side(REFERENCE, "jaxnets_side", _ALL, "", "jaxnets"),
+        _side(BEFORE, "jaxnets_side", _ALL, "", "jaxnets"),
         # With jaxnets.keep_freed_memory, which the user has to call.
         _side("jaxnets-kept", "jaxnets_side", _ALL - {"positions"}, "kept", "jaxnets"),
         # The same, with float32 matmuls of dense layers as three bfloat16 matmuls.

@@ -50,6 +50,7 @@ class Worker:
         log: file for its output.
         patience: seconds to wait for an answer.
         variables: further environment variables of the process.
+        folder: checkout of this repository that the process runs; by default this one.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Worker:
         log: Path,
         patience: float = PATIENCE,
         variables: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.log, self.patience = log, patience
         threads = str(settings.threads)
@@ -83,6 +85,7 @@ class Worker:
                     **chosen,
                     **(variables or {}),
                 },
+                cwd=folder,
                 text=True,
             )
 

@@ -218,11 +218,25 @@ def test_an_interrupted_run_goes_on_with_the_other_workloads(tmp_path, monkeypat
         ({"rounds": 0}, "--rounds 0"),
         ({"seconds": 0.0}, "--seconds 0"),
         ({"threads": 10_000}, "--threads is 10000"),
+        ({"against": ("jaxnets-before",)}, "name its folder with --before"),
+        ({"before": pathlib.Path("nowhere")}, "--before nowhere is no checkout"),
     ],
 )
 def test_impossible_options_are_named(changes, message, tmp_path):
     with pytest.raises(RunError, match=message):
         command.run(dataclasses.replace(command.Config(out=tmp_path), **changes))
+
+
+def test_another_checkout_runs_its_own_code(tmp_path):
+    folder = tmp_path / "experiments" / "benchmark"
+    folder.mkdir(parents=True)
+    (folder / "worker.py").write_text(
+        "import json, sys\nfor line in sys.stdin: print(json.dumps({'own': line.strip()}), flush=True)"
+    )
+    settings = Settings("side", "", "mlp", threads=1, platform="cpu", tiny=True)
+    worker = driver.Worker(settings, tmp_path / "log", folder=tmp_path)
+    assert worker.ask("prepare") == {"own": '{"command": "prepare"}'}
+    worker.close()
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
