@@ -230,9 +230,10 @@ def test_impossible_options_are_named(changes, message, tmp_path):
 def test_another_checkout_runs_its_own_code(tmp_path):
     folder = tmp_path / "experiments" / "benchmark"
     folder.mkdir(parents=True)
-    (folder / "worker.py").write_text(
-        "import json, sys\nfor line in sys.stdin: print(json.dumps({'own': line.strip()}), flush=True)"
-    )
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    answer = "print(json.dumps({'own': line.strip()}), flush=True)"
+    (folder / "worker.py").write_text(f"import json, sys\nfor line in sys.stdin: {answer}")
     settings = Settings("side", "", "mlp", threads=1, platform="cpu", tiny=True)
     worker = driver.Worker(settings, tmp_path / "log", folder=tmp_path)
     assert worker.ask("prepare") == {"own": '{"command": "prepare"}'}
