@@ -90,11 +90,12 @@ def test_mapping_over_keys_equals_calling_one_by_one(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["flip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("crop", "cutout"))]
+    "name",
+    [pytest.param(n, marks=[] if n == "flip" else pytest.mark.slow) for n in AUGMENTATIONS],
 )
 def test_compiled_equals_eager(name):
     eager = AUGMENTATIONS[name](jax.random.key(0), jnp.array(IMAGES))
-    np.testing.assert_array_equal(compiled(name)(jax.random.key(0), IMAGES), eager)
+    np.testing.assert_allclose(compiled(name)(jax.random.key(0), IMAGES), eager, rtol=1e-6)
 
 
 def test_two_epochs_contain_every_image_and_its_mirror_image_once():
