@@ -1,4 +1,4 @@
-"""Metrics: of predictions, and of generated images."""
+"""Metrics of predictions and of generated images."""
 
 from jaxnets.metrics.generative import (
     ClassifierOutput,

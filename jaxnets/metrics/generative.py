@@ -1,11 +1,10 @@
-"""Measures of generated images in the features of a classifier, in float64 on the host.
+"""Metrics of generated images in the feature space of a classifier, in float64 on the host.
 
-The features are those of whatever network the caller trusts. In the features of a classifier
-trained with this library, `frechet_distance` is a "classifier-feature distance", to be compared
-with distances in the same features only, first of all with the distance between two halves of
-real images. It is the FID of the literature only in the features of the published Inception
-network, with 50,000 images; give those features, and it is. Against statistics that others have
-published, often as an .npz of `mu` and `sigma`:
+The features may come from any network. With a classifier trained by this library,
+`frechet_distance` is a "classifier-feature distance": compare it only with distances in the same
+features, first of all with the distance between two halves of the real images. It is the FID of
+the literature only for features of the published Inception network and 50,000 images. To compare
+with published statistics, often an .npz of `mu` and `sigma`:
 
     published = np.load("statistics.npz")
     real = FeatureDistribution(published["mu"], published["sigma"])
@@ -23,7 +22,7 @@ import numpy as np
 from jaxnets.checks import check_sizes
 from jaxnets.core import at_least_float32, capture
 
-# Rows of a distance matrix that are in memory at once.
+# Rows of a distance matrix that are materialized at once.
 _ROWS = 1024
 
 
@@ -55,8 +54,8 @@ class PrecisionRecall(NamedTuple):
     """What `precision_recall` returns.
 
     Attributes:
-        precision: share of the generated images that lie among the real ones: quality.
-        recall: share of the real images that lie among the generated ones: variety.
+        precision: fraction of the generated images inside the manifold of the real ones: quality.
+        recall: fraction of the real images inside the manifold of the generated ones: variety.
     """
 
     precision: float
@@ -66,13 +65,13 @@ class PrecisionRecall(NamedTuple):
 def classifier_features(
     module: Any, variables: Any, inputs: np.ndarray, *, batch_size: int = 500
 ) -> ClassifierOutput:
-    """Run a classifier over images, a batch at a time, and keep what it recorded.
+    """Run a classifier over images in batches, and return its features and logits.
 
     Args:
         module: a classifier that records "features", such as `ConvNet` or `ResNet`.
         variables: its parameters and other collections.
-        inputs: images as it was trained on them, [images, height, width, channels].
-        batch_size: images at once; the last batch is filled up, so that one program serves all.
+        inputs: images preprocessed as in its training, [images, height, width, channels].
+        batch_size: images in a batch; the last one is padded, so that one program is compiled.
 
     Returns:
         `ClassifierOutput`.
@@ -88,14 +87,14 @@ def classifier_features(
     for first in range(0, len(inputs), batch_size):
         part = inputs[first : first + batch_size]
         missing = min(batch_size, len(inputs)) - len(part)
-        filled = np.concatenate([part, part[:1].repeat(missing, axis=0)])
-        logits, recorded = _captured(module, variables, filled)
+        padded = np.concatenate([part, part[:1].repeat(missing, axis=0)])
+        logits, recorded = _captured(module, variables, padded)
         if "features" not in recorded:
             raise ValueError(
                 f"{type(module).__name__} records {sorted(recorded)} and no 'features'; record "
-                "them with jaxnets.layers.record in front of its last layer"
+                "them with jaxnets.core.record before its last layer"
             )
-        features = recorded["features"].reshape(len(filled), -1)
+        features = recorded["features"].reshape(len(padded), -1)  # [batch, features]
         parts.append((np.asarray(features)[: len(part)], np.asarray(logits)[: len(part)]))
     return ClassifierOutput(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
@@ -115,9 +114,9 @@ def gaussian_fit(features: np.ndarray) -> FeatureDistribution:
         `FeatureDistribution` in float64.
 
     Raises:
-        ValueError: not two axes, fewer than two images, or a number that is not finite.
+        ValueError: not two axes, fewer than two images, or a value that is not finite.
     """
-    features = _checked(features, "features", least=2)
+    features = _checked(features, "features", min_images=2)
     mean = features.mean(axis=0)
     centered = features - mean
     return FeatureDistribution(mean, centered.T @ centered / (len(features) - 1))
@@ -126,13 +125,13 @@ def gaussian_fit(features: np.ndarray) -> FeatureDistribution:
 def gaussian_distance(first: FeatureDistribution, second: FeatureDistribution) -> float:
     """Squared Frechet distance of two normal distributions.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (R S2 R)^(1/2)) with R = S1^(1/2). The roots come from
-    eigenvalues of symmetric matrices, with those below zero by rounding set to zero, so that
-    covariances of fewer images than features do no harm.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (R S2 R)^(1/2)) with R = S1^(1/2). The matrix square roots use
+    eigendecompositions of symmetric matrices with negative eigenvalues, due to rounding, set to
+    zero. So singular covariances, of fewer images than features, are safe.
 
     Args:
-        first: from `gaussian_fit`, or of published numbers.
-        second: likewise, with as many features.
+        first: from `gaussian_fit`, or published statistics.
+        second: likewise, with the same number of features.
 
     Returns:
         0 or more, in the square of the features' unit.
@@ -152,27 +151,28 @@ def gaussian_distance(first: FeatureDistribution, second: FeatureDistribution) -
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(
-            f"{len(first.mean)} features do not fit {len(second.mean)}; take both from the same "
+            f"{len(first.mean)} features do not fit {len(second.mean)}; compute both with the same "
             "network"
         )
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     inner = root @ second.covariance @ root
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0)).sum()
-    means = np.sum(np.square(first.mean - second.mean))
-    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross
-    return float(max(means + spread, 0.0))
+    mean_term = np.sum(np.square(first.mean - second.mean))
+    covariance_term = np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross
+    return float(max(mean_term + covariance_term, 0.0))
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Squared Frechet distance of the normal distributions fitted to two sets of features.
 
-    Small sets make it larger: compare distances of equally many images, and with the distance of
-    real training from real test images. Not the FID unless the features are Inception's.
+    It is biased upward for few images: compare only distances of equally many images, and take the
+    distance between real training and test images as reference. Not the FID unless the features
+    are Inception's.
 
     Args:
         first: [images, features].
-        second: [images, features]; as many features, of any number of images.
+        second: [images, features]; the same number of features, any number of images.
 
     Returns:
         0 or more, in the square of the features' unit.
@@ -189,14 +189,16 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 def precision_recall(
     real: np.ndarray, generated: np.ndarray, *, num_neighbors: int = 3
 ) -> PrecisionRecall:
-    """Count the generated images among the real ones, and the real ones among the generated.
+    """Improved precision and recall of generated images.
 
-    Around each image of a set lies a ball that reaches to its k-th nearest neighbor in the set;
-    an image of the other set lies among them if it is in one of these balls.
+    The manifold of a set is the union of balls around its images, each with the distance to the
+    k-th nearest neighbor in the set as radius. Precision is the fraction of generated images inside
+    the manifold of the real ones; recall is the converse.
 
     Args:
         real: features, [images, features].
-        generated: features, [images, features]; about as many images, or the balls differ.
+        generated: features, [images, features]; use about as many images, since radii depend on
+            the number.
         num_neighbors: k.
 
     Returns:
@@ -210,24 +212,24 @@ def precision_recall(
     """
     if num_neighbors < 1:
         raise ValueError(f"num_neighbors is {num_neighbors}; give 1 or more")
-    real = _checked(real, "real", least=num_neighbors + 1)
-    generated = _checked(generated, "generated", least=num_neighbors + 1)
+    real = _checked(real, "real", min_images=num_neighbors + 1)
+    generated = _checked(generated, "generated", min_images=num_neighbors + 1)
     if real.shape[1] != generated.shape[1]:
         raise ValueError(
-            f"{real.shape[1]} features do not fit {generated.shape[1]}; take both from the same "
+            f"{real.shape[1]} features do not fit {generated.shape[1]}; compute both with the same "
             "network"
         )
     return PrecisionRecall(
-        float(np.mean(_among(generated, real, num_neighbors))),
-        float(np.mean(_among(real, generated, num_neighbors))),
+        float(np.mean(_in_manifold(generated, real, num_neighbors))),
+        float(np.mean(_in_manifold(real, generated, num_neighbors))),
     )
 
 
 def class_shares(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the share of every class.
+    """Return the relative frequency of every class.
 
     Args:
-        labels: integer [images] in [0, num_classes), such as those a classifier gives.
+        labels: integer [images] in [0, num_classes), such as predictions of a classifier.
         num_classes: number of classes.
 
     Returns:
@@ -239,19 +241,19 @@ def class_shares(labels: np.ndarray, num_classes: int) -> np.ndarray:
     labels = np.asarray(labels)
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size or not labels.size:
-        found = f"label {wrong[0]}" if wrong.size else "no label"
-        raise ValueError(f"{found} for {num_classes} classes; give labels in [0, {num_classes})")
+        problem = f"label {wrong[0]}" if wrong.size else "no label"
+        raise ValueError(f"{problem} for {num_classes} classes; give labels in [0, {num_classes})")
     return np.bincount(labels, minlength=num_classes) / labels.size
 
 
 def class_coverage(labels: np.ndarray, num_classes: int, *, least: float = 0.1) -> float:
-    """Return the share of the classes that are not missing among generated images.
+    """Return the fraction of classes that occur among generated images; low for mode collapse.
 
     Args:
-        labels: integer [images], what a classifier takes the generated images to be.
+        labels: integer [images], predictions of a classifier for the generated images.
         num_classes: number of classes.
-        least: a class counts from this part of an even share on: of 10 classes, 0.1 asks for one
-            image in a hundred.
+        least: minimum frequency of a covered class, relative to the uniform 1 / num_classes: with
+            10 classes, 0.1 requires one image in a hundred.
 
     Returns:
         In [0, 1]; 1 if every class is covered.
@@ -269,11 +271,11 @@ def class_coverage(labels: np.ndarray, num_classes: int, *, least: float = 0.1) 
 
 
 def class_agreement(logits: np.ndarray, asked: np.ndarray) -> float:
-    """Return the share of generated images that a classifier takes to be of the class asked for.
+    """Return the accuracy of a classifier with respect to the labels given to a generator.
 
     Args:
         logits: of the classifier, [images, num_classes].
-        asked: integer [images], the labels that a conditional generator got.
+        asked: integer [images], the labels that the conditional generator got.
 
     Returns:
         In [0, 1].
@@ -284,16 +286,16 @@ def class_agreement(logits: np.ndarray, asked: np.ndarray) -> float:
     logits, asked = np.asarray(logits), np.asarray(asked)
     if logits.shape[:-1] != asked.shape or not asked.size:
         raise ValueError(
-            f"asked labels of shape {asked.shape} do not fit logits of shape {logits.shape}; give "
-            "one for each image"
+            f"labels of shape {asked.shape} do not fit logits of shape {logits.shape}; give one "
+            "for each image"
         )
     return float(np.mean(logits.argmax(axis=-1) == asked))
 
 
-def _among(points: np.ndarray, others: np.ndarray, num_neighbors: int) -> np.ndarray:
-    """Say for each point whether it lies in the ball of one of the others: bool [points]."""
+def _in_manifold(points: np.ndarray, others: np.ndarray, num_neighbors: int) -> np.ndarray:
+    """Return whether each point lies in the ball of one of the others, bool [points]."""
     radii = np.concatenate(
-        [  # The nearest of all is the point itself.
+        [  # Entry 0 is the distance of a point to itself.
             np.partition(rows, num_neighbors, axis=1)[:, num_neighbors]
             for rows in _squared_distances(others, others)
         ]
@@ -304,19 +306,20 @@ def _among(points: np.ndarray, others: np.ndarray, num_neighbors: int) -> np.nda
 
 
 def _squared_distances(first: np.ndarray, second: np.ndarray) -> Any:
-    """Yield [rows, second] of the distances of `first`, a block of rows at a time."""
-    lengths = np.sum(np.square(second), axis=1)
+    """Yield the distance matrix in blocks of rows, [rows, len(second)]."""
+    squared_norms = np.sum(np.square(second), axis=1)
     for start in range(0, len(first), _ROWS):
         block = first[start : start + _ROWS]
-        squares = np.sum(np.square(block), axis=1)[:, None] + lengths - 2 * block @ second.T
-        yield np.maximum(squares, 0)
+        distances = np.sum(np.square(block), axis=1)[:, None] + squared_norms - 2 * block @ second.T
+        yield np.maximum(distances, 0)
 
 
-def _checked(features: np.ndarray, name: str, *, least: int) -> np.ndarray:
+def _checked(features: np.ndarray, name: str, *, min_images: int) -> np.ndarray:
     array = np.asarray(features, np.float64)
-    if array.ndim != 2 or len(array) < least:
+    if array.ndim != 2 or len(array) < min_images:
         raise ValueError(
-            f"{name} have shape {array.shape}; give [images, features] of {least} images or more"
+            f"{name} have shape {array.shape}; give [images, features] of {min_images} images or "
+            "more"
         )
     if not np.isfinite(array).all():
         raise ValueError(f"{name} hold {array[~np.isfinite(array)][0]}; the network has diverged")

@@ -1,7 +1,7 @@
-"""Measures as weighted sums, exact over any split of the data.
+"""Metrics of predictions as weighted sums, exact over any split of the data.
 
-Each function returns a `Mean`; add them up over batches and take `compute()`, or the function
-named beside it, at the end.
+Most functions return a `Mean`: add them up over batches, then call `compute()`, or the function
+named in the docstring.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def class_labels(labels: jax.Array) -> jax.Array:
     """Return integer labels from integer labels or from class probabilities.
 
     Args:
-        labels: integer [...], or floating [..., num_classes] (one-hot, mixed).
+        labels: integer [...], or floating [..., num_classes] (one-hot, smoothed or mixed).
 
     Returns:
         Integer [...].
@@ -28,7 +28,7 @@ def class_labels(labels: jax.Array) -> jax.Array:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> Mean:
-    """Count the examples whose most likely class is the label.
+    """Count the examples whose most likely class is the label, `sklearn.metrics.accuracy_score`.
 
     Args:
         logits: [..., num_classes].
@@ -51,6 +51,8 @@ def top_k_accuracy(
 ) -> Mean:
     """Count the examples whose label is among the `k` most likely classes.
 
+    `sklearn.metrics.top_k_accuracy_score` from sums.
+
     Args:
         logits: [..., num_classes].
         labels: integer [...], or class probabilities [..., num_classes].
@@ -58,7 +60,7 @@ def top_k_accuracy(
         k: from 1 to num_classes.
 
     Returns:
-        Mean; `compute()` is the top-k accuracy in [0, 1]. Equal logits rank in class order.
+        Mean; `compute()` is the top-k accuracy in [0, 1]. Equal logits are ranked in class order.
 
     Raises:
         ValueError: `k` outside its range.
@@ -74,13 +76,15 @@ def confusion_matrix(
 ) -> Mean:
     """Count the pairs of true and predicted class.
 
+    `sklearn.metrics.confusion_matrix` as the total of a `Mean`.
+
     Args:
         logits: [batch, num_classes].
         labels: integer [batch], or class probabilities [batch, num_classes].
         weights: [batch], 0 = ignore.
 
     Returns:
-        Mean with `total` [true class, predicted class]. `precision_recall_f1` reads it.
+        Mean with `total` [true class, predicted class], the input of `precision_recall_f1`.
     """
     num_classes = logits.shape[-1]
     dtype = at_least_float32(logits).dtype
@@ -93,15 +97,16 @@ def confusion_matrix(
 
 
 def precision_recall_f1(confusion: Mean) -> dict[str, jax.Array]:
-    """Read precision, recall and F1 of every class from a confusion matrix.
+    """Compute precision, recall and F1 of every class from a confusion matrix.
+
+    `sklearn.metrics.precision_recall_fscore_support` with `zero_division=0`.
 
     Args:
         confusion: from `confusion_matrix`, summed over all batches.
 
     Returns:
-        "precision", "recall" and "f1", each [num_classes], and "macro_f1", their plain mean. A
-        class that is never predicted has precision 0, one that never occurs has recall 0, as in
-        scikit-learn with `zero_division=0`.
+        "precision", "recall" and "f1", each [num_classes], and "macro_f1", the unweighted mean of
+        "f1". A class that is never predicted has precision 0, one that never occurs has recall 0.
     """
     counts = confusion.total
     hits = jnp.diagonal(counts)
@@ -122,7 +127,7 @@ def calibration(
     *,
     num_bins: int = 15,
 ) -> Mean:
-    """Sort the examples by confidence and sum up each bin.
+    """Bin the examples by confidence, and sum confidence and accuracy of each bin.
 
     Args:
         logits: [batch, num_classes].
@@ -132,8 +137,8 @@ def calibration(
             bin i holds the confidences in (i / num_bins, (i + 1) / num_bins].
 
     Returns:
-        Mean with `total` [num_bins, 3]: weight, summed confidence, summed hits of every bin.
-        `expected_calibration_error` reads it.
+        Mean with `total` [num_bins, 3]: weight, summed confidence and summed hits of every bin, the
+        input of `expected_calibration_error`.
     """
     probabilities = jax.nn.softmax(at_least_float32(logits), axis=-1)
     confidence = jnp.max(probabilities, axis=-1)
@@ -142,13 +147,14 @@ def calibration(
         weights = jnp.ones_like(confidence)
     weights = weights.astype(confidence.dtype)
     index = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
+    # [batch, num_bins] and [batch, 3]
     in_bin = jax.nn.one_hot(index, num_bins, dtype=confidence.dtype) * weights[:, None]
     columns = jnp.stack([jnp.ones_like(confidence), confidence, hits], axis=-1)
     return Mean(in_bin.T @ columns, jnp.sum(weights))
 
 
 def expected_calibration_error(bins: Mean) -> jax.Array:
-    """Average the gap between confidence and accuracy over the bins, weighted by their size.
+    """Average the gap between confidence and accuracy over the bins, weighted by bin weight.
 
     Args:
         bins: from `calibration`, summed over all batches.
@@ -159,15 +165,17 @@ def expected_calibration_error(bins: Mean) -> jax.Array:
     References:
         Guo et al., 2017, arXiv:1706.04599, equation 3.
     """
-    weight, confidence, hits = jnp.moveaxis(bins.total, -1, 0)
-    return jnp.sum(jnp.abs(hits - confidence)) / jnp.sum(weight)
+    weight, confidence, hits = jnp.moveaxis(bins.total, -1, 0)  # each [num_bins]
+    return Mean(jnp.sum(jnp.abs(hits - confidence)), jnp.sum(weight)).compute()
 
 
 def perplexity(loss: Mean) -> jax.Array:
-    """Return e to the mean loss: among how many equally likely tokens a model seems to choose.
+    """Return exp(mean loss), the perplexity of a language model.
+
+    It is the number of equally likely tokens with the same loss.
 
     Args:
-        loss: of a language model, in nats, summed over all batches.
+        loss: of a language model, in nats per token, summed over all batches.
 
     Returns:
         Scalar, 1 or more.
@@ -180,13 +188,15 @@ def perplexity(loss: Mean) -> jax.Array:
 
 
 def codebook_perplexity(usage: Mean) -> jax.Array:
-    """Return among how many equally used codes the vectors seem to be spread.
+    """Return exp(entropy) of the code usage, the perplexity of a codebook.
+
+    It is the number of equally used codes with the same entropy.
 
     Args:
         usage: the metric "code_usage" of `vq_vae`: sums [codebook_size], added up over batches.
 
     Returns:
-        e to the entropy of the codes, a scalar between 1 and the codebook's size.
+        Scalar between 1 and the codebook's size.
 
     Example:
         >>> usage = Mean(jnp.array([2.0, 2.0, 0.0]), jnp.array(4.0))
@@ -197,14 +207,14 @@ def codebook_perplexity(usage: Mean) -> jax.Array:
 
 
 def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Count the insertions, deletions and substitutions that make one sequence of the other.
+    """Compute the Levenshtein distance: insertions, deletions and substitutions all cost 1.
 
     Args:
-        first: text, words, labels or anything else that can be compared.
+        first: sequence of characters, words, labels or other hashable items.
         second: likewise.
 
     Returns:
-        The fewest edits there can be.
+        The minimum number of edits that turn `first` into `second`.
 
     Example:
         >>> edit_distance("kitten", "sitting")
@@ -214,32 +224,34 @@ def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
         Levenshtein 1966, Soviet Physics Doklady 10(8).
     """
     ids: dict[Hashable, int] = {}
-    numbers = np.array([ids.setdefault(item, len(ids)) for item in second], np.int64)
-    columns = np.arange(len(numbers) + 1)
+    second_ids = np.array([ids.setdefault(item, len(ids)) for item in second], np.int64)
+    columns = np.arange(len(second_ids) + 1)
     row = columns
     for item in first:
-        after = row + 1  # deletion
-        after[1:] = np.minimum(after[1:], row[:-1] + (numbers != ids.get(item, -1)))
-        # An insertion extends the entry to the left, so that the least entry so far spreads.
-        row = np.minimum.accumulate(after - columns) + columns
+        next_row = row + 1  # deletion
+        next_row[1:] = np.minimum(next_row[1:], row[:-1] + (second_ids != ids.get(item, -1)))
+        # Insertions: next_row[j] = min over i <= j of next_row[i] + j - i.
+        row = np.minimum.accumulate(next_row - columns) + columns
     return int(row[-1])
 
 
 def error_rate(
     predictions: Iterable[Sequence[Hashable]], references: Iterable[Sequence[Hashable]]
 ) -> Mean:
-    """Count the edits between what was recognized and what was said.
+    """Count the edits between predicted and reference sequences: word or character error rate.
+
+    `jiwer.wer` for sequences of words, `jiwer.cer` for sequences of characters.
 
     Args:
         predictions: one sequence of words (or characters, or labels) for each utterance.
-        references: the true ones.
+        references: the true sequences.
 
     Returns:
-        Mean; `compute()` is the word (character, label) error rate: edits per word of the
-        references, which can exceed 1.
+        Mean; `compute()` is the error rate: edits per word (character, label) of the references,
+        which can exceed 1.
 
     Raises:
-        ValueError: not as many predictions as references.
+        ValueError: the numbers of predictions and references differ.
 
     Example:
         >>> error_rate(["one two".split()], ["one two three four".split()]).compute().item()

@@ -1,4 +1,4 @@
-"""Objectives: what a network is trained for, and the losses that they are made of."""
+"""Training objectives, and the losses that they are built from."""
 
 from jaxnets.objectives.adversarial import AdversarialObjectives, adversarial
 from jaxnets.objectives.adversarial_losses import (
@@ -14,6 +14,7 @@ from jaxnets.objectives.adversarial_losses import (
     mix,
     zero_centered_penalty,
 )
+from jaxnets.objectives.batches import check_batch
 from jaxnets.objectives.heads import DiscretizedHead, GaussianHead, RegressionHead, head_regression
 from jaxnets.objectives.hyperparameters import scheduled, with_hyperparameters
 from jaxnets.objectives.latent import (
@@ -59,7 +60,6 @@ from jaxnets.objectives.sequence import (
 )
 from jaxnets.objectives.supervised import (
     Metric,
-    check_batch,
     classification,
     regression,
     supervised,

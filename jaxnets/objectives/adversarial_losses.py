@@ -1,7 +1,6 @@
-"""Losses of generative adversarial networks from logits, per example, and gradient penalties.
+"""Adversarial losses per example from discriminator logits, and gradient penalties.
 
-Logits are large where the discriminator takes an image to be real. All losses are computed in
-float32 or wider.
+A large logit means "real". All losses are computed in float32 or wider.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from jaxnets.checks import check_same_shape
 from jaxnets.core import at_least_float32
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -22,8 +21,8 @@ Aux = TypeVar("Aux")
 class _Pair(NamedTuple):
     discriminator: Loss  # (real_logits, fake_logits) -> losses
     generator: Loss
-    relativistic: bool = False  # the generator's loss reads the real logits
-    threshold: float | None = 0.0  # of a logit between fake and real; None if only pairs compare
+    relativistic: bool = False  # the generator's loss needs the real logits
+    threshold: float | None = 0.0  # logit between fake and real; None if only differences matter
 
 
 def _cross_entropies(real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -58,7 +57,7 @@ ADVERSARIAL_LOSSES = tuple(_LOSSES)
 def discriminator_loss(
     real_logits: jax.Array, fake_logits: jax.Array, *, loss: str = "non_saturating"
 ) -> jax.Array:
-    """Loss of a discriminator that tells real from generated images.
+    """Loss of a discriminator that classifies images as real or generated.
 
     With r and f the logits of real and generated images:
 
@@ -71,6 +70,9 @@ def discriminator_loss(
     relativistic    softplus(f - r)
     =============== =========================================
 
+    "non_saturating" is `optax.sigmoid_binary_cross_entropy` with labels 1 for real and 0 for
+    generated images, added up; `torch.nn.functional.binary_cross_entropy_with_logits` likewise.
+
     Args:
         real_logits: [...].
         fake_logits: [...], same shape; entry i is paired with entry i of the real ones, which
@@ -78,10 +80,10 @@ def discriminator_loss(
         loss: one of `ADVERSARIAL_LOSSES`.
 
     Returns:
-        Losses, [...]; of the cross-entropies in nats.
+        Losses, [...]; in nats for the first two and "relativistic".
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: an unknown loss, or shapes that differ.
 
     Example:
         >>> loss = discriminator_loss(jnp.array([0.0]), jnp.array([0.0]))
@@ -96,7 +98,7 @@ def discriminator_loss(
         arXiv:2501.05441, equation 2 (relativistic pairs).
     """
     pair = check_loss(loss)
-    chex.assert_equal_shape([real_logits, fake_logits])
+    check_same_shape(real_logits=real_logits, fake_logits=fake_logits)
     return pair.discriminator(at_least_float32(real_logits), at_least_float32(fake_logits))
 
 
@@ -106,7 +108,7 @@ def generator_loss(
     loss: str = "non_saturating",
     real_logits: jax.Array | None = None,
 ) -> jax.Array:
-    """Loss of a generator whose images a discriminator has judged.
+    """Loss of a generator from the discriminator's logits of its images.
 
     With r and f the logits of real and generated images:
 
@@ -125,10 +127,11 @@ def generator_loss(
         real_logits: [...], same shape; "relativistic" needs them, the others ignore them.
 
     Returns:
-        Losses, [...]; of the cross-entropies in nats.
+        Losses, [...]; in nats for the first two and "relativistic".
 
     Raises:
-        ValueError: an unknown loss, or real logits missing where they are needed.
+        ValueError: an unknown loss, real logits missing where they are needed, or shapes that
+            differ.
 
     References:
         As for `discriminator_loss`.
@@ -140,18 +143,18 @@ def generator_loss(
                 f"the loss {loss!r} compares generated with real images; give real_logits too"
             )
         real_logits = fake_logits
-    chex.assert_equal_shape([real_logits, fake_logits])
+    check_same_shape(real_logits=real_logits, fake_logits=fake_logits)
     return pair.generator(at_least_float32(real_logits), at_least_float32(fake_logits))
 
 
 def discriminator_accuracy(
     real_logits: jax.Array, fake_logits: jax.Array, *, loss: str = "non_saturating"
 ) -> jax.Array:
-    """Share of each pair of images that a discriminator gets right.
+    """Accuracy of a discriminator on each pair of a real and a generated image.
 
-    A logit takes an image to be real above 0, under "least_squares" above 0.5, the middle between
-    its targets. Under "wasserstein" and "relativistic" logits have no zero point: such a pair is
-    right as a whole if the real image has the larger one.
+    A logit above 0 means "real", under "least_squares" above 0.5, halfway between its targets.
+    Under "wasserstein" and "relativistic" only differences of logits matter: a pair counts 1 if
+    the real image has the larger logit, else 0.
 
     Args:
         real_logits: [...].
@@ -162,7 +165,7 @@ def discriminator_accuracy(
         0, 0.5 or 1, [...].
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: an unknown loss, or shapes that differ.
 
     Example:
         >>> real, fake = jnp.array([0.7, 0.4]), jnp.array([0.2, 0.3])
@@ -172,7 +175,7 @@ def discriminator_accuracy(
         [1.0, 1.0]
     """
     threshold = check_loss(loss).threshold
-    chex.assert_equal_shape([real_logits, fake_logits])
+    check_same_shape(real_logits=real_logits, fake_logits=fake_logits)
     real, fake = at_least_float32(real_logits), at_least_float32(fake_logits)
     if threshold is None:
         return (real > fake).astype(real.dtype)
@@ -180,14 +183,14 @@ def discriminator_accuracy(
 
 
 def check_loss(loss: str) -> _Pair:
-    """Look an adversarial loss up by name.
+    """Look up an adversarial loss by name.
 
     Args:
         loss: one of `ADVERSARIAL_LOSSES`.
 
     Returns:
-        The losses of the discriminator and of the generator, whether the latter reads the logits
-        of real images, and the logit from which on an image counts as real, if there is one.
+        The losses of the discriminator and of the generator, whether the latter needs the logits
+        of real images, and the logit above which an image counts as real, if there is one.
 
     Raises:
         ValueError: an unknown loss.
@@ -198,35 +201,37 @@ def check_loss(loss: str) -> _Pair:
 
 
 def logits_and_gradients(
-    judge: Callable[[jax.Array], tuple[jax.Array, Aux]], images: jax.Array
+    discriminate: Callable[[jax.Array], tuple[jax.Array, Aux]], images: jax.Array
 ) -> tuple[jax.Array, Aux, jax.Array]:
-    """Judge images and differentiate the logit of each by its own pixels.
+    """Compute logits and the gradient of each logit with respect to its own image.
 
     Args:
-        judge: images [batch, ...] -> (logits [batch], anything). The logit of an image may depend
-            on no other image, so the discriminator may have no batch norm.
+        discriminate: images [batch, ...] -> (logits [batch], anything). The logit of an image must
+            not depend on other images, so the discriminator must have no batch norm.
         images: [batch, ...].
 
     Returns:
-        Logits [batch], the other output of `judge`, and the gradients, shape of `images`; all
-        of them differentiable again.
+        Logits [batch], the other output of `discriminate`, and the gradients, shape of `images`;
+        all of them differentiable again.
 
     Example:
-        >>> judge = lambda images: (jnp.sum(images**2, axis=-1), None)
-        >>> _, _, gradients = logits_and_gradients(judge, jnp.array([[1.0, 3.0]]))
+        >>> discriminate = lambda images: (jnp.sum(images**2, axis=-1), None)
+        >>> _, _, gradients = logits_and_gradients(discriminate, jnp.array([[1.0, 3.0]]))
         >>> gradients.tolist()
         [[2.0, 6.0]]
     """
-    logits, pull_back, aux = jax.vjp(judge, images, has_aux=True)
-    (gradients,) = pull_back(jnp.ones_like(logits))
+    logits, pullback, aux = jax.vjp(discriminate, images, has_aux=True)
+    (gradients,) = pullback(jnp.ones_like(logits))
     return logits, aux, gradients
 
 
 def zero_centered_penalty(gradients: jax.Array) -> jax.Array:
-    """|gradient|^2 / 2 per example: R1 at real images, R2 at generated ones.
+    """Zero-centered gradient penalty, |gradient|^2 / 2 per example.
+
+    It is called R1 at real images and R2 at generated ones.
 
     Args:
-        gradients: of the logits by the pixels, [batch, ...].
+        gradients: of the logits with respect to the images, [batch, ...].
 
     Returns:
         [batch].
@@ -238,15 +243,15 @@ def zero_centered_penalty(gradients: jax.Array) -> jax.Array:
     References:
         Mescheder, Geiger and Nowozin 2018, arXiv:1801.04406, equation 9.
     """
-    return _squared_length(gradients) / 2
+    return _squared_norm(gradients) / 2
 
 
 def gradient_penalty(gradients: jax.Array) -> jax.Array:
-    """(|gradient| - 1)^2 per example: the gradient penalty of WGAN-GP.
+    """One-centered gradient penalty of WGAN-GP, (|gradient| - 1)^2 per example.
 
     Args:
-        gradients: of the logits by the pixels of images between real and generated ones,
-            [batch, ...].
+        gradients: of the logits with respect to interpolates of real and generated images, see
+            `mix`, [batch, ...].
 
     Returns:
         [batch].
@@ -258,33 +263,36 @@ def gradient_penalty(gradients: jax.Array) -> jax.Array:
     References:
         Gulrajani et al. 2017, arXiv:1704.00028, equation 3.
     """
-    squared = _squared_length(gradients)
-    # The square root has no slope at zero, where the gradient of a new discriminator may be.
+    squared = _squared_norm(gradients)
+    # The square root has no derivative at zero, where the gradient of a new discriminator may be.
     zero = squared == 0
-    length = jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
-    return jnp.square(length - 1)
+    norm = jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
+    return jnp.square(norm - 1)
 
 
 def mix(real: jax.Array, fake: jax.Array, rng: jax.Array) -> jax.Array:
-    """Draw an image between each real one and its generated one, uniform on the line.
+    """Interpolate between each real image and its generated one at a uniform random point.
 
     Args:
         real: [batch, ...].
         fake: same shape.
-        rng: key.
+        rng: key; one uniform draw for each pair.
 
     Returns:
         Shape of `real`.
 
+    Raises:
+        ValueError: shapes that differ.
+
     References:
         Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1.
     """
-    chex.assert_equal_shape([real, fake])
-    shape = (real.shape[0],) + (1,) * (real.ndim - 1)
-    share = jax.random.uniform(rng, shape, real.dtype)
-    return share * real + (1 - share) * fake
+    check_same_shape(real=real, fake=fake)
+    shape = (real.shape[0],) + (1,) * (real.ndim - 1)  # [batch, 1, ...]
+    fraction = jax.random.uniform(rng, shape, real.dtype)
+    return fraction * real + (1 - fraction) * fake
 
 
-def _squared_length(gradients: jax.Array) -> jax.Array:
+def _squared_norm(gradients: jax.Array) -> jax.Array:
     axes = tuple(range(1, gradients.ndim))
     return jnp.sum(jnp.square(at_least_float32(gradients)), axis=axes)

@@ -1,4 +1,4 @@
-"""Numbers in the model state that objectives read, and schedules for them."""
+"""Loss hyperparameters that live in the model state, and schedules for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxnets.core import Batch, Metrics, StepFn, TrainState
 
 
 def with_hyperparameters(variables: Mapping[str, Any], **values: float) -> dict[str, Any]:
-    """Add numbers that an objective reads from the model state, such as the beta of `vae`.
+    """Add hyperparameters that an objective reads from the model state, such as beta of `vae`.
 
     Args:
         variables: what `module.init` returned.
@@ -22,37 +22,39 @@ def with_hyperparameters(variables: Mapping[str, Any], **values: float) -> dict[
     Returns:
         The variables with a collection "hyperparameters" of scalars.
     """
-    numbers = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
-    return {**variables, "hyperparameters": numbers}
+    scalars = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
+    return {**variables, "hyperparameters": scalars}
 
 
 def scheduled(step: StepFn, **schedules: Callable[[jax.Array], Any]) -> StepFn:
-    """Let hyper-parameters in the model state depend on the number of completed steps.
+    """Schedule hyperparameters in the model state by the number of completed steps.
+
+    The counterpart for optimizers is `optax.inject_hyperparams`.
 
     Args:
         step: such as from `make_train_step`.
-        schedules: {name in model_state["hyperparameters"]: function of the step}, any schedule of
-            Optax.
+        schedules: {name in model_state["hyperparameters"]: function of the step}, such as any
+            `optax.Schedule`.
 
     Returns:
-        A step that sets them and goes on as `step`.
+        A step that sets the scheduled values, then runs `step`.
 
     Raises:
-        ValueError: at the call, a state without these hyper-parameters.
+        ValueError: at the call, a state without these hyperparameters.
     """
 
     def run(
         state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
-        numbers = dict(state.model_state.get("hyperparameters", {}))
+        scalars = dict(state.model_state.get("hyperparameters", {}))
         for name, schedule in schedules.items():
-            if name not in numbers:
+            if name not in scalars:
                 raise ValueError(
-                    f"the model state has the hyper-parameters {sorted(numbers)} and no {name!r}; "
+                    f"the model state has the hyperparameters {sorted(scalars)} and no {name!r}; "
                     f"give create_train_state with_hyperparameters(variables, {name}=...)"
                 )
-            numbers[name] = jnp.asarray(schedule(state.step), numbers[name].dtype)
-        model_state = {**state.model_state, "hyperparameters": numbers}
+            scalars[name] = jnp.asarray(schedule(state.step), scalars[name].dtype)
+        model_state = {**state.model_state, "hyperparameters": scalars}
         return step(dataclasses.replace(state, model_state=model_state), batch, axis_name=axis_name)
 
     return run

@@ -1,4 +1,4 @@
-"""The range of the pixels of images, checked where images enter an objective."""
+"""Check of the pixel range of images, at the entry of objectives."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: Least and greatest value of a pixel; None takes any that is finite.
+#: Minimum and maximum of a pixel; None allows any finite value.
 ImageRange: TypeAlias = tuple[float, float] | None
 
-# Rounding, as of a division by 127.5, is no reason to refuse an image.
+# Tolerance for rounding, such as of a division by 127.5.
 _ROUNDING = 1e-4
 
 
 def check_images(images: jax.Array, image_range: ImageRange) -> tuple[jax.Array, jax.Array]:
-    """Refuse images that are no floats or, where they are known, outside of their range.
+    """Refuse images that are not floating point or, unless traced, outside of their range.
 
     Args:
         images: [batch, ...].
-        image_range: least and greatest value of a pixel; None takes any that is finite.
+        image_range: minimum and maximum of a pixel; None allows any finite value.
 
     Returns:
-        The images, with zeros in the place of each that is found outside only when the program
-        runs, and bool [batch], False for these. The caller turns their losses into NaN; with the
-        pixels gone, the gradients stay finite where such an image has weight 0.
+        The images, and bool [batch], True for images in the range. Traced images are checked when
+        the program runs: those out of range become zeros, and their entry False. The caller turns
+        their losses into NaN; because of the zeros gradients stay finite where such an image has
+        weight 0.
 
     Raises:
         ValueError: naming the type, or the value that is furthest outside.
@@ -51,8 +52,8 @@ likelihood or image_range that fits them
             )
     fits = (images >= least - _ROUNDING) & (images <= greatest + _ROUNDING) & jnp.isfinite(images)
     inside = jnp.all(fits, axis=tuple(range(1, images.ndim)))
-    kept = jnp.expand_dims(inside, tuple(range(1, images.ndim)))
-    return jnp.where(kept, images, 0), inside
+    expanded = jnp.expand_dims(inside, tuple(range(1, images.ndim)))  # [batch, 1, ...]
+    return jnp.where(expanded, images, 0), inside
 
 
 def _remedy(least: float) -> str:

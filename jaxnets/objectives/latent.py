@@ -1,4 +1,4 @@
-"""Objectives of autoencoders with a distribution of codes, or with discrete codes."""
+"""Objectives of variational and vector-quantized autoencoders."""
 
 from __future__ import annotations
 
@@ -22,46 +22,45 @@ from jaxnets.core import (
 )
 from jaxnets.functional.gaussian import draw_code, log_prior_ratio, normal_divergence
 from jaxnets.metrics.supervised import codebook_perplexity
+from jaxnets.objectives.batches import check_batch
 from jaxnets.objectives.image_range import check_images
 from jaxnets.objectives.reconstruction import images_of, pixel_error
-from jaxnets.objectives.supervised import check_batch
 
 
 def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
     """Build the objective of a variational autoencoder: the negative evidence lower bound.
 
-    -E_q log p(x | z) + beta sum_j max(free_bits, KL_j), in nats per image, with one code for each
-    image drawn from the stream "latent". Evaluation is with beta = 1 and without free bits: its
-    loss is the bound itself, and the code that it draws is the same at every call. Metrics:
-    "reconstruction" and "divergence", which sum to the loss of evaluation, and "squared_error",
-    the mean over the pixels.
+    -E_q log p(x | z) + beta sum_j max(free_bits, KL_j), in nats per image, with one latent sample
+    per image from the stream "latent". Evaluation uses beta = 1 and no free bits: its loss is the
+    bound itself, with the same latent noise at every call. Metrics: "reconstruction" and
+    "divergence", which sum to the evaluation loss, and "squared_error", the mean over the pixels.
 
-    Where the model state holds {"hyperparameters": {"beta": ...}}, from `with_hyperparameters`,
-    that number takes the place of `beta`: members of a population can have their own, and
-    `scheduled` lets it depend on the step (KL warm-up).
+    {"hyperparameters": {"beta": ...}} in the model state, from `with_hyperparameters`, overrides
+    `beta`: each member of a population can have its own, and `scheduled` makes it depend on the
+    step (KL warm-up).
 
     Batches hold "inputs" [batch, height, width, channels], "labels" int [batch] if the module is
-    conditional, optionally "weights" [batch], and "targets" where the reconstruction shall be
-    something else than the input, as in `denoising`: then x in log p(x | z) is the target, and the
-    loss is no bound on the likelihood of either.
+    conditional, and optionally "weights" [batch]. Optional "targets" replace the inputs as the
+    images to reconstruct, as in `denoising`: then x in log p(x | z) is the target, and the loss is
+    no bound on the likelihood of either.
 
     Args:
         module: `VAE`.
         beta: weight of the divergence, 0 or more.
-        free_bits: nats of each number of the code that cost nothing, 0 or more.
+        free_bits: minimum of the divergence of each latent dimension, in nats, 0 or more.
 
     Returns:
-        An `Objective`. Images outside of the likelihood's range are refused with ValueError where
-        they are known, and give NaN where they are known only when the program runs.
+        An `Objective`. Images outside of the likelihood's range raise ValueError if concrete; in a
+        compiled program they give NaN.
 
     Raises:
         ValueError: `beta` or `free_bits` below 0.
 
     References:
         Kingma and Welling 2014, arXiv:1312.6114, equation 10; Higgins et al. 2017, "beta-VAE",
-        ICLR; Kingma et al. 2016, arXiv:1606.04934, appendix C.8 (free bits). Differs from the
-        last: the floor holds for every example instead of the mean over a batch, so that the loss
-        stays a sum over examples; Bowman et al. 2016, arXiv:1511.06349, section 3.1 (warm-up).
+        ICLR; Bowman et al. 2016, arXiv:1511.06349, section 3.1 (warm-up); Kingma et al. 2016,
+        arXiv:1606.04934, appendix C.8 (free bits). Differs from the last: the minimum applies to
+        every example instead of the mean over a batch, so that the loss stays a sum over examples.
     """
     if not beta >= 0 or not free_bits >= 0:
         raise ValueError(f"beta is {beta} and free_bits {free_bits}; give numbers of 0 or more")
@@ -85,8 +84,8 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
             train=train,
         )
         losses = jnp.where(inside, module.likelihood.losses(outputs, targets), jnp.nan)
-        numbers = normal_divergence(mean, log_variance)
-        divergence = jnp.sum(numbers, axis=-1)
+        divergences = normal_divergence(mean, log_variance)  # [batch, latent_size]
+        divergence = jnp.sum(divergences, axis=-1)
         weights = batch.get("weights")
         metrics = {
             "reconstruction": Mean.of(losses, weights),
@@ -95,29 +94,30 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
         }
         if not train:
             return ObjectiveOutput(Mean.of(losses + divergence, weights), model_state, metrics)
-        factor = model_state.get("hyperparameters", {}).get("beta", beta)
-        floored = jnp.sum(jnp.maximum(numbers, free_bits), axis=-1)
-        return ObjectiveOutput(Mean.of(losses + factor * floored, weights), model_state, metrics)
+        weight = model_state.get("hyperparameters", {}).get("beta", beta)
+        floored = jnp.sum(jnp.maximum(divergences, free_bits), axis=-1)
+        return ObjectiveOutput(Mean.of(losses + weight * floored, weights), model_state, metrics)
 
     return objective
 
 
 def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
-    """Build the objective of an autoencoder of discrete codes.
+    """Build the objective of a vector-quantized autoencoder.
 
-    -log p(x | code) + commitment ||vectors - nearest codes||^2, summed over pixels and over the
-    vectors of an image; gradients reach the encoder straight through the codes, and the codebook
-    moves as `VectorQuantizer` says; stream "codebook". Metrics: "reconstruction", the first term,
-    "squared_error", the mean over the pixels, "code_usage" [codebook_size], from which
-    `codebook_perplexity` finds the perplexity of all batches, and "perplexity", that of the moving
-    average in the model state.
+    -log p(x | codes) + commitment ||vectors - nearest codes||^2, summed over the pixels and over
+    the vectors of an image. Gradients reach the encoder by the straight-through estimator; the
+    codebook is updated by the moving averages of `VectorQuantizer`, stream "codebook". Metrics:
+    "reconstruction", the first term; "squared_error", the mean over the pixels; "code_usage"
+    [codebook_size], which `codebook_perplexity` turns into the perplexity over all batches; and
+    "perplexity", that of the moving average in the model state.
 
-    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch], and
-    "targets" where the reconstruction shall be something else than the input.
+    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch].
+    Optional "targets" replace the inputs as the images to reconstruct.
 
     Args:
         module: `VQVAE`.
-        commitment: 0 or more; any from 0.1 to 2 does in the paper.
+        commitment: weight of the second term, 0 or more; the paper reports robust results from 0.1
+            to 2.
 
     Returns:
         An `Objective`; images outside of the likelihood's range as in `vae`.
@@ -126,8 +126,8 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
         ValueError: `commitment` below 0.
 
     References:
-        van den Oord et al. 2017, arXiv:1711.00937, equation 3, of which the second term is the
-        moving average.
+        van den Oord et al. 2017, arXiv:1711.00937, equation 3, whose second term the moving
+        average replaces.
     """
     if not commitment >= 0:
         raise ValueError(f"commitment is {commitment}; give 0 or more")
@@ -150,10 +150,10 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
         losses = jnp.where(inside, losses, jnp.nan)
         distances = quantized.vectors - jax.lax.stop_gradient(quantized.nearest)
         distances = jnp.sum(jnp.square(at_least_float32(distances)), axis=(1, 2, 3))
-        shares = jax.nn.one_hot(quantized.codes, module.codebook_size, dtype=losses.dtype)
+        one_hot = jax.nn.one_hot(quantized.codes, module.codebook_size, dtype=losses.dtype)
         if weights is None:
-            weights = jnp.ones_like(losses)  # so that the sums are over examples, not over codes
-        usage = Mean.of(jnp.mean(shares, axis=(1, 2)), weights)
+            weights = jnp.ones_like(losses)  # so that Mean.of sums over examples, not over codes
+        usage = Mean.of(jnp.mean(one_hot, axis=(1, 2)), weights)  # [codebook_size]
         average = model_state["codebook"]["quantizer"]["shares"]
         perplexity = codebook_perplexity(Mean(average, jnp.sum(average)))
         metrics = {
@@ -171,16 +171,16 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
 
 
 def importance_weighted(module: Any, *, num_samples: int, chunk_size: int = 10) -> Objective:
-    """Build the evaluation of a variational autoencoder by `importance_weighted_bound`.
+    """Build an objective that evaluates a VAE by `importance_weighted_bound`.
 
     Args:
         module: `VAE`.
-        num_samples: codes for each image.
-        chunk_size: codes of each image that are decoded at once.
+        num_samples: latent samples of each image.
+        chunk_size: latent samples of each image that are decoded at once.
 
     Returns:
-        An `Objective` of the batches of `vae`, whose loss is the negative bound in nats per image;
-        codes are drawn from the stream "latent".
+        An `Objective` for batches as of `vae`, whose loss is the negative bound in nats per image;
+        latents are drawn from the stream "latent".
 
     Raises:
         ValueError: numbers below 1.
@@ -194,7 +194,7 @@ def importance_weighted(module: Any, *, num_samples: int, chunk_size: int = 10) 
         check_batch(batch, {"inputs", *["labels"] * conditional})
         if "targets" in batch:
             raise ValueError(
-                "the batch has 'targets', and the bound is that of the inputs; leave them out, or "
+                "the batch has 'targets', but the bound is that of the inputs; leave them out, or "
                 "evaluate a denoising autoencoder with vae(module)"
             )
         bound = importance_weighted_bound(
@@ -221,22 +221,22 @@ def importance_weighted_bound(
     num_samples: int,
     chunk_size: int = 10,
 ) -> jax.Array:
-    """Estimate a lower bound of log p(x) from many codes of each image.
+    """Estimate the importance-weighted lower bound of log p(x).
 
     log (1 / K) sum_k p(x | z_k) p(z_k) / q(z_k | x) with z_k drawn from q(z | x). Its expectation
-    is the evidence lower bound at K = 1, grows with K, and tends to log p(x).
+    is the evidence lower bound at K = 1, grows with K, and converges to log p(x).
 
     Args:
         module: `VAE`.
         variables: its parameters and other collections.
         images: [batch, height, width, channels].
-        labels: integer [batch], of a conditional module.
+        labels: integer [batch], for a conditional module.
         rng: random key; sample k depends on it and on k only, not on the chunks.
         num_samples: K.
-        chunk_size: codes of each image that are decoded at once, which bounds the memory.
+        chunk_size: latent samples of each image that are decoded at once, which bounds the memory.
 
     Returns:
-        Nats per image, [batch]; NaN for images that are out of range when the program runs.
+        Nats per image, [batch]; NaN in a compiled program for images out of range.
 
     Raises:
         ValueError: numbers below 1; images or labels that do not fit.
@@ -249,7 +249,7 @@ def importance_weighted_bound(
     mean, log_variance = module.apply(variables, images, labels, method="posterior")
     chunk_size = min(chunk_size, num_samples)
     repeated = jnp.broadcast_to(images[None], (chunk_size, *images.shape))
-    repeated = repeated.reshape(-1, *images.shape[1:])
+    repeated = repeated.reshape(-1, *images.shape[1:])  # [chunk * batch, height, width, channels]
     classes = None if labels is None else jnp.tile(jnp.asarray(labels), chunk_size)
 
     def add_chunk(total: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
@@ -257,11 +257,11 @@ def importance_weighted_bound(
         keys = jax.vmap(lambda k: jax.random.fold_in(rng, k))(index)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape, mean.dtype))(keys)
         code = draw_code(mean[None], log_variance[None], noise)  # [chunk, batch, latent_size]
-        flat = code.reshape(-1, code.shape[-1])
+        flat = code.reshape(-1, code.shape[-1])  # [chunk * batch, latent_size]
         outputs = module.apply(variables, flat, classes, method="decode")
         losses = module.likelihood.losses(outputs, repeated).reshape(chunk_size, -1)
         log_weights = log_prior_ratio(code, log_variance[None], noise) - losses
-        # The last chunk may reach beyond the number of samples.
+        # Mask the surplus of the last chunk, [chunk, batch].
         log_weights = jnp.where((index < num_samples)[:, None], log_weights, -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(log_weights, axis=0)), None
 
@@ -271,7 +271,7 @@ def importance_weighted_bound(
 
 
 def latent_noise(key: jax.Array, num_images: int, module: Any) -> jax.Array:
-    """Draw the noise of a code for each image, standard normal [num_images, latent_size]."""
+    """Draw the standard normal latent noise of each image, [num_images, latent_size]."""
     return jax.random.normal(key, (num_images, module.latent_size), module.precision.output)
 
 

@@ -1,7 +1,7 @@
-"""How likely an image is under what a decoder returns: nats per image, summed over its pixels.
+"""Likelihoods of images given a decoder's outputs, in nats per image, summed over its pixels.
 
-A likelihood says how many numbers a decoder returns for each pixel and channel, what they mean,
-and which range the images must have.
+A likelihood defines how many parameters the decoder outputs for each pixel and channel, what they
+mean, and which range the images must have.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import dataclasses
 import math
 from typing import ClassVar, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from jaxnets.checks import check_same_shape
 from jaxnets.core import at_least_float32
 from jaxnets.functional.lowering.layout import materialize
 from jaxnets.functional.lowering.platforms import platform_dependent
 from jaxnets.objectives.image_range import ImageRange
 from jaxnets.objectives.losses import binary_cross_entropy
 
-# Below it a scale would let single pixels outweigh all else (as in PixelCNN++).
+# With a smaller scale single pixels would dominate the loss (as in PixelCNN++).
 _LEAST_LOG_SCALE = -7.0
 
 
 class Likelihood(Protocol):
-    """What a decoder's outputs say about an image.
+    """A distribution of images whose parameters are a decoder's outputs.
 
     Attributes:
         num_parameters: outputs of the decoder for each pixel and channel.
-        image_range: least and greatest value of a pixel; None takes any that is finite.
+        image_range: minimum and maximum of a pixel; None allows any finite value.
     """
 
     @property
@@ -49,10 +49,10 @@ class Likelihood(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """Independent black or white pixels: the outputs are logits.
+    """Independent binary pixels: the outputs are logits.
 
-    For gray levels x in [0, 1] the loss is the cross-entropy -x log p - (1 - x) log(1 - p), which
-    is what autoencoders are usually compared by, though no density of gray levels.
+    For gray levels x in [0, 1] the loss is the cross-entropy -x log p - (1 - x) log(1 - p), the
+    usual measure of autoencoders, although it is no density of gray levels.
 
     Example:
         >>> Bernoulli().losses(jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1)))  # 4 log 2
@@ -67,19 +67,19 @@ class Bernoulli:
         return sum_per_image(binary_cross_entropy(outputs, images))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
-        """Return the probabilities of white."""
+        """Return the probabilities that pixels are 1."""
         return jax.nn.sigmoid(at_least_float32(outputs))
 
 
 @dataclasses.dataclass(frozen=True)
 class SquaredError:
-    """The outputs are the pixels themselves; the loss is the sum of their squared errors.
+    """The outputs are the pixels; the loss is the sum of their squared errors.
 
-    It is the Gaussian likelihood of variance 1/2 without its constant, so no number of nats.
+    It equals the Gaussian likelihood of variance 1/2 without its constant, so it is not in nats.
 
     Attributes:
-        image_range: least and greatest value of a pixel; None takes any that is finite, such as
-            those of standardized images.
+        image_range: minimum and maximum of a pixel; None allows any finite value, such as those of
+            standardized images.
     """
 
     num_parameters: ClassVar[int] = 1
@@ -87,7 +87,7 @@ class SquaredError:
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum the squared error over the pixels of each image, [batch]."""
-        chex.assert_equal_shape([outputs, images])
+        check_same_shape(outputs=outputs, images=images)
         outputs = at_least_float32(outputs)
         return sum_per_image(jnp.square(outputs - images.astype(outputs.dtype)))
 
@@ -98,12 +98,15 @@ class SquaredError:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """Independent normal pixels, whose density can exceed 1 and the loss fall below 0.
+    """Independent normal pixels. Their density can exceed 1, and the loss be negative.
+
+    `torch.nn.functional.gaussian_nll_loss(full=True)`, summed over the pixels of each image, for
+    variances scale^2.
 
     Attributes:
-        scale: standard deviation of every pixel; None learns one for each, whose logarithms, at
-            least -7, are the second half of the outputs' channels.
-        image_range: as of `SquaredError`.
+        scale: standard deviation of every pixel; None learns one for each pixel and channel. Their
+            logarithms, at least -7, are the second half of the outputs' channels.
+        image_range: as for `SquaredError`.
 
     Raises:
         ValueError: a scale that is not above 0.
@@ -128,9 +131,9 @@ class Gaussian:
         else:
             mean = at_least_float32(outputs)
             log_scale = jnp.full((), math.log(self.scale), mean.dtype)
-        chex.assert_equal_shape([mean, images])
-        distance = (images.astype(mean.dtype) - mean) * jnp.exp(-log_scale)
-        return sum_per_image(jnp.square(distance) / 2 + log_scale + math.log(2 * math.pi) / 2)
+        check_same_shape(means=mean, images=images)
+        standardized = (images.astype(mean.dtype) - mean) * jnp.exp(-log_scale)
+        return sum_per_image(jnp.square(standardized) / 2 + log_scale + math.log(2 * math.pi) / 2)
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the means."""
@@ -142,10 +145,11 @@ class DiscretizedLogistic:
     """Independent logistic pixels, integrated over the bin of each gray level.
 
     P(x) = S((x + d - mean) / scale) - S((x - d - mean) / scale) with the sigmoid S and half the
-    width of a bin, d = 1 / (num_levels - 1); the outermost bins reach to infinity, so that the
+    bin width d = 1 / (num_levels - 1). The outermost bins extend to infinity, so that the
     probabilities of the levels sum to 1. The second half of the outputs' channels are the log
-    scales, at least -7. The loss is a true number of nats, comparable between models; divide it
-    by log(2) and the number of values for bits per dimension.
+    scales, at least -7. The loss is the negative log-probability of discrete pixels, so models can
+    be compared by it; divide it by log(2) and the number of pixels times channels for bits per
+    dimension.
 
     Attributes:
         num_levels: gray levels, spread evenly over [-1, 1].
@@ -169,11 +173,11 @@ class DiscretizedLogistic:
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum -log P(level) over the pixels of each image, [batch]."""
         mean, log_scale = _mean_and_log_scale(outputs)
-        chex.assert_equal_shape([mean, images])
+        check_same_shape(means=mean, images=images)
         images, rate = images.astype(mean.dtype), jnp.exp(-log_scale)
         half = 1 / (self.num_levels - 1)
         upper, lower = (images + half - mean) * rate, (images - half - mean) * rate
-        # S(a) - S(b) = S(a) S(-b) (1 - e^(b - a)), which neither cancels nor underflows.
+        # S(a) - S(b) = S(a) S(-b) (1 - e^(b - a)) avoids cancellation and underflow.
         below = jax.nn.log_sigmoid(upper)
         above = jax.nn.log_sigmoid(-lower)
         between = below + above + jnp.log(-jnp.expm1(-2 * half * rate))
@@ -192,6 +196,6 @@ def _mean_and_log_scale(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def sum_per_image(errors: jax.Array) -> jax.Array:
     """Sum the errors of each image, [batch, ...] to [batch]."""
-    # On CPU JAX 0.12 adds one after the other if exponentials and logarithms are merged into it.
+    # Materialize on CPU: JAX 0.12 reduces sequentially if exponentials and logarithms are fused in.
     errors = platform_dependent(errors, cpu=materialize, default=lambda errors: errors)
     return jnp.sum(errors, axis=tuple(range(1, errors.ndim)))

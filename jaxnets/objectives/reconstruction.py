@@ -1,4 +1,4 @@
-"""Objectives of autoencoders that reconstruct: plain, sparse, contractive, denoising, masked."""
+"""Reconstruction objectives of autoencoders: plain, sparse, contractive, denoising, masked."""
 
 from __future__ import annotations
 
@@ -21,45 +21,47 @@ from jaxnets.core import (
     rng_streams,
 )
 from jaxnets.functional.patches import normalize_patches, patchify
+from jaxnets.objectives.batches import check_batch
 from jaxnets.objectives.image_range import ImageRange, check_images
 from jaxnets.objectives.likelihoods import Likelihood, sum_per_image
 from jaxnets.objectives.losses import squared_error
-from jaxnets.objectives.supervised import check_batch, with_batch_transform
+from jaxnets.objectives.supervised import with_batch_transform
 
 # (params, model_state, inputs, code, rng) -> penalty of each example
 _Penalty: TypeAlias = Callable[[Params, ModelState, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def reconstruction(module: Any) -> Objective:
-    """Build the objective of an autoencoder that shall return its input.
+    """Build the objective of an autoencoder that reconstructs its input.
 
-    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch], and
-    "targets" where the reconstruction shall be something else than the input. The loss is that of
-    the module's likelihood, summed over the pixels of an image. The metric "squared_error" is the
-    mean over the pixels, in the square of their unit.
+    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch].
+    Optional "targets" replace the inputs as the images to reconstruct. The loss is the negative log
+    likelihood under the module's likelihood, summed over the pixels of an image. The metric
+    "squared_error" is the mean over the pixels, in the square of their unit.
 
     Args:
         module: `Autoencoder`.
 
     Returns:
-        An `Objective`. Images outside of the likelihood's range are refused with ValueError where
-        they are known, and give NaN where they are known only when the program runs.
+        An `Objective`. Images outside of the likelihood's range raise ValueError if concrete; in a
+        compiled program they give NaN.
     """
     return _autoencoding(module, None)
 
 
 def sparse_reconstruction(module: Any, *, weight: float) -> Objective:
-    """Build the objective of an autoencoder with few active numbers: a penalty on the code.
+    """Build the objective of a sparse autoencoder: reconstruction plus an L1 penalty on the code.
 
-    The loss of an example is its reconstruction loss plus weight sum_j |code_j|, in training
-    only; evaluation is without the penalty, which is the metric "penalty" in both.
+    In training the loss of an example is its reconstruction loss plus weight sum_j |code_j|; in
+    evaluation it is the reconstruction loss. The penalty sum_j |code_j| is the metric "penalty" in
+    both.
 
     Args:
         module: `Autoencoder`, usually with `code_activation="relu"`.
         weight: 0 or more.
 
     Returns:
-        An `Objective`, as `reconstruction`.
+        An `Objective`, with batches and errors as in `reconstruction`.
 
     Raises:
         ValueError: `weight` below 0.
@@ -74,24 +76,24 @@ def sparse_reconstruction(module: Any, *, weight: float) -> Objective:
 
 
 def contractive(module: Any, *, weight: float, num_probes: int | None = None) -> Objective:
-    """Build the objective of an autoencoder whose code moves little with its input.
+    """Build the objective of a contractive autoencoder: a penalty on the Jacobian of the encoder.
 
-    The loss of an example is its reconstruction loss plus weight ||J||^2, the squared Frobenius
-    norm of the Jacobian of the code with respect to the image, in training only; evaluation is
-    without the penalty, which is the metric "penalty" in both and so is computed, at its full
-    cost, in both.
+    In training the loss of an example is its reconstruction loss plus weight ||J||^2, the squared
+    Frobenius norm of the Jacobian of the code with respect to the image; in evaluation it is the
+    reconstruction loss. The penalty ||J||^2 is the metric "penalty" in both, so both compute it at
+    its full cost.
 
-    Exactly, the penalty costs a backward pass through the encoder for each number of the code.
-    With probes it is the unbiased estimate of Hutchinson: the mean of ||v J||^2 over random
-    vectors v of signs; stream "probe".
+    The exact penalty needs a backward pass through the encoder for each dimension of the code.
+    Probes give Hutchinson's unbiased estimate: the mean of ||v J||^2 over random vectors v of
+    signs, from the stream "probe".
 
     Args:
-        module: `Autoencoder`; its encoder may not mix examples, so no batch norm.
+        module: `Autoencoder`; its encoder must not mix examples, so no batch norm.
         weight: 0 or more.
-        num_probes: random vectors for each example; None is exact.
+        num_probes: random vectors for each example; None computes the exact penalty.
 
     Returns:
-        An `Objective`, as `reconstruction`.
+        An `Objective`, with batches and errors as in `reconstruction`.
 
     Raises:
         ValueError: `weight` below 0, `num_probes` below 1, or a batch norm.
@@ -101,10 +103,12 @@ def contractive(module: Any, *, weight: float, num_probes: int | None = None) ->
         Communications in Statistics 19(2) (estimator).
     """
     if num_probes is not None and num_probes < 1:
-        raise ValueError(f"num_probes is {num_probes}; give 1 or more, or None for exactness")
+        raise ValueError(
+            f"num_probes is {num_probes}; give 1 or more, or None for the exact penalty"
+        )
     if module.config.norm == "batch":
         raise ValueError(
-            "a batch norm mixes the examples, whose Jacobians are then not apart; use "
+            "a batch norm mixes the examples, so no example has a Jacobian of its own; use "
             "norm='layer' or None"
         )
 
@@ -123,6 +127,7 @@ def contractive(module: Any, *, weight: float, num_probes: int | None = None) ->
 
         if num_probes is None:
             rows = jnp.eye(code.shape[1], dtype=code.dtype)
+            # [latent_size, batch, latent_size]
             rows = jnp.broadcast_to(rows[:, None], (len(rows), *code.shape))
             return jnp.sum(jax.lax.map(squared_row, rows), axis=0)
         key = rng_streams(rng, "probe")["probe"]
@@ -139,32 +144,31 @@ def denoising(
     amount: float = 0.3,
     image_range: tuple[float, float] = (0.0, 1.0),
 ) -> Objective:
-    """Corrupt the inputs of an objective, which then shall restore them.
+    """Train an objective on corrupted inputs with the clean images as targets.
 
-    The objective finds the clean images under "targets": all of this library's autoencoders
-    reconstruct these where a batch has them.
+    The clean images become the batch's "targets", which all autoencoder objectives of this library
+    reconstruct in place of the inputs.
 
-    The noise is drawn anew at every step from the stream "augmentation", and in evaluation, which
-    measures how well it is removed, the same at every call.
+    Training draws new noise at every step from the stream "augmentation". Evaluation measures how
+    well noise is removed, with the same noise at every call.
 
     Args:
         objective: such as `reconstruction(module)`, `vae(module)` or `vq_vae(module)`.
-        noise: "gaussian" adds normal noise and clips to the range; "masking" sets pixels, with
-            all their channels, to the lower end of the range.
-        amount: standard deviation, or probability of a pixel to be masked.
-        image_range: of the images.
+        noise: "gaussian" adds normal noise and clips to the range; "masking" sets all channels of
+            random pixels to the minimum of the range.
+        amount: standard deviation, or probability that a pixel is masked.
+        image_range: minimum and maximum of a pixel.
 
     Returns:
-        An `Objective`, of batches as before. Images outside of the range, of which clipping would
-        leave nothing, are refused with ValueError where they are known, and give NaN where they
-        are known only when the program runs.
+        An `Objective` with the same batches. Images outside of the range, which clipping would
+        destroy, raise ValueError if concrete; in a compiled program they give NaN.
 
     Raises:
         ValueError: unknown noise, or an amount out of range.
 
     References:
         Vincent et al. 2010, "Stacked Denoising Autoencoders", JMLR 11, section 3; Im et al. 2017,
-        arXiv:1511.06406 (of a VAE).
+        arXiv:1511.06406 (denoising VAE).
     """
     if noise not in ("gaussian", "masking"):
         raise ValueError(f"noise is {noise!r}; choose 'gaussian' or 'masking'")
@@ -177,7 +181,7 @@ def denoising(
         check_batch(batch, {"inputs"})
         images, inside = check_images(batch["inputs"], image_range)
         clean = batch.get("targets", images)
-        inside = inside.reshape(-1, *(1,) * (clean.ndim - 1))
+        inside = inside.reshape(-1, *(1,) * (clean.ndim - 1))  # [batch, 1, 1, 1]
         return {
             **batch,
             "inputs": corrupted(images, rng, noise, amount, image_range),
@@ -190,21 +194,21 @@ def denoising(
 def masked_reconstruction(
     module: Any, *, normalize: bool = True, image_range: ImageRange = (0.0, 1.0)
 ) -> Objective:
-    """Build the objective of an autoencoder that paints the patches hidden from it.
+    """Build the objective of a masked autoencoder, which reconstructs masked patches.
 
-    The loss of an example is the mean squared error over the pixels of its hidden patches; the
-    others do not count. Which are hidden is drawn anew at every step from the stream "mask", and
-    is the same at every call in evaluation.
+    The loss of an example is the mean squared error over the pixels of its masked patches; the
+    visible ones do not count. Training draws a new mask at every step from the stream "mask";
+    evaluation uses the same mask at every call.
 
-    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch], and
-    "targets" where other images than the inputs shall be painted.
+    Batches hold "inputs" [batch, height, width, channels] and optionally "weights" [batch].
+    Optional "targets" replace the inputs as the images to reconstruct.
 
     Args:
         module: `MaskedAutoencoder`.
-        normalize: the pixels of each patch are to be predicted with mean 0 and variance 1; `paint`
-            takes it back.
-        image_range: least and greatest value of a pixel; None takes any that is finite, such as
-            those of standardized images.
+        normalize: predict the pixels of each patch standardized to mean 0 and variance 1; `paint`
+            inverts it.
+        image_range: minimum and maximum of a pixel; None allows any finite value, such as those of
+            standardized images.
 
     Returns:
         An `Objective`; images outside of the range as in `reconstruction`.
@@ -218,6 +222,7 @@ def masked_reconstruction(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         images, clean, inside = images_of(batch, image_range)
+        # [batch, patches, patch_size**2 * channels]
         targets = patchify(at_least_float32(clean), module.patch_size)
         if normalize:
             targets = normalize_patches(targets).patches
@@ -226,6 +231,7 @@ def masked_reconstruction(
         (outputs, masked), model_state = apply_module(
             module, params, model_state, images, noise=noise, rngs=streams, train=train
         )
+        # [batch, patches]
         errors = jnp.mean(jnp.square(at_least_float32(outputs) - targets), axis=-1)
         losses = jnp.where(inside, jnp.mean(errors, axis=-1, where=masked), jnp.nan)
         return ObjectiveOutput(Mean.of(losses, batch.get("weights")), model_state, {})
@@ -234,7 +240,7 @@ def masked_reconstruction(
 
 
 def patch_noise(key: jax.Array, num_images: int, num_patches: int) -> jax.Array:
-    """Draw the order in which patches are seen, uniform [num_images, num_patches]."""
+    """Draw the noise that decides which patches are masked, uniform [num_images, num_patches]."""
     return jax.random.uniform(key, (num_images, num_patches))
 
 
@@ -245,14 +251,14 @@ def corrupted(
     amount: float,
     image_range: tuple[float, float] = (0.0, 1.0),
 ) -> jax.Array:
-    """Return images with noise, as `denoising` describes.
+    """Corrupt images as described in `denoising`.
 
     Args:
         images: [batch, height, width, channels].
         rng: random key.
         noise: "gaussian" or "masking".
-        amount: standard deviation, or probability of a pixel to be masked.
-        image_range: of the images.
+        amount: standard deviation, or probability that a pixel is masked.
+        image_range: minimum and maximum of a pixel.
 
     Returns:
         Images of the same shape, in the range.
@@ -273,7 +279,7 @@ def _autoencoding(module: Any, penalty: _Penalty | None, weight: float = 0.0) ->
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         inputs, targets, inside = images_of(batch, module.likelihood.image_range)
-        before, weights = model_state, batch.get("weights")
+        initial_state, weights = model_state, batch.get("weights")
         (outputs, code), model_state = apply_module(
             module, params, model_state, inputs, train=train
         )
@@ -282,7 +288,7 @@ def _autoencoding(module: Any, penalty: _Penalty | None, weight: float = 0.0) ->
         metrics = {"squared_error": errors}
         if penalty is None:
             return ObjectiveOutput(Mean.of(losses, weights), model_state, metrics)
-        penalties = penalty(params, before, inputs, code, rng)
+        penalties = penalty(params, initial_state, inputs, code, rng)
         metrics["reconstruction"] = Mean.of(losses, weights)
         metrics["penalty"] = Mean.of(penalties, weights)
         total = losses + weight * penalties if train else losses
@@ -294,19 +300,19 @@ def _autoencoding(module: Any, penalty: _Penalty | None, weight: float = 0.0) ->
 def images_of(
     batch: Batch, image_range: ImageRange, *needs: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the images of a batch, what they shall be reconstructed as, and which are valid.
+    """Return the input images of a batch, the images to reconstruct, and which are in range.
 
     Args:
-        batch: with "inputs" [batch, height, width, channels], perhaps "targets" likewise.
-        image_range: of both.
+        batch: with "inputs" [batch, height, width, channels], optionally "targets" likewise.
+        image_range: minimum and maximum of a pixel of both.
         needs: names of further arrays that the batch must have.
 
     Returns:
-        The inputs, the targets, which without "targets" are the inputs, and bool [batch], True
+        The inputs, the targets (the inputs if the batch has no "targets"), and bool [batch], True
         where both are in the range; all as from `check_images`.
 
     Raises:
-        ValueError: arrays that lack or differ in length; images that are known not to fit.
+        ValueError: missing arrays, arrays that differ in length, concrete images out of range.
     """
     check_batch(batch, {"inputs", *needs})
     inputs, inside = check_images(batch["inputs"], image_range)
@@ -323,13 +329,13 @@ def pixel_error(
     inside: jax.Array,
     weights: jax.Array | None,
 ) -> Mean:
-    """Measure the squared error between expected and true images.
+    """Compute the metric "squared_error" between expected and true images.
 
     Args:
-        likelihood: reads the outputs.
-        outputs: of the decoder, [batch, height, width, channels * numbers].
+        likelihood: turns the outputs into expected images.
+        outputs: of the decoder, [batch, height, width, channels * num_parameters].
         images: [batch, height, width, channels].
-        inside: bool [batch]; the error of an image that is not valid is NaN.
+        inside: bool [batch]; the error of an image where it is False is NaN.
         weights: [batch], 0 = ignore.
 
     Returns:

@@ -34,26 +34,26 @@ def language_modeling(
 ) -> Objective:
     """Build the objective of a network that predicts a label for every step of a sequence.
 
-    Batches hold "inputs" [batch, time] and "labels" [batch, time], for a language model the same
-    tokens one step later; optionally "lengths" [batch], which the module gets as a keyword, and
-    "weights" [batch] or [batch, time]. The loss is in nats per token, over the tokens within the
-    lengths.
+    Batches hold "inputs" [batch, time] and "labels" [batch, time], for a language model the inputs
+    shifted by one step (teacher forcing). Optional are "lengths" [batch], which the module gets as
+    a keyword, and "weights" [batch] or [batch, time]. The loss is in nats per token; tokens beyond
+    the lengths are masked.
 
-    With `carry_across_batches`, row i of each batch goes on where row i of the batch before
-    ended, and gradients stop at that border: truncated backpropagation through time. The carry
-    lives in model_state["carry"], from `with_carry`, and so is part of checkpoints. Evaluation
-    starts every batch from an empty history and leaves the carry as it is.
+    With `carry_across_batches`, row i of each batch continues row i of the previous batch, and
+    gradients stop between batches: truncated backpropagation through time. The carry lives in
+    model_state["carry"], from `with_carry`, and so is part of checkpoints. Evaluation starts every
+    batch from an empty history and does not change the carry.
 
     Args:
         module: tokens -> logits [batch, time, vocabulary]; with `carry_across_batches`,
             (tokens, carry=carry) -> (logits, carry).
-        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+        label_smoothing: as in `cross_entropy`, applied in training only.
         metrics: functions of (logits, labels, weights [batch, time]); by default the accuracy.
-        carry_across_batches: keep the module's carry from batch to batch while training.
+        carry_across_batches: pass the module's carry from batch to batch in training.
 
     Returns:
-        An `Objective`. Lengths out of range are refused with ValueError where they are known, and
-        give NaN where they are known only when the program runs.
+        An `Objective`. Lengths out of range raise ValueError if concrete; in a compiled program
+        they give NaN.
 
     Example:
         >>> import flax.linen as nn
@@ -87,16 +87,16 @@ def sequence_to_sequence(
     label_smoothing: float = 0.0,
     metrics: Mapping[str, Metric] | None = None,
 ) -> Objective:
-    """Build the objective of a network that reads one sequence and writes another.
+    """Build the objective of an encoder-decoder, trained with teacher forcing.
 
     Batches hold "inputs" [batch, source], "decoder_inputs" [batch, target], which begin with the
-    token that begins a text, and "labels" [batch, target], the same tokens one step later;
-    optionally "lengths" [batch] of the inputs, which the module gets as a keyword, "label_lengths"
-    [batch] and "weights" [batch]. The loss is in nats per token of the labels.
+    start token, and "labels" [batch, target], the decoder inputs shifted by one step. Optional are
+    "lengths" [batch] of the inputs, which the module gets as a keyword, "label_lengths" [batch] and
+    "weights" [batch]. The loss is in nats per token of the labels.
 
     Args:
         module: (inputs, decoder_inputs) -> logits [batch, target, vocabulary].
-        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
+        label_smoothing: as in `cross_entropy`, applied in training only.
         metrics: functions of (logits, labels, weights [batch, target]); by default the accuracy.
 
     Returns:
@@ -112,19 +112,19 @@ def sequence_to_sequence(
 
 
 def ctc(module: Any, *, blank: int = 0) -> Objective:
-    """Build the objective of a network that recognizes labels in more frames than there are labels.
+    """Build the objective of connectionist temporal classification (CTC).
 
     Batches hold "inputs" [batch, time, ...], "labels" int [batch, labels] and "label_lengths"
-    [batch]; optionally "lengths" [batch] of the inputs, which the module gets as a keyword, and
+    [batch]. Optional are "lengths" [batch] of the inputs, which the module gets as a keyword, and
     "weights" [batch]. The loss is `ctc_loss`, in nats per utterance.
 
     Args:
         module: inputs -> (logits [batch, frames, classes], number of frames int [batch]).
-        blank: class that stands for no label.
+        blank: the blank class.
 
     Returns:
-        An `Objective`. What `ctc_loss` cannot align is NaN, so that it stops training;
-        `check_ctc_batch` finds it in the data beforehand.
+        An `Objective`. Its loss is NaN where no alignment exists, which stops training;
+        `check_ctc_batch` finds such utterances in the data beforehand.
     """
 
     def losses(predictions: tuple[jax.Array, jax.Array], batch: Batch, *, train: bool) -> jax.Array:
@@ -142,20 +142,24 @@ def ctc_loss(
     *,
     blank: int = 0,
 ) -> jax.Array:
-    """Return -log P(labels): the sum over all alignments of the labels with the frames.
+    """Return -log P(labels), summed over all alignments of the labels with the frames.
+
+    `optax.ctc_loss` with lengths instead of paddings. Compared with
+    `torch.nn.functional.ctc_loss(reduction="none")` it takes logits, and the batch axis comes
+    first. Differs from both: NaN where no alignment exists.
 
     Args:
         logits: [batch, time, classes].
         frames: int [batch] in [0, time], number of valid frames of each utterance.
-        labels: int [batch, labels], classes other than `blank`; what stands beyond the label
-            lengths does not count.
+        labels: int [batch, labels], classes other than `blank`; those beyond the label lengths are
+            ignored.
         label_lengths: int [batch].
-        blank: class that stands for no label.
+        blank: the blank class.
 
     Returns:
         Nats per utterance, [batch], float32 or wider. NaN for lengths out of range, for labels
-        that are no class or the blank, and for more labels than the frames can hold: every label
-        takes a frame, and a repeated one another for the blank before it.
+        that are no class or the blank, and for more labels than fit into the frames: every label
+        needs a frame, and a repeated one another frame for the blank before it.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -192,16 +196,16 @@ def ctc_loss(
 
 
 def check_ctc_batch(batch: Batch, frames: Any, *, num_classes: int, blank: int = 0) -> None:
-    """Refuse a batch that has an utterance for which the loss of `ctc` is not defined.
+    """Refuse a batch with an utterance whose loss in `ctc` is NaN.
 
     Args:
-        batch: with "labels" and "label_lengths"; utterances of weight 0 may have any.
-        frames: int [batch], the number of frames that the network gives for each utterance.
+        batch: with "labels" and "label_lengths"; utterances of weight 0 are not checked.
+        frames: int [batch], number of frames that the network outputs for each utterance.
         num_classes: classes of the logits, `blank` included.
-        blank: class that stands for no label.
+        blank: the blank class.
 
     Raises:
-        ValueError: the first utterance at fault, and why.
+        ValueError: the first such utterance, and why.
     """
     labels, lengths = np.asarray(batch["labels"]), np.asarray(batch["label_lengths"])
     weights = np.asarray(batch.get("weights", np.ones(len(labels))))
@@ -211,7 +215,7 @@ def check_ctc_batch(batch: Batch, frames: Any, *, num_classes: int, blank: int =
         if not 0 <= lengths[index] <= labels.shape[1]:
             raise ValueError(
                 f"label length {lengths[index]} of utterance {index} is not in "
-                f"[0, {labels.shape[1]}]; it counts the labels of its row"
+                f"[0, {labels.shape[1]}]; give the number of labels in its row"
             )
         row = labels[index, : lengths[index]]
         wrong = row[(row < 0) | (row >= num_classes) | (row == blank)]
@@ -228,12 +232,12 @@ def check_ctc_batch(batch: Batch, frames: Any, *, num_classes: int, blank: int =
 
 
 def with_carry(variables: Mapping[str, Any], module: Any, batch_size: int) -> dict[str, Any]:
-    """Add the carry of an empty history, for `language_modeling(carry_across_batches=True)`.
+    """Add the initial carry, for `language_modeling(carry_across_batches=True)`.
 
     Args:
         variables: what `module.init` returned.
-        module: speaks the decoding protocol, see `generation.generate`.
-        batch_size: rows of a batch, of all devices together.
+        module: implements the decoding protocol, see `generation.generate`.
+        batch_size: rows of the whole batch, over all devices.
 
     Returns:
         The variables with a collection "carry" whose leaves are [batch_size, ...].
@@ -242,7 +246,7 @@ def with_carry(variables: Mapping[str, Any], module: Any, batch_size: int) -> di
 
 
 def _token_weights(batch: Batch, name: str) -> jax.Array | None:
-    """Give each token the weight of its example, or 0 beyond the example's length."""
+    """Return the weight of each token, [batch, time], 0 beyond the length of its example."""
     shape, lengths, weights = batch["labels"].shape[:2], batch.get(name), batch.get("weights")
     if lengths is None and weights is None:
         return None
@@ -259,6 +263,7 @@ def _token_weights(batch: Batch, name: str) -> jax.Array | None:
 
 
 def _frames_needed(labels: Any, valid: Any) -> jax.Array:
+    """Return the number of frames of the shortest alignment: labels, and blanks between repeats."""
     repeats = valid[:, 1:] & (labels[:, 1:] == labels[:, :-1])
     return jnp.sum(valid, axis=1) + jnp.sum(repeats, axis=1)
 
@@ -296,7 +301,7 @@ def _apply_with_carry(
 
 
 def _own_rows(carry: Any, num_rows: int) -> Any:
-    """Take from the carry of the whole batch the rows that this device computes."""
+    """Slice the rows of this device from the carry of the whole batch."""
     axis = bound_data_axis()
     num_devices = 1 if axis is None else jax.lax.axis_size(axis)
     first = 0 if axis is None else num_rows * jax.lax.axis_index(axis)
@@ -314,7 +319,7 @@ def _own_rows(carry: Any, num_rows: int) -> Any:
 
 
 def _all_rows(carry: Any) -> Any:
-    """Join the carries of all devices, so that each of them keeps the state of the run."""
+    """Gather the carries of all devices: model state is replicated."""
     axis, carry = bound_data_axis(), jax.lax.stop_gradient(carry)
     if axis is None:
         return carry

@@ -1,7 +1,6 @@
-"""Losses per example, and the generic objectives made of them.
+"""Supervised objectives: classification, regression, and the generic one that others build on.
 
-An objective sums its losses and their weights; it never takes a mean. All losses are computed in
-float32 or wider.
+An objective returns the sum of its losses and the sum of their weights, never a mean.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from jaxnets.core import (
     rng_streams,
 )
 from jaxnets.metrics.supervised import accuracy
-from jaxnets.objectives.losses import (
-    absolute_error,
-    huber_loss,
-    label_losses,
-    squared_error,
-)
+from jaxnets.objectives.batches import check_batch
+from jaxnets.objectives.losses import absolute_error, huber_loss, label_losses, squared_error
 
 
 class Metric(Protocol):
-    """A measure of predictions, such as `metrics.accuracy`."""
+    """A metric of predictions, such as `metrics.accuracy`.
+
+    The second argument may be anything that the objective takes as "labels"; the weights have a
+    shape that is a leading part of the losses', or are None for all 1.
+    """
 
     def __call__(
         self, predictions: jax.Array, labels: jax.Array, weights: jax.Array | None, /
@@ -49,14 +48,14 @@ def classification(
     """Build the objective of a classifier.
 
     Batches hold "inputs" [batch, ...], "labels" (integer [batch], or class probabilities
-    [batch, num_classes]) and optionally "weights" [batch]. The loss is in nats per example. With
-    `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch], the module
-    gets them as a keyword.
+    [batch, num_classes]) and optionally "weights" [batch]. The loss is `cross_entropy`, in nats per
+    example. With `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch],
+    the module gets them as a keyword.
 
     Args:
         module: inputs -> logits [batch, num_classes].
-        label_smoothing: as in `cross_entropy`, in training only; evaluation is without it.
-        metrics: functions of (logits, labels, weights); by default the accuracy.
+        label_smoothing: as in `cross_entropy`, applied in training only.
+        metrics: {name: `Metric` of (logits, labels, weights)}; by default the accuracy.
 
     Returns:
         An `Objective`.
@@ -71,16 +70,17 @@ def regression(
     loss: Literal["squared", "absolute", "huber"] = "squared",
     metrics: Mapping[str, Metric] | None = None,
 ) -> Objective:
-    """Build the objective of a network that predicts numbers.
+    """Build the objective of a regression network.
 
     Batches hold "inputs" [batch, ...], "labels" [batch, ...] of the shape of the predictions, and
-    optionally "weights" [batch]. The loss of an example is its mean over the predicted numbers.
-    If the batch has "lengths" [batch], the module gets them as a keyword.
+    optionally "weights" [batch]. The loss of an example is the mean over its predicted values. With
+    `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch], the module gets
+    them as a keyword.
 
     Args:
         module: inputs -> predictions [batch, ...].
-        loss: the error per number.
-        metrics: functions of (predictions, labels, weights); by default "absolute_error".
+        loss: the elementwise loss: `squared_error`, `absolute_error` or `huber_loss`.
+        metrics: {name: `Metric` of (predictions, labels, weights)}; by default "absolute_error".
 
     Returns:
         An `Objective`.
@@ -108,15 +108,14 @@ def regression(
 def with_batch_transform(
     objective: Objective, transform: Callable[[Batch, jax.Array, bool], Batch]
 ) -> Objective:
-    """Change the batch inside the step: normalize it, augment it.
+    """Transform the batch inside the step, such as by normalization or augmentation.
 
     Args:
-        objective: sees the changed batch.
+        objective: gets the transformed batch.
         transform: `(batch, rng, train) -> batch`; `rng` is the stream "augmentation" of the step,
-            so what it draws is a function of the run's seed and the step. Of nested transforms
-            each has a stream of its own: "augmentation" is that of the innermost,
-            "augmentation_1" that of the one around it, and so on. They find each other only where
-            one is around the other at once, with no objective of the caller's in between.
+            so what it draws is a function of the run's seed and the step. Each of several nested
+            transforms has its own stream: the innermost "augmentation", the next "augmentation_1",
+            and so on. This numbering works only for directly nested transforms.
 
     Returns:
         An `Objective`.
@@ -132,15 +131,15 @@ class _Transformed:
     def __call__(
         self, params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
-        # From one key the noise of one transform would be that of the other: of the binarised
-        # image and of what is added to it, say.
+        # With one key nested transforms would draw the same noise, such as to binarize an image
+        # and to corrupt it.
         name = f"augmentation_{self.depth}" if self.depth else "augmentation"
         batch = self.transform(batch, rng_streams(rng, name)[name], train)
         return self.objective(params, model_state, batch, rng, train=train)
 
     @property
     def depth(self) -> int:
-        """Number of transforms between this one and the objective."""
+        """Number of transforms inside this one."""
         return self.objective.depth + 1 if isinstance(self.objective, _Transformed) else 0
 
 
@@ -154,7 +153,7 @@ def supervised(
     weights_fn: Callable[[Batch], jax.Array | None] = lambda batch: batch.get("weights"),
     apply: Callable[..., tuple[Any, ModelState]] = apply_module,
 ) -> Objective:
-    """Build an objective from losses of predictions; the factories of objectives are made of it.
+    """Build an objective from a loss function of predictions and batch.
 
     With `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch], the
     module gets them as a keyword.
@@ -162,10 +161,11 @@ def supervised(
     Args:
         module: anything with Linen's `apply`.
         losses: `(predictions, batch, *, train)` -> the losses, such as [batch] or [batch, time].
-        metrics: functions of (predictions, labels, weights).
+        metrics: {name: `Metric` of (predictions, labels, weights)}.
         inputs: names of the batch's arrays that the module gets.
         needs: names of further arrays that the batch must have, besides "labels".
-        weights_fn: batch -> weights whose shape is a leading part of the losses'; None is all 1.
+        weights_fn: batch -> weights whose shape is a leading part of the losses' shape, or None
+            for all 1; by default the batch's "weights".
         apply: calls the module, with the arguments of `core.apply_module`.
 
     Returns:
@@ -189,34 +189,14 @@ def supervised(
         )
         weights = weights_fn(batch)
         loss = Mean.of(losses(predictions, batch, train=train), weights)
-        measured = {
+        sums = {
             name: metric(predictions, batch["labels"], weights) for name, metric in metrics.items()
         }
-        return ObjectiveOutput(loss, model_state, measured)
+        return ObjectiveOutput(loss, model_state, sums)
 
     return objective
 
 
-def check_batch(batch: Batch, names: set[str]) -> None:
-    """Refuse a batch that lacks an array, or whose arrays differ in their number of examples.
-
-    Args:
-        batch: {name: array [batch, ...]}.
-        names: of the arrays that it must have.
-
-    Raises:
-        ValueError: the names that lack, or the numbers of examples.
-    """
-    missing = names - set(batch)
-    if missing:
-        raise ValueError(
-            f"the batch has {sorted(batch)} and lacks {sorted(missing)}; "
-            f"name its arrays {sorted(names)} and optionally 'weights'"
-        )
-    sizes = {name: array.shape[0] for name, array in batch.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the arrays of the batch differ in their number of examples: {sizes}")
-
-
 def _per_example(errors: jax.Array) -> jax.Array:
+    """Average over all axes but the first, [batch, ...] -> [batch]."""
     return jnp.mean(errors, axis=tuple(range(1, errors.ndim)))

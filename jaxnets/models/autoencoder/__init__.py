@@ -1,4 +1,4 @@
-"""Autoencoders: plain, variational, of discrete codes; what can be done with a trained one."""
+"""Autoencoders: plain, variational, vector-quantized; and functions of a trained one."""
 
 from jaxnets.models.autoencoder.encoder_decoder import (
     Decoder,

@@ -1,7 +1,7 @@
-"""Encoders and decoders of images, dense or convolutional, from one description.
+"""Encoders and decoders of images, dense or convolutional, from one configuration.
 
-The decoder mirrors the encoder: the same widths in the opposite order, back to the very size of
-the images, whatever it is.
+The decoder mirrors the encoder: the same widths in reverse order, back to exactly the image size,
+odd ones included.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from jaxnets.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """What the two halves of an autoencoder look like.
+    """Configuration of the encoder and decoder of an autoencoder.
 
     Attributes:
         image_shape: (height, width, channels).
-        kind: "dense" layers over the flattened image, or "convolutional": every layer halves
-            height and width, the decoder's double them again.
-        features: widths of the encoder's layers; the decoder has them in the opposite order. A
-            dense coder without any, (), is linear.
-        activation: name or element-wise function, after each of these layers.
-        norm: None, "batch" or "layer", in front of each activation.
-        kernel_size: extent of the kernels (convolutional).
-        upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
-        num_blocks: residual blocks at the smallest size, in encoder and decoder (convolutional).
-        kernel_init: initializer of all kernels; by default He's in front of an activation and
-            LeCun's elsewhere.
+        kind: "dense" layers over the flattened image, or "convolutional": layers of stride 2 in the
+            encoder, upsampling by 2 in the decoder.
+        features: widths of the encoder's layers; the decoder has them in reverse order. A dense
+            autoencoder with none, (), is linear.
+        activation: name or elementwise function, after each of these layers.
+        norm: None, "batch" or "layer", before each activation.
+        kernel_size: height and width of the kernels (convolutional).
+        upsampling: "resize", "subpixel" or "transposed", see `layers.Upsampling`.
+        num_blocks: residual blocks at the lowest resolution, in encoder and decoder
+            (convolutional).
+        kernel_init: initializer of all kernels; by default He normal before an activation and
+            LeCun normal elsewhere.
 
     Raises:
         ValueError: a field is out of range.
@@ -85,7 +86,7 @@ class EncoderDecoderConfig:
             raise ValueError(f"num_blocks is {self.num_blocks}; give 0 or more")
         if self.kind == "dense":
             if self.num_blocks:
-                raise ValueError("num_blocks needs kind='convolutional'; dense coders have none")
+                raise ValueError("num_blocks needs kind='convolutional'; dense layers have none")
             return
         smallest = 2 ** (len(self.features) - 1) + 1
         if not self.features or min(self.image_shape[:2]) < smallest:
@@ -97,7 +98,7 @@ class EncoderDecoderConfig:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width in front of each convolution of the encoder and after the last."""
+        """Height and width before each convolution of the encoder and after the last."""
         sizes = [self.image_shape[:2]]
         for _ in self.features:
             height, width = sizes[-1]
@@ -106,7 +107,7 @@ class EncoderDecoderConfig:
 
     @property
     def hidden_init(self) -> Initializer:
-        """Initializer of kernels in front of an activation."""
+        """Initializer of kernels before an activation."""
         return self.kernel_init or nn.initializers.he_normal()
 
     @property
@@ -116,7 +117,7 @@ class EncoderDecoderConfig:
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of what the encoder returns for one image."""
+        """Shape of the encoder's output for one image."""
         if self.kind == "convolutional":
             return *self.sizes[-1], self.features[-1]
         return (self.features[-1] if self.features else math.prod(self.image_shape),)
@@ -146,7 +147,7 @@ class ResidualBlock(nn.Module):
 
 
 class TiedDense(nn.Module):
-    """Multiply by the transpose of a matrix that belongs to another layer, and add a bias.
+    """Dense layer whose kernel is the transpose of another layer's; only the bias is its own.
 
     Attributes:
         precision: dtypes of parameters and arithmetic.
@@ -164,10 +165,10 @@ class TiedDense(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The first half of an autoencoder, without the layer that makes the code.
+    """The encoder of an autoencoder, without the final projection to the code.
 
     Attributes:
-        config: what it looks like.
+        config: its layers.
         precision: dtypes.
     """
 
@@ -181,7 +182,7 @@ class Encoder(nn.Module):
         """Map [batch, height, width, channels] to [batch, *config.code_shape].
 
         Args:
-            images: of the size that the config names.
+            images: of the config's `image_shape`.
             condition: one-hot classes [batch, classes], appended to the channels of every pixel,
                 or to the flattened image.
             train: training mode.
@@ -197,10 +198,11 @@ class Encoder(nn.Module):
             )
         x = images.astype(policy.compute)
         if config.kind == "dense":
-            x = x.reshape(x.shape[0], -1)
+            x = x.reshape(x.shape[0], -1)  # [batch, height * width * channels]
         if condition is not None:
             axes = tuple(range(1, x.ndim - 1))
             planes = jnp.expand_dims(condition.astype(x.dtype), axes)
+            # [batch, height, width, classes], or [batch, classes] if dense
             planes = jnp.broadcast_to(planes, (*x.shape[:-1], condition.shape[-1]))
             x = jnp.concatenate([x, planes], axis=-1)
         shared = _shared(config, policy)
@@ -216,11 +218,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The second half of an autoencoder.
+    """The decoder of an autoencoder.
 
     Attributes:
-        config: what the encoder looks like, which the decoder mirrors.
-        num_parameters: outputs for each pixel and channel.
+        config: the encoder's layers, which the decoder mirrors.
+        num_parameters: outputs for each pixel and channel, see `Likelihood`.
         precision: dtypes.
     """
 
@@ -239,10 +241,10 @@ class Decoder(nn.Module):
         """Map a code to [batch, height, width, channels * num_parameters].
 
         Args:
-            code: [batch, numbers], or for a convolutional coder a map [batch, height, width,
-                channels] of the size of the encoder's.
-            kernels: of the encoder's dense layers, the last one first; their transposes take the
-                place of the decoder's own.
+            code: [batch, latent_size], or for a convolutional decoder also a feature map [batch,
+                height, width, channels] of the size of the encoder's output.
+            kernels: of the encoder's dense layers, in reverse order; their transposes replace the
+                decoder's own kernels.
             train: training mode.
         """
         config, policy = self.config, self.precision
@@ -251,11 +253,12 @@ class Decoder(nn.Module):
         x = code.astype(policy.compute)
         if config.kind == "dense":
             x = self._dense(x, kernels, height * width * outputs, train=train)
+            # [batch, height, width, channels * num_parameters]
             return x.reshape(x.shape[0], height, width, outputs).astype(policy.output)
         shared = _shared(config, policy)
         if x.ndim == 2:
             x = Dense(math.prod(config.code_shape), name="unfold", **shared)(x)
-            x = x.reshape(x.shape[0], *config.code_shape)
+            x = x.reshape(x.shape[0], *config.code_shape)  # [batch, height, width, channels]
         else:
             x = Convolution(config.features[-1], config.kernel_size, name="unfold", **shared)(x)
         x = _activated(x, config, "norm_unfold", train=train, precision=policy)
@@ -270,7 +273,7 @@ class Decoder(nn.Module):
                 **(_linear(config, policy) if last else shared),
             )
             rows, columns = config.sizes[index]
-            x = up(x)[:, :rows, :columns]  # an odd size was halved upwards
+            x = up(x)[:, :rows, :columns]  # the encoder rounds half of an odd size up
             if not last:
                 x = _activated(x, config, f"norm_{index - 1}", train=train, precision=policy)
         return x.astype(policy.output)
@@ -295,7 +298,7 @@ class Decoder(nn.Module):
 
 
 def _shared(config: EncoderDecoderConfig, precision: Precision) -> dict[str, Any]:
-    """Return what a norm and an activation need of the layer in front of them."""
+    """Return the fields of a layer before a norm and an activation."""
     return {
         "use_bias": config.norm is None,
         "kernel_init": config.hidden_init,
@@ -304,6 +307,7 @@ def _shared(config: EncoderDecoderConfig, precision: Precision) -> dict[str, Any
 
 
 def _linear(config: EncoderDecoderConfig, precision: Precision) -> dict[str, Any]:
+    """Return the fields of a layer without an activation."""
     return {"kernel_init": config.linear_init, "precision": precision}
 
 
@@ -312,6 +316,31 @@ def _activated(
 ) -> jax.Array:
     x = normalize(x, config.norm, train=train, name=name, precision=precision)
     return activation(config.activation)(x)
+
+
+def refuse_labels(module: nn.Module, labels: jax.Array | None) -> None:
+    """Refuse labels given to an autoencoder that is not conditional.
+
+    Raises:
+        ValueError: naming the class of the module.
+    """
+    if labels is not None:
+        raise ValueError(
+            f"{type(module).__name__} takes no labels; leave them out, or use VAE(num_classes=...)"
+        )
+
+
+def check_code(code: jax.Array, latent_size: int) -> None:
+    """Refuse codes that are not [batch, latent_size].
+
+    Raises:
+        ValueError: the shape, and the one that fits.
+    """
+    if code.ndim != 2 or code.shape[1] != latent_size:
+        raise ValueError(
+            f"codes of shape {code.shape} do not fit latent_size {latent_size}; give "
+            f"[batch, {latent_size}]"
+        )
 
 
 def _blocks(x: jax.Array, config: EncoderDecoderConfig, precision: Precision) -> jax.Array:

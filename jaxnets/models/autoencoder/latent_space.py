@@ -1,8 +1,8 @@
-"""What can be done with a trained autoencoder, of whichever kind, as pure functions.
+"""Pure functions of a trained autoencoder of any kind: encode, decode, sample, interpolate, score.
 
 All take a module, its variables (`TrainState.variables`) and arrays, and can be compiled. Images
-whose values are outside of the likelihood's range are refused where they are known and give NaN
-where they are known only when the program runs; a conditional module needs labels.
+outside of the likelihood's range raise ValueError if concrete; in a compiled program they give NaN.
+A conditional module needs labels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnets.checks import check_same_shape
 from jaxnets.objectives.image_range import check_images
 
 
@@ -25,11 +26,11 @@ def encode(
         module: `Autoencoder`, `VAE` or `VQVAE`.
         variables: its parameters and other collections.
         images: [batch, height, width, channels].
-        labels: integer [batch], of a conditional module.
+        labels: integer [batch], for a conditional module.
 
     Returns:
-        [batch, latent_size], for a VAE the posterior means; for a VQVAE the vectors in front of
-        the quantization, [batch, rows, columns, embedding_size].
+        [batch, latent_size], for a VAE the posterior means; for a VQVAE the vectors before
+        quantization, [batch, rows, columns, embedding_size].
 
     Raises:
         ValueError: images or labels that do not fit.
@@ -40,13 +41,13 @@ def encode(
 def decode(
     module: Any, variables: Mapping[str, Any], code: jax.Array, labels: jax.Array | None = None
 ) -> jax.Array:
-    """Return the images that codes stand for.
+    """Decode codes to images.
 
     Args:
         module: `Autoencoder`, `VAE` or `VQVAE`.
         variables: its parameters and other collections.
         code: of the shape that `encode` returns.
-        labels: integer [batch], of a conditional module.
+        labels: integer [batch], for a conditional module.
 
     Returns:
         Expected images [batch, height, width, channels].
@@ -66,7 +67,7 @@ def reconstruct(
         module: `Autoencoder`, `VAE` or `VQVAE`.
         variables: its parameters and other collections.
         images: [batch, height, width, channels].
-        labels: integer [batch], of a conditional module.
+        labels: integer [batch], for a conditional module.
 
     Returns:
         Images of the same shape.
@@ -92,10 +93,10 @@ def sample(
         variables: its parameters and other collections.
         num_images: how many.
         rng: random key.
-        labels: integer [num_images], of a conditional module.
+        labels: integer [num_images], for a conditional module.
 
     Returns:
-        Expected images [num_images, height, width, channels]; pixels are not drawn.
+        Expected images [num_images, height, width, channels]; pixels are not sampled.
 
     Raises:
         ValueError: a module without a prior, or labels that do not fit.
@@ -118,15 +119,15 @@ def interpolate(
     num_steps: int,
     labels: jax.Array | None = None,
 ) -> jax.Array:
-    """Walk from one image to another on the straight line between their codes.
+    """Interpolate linearly between the codes of two images, and decode.
 
     Args:
         module: `Autoencoder`, `VAE` or `VQVAE`.
         variables: its parameters and other collections.
-        first: where the walks start, [batch, height, width, channels].
-        second: where they end, likewise.
-        num_steps: images on the way, both ends included; 2 or more.
-        labels: integer [batch], of a conditional module: the same along a walk.
+        first: start images, [batch, height, width, channels].
+        second: end images, same shape.
+        num_steps: number of images, both ends included; 2 or more.
+        labels: integer [batch], for a conditional module; the same for all steps.
 
     Returns:
         [batch, num_steps, height, width, channels].
@@ -136,15 +137,13 @@ def interpolate(
     """
     if num_steps < 2:
         raise ValueError(f"num_steps is {num_steps}; give 2 or more, both ends included")
-    if first.shape != second.shape:
-        raise ValueError(
-            f"first has shape {first.shape} and second {second.shape}; give as many of each"
-        )
+    check_same_shape(first=first, second=second)
     start, end = (encode(module, variables, images, labels) for images in (first, second))
-    shares = jnp.linspace(0, 1, num_steps, dtype=start.dtype)
-    shares = shares.reshape(1, num_steps, *(1,) * (start.ndim - 1))
-    codes = (1 - shares) * start[:, None] + shares * end[:, None]
+    fractions = jnp.linspace(0, 1, num_steps, dtype=start.dtype)
+    fractions = fractions.reshape(1, num_steps, *(1,) * (start.ndim - 1))  # [1, num_steps, 1, ...]
+    codes = (1 - fractions) * start[:, None] + fractions * end[:, None]  # [batch, num_steps, ...]
     repeated = None if labels is None else jnp.repeat(jnp.asarray(labels), num_steps)
+    # [batch * num_steps, height, width, channels]
     images = decode(module, variables, codes.reshape(-1, *start.shape[1:]), repeated)
     return images.reshape(len(first), num_steps, *images.shape[1:])
 
@@ -152,17 +151,17 @@ def interpolate(
 def anomaly_score(
     module: Any, variables: Mapping[str, Any], images: jax.Array, labels: jax.Array | None = None
 ) -> jax.Array:
-    """Say how badly images fit to what an autoencoder was trained on.
+    """Score how unlike the training images of an autoencoder images are; high is unusual.
 
     Args:
         module: `Autoencoder`, `VAE` or `VQVAE`.
         variables: its parameters and other collections.
         images: [batch, height, width, channels].
-        labels: integer [batch], of a conditional module.
+        labels: integer [batch], for a conditional module.
 
     Returns:
-        [batch], the reconstruction loss, to which a VAE, decoding its mean code, adds the
-        divergence of the posterior from the prior. High is unusual.
+        [batch], the reconstruction loss. A VAE decodes the posterior mean and adds the divergence
+        of the posterior from the prior.
 
     Raises:
         ValueError: images or labels that do not fit.
@@ -172,5 +171,5 @@ def anomaly_score(
 
 def _checked(module: Any, images: jax.Array) -> jax.Array:
     images, inside = check_images(images, module.likelihood.image_range)
-    inside = inside.reshape(-1, *(1,) * (images.ndim - 1))
+    inside = inside.reshape(-1, *(1,) * (images.ndim - 1))  # [batch, 1, 1, 1]
     return jnp.where(inside, images, jnp.asarray(jnp.nan, images.dtype))

@@ -1,9 +1,4 @@
-"""Autoencoders: the plain one, and with it every model and function of the family.
-
-The variational one is defined in `variational_autoencoder`, the one of discrete codes in
-`vector_quantization`, what can be done with a trained one in `latent_space`; they are given here
-too, so that this one module names the whole family.
-"""
+"""The plain autoencoder: undercomplete, tied, sparse or k-sparse."""
 
 from __future__ import annotations
 
@@ -17,18 +12,21 @@ from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.layers import Dense
-from jaxnets.models.autoencoder.encoder_decoder import Decoder, Encoder, EncoderDecoderConfig
-from jaxnets.objectives.likelihoods import (
-    Likelihood,
-    SquaredError,
+from jaxnets.models.autoencoder.encoder_decoder import (
+    Decoder,
+    Encoder,
+    EncoderDecoderConfig,
+    check_code,
+    refuse_labels,
 )
+from jaxnets.objectives.likelihoods import Likelihood, SquaredError
 
 
 class AutoencoderOutput(NamedTuple):
-    """What an autoencoder returns.
+    """The output of `Autoencoder`.
 
     Attributes:
-        outputs: [batch, height, width, channels * numbers], for the likelihood to read.
+        outputs: parameters of the likelihood, [batch, height, width, channels * num_parameters].
         code: [batch, latent_size].
     """
 
@@ -37,19 +35,19 @@ class AutoencoderOutput(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder: an image squeezed into a few numbers, and back.
+    """An autoencoder: encode an image to a code, and decode the code to the image.
 
-    With fewer numbers than pixels it is undercomplete; with a penalty on the code
-    (`sparse_reconstruction`, `contractive`) or `num_active` it may have more.
+    With a code smaller than the image it is undercomplete. A penalty on the code
+    (`sparse_reconstruction`, `contractive`) or `num_active` allows overcomplete codes.
 
     Attributes:
-        config: what encoder and decoder look like.
-        latent_size: size of the code.
-        likelihood: what the outputs mean.
-        tied: the decoder's matrices are the transposes of the encoder's (dense, without a norm).
-        code_activation: name or element-wise function, on the code.
-        num_active: of each code only the so many largest numbers are kept, the others become 0:
-            the k-sparse autoencoder; None keeps all.
+        config: layers of encoder and decoder.
+        latent_size: dimension of the code.
+        likelihood: interpretation of the outputs.
+        tied: the decoder's kernels are the transposes of the encoder's (dense, without a norm).
+        code_activation: name or elementwise function, applied to the code.
+        num_active: k of the k-sparse autoencoder: all but the k largest entries of each code become
+            0; None keeps all.
         precision: dtypes.
 
     Raises:
@@ -65,7 +63,7 @@ class Autoencoder(nn.Module):
 
     References:
         Hinton and Salakhutdinov 2006, Science 313; Makhzani and Frey 2013, arXiv:1312.5663
-        (k-sparse). Differs from it: as many numbers are kept in evaluation as in training.
+        (k-sparse). Differs from the latter: k is the same in evaluation as in training.
     """
 
     config: EncoderDecoderConfig
@@ -90,7 +88,7 @@ class Autoencoder(nn.Module):
             )
         if self.tied and self.likelihood.num_parameters != 1:
             raise ValueError(
-                f"tied weights give one number for each pixel and {self.likelihood} needs "
+                f"tied weights give one output for each pixel and {self.likelihood} needs "
                 f"{self.likelihood.num_parameters}; choose another likelihood or tied=False"
             )
         super().__post_init__()
@@ -105,7 +103,7 @@ class Autoencoder(nn.Module):
         """Encode and decode images [batch, height, width, channels]; records "features".
 
         Args:
-            inputs: images of the size that the config names.
+            inputs: images of the config's `image_shape`.
             train: training mode.
 
         Returns:
@@ -124,11 +122,12 @@ class Autoencoder(nn.Module):
         """Map [batch, height, width, channels] to codes [batch, latent_size].
 
         Raises:
-            ValueError: images of another size, or labels, which this network does not take.
+            ValueError: images of another size, or labels, which are not supported.
         """
-        _refuse_labels(self, labels)
+        refuse_labels(self, labels)
         x = self.encoder(images, train=train)
-        code = activation(self.code_activation)(self.code(x.reshape(x.shape[0], -1)))
+        x = x.reshape(x.shape[0], -1)  # [batch, prod(config.code_shape)]
+        code = activation(self.code_activation)(self.code(x))
         code = code if self.num_active is None else keep_largest(code, self.num_active)
         return code.astype(self.precision.output)
 
@@ -138,14 +137,10 @@ class Autoencoder(nn.Module):
         """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
 
         Raises:
-            ValueError: codes of another size, or labels, which this network does not take.
+            ValueError: codes of another size, or labels, which are not supported.
         """
-        _refuse_labels(self, labels)
-        if code.ndim != 2 or code.shape[1] != self.latent_size:
-            raise ValueError(
-                f"codes of shape {code.shape} do not fit latent_size {self.latent_size}; give "
-                f"[batch, {self.latent_size}]"
-            )
+        refuse_labels(self, labels)
+        check_code(code, self.latent_size)
         kernels = None
         if self.tied:
             depths = reversed(range(len(self.config.features)))
@@ -159,14 +154,14 @@ class Autoencoder(nn.Module):
 
 
 def keep_largest(code: jax.Array, num_kept: int) -> jax.Array:
-    """Set all but the largest numbers of each code to 0.
+    """Set all but the `num_kept` largest entries of each code to 0.
 
     Args:
-        code: [batch, numbers].
-        num_kept: how many stay; of equals at the border all do.
+        code: [batch, latent_size].
+        num_kept: entries to keep; more in case of ties.
 
     Returns:
-        [batch, numbers].
+        [batch, latent_size].
 
     Example:
         >>> keep_largest(jnp.array([[3.0, -4.0, 1.0, 2.0]]), 2).tolist()
@@ -174,10 +169,3 @@ def keep_largest(code: jax.Array, num_kept: int) -> jax.Array:
     """
     least = jax.lax.top_k(code, num_kept)[0][:, -1:]
     return jnp.where(code >= least, code, jnp.zeros_like(code))
-
-
-def _refuse_labels(module: nn.Module, labels: jax.Array | None) -> None:
-    if labels is not None:
-        raise ValueError(
-            f"{type(module).__name__} takes no labels; leave them out, or use VAE(num_classes=...)"
-        )

@@ -1,4 +1,4 @@
-"""The variational autoencoder, conditional on a class if asked for."""
+"""The variational autoencoder, optionally conditional on a class."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.gaussian import draw_code, normal_divergence
 from jaxnets.layers import Dense
-from jaxnets.models.autoencoder.encoder_decoder import Decoder, Encoder, EncoderDecoderConfig
+from jaxnets.models.autoencoder.encoder_decoder import (
+    Decoder,
+    Encoder,
+    EncoderDecoderConfig,
+    check_code,
+)
 from jaxnets.objectives.likelihoods import Bernoulli, Likelihood
 
 
 class Variational(NamedTuple):
-    """What a variational autoencoder returns.
+    """The output of `VAE`.
 
     Attributes:
-        outputs: [batch, height, width, channels * numbers], for the likelihood to read.
+        outputs: parameters of the likelihood, [batch, height, width, channels * num_parameters].
         mean: of the posterior, [batch, latent_size].
         log_variance: of the posterior, [batch, latent_size].
     """
@@ -32,17 +37,18 @@ class Variational(NamedTuple):
 
 
 class VAE(nn.Module):
-    """A variational autoencoder: each image has a normal distribution of codes.
+    """A variational autoencoder with diagonal Gaussian posteriors.
 
-    q(z | x) = N(mean(x), diag exp(log_variance(x))), p(z) = N(0, I), and the decoder's outputs
-    are those of p(x | z). With `num_classes` all three are given the class too, which stands at
-    every pixel in front of the encoder and beside the code in front of the decoder.
+    q(z | x) = N(mean(x), diag exp(log_variance(x))), p(z) = N(0, I), and the decoder outputs the
+    parameters of p(x | z). With `num_classes` encoder and decoder are conditional: the one-hot
+    class is concatenated to the channels of every pixel (to the flattened image if dense), and to
+    the code.
 
     Attributes:
-        config: what encoder and decoder look like.
-        latent_size: size of the code.
-        likelihood: what the outputs mean.
-        num_classes: classes of the conditional autoencoder; None is without.
+        config: layers of encoder and decoder.
+        latent_size: dimension of the code.
+        likelihood: interpretation of the outputs, p(x | z).
+        num_classes: number of classes of a conditional VAE; None for an unconditional one.
         precision: dtypes.
 
     Raises:
@@ -91,20 +97,20 @@ class VAE(nn.Module):
         noise: jax.Array | None = None,
         train: bool = False,
     ) -> Variational:
-        """Encode images, draw a code of each, and decode it; records "features", the means.
+        """Encode images, sample a code of each, and decode it; records "features", the means.
 
         Args:
-            inputs: images [batch, height, width, channels] of the size that the config names.
-            labels: integer [batch], of a conditional network.
-            noise: [batch, latent_size], which makes the code mean + exp(log_variance / 2) noise;
-                by default drawn from the stream "latent" in training, and 0 in evaluation.
+            inputs: images [batch, height, width, channels] of the config's `image_shape`.
+            labels: integer [batch], for a conditional network.
+            noise: [batch, latent_size] of the reparameterized code mean + exp(log_variance / 2)
+                noise; by default drawn from the stream "latent" in training, and 0 in evaluation.
             train: training mode.
 
         Returns:
             Variational.
 
         Raises:
-            ValueError: images of another size, labels that lack or do not fit.
+            ValueError: images of another size, labels that are missing or do not fit.
         """
         mean, log_variance = self.posterior(inputs, labels, train=train)
         record(self, "features", mean)
@@ -121,11 +127,11 @@ class VAE(nn.Module):
         """Map images to the mean and the log variance of their codes, each [batch, latent_size].
 
         Raises:
-            ValueError: images of another size, labels that lack or do not fit.
+            ValueError: images of another size, labels that are missing or do not fit.
         """
         condition = self._condition(labels, len(images))
         x = self.encoder(images, condition, train=train)
-        x, dtype = x.reshape(x.shape[0], -1), self.precision.output
+        x, dtype = x.reshape(x.shape[0], -1), self.precision.output  # [batch, features]
         return self.mean(x).astype(dtype), self.log_variance(x).astype(dtype)
 
     def encode(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
@@ -138,13 +144,9 @@ class VAE(nn.Module):
         """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
 
         Raises:
-            ValueError: codes of another size, labels that lack or do not fit.
+            ValueError: codes of another size, labels that are missing or do not fit.
         """
-        if code.ndim != 2 or code.shape[1] != self.latent_size:
-            raise ValueError(
-                f"codes of shape {code.shape} do not fit latent_size {self.latent_size}; give "
-                f"[batch, {self.latent_size}]"
-            )
+        check_code(code, self.latent_size)
         condition = self._condition(labels, len(code))
         if condition is not None:
             code = jnp.concatenate([code, condition.astype(code.dtype)], axis=-1)
@@ -173,7 +175,7 @@ class VAE(nn.Module):
 
 
 def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Array:
-    """Return labels as rows of zeros with a one.
+    """Return labels as one-hot rows, `jax.nn.one_hot` with checks.
 
     Args:
         labels: integer [num_examples] in [0, num_classes).
@@ -181,11 +183,11 @@ def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Arr
         num_examples: number of images or codes that the labels are for.
 
     Returns:
-        [num_examples, num_classes]; NaN for a label out of range that is known only when the
-        program runs, so that it stops training instead of counting as no class.
+        [num_examples, num_classes]. In a compiled program, NaN for a label out of range, which
+        stops training instead of being no class.
 
     Raises:
-        ValueError: labels of another shape or type, or known to be out of range.
+        ValueError: labels of another shape or type, or concrete labels out of range.
     """
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.shape != (num_examples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -194,7 +196,7 @@ def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Arr
             f"examples; give one integer for each, shape ({num_examples},)"
         )
     if not isinstance(labels, jax.core.Tracer):
-        known = np.asarray(labels)  # NumPy computes it even while another function is traced
+        known = np.asarray(labels)  # NumPy evaluates it even while another function is traced
         wrong = known[(known < 0) | (known >= num_classes)]
         if wrong.size:
             raise ValueError(
@@ -205,15 +207,15 @@ def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Arr
     return jnp.where(outside[:, None], jnp.nan, jax.nn.one_hot(labels, num_classes))
 
 
-#: The initial kernels of PyTorch's linear layers and convolutions.
+#: The default kernel initializer of PyTorch's linear layers and convolutions.
 PYTORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def vae_pytorch_example(**fields: Any) -> VAE:
     """Build the VAE of PyTorch's and Flax's examples: 652,824 parameters for 28 x 28 images.
 
-    One hidden layer of 400 and a code of 20; `fields` override its own. Kernels
-    start as PyTorch's do, uniform in +-1 / sqrt(inputs), and biases at 0.
+    One hidden layer of 400 features and a code of 20; `fields` override its own. Kernels are
+    initialized as in PyTorch, uniform in +-1 / sqrt(inputs), and biases with 0.
 
     References:
         github.com/pytorch/examples, vae/main.py; github.com/google/flax, examples/vae. Differs

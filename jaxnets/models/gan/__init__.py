@@ -1,4 +1,4 @@
-"""Generative adversarial networks: generators, discriminators, and both side by side."""
+"""Generative adversarial networks: generators, discriminators, and pairs of them."""
 
 from jaxnets.models.gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.models.gan.gan import (

@@ -25,33 +25,33 @@ from jaxnets.models.gan.layers import (
     check_labels,
     check_latents,
     halvings,
-    judge,
+    logits_of,
     modulated_norm,
 )
 
 
 class DCGANGenerator(nn.Module):
-    """Map latents to images: a linear map to few pixels, which double up to the image.
+    """Map latents to images: a linear projection to a small feature map, then upsampling by 2.
 
-    Each doubling but the last halves the channels and is followed by a norm and relu; the last
-    one ends in tanh. Images of 28 pixels start from 7, those of 8, 16, 32 and 64 from 4.
+    Each upsampling but the last halves the channels and is followed by a norm and relu; the last
+    is followed by tanh. Images of 28 pixels a side start from 7, those of 8, 16, 32 and 64 from 4.
 
-    Differs from the paper: pixels are repeated and convolved 3x3 instead of convolved transposed
-    5x5, and latents are usually Gaussian.
+    Differs from the paper: upsampling is nearest-neighbor and a 3x3 convolution instead of a 5x5
+    transposed convolution, and latents are usually Gaussian.
 
     Attributes:
         image_shape: (height, width, channels).
-        latent_size: numbers in a latent.
-        width: channels in front of the last doubling; twice as many for each one before.
-        num_classes: None, or the number of classes whose label an image is to have; each norm
-            then has a scale and a shift for each class.
+        latent_size: dimension of the latents.
+        width: channels before the last upsampling; twice as many before each previous one.
+        num_classes: None, or the number of classes of a conditional generator; each norm then has
+            a scale and a shift for each class.
         norm: None, "batch" or "layer".
-        upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
+        upsampling: "resize", "subpixel" or "transposed", see `layers.Upsampling`.
         kernel_init: initializer of all kernels.
         precision: dtypes.
 
     Raises:
-        ValueError: a field is out of range, or images that do not halve to 8 pixels or fewer.
+        ValueError: a field is out of range, or the image size does not halve to 8 or less.
 
     Example:
         >>> module = DCGANGenerator(image_shape=(28, 28, 1), width=8)
@@ -61,7 +61,7 @@ class DCGANGenerator(nn.Module):
 
     References:
         Radford, Metz and Chintala 2016, arXiv:1511.06434, section 3 and figure 1; Odena et al.
-        2016, doi:10.23915/distill.00003 (repeating pixels).
+        2016, doi:10.23915/distill.00003 (nearest-neighbor upsampling).
     """
 
     image_shape: tuple[int, int, int] = (64, 64, 3)
@@ -92,11 +92,11 @@ class DCGANGenerator(nn.Module):
 
         Args:
             latents: usually standard normal.
-            labels: integer [batch], for a network with classes only.
+            labels: integer [batch], for a conditional network only.
             train: training mode.
 
         Raises:
-            ValueError: latents of another size, labels missing, not wanted or out of range.
+            ValueError: latents of another size, labels missing, unexpected or out of range.
         """
         check_latents(latents, self.latent_size)
         check_labels(labels, self.num_classes, latents.shape[0], type(self).__name__)
@@ -119,7 +119,8 @@ class DCGANGenerator(nn.Module):
         channels = self.width * 2 ** (num_doublings - 1)
         use_bias = self.norm is None
         x = Dense(height * width * channels, use_bias=use_bias, name="start", **shared)(latents)
-        x = normalized(x.reshape(-1, height, width, channels), "start_norm")
+        x = x.reshape(-1, height, width, channels)  # [batch, height, width, channels]
+        x = normalized(x, "start_norm")
         for index in range(1, num_doublings + 1):
             last, name = index == num_doublings, f"double_{index}"
             channels = self.image_shape[-1] if last else channels // 2
@@ -132,10 +133,10 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANDiscriminator(nn.Module):
-    """Map images to a logit, large where they seem real: convolutions of stride 2.
+    """Map images to logits, large for "real", by convolutions of stride 2.
 
-    Each convolution halves the size and doubles the channels, and is followed by a norm (but for
-    the first one) and leaky relu.
+    Each convolution halves height and width, doubles the channels, and is followed by a norm
+    (except the first) and leaky relu.
 
     Differs from the paper: kernels are 4x4, a multiple of the stride, instead of 5x5.
 
@@ -143,10 +144,10 @@ class DCGANDiscriminator(nn.Module):
         width: channels of the first convolution.
         num_classes: None, or the number of classes of a projection discriminator.
         norm: None, "batch", "layer", or "spectral", which divides every kernel by its largest
-            singular value. Penalties on gradients need one without "batch".
+            singular value. Gradient penalties do not work with "batch".
         negative_slope: of leaky relu.
-        kernel_init: initializer of all kernels; the paper's suits "batch" and "spectral", and
-            `nn.initializers.he_normal()` the rest.
+        kernel_init: initializer of all kernels; the paper's default suits "batch" and "spectral",
+            `nn.initializers.he_normal()` the others.
         precision: dtypes.
 
     Raises:
@@ -181,11 +182,11 @@ class DCGANDiscriminator(nn.Module):
 
         Args:
             inputs: images in [-1, 1].
-            labels: integer [batch], for a network with classes only.
+            labels: integer [batch], for a conditional network only.
             train: training mode.
 
         Raises:
-            ValueError: images that do not halve, labels missing, not wanted or out of range.
+            ValueError: images that do not halve, labels missing, unexpected or out of range.
         """
         check_rank(inputs, self, layouts=IMAGES)
         check_labels(labels, self.num_classes, inputs.shape[0], type(self).__name__)
@@ -209,4 +210,4 @@ class DCGANDiscriminator(nn.Module):
             )
             x = normalize(x, norm, train=train, name=f"norm_{index}", precision=policy)
             x = nn.leaky_relu(x, self.negative_slope)
-        return judge(self, x, labels, flatten=True, train=train)
+        return logits_of(self, x, labels, flatten=True, train=train)

@@ -1,9 +1,4 @@
-"""Generative adversarial networks: a generator and a discriminator as one network of two parts.
-
-`DCGANGenerator` and `DCGANDiscriminator` are defined in `dcgan`, the residual pair in
-`gan_resnet`, losses in `adversarial_losses`, objectives in `adversarial`; they are given here
-too, so that this one module names the whole family.
-"""
+"""Generative adversarial networks: a generator and a discriminator as submodules of one module."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ from jaxnets.models.gan.resnet import ResNetDiscriminator, ResNetGenerator
 
 
 class GAN(nn.Module):
-    """A generator and a discriminator side by side: params has a "generator", a "discriminator".
+    """A generator and a discriminator, with params {"generator": ..., "discriminator": ...}.
 
     Train it with the objectives of `adversarial`, one `Update` for each network on one state.
 
@@ -32,8 +27,8 @@ class GAN(nn.Module):
         generator: latents [batch, latent_size] -> images in [-1, 1], with a field `latent_size`.
         discriminator: images -> logits [batch].
 
-    Both take labels [batch] as a second argument, need them if their field `num_classes` is set,
-    and have the keyword `train`.
+    Both have the keyword `train`. With a field `num_classes` that is not None they require labels
+    [batch] as a second argument.
 
     Raises:
         ValueError: the two networks differ in their number of classes.
@@ -48,7 +43,7 @@ class GAN(nn.Module):
 
     References:
         Goodfellow et al. 2014, arXiv:1406.2661; Mirza and Osindero 2014, arXiv:1411.1784
-        (with classes).
+        (conditional).
     """
 
     generator: nn.Module
@@ -68,18 +63,18 @@ class GAN(nn.Module):
 
     @property
     def latent_size(self) -> int:
-        """Numbers in a latent."""
+        """Dimension of the latents."""
         return self.generator.latent_size
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, None without."""
+        """Number of classes; None for an unconditional pair."""
         return getattr(self.generator, "num_classes", None)
 
     def __call__(
         self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """Map latents to the logits [batch] of their images; initialize both networks with it."""
+        """Map latents to the logits [batch] of their images; `init` calls both networks."""
         images = self.generate(latents, labels, train=train)
         return self.discriminate(images, labels, train=train)
 
@@ -106,13 +101,13 @@ def dcgan(
     upsampling: UpsamplingMethod = "resize",
     **fields: Any,
 ) -> GAN:
-    """Build the pair of DCGAN: 2,371,139 + 2,765,633 parameters for 64 x 64 x 3 images.
+    """Build a DCGAN: 2,371,139 + 2,765,633 parameters for 64 x 64 x 3 images.
 
     Args:
         image_shape: (height, width, channels) that halve to 8 pixels or fewer: 28, 32, 64, ...
         num_classes: None, or the number of classes of a conditional pair.
         width: channels at half the image size, in both networks.
-        latent_size: numbers in a latent.
+        latent_size: dimension of the latents.
         norm: of the discriminator: "batch" as in the paper, None, "layer" or "spectral".
         upsampling: of the generator: "resize", "subpixel" or "transposed".
         fields: further fields of both networks, such as `precision` and `kernel_init`.
@@ -139,15 +134,16 @@ def resnet_gan(
     upsampling: UpsamplingMethod = "resize",
     **fields: Any,
 ) -> GAN:
-    """Build the residual pair of spectral normalization, by default for CIFAR-10.
+    """Build the residual GAN of spectral normalization, by default for CIFAR-10.
 
     Args:
         image_shape: (height, width, channels) that halve to 8 pixels or fewer: 28, 32, 64, ...
         num_classes: None, or the number of classes of a conditional pair.
         generator_width: channels of the generator's blocks.
         discriminator_width: channels of the discriminator's blocks.
-        latent_size: numbers in a latent.
-        num_halvings: blocks of the discriminator that halve the size; two more keep it.
+        latent_size: dimension of the latents.
+        num_halvings: blocks of the discriminator that halve the size; two more follow at the lowest
+            resolution.
         norm: of the discriminator: "spectral" as in the paper, None, "batch" or "layer".
         upsampling: of the generator: "resize", "subpixel" or "transposed".
         fields: further fields of both networks, such as `precision` and `kernel_init`.
@@ -180,20 +176,20 @@ def generate_images(
     *,
     batch_size: int = 250,
 ) -> np.ndarray:
-    """Generate any number of images, a batch at a time.
+    """Generate any number of images in batches.
 
     Args:
         module: a `GAN`.
         variables: its parameters and other collections.
         latents: [images, latent_size].
         labels: integer [images], for a conditional network.
-        batch_size: images at once; the last batch is filled up, so that one program serves all.
+        batch_size: images in a batch; the last one is padded, so that one program is compiled.
 
     Returns:
         Images in [-1, 1], [images, height, width, channels].
 
     Raises:
-        ValueError: no latents, latents of another size, labels missing, not wanted or out of
+        ValueError: no latents, latents of another size, labels missing, unexpected or out of
             range, or `batch_size` below 1.
     """
     check_sizes(batch_size=batch_size)
@@ -204,15 +200,15 @@ def generate_images(
         raise ValueError(
             f"{len(arrays[-1])} labels do not fit {len(arrays[0])} latents; give one for each"
         )
-    if module.num_classes is not None:  # known here, and no more inside the compiled program
+    if module.num_classes is not None:  # concrete here, traced inside the compiled program
         given = None if labels is None else arrays[1]
         check_labels(given, module.num_classes, len(arrays[0]), type(module).__name__)
     images = []
     for first in range(0, len(arrays[0]), batch_size):
         parts = [array[first : first + batch_size] for array in arrays]
         missing = min(batch_size, len(arrays[0])) - len(parts[0])
-        filled = [np.concatenate([part, part[:1].repeat(missing, axis=0)]) for part in parts]
-        images.append(np.asarray(_generate(module, variables, *filled))[: len(parts[0])])
+        padded = [np.concatenate([part, part[:1].repeat(missing, axis=0)]) for part in parts]
+        images.append(np.asarray(_generate(module, variables, *padded))[: len(parts[0])])
     return np.concatenate(images)
 
 
@@ -225,7 +221,7 @@ def _generate(
 
 
 def interpolate_latents(first: jax.Array, second: jax.Array, num_steps: int) -> jax.Array:
-    """Walk from one latent to another on a great circle, where Gaussian latents lie.
+    """Interpolate spherically between two latents (slerp), which preserves the Gaussian norm.
 
     Args:
         first: [latent_size].
@@ -248,35 +244,36 @@ def interpolate_latents(first: jax.Array, second: jax.Array, num_steps: int) -> 
     """
     if num_steps < 2:
         raise ValueError(f"num_steps is {num_steps}; give 2 or more, both ends count")
-    area = jnp.linalg.norm(first) * jnp.linalg.norm(second)
-    cosine = jnp.clip(jnp.vdot(first, second) / jnp.where(area > 0, area, 1), -1, 1)
-    angle = jnp.where(area > 0, jnp.arccos(cosine), 0)
-    share = jnp.linspace(0.0, 1.0, num_steps, dtype=first.dtype)[:, None]
-    # Of parallel latents, or with one of zeros, the circle is a point or undefined: walk straight.
-    straight = jnp.sin(angle) < 1e-6
-    sine = jnp.where(straight, 1.0, jnp.sin(angle))
-    left = jnp.where(straight, 1 - share, jnp.sin((1 - share) * angle) / sine)
-    right = jnp.where(straight, share, jnp.sin(share * angle) / sine)
+    norms = jnp.linalg.norm(first) * jnp.linalg.norm(second)
+    cosine = jnp.clip(jnp.vdot(first, second) / jnp.where(norms > 0, norms, 1), -1, 1)
+    angle = jnp.where(norms > 0, jnp.arccos(cosine), 0)
+    fraction = jnp.linspace(0.0, 1.0, num_steps, dtype=first.dtype)[:, None]
+    # Interpolate linearly between parallel latents, or from zero: there is no unique great circle.
+    linear = jnp.sin(angle) < 1e-6
+    sine = jnp.where(linear, 1.0, jnp.sin(angle))
+    left = jnp.where(linear, 1 - fraction, jnp.sin((1 - fraction) * angle) / sine)
+    right = jnp.where(linear, fraction, jnp.sin(fraction * angle) / sine)
     return left * first[None] + right * second[None]
 
 
 def recalibrate_batch_norm(
     module: GAN, variables: Any, latents: jax.Array, labels: jax.Array | None = None
 ) -> Any:
-    """Let the generator's batch norms see its own images, as averaged parameters need it.
+    """Recompute the running statistics of the generator's batch norms for its parameters.
 
-    The running statistics of training belong to the parameters of training. Put others in
-    (`averaged_parameters`), and their statistics have to be found anew.
+    The running statistics of training fit the parameters of training. Other parameters, such as
+    `averaged_parameters`, need statistics of their own. Like `torch.optim.swa_utils.update_bn`;
+    differs from it: the statistics are moving averages, so the old ones decay with every step.
 
     Args:
         module: a `GAN`.
         variables: its parameters and other collections.
-        latents: [steps, batch, latent_size]; with 50 steps next to nothing of the old statistics
-            is left.
+        latents: [steps, batch, latent_size]; after 50 steps the old statistics have a weight of
+            0.9^50 = 0.005.
         labels: integer [steps, batch], for a conditional network.
 
     Returns:
-        `variables` with new "batch_stats" of the generator; as they are if there are none.
+        `variables` with new "batch_stats" of the generator; unchanged if there are none.
 
     References:
         Brock, Donahue and Simonyan 2019, arXiv:1809.11096, section 3.1 (standing statistics).
@@ -284,7 +281,7 @@ def recalibrate_batch_norm(
     if "batch_stats" not in variables:
         return variables
 
-    def see(statistics: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, None]:
+    def update(statistics: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, None]:
         _, changed = module.apply(
             {**variables, "batch_stats": statistics},
             *inputs,
@@ -294,7 +291,7 @@ def recalibrate_batch_norm(
         )
         return changed["batch_stats"], None
 
-    statistics, _ = lax.scan(see, variables["batch_stats"], (latents, *_given(labels)))
+    statistics, _ = lax.scan(update, variables["batch_stats"], (latents, *_given(labels)))
     return {**variables, "batch_stats": statistics}
 
 

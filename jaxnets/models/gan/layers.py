@@ -1,4 +1,4 @@
-"""What generators and discriminators are made of: class tables, the logit, checks."""
+"""Building blocks of generators and discriminators: class conditioning, logit head, checks."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from jaxnets.layers import (
     normalize,
 )
 
-# Images are halved down to this many pixels a side, if they are even that far.
+# Halving stops at this many pixels a side, or at an odd number.
 _SMALLEST = 4
 _LARGEST_START = 8
 
 
 def halvings(height: int, width: int) -> tuple[int, tuple[int, int]]:
-    """Say how often images can be halved, and what is left then.
+    """Compute how often images can be halved, and the resulting size.
 
     Args:
         height: of the images.
         width: of the images.
 
     Returns:
-        Number of halvings until 4 pixels are left or an odd number, and the (height, width) left.
+        Number of halvings until 4 pixels or an odd number, and the final (height, width).
 
     Raises:
         ValueError: images that halve to more than 8 pixels, or not at all.
@@ -45,22 +45,22 @@ def halvings(height: int, width: int) -> tuple[int, tuple[int, int]]:
         >>> [halvings(side, side) for side in (8, 28, 32, 64)]
         [(1, (4, 4)), (2, (7, 7)), (3, (4, 4)), (4, (4, 4))]
     """
-    count, left = 0, (height, width)
-    while min(left) > _SMALLEST and not any(side % 2 for side in left):
-        count, left = count + 1, (left[0] // 2, left[1] // 2)
-    if max(left) > _LARGEST_START or not count:
+    count, size = 0, (height, width)
+    while min(size) > _SMALLEST and not any(side % 2 for side in size):
+        count, size = count + 1, (size[0] // 2, size[1] // 2)
+    if max(size) > _LARGEST_START or not count:
         raise ValueError(
-            f"images of {height} x {width} pixels halve {count} times, to {left[0]} x {left[1]}; "
+            f"images of {height} x {width} pixels halve {count} times, to {size[0]} x {size[1]}; "
             "resize or pad them to 8, 16, 28, 32, 64, ... pixels a side"
         )
-    return count, left
+    return count, size
 
 
 class ClassModulation(nn.Module):
-    """Scale and shift each channel by an amount that depends on the class.
+    """Scale and shift each channel by class-dependent amounts.
 
-    x (1 + gain_y) + shift_y; both tables start at zero. Behind a batch norm this is the
-    class-conditional batch norm.
+    x (1 + gain_y) + shift_y; both embeddings are initialized with zeros. After a batch norm this is
+    class-conditional batch normalization.
 
     Attributes:
         num_classes: number of classes.
@@ -83,7 +83,7 @@ class ClassModulation(nn.Module):
                 embedding_init=nn.initializers.zeros,
                 precision=self.precision,
                 name=name,
-            )(labels)[:, None, None]
+            )(labels)[:, None, None]  # [batch, 1, 1, channels]
             for name in ("gain", "shift")
         )
         return x * (1 + gain) + shift
@@ -99,7 +99,7 @@ def modulated_norm(
     name: str,
     precision: Precision,
 ) -> jax.Array:
-    """Normalize, then scale and shift by class where there are classes; in a compact module.
+    """Normalize, then modulate by class if there are classes; to be called in a compact module.
 
     Args:
         x: [batch, height, width, channels].
@@ -107,7 +107,7 @@ def modulated_norm(
         norm: as for `layers.normalize`.
         num_classes: number of classes, or None.
         train: training mode.
-        name: name of the norm's parameters; those of the classes are `{name}_class`.
+        name: name of the norm; the modulation is named `{name}_class`.
         precision: dtypes.
 
     Returns:
@@ -120,14 +120,14 @@ def modulated_norm(
 
 
 class LogitHead(nn.Module):
-    """The logit of a discriminator: linear in its features, with weights of the class added.
+    """Linear logit of a discriminator, with a projection on a class embedding.
 
-    (w + v_y) . features + b, where v_y is zero without classes.
+    (w + v_y) . features + b, where v_y is the embedding of class y, zero without classes.
 
     Attributes:
         num_classes: number of classes, or None.
         spectral: divide the kernels by their largest singular values.
-        kernel_init: initializer of w and of the vectors v.
+        kernel_init: initializer of w and of the embedding v.
         precision: dtypes.
 
     References:
@@ -149,7 +149,7 @@ class LogitHead(nn.Module):
     ) -> jax.Array:
         """Map features [batch, ...] and integer labels [batch] to logits [batch]."""
         policy = self.precision
-        features = features.reshape(features.shape[0], -1)
+        features = features.reshape(features.shape[0], -1)  # [batch, features]
         logits = linear_layer(
             features,
             Dense,
@@ -173,18 +173,18 @@ class LogitHead(nn.Module):
         return (logits + jnp.sum(products, axis=-1).astype(logits.dtype)).astype(policy.output)
 
 
-def judge(
+def logits_of(
     module: Any, x: jax.Array, labels: jax.Array | None, *, flatten: bool, train: bool
 ) -> jax.Array:
-    """Turn the last maps of a discriminator into logits, inside its compact method.
+    """Map the last feature map of a discriminator to logits; to be called in its compact method.
 
-    Records "features": the maps summed over all positions.
+    Records "features": the feature map summed over all positions.
 
     Args:
         module: the discriminator, with `num_classes`, `norm`, `kernel_init` and `precision`.
         x: [batch, height, width, channels].
         labels: integer [batch], or None.
-        flatten: every position has weights of its own; otherwise the sums decide.
+        flatten: apply the head to the flattened feature map; otherwise to its sum over positions.
         train: training mode.
 
     Returns:
@@ -209,10 +209,10 @@ def check_generator(
     upsampling: str,
     **sizes: int,
 ) -> None:
-    """Refuse the fields of a generator that make no network.
+    """Refuse invalid fields of a generator.
 
     Raises:
-        ValueError: naming the first bad field and its value.
+        ValueError: the first invalid field and its value.
     """
     check_sizes(image_shape=image_shape, **sizes)
     if len(image_shape) != 3:
@@ -224,10 +224,10 @@ def check_generator(
 
 
 def check_discriminator(num_classes: int | None, norm: str | None, **sizes: int) -> None:
-    """Refuse the fields of a discriminator that make no network.
+    """Refuse invalid fields of a discriminator.
 
     Raises:
-        ValueError: naming the first bad field and its value.
+        ValueError: the first invalid field and its value.
     """
     check_sizes(**sizes)
     check_num_classes(num_classes)
@@ -248,14 +248,14 @@ def check_num_classes(num_classes: int | None) -> None:
 
 
 def check_latents(latents: jax.Array, latent_size: int) -> None:
-    """Refuse latents that are no rows of the right size.
+    """Refuse latents that are not [batch, latent_size].
 
     Args:
-        latents: what a generator was called with.
-        latent_size: numbers in each of its inputs.
+        latents: the input of a generator.
+        latent_size: the dimension that it expects.
 
     Raises:
-        ValueError: naming the shape that was given and the one that fits.
+        ValueError: the shape that was given and the one that fits.
     """
     if latents.ndim != 2 or latents.shape[-1] != latent_size:
         raise ValueError(
@@ -267,16 +267,16 @@ def check_latents(latents: jax.Array, latent_size: int) -> None:
 def check_labels(
     labels: jax.Array | np.ndarray | None, num_classes: int | None, batch_size: int, network: str
 ) -> None:
-    """Refuse labels that are missing, not wanted or, where they are known, out of range.
+    """Refuse labels that are missing, unexpected or, unless traced, out of range.
 
     Args:
         labels: integer [batch], or None.
-        num_classes: number of classes, or None for a network that knows none.
+        num_classes: number of classes, or None for an unconditional network.
         batch_size: number of images.
         network: its name, for the message.
 
     Raises:
-        ValueError: naming what is wrong with them, and what to do.
+        ValueError: what is wrong with the labels, and the remedy.
     """
     if num_classes is None:
         if labels is not None:
@@ -296,7 +296,7 @@ def check_labels(
             f"images; give one integer for each, shape ({batch_size},)"
         )
     if isinstance(labels, jax.core.Tracer):
-        return  # the embedding gives NaN
+        return  # in a compiled program the embedding gives NaN
     known = np.asarray(labels)
     wrong = known[(known < 0) | (known >= num_classes)]
     if wrong.size:

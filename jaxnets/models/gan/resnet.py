@@ -1,4 +1,4 @@
-"""Residual generative adversarial networks: those of WGAN-GP and of spectral normalization."""
+"""Residual generators and discriminators, as in WGAN-GP and spectral normalization."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from jaxnets.models.gan.layers import (
     check_labels,
     check_latents,
     halvings,
-    judge,
+    logits_of,
     modulated_norm,
 )
 
 
 class GeneratorBlock(nn.Module):
-    """Norm, relu, doubling convolution, norm, relu, convolution, added to the doubled input.
+    """Norm, relu, upsampling by 2, norm, relu, convolution; plus the upsampled input.
 
     Attributes:
-        features: channels returned.
+        features: channels of the output.
         num_classes: as for the generator.
         norm: as for the generator.
         upsampling: as for the generator.
@@ -56,7 +56,7 @@ class GeneratorBlock(nn.Module):
         self, x: jax.Array, labels: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
-        # No bias: what is added to the sum, the norm of the next block subtracts again.
+        # No bias: the norm of the next block subtracts it.
         shared: dict[str, Any] = {
             "use_bias": self.norm is None,
             "kernel_init": self.kernel_init,
@@ -78,26 +78,26 @@ class GeneratorBlock(nn.Module):
         y = normalized(x, "norm_1")
         y = Upsampling(self.features, self.upsampling, name="conv_1", **shared)(y)
         y = Convolution(self.features, 3, name="conv_2", **shared)(normalized(y, "norm_2"))
-        # A 1x1 convolution and repeating pixels commute; this order costs a quarter.
+        # A 1x1 convolution commutes with nearest-neighbor upsampling; this order costs a quarter.
         return enlarge(Convolution(self.features, 1, name="shortcut", **shared)(x)) + y
 
 
 class ResNetGenerator(nn.Module):
-    """Map latents to images: residual blocks that double the size, all of the same width.
+    """Map latents to images: residual blocks that double height and width, all of one width.
 
     Attributes:
         image_shape: (height, width, channels).
-        latent_size: numbers in a latent.
+        latent_size: dimension of the latents.
         width: channels of every block.
-        num_classes: None, or the number of classes whose label an image is to have; each norm
-            then has a scale and a shift for each class.
+        num_classes: None, or the number of classes of a conditional generator; each norm then has
+            a scale and a shift for each class.
         norm: None, "batch" or "layer".
-        upsampling: "resize", "subpixel" or "transposed", see `upsampling.Upsampling`.
+        upsampling: "resize", "subpixel" or "transposed", see `layers.Upsampling`.
         kernel_init: initializer of all kernels.
         precision: dtypes.
 
     Raises:
-        ValueError: a field is out of range, or images that do not halve to 8 pixels or fewer.
+        ValueError: a field is out of range, or the image size does not halve to 8 or less.
 
     References:
         Gulrajani et al. 2017, arXiv:1704.00028, appendix F; Miyato et al. 2018,
@@ -132,11 +132,11 @@ class ResNetGenerator(nn.Module):
 
         Args:
             latents: usually standard normal.
-            labels: integer [batch], for a network with classes only.
+            labels: integer [batch], for a conditional network only.
             train: training mode.
 
         Raises:
-            ValueError: latents of another size, labels missing, not wanted or out of range.
+            ValueError: latents of another size, labels missing, unexpected or out of range.
         """
         check_latents(latents, self.latent_size)
         check_labels(labels, self.num_classes, latents.shape[0], type(self).__name__)
@@ -144,7 +144,7 @@ class ResNetGenerator(nn.Module):
         num_doublings, (height, width) = halvings(*self.image_shape[:2])
         shared: dict[str, Any] = {"kernel_init": self.kernel_init, "precision": policy}
         x = Dense(height * width * self.width, name="start", **shared)(latents)
-        x = x.reshape(-1, height, width, self.width)
+        x = x.reshape(-1, height, width, self.width)  # [batch, height, width, channels]
         for index in range(1, num_doublings + 1):
             x = GeneratorBlock(
                 self.width,
@@ -160,13 +160,13 @@ class ResNetGenerator(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Relu, convolution, relu, convolution, halved where asked, added to the input.
+    """Relu, convolution, relu, convolution, optional 2x2 average pooling; plus the input.
 
     Attributes:
-        features: channels returned.
-        halve: average 2x2 pixels at the end.
-        first: the block sees the image: no norm and no relu in front.
-        norm: None, "batch", "layer" or "spectral"; the first two stand in front of each relu.
+        features: channels of the output.
+        halve: average-pool 2x2 pixels at the end.
+        first: the block's input is the image: no norm and no relu before the first convolution.
+        norm: None, "batch", "layer" or "spectral"; "batch" and "layer" come before each relu.
         kernel_init: initializer of the kernels.
         precision: dtypes.
     """
@@ -207,22 +207,23 @@ class DiscriminatorBlock(nn.Module):
         if self.halve:
             x, y = average_pool(x, 2), average_pool(y, 2)
         if x.shape[-1] != self.features or self.halve:
-            # The paper pools behind this convolution, but for the first block: without a bias the
+            # The paper pools after this convolution, except in the first block. Without a bias the
             # two commute, and this order costs a quarter.
             x = convolved(x, 1, "shortcut", use_bias=False)
         return x + y
 
 
 class ResNetDiscriminator(nn.Module):
-    """Map images to a logit, large where they seem real: residual blocks, summed at the end.
+    """Map images to logits, large for "real", by residual blocks and a sum over positions.
 
     Attributes:
-        num_halvings: blocks that halve the size, which must divide by 2 so often.
-        num_blocks: blocks after them that keep it, 0 or more.
+        num_halvings: blocks that halve height and width, which must be multiples of
+            2^num_halvings.
+        num_blocks: further blocks at the lowest resolution, 0 or more.
         width: channels of every block.
         num_classes: None, or the number of classes of a projection discriminator.
         norm: None, "batch", "layer", or "spectral", which divides every kernel by its largest
-            singular value. Penalties on gradients need one without "batch".
+            singular value. Gradient penalties do not work with "batch".
         kernel_init: initializer of all kernels.
         precision: dtypes.
 
@@ -258,12 +259,12 @@ class ResNetDiscriminator(nn.Module):
 
         Args:
             inputs: images in [-1, 1].
-            labels: integer [batch], for a network with classes only.
+            labels: integer [batch], for a conditional network only.
             train: training mode.
 
         Raises:
-            ValueError: images that do not halve so often without a rest, labels missing, not
-                wanted or out of range.
+            ValueError: a height or width that is no multiple of 2^num_halvings, labels missing,
+                unexpected or out of range.
         """
         check_rank(inputs, self, layouts=IMAGES)
         check_labels(labels, self.num_classes, inputs.shape[0], type(self).__name__)
@@ -271,7 +272,7 @@ class ResNetDiscriminator(nn.Module):
         if height % 2**self.num_halvings or width % 2**self.num_halvings:
             raise ValueError(
                 f"images of {height} x {width} pixels do not halve num_halvings="
-                f"{self.num_halvings} times without a rest; give fewer halvings, or resize them"
+                f"{self.num_halvings} times without remainder; give fewer halvings, or resize them"
             )
         x = inputs
         for index in range(self.num_halvings + self.num_blocks):
@@ -284,4 +285,4 @@ class ResNetDiscriminator(nn.Module):
                 precision=self.precision,
                 name=f"block_{index + 1}",
             )(x, train=train)
-        return judge(self, nn.relu(x), labels, flatten=False, train=train)
+        return logits_of(self, nn.relu(x), labels, flatten=False, train=train)
