@@ -1,4 +1,6 @@
-"""What the tests of adversarial training share: tiny pairs, batches, states of two updates."""
+"""Shared by the tests of adversarial training: tiny GANs, batches, states of two updates."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,12 @@ BATCH = {
     "latents": RANDOM.normal(size=(8, 5)).astype(np.float32),
     "weights": np.array([1, 1, 0.5, 1, 0, 1, 2, 1], np.float32),
 }
-# Small gradients, so that rounding stays below the tolerance in two networks that chase each other.
+# Small gradients, so that rounding stays below the tolerance in two competing networks.
 INIT = {"kernel_init": jax.nn.initializers.normal(0.1)}
 TINY = {"width": 2, "latent_size": 5, **INIT}
 
 
-# Large enough for a discriminator with a batch norm, which its first layer has not.
+# Large enough for a discriminator with a batch norm, which starts at the second layer.
 LARGER = {**BATCH, "inputs": RANDOM.uniform(-1, 1, (8, 16, 16, 1)).astype(np.float32)}
 
 
@@ -38,23 +40,29 @@ def as_double(batch):
     }
 
 
-def problem(objectives, module, optimizers=None, num_critics=1, seed=0):
+@functools.cache
+def initialized(module, seed, dtype):
+    latents = jnp.zeros((1, module.latent_size), dtype)
+    labels = None if module.num_classes is None else jnp.zeros(1, jnp.int32)
+    return jax.jit(module.init)(jax.random.key(seed), latents, labels)
+
+
+def problem(objectives, module, optimizers=None, num_discriminator_updates=1, seed=0):
+    """Return the updates of a GAN and a train state whose parameters depend on the seed."""
     discriminator_update, generator_update = optimizers or (
         optax.sgd(0.05, momentum=0.9),
         optax.sgd(0.02, momentum=0.9),
     )
     updates = [
         Update(objectives.discriminator, discriminator_update, wrt="discriminator")
-    ] * num_critics
+    ] * num_discriminator_updates
     updates.append(Update(objectives.generator, generator_update, wrt="generator"))
-    latents = jnp.zeros((1, module.latent_size), jnp.result_type(float))
-    labels = None if module.num_classes is None else jnp.zeros(1, jnp.int32)
-    variables = jax.jit(module.init)(jax.random.key(seed), latents, labels)
+    variables = initialized(module, seed, jnp.result_type(float))
     return updates, create_train_state(variables, updates, rng=jax.random.key(1))
 
 
 def plain(precision=Precision()):
-    """A conditional pair without batch norms, on which every executor agrees."""
+    """Return a conditional GAN without batch norms, for which all executors agree."""
     shared = {"num_classes": 3, "width": 2, "precision": precision, **INIT}
     return GAN(
         DCGANGenerator((8, 8, 1), latent_size=5, norm=None, **shared),

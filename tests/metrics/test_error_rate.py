@@ -1,4 +1,4 @@
-"""Edit distance and error rate against their recursion and counts by hand."""
+"""Edit distance against its recursion, and error rate by hand."""
 
 import jax.numpy as jnp
 import numpy as np

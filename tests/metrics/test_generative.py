@@ -1,4 +1,4 @@
-"""Measures of generated images against SciPy, naive loops and closed forms."""
+"""Metrics of generated images against SciPy, loops and closed forms."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def test_a_gaussian_fit_is_that_of_numpy():
+def test_a_gaussian_fit_has_the_mean_and_covariance_of_numpy():
     features = normal(40, 5)
     fit = gaussian_fit(features.astype(np.float32))
     assert fit.covariance.dtype == np.float64
@@ -33,7 +33,7 @@ def test_a_gaussian_fit_is_that_of_numpy():
     np.testing.assert_allclose(fit.covariance, np.cov(features.T), rtol=1e-5, atol=1e-7)
 
 
-def test_the_frechet_distance_is_that_of_scipys_matrix_root():
+def test_the_frechet_distance_equals_that_by_scipys_matrix_square_root():
     first = normal(60, 7) @ normal(7, 7, seed=1)
     second = normal(50, 7, seed=2) @ normal(7, 7, seed=3) + 0.5
     one, two = np.cov(first.T), np.cov(second.T)
@@ -42,7 +42,7 @@ def test_the_frechet_distance_is_that_of_scipys_matrix_root():
     np.testing.assert_allclose(frechet_distance(first, second), expected, rtol=1e-9)
 
 
-def test_the_distance_of_gaussians_that_commute_has_a_closed_form():
+def test_the_distance_of_commuting_covariances_has_a_closed_form():
     variances = np.array([1.0, 4.0, 0.0]), np.array([9.0, 0.25, 2.0])
     rotation = np.linalg.qr(normal(3, 3))[0]
     means = normal(2, 3)
@@ -56,15 +56,15 @@ def test_the_distance_of_gaussians_that_commute_has_a_closed_form():
     np.testing.assert_allclose(gaussian_distance(second, first), expected, rtol=1e-7)
 
 
-def test_the_distance_to_itself_is_zero_with_fewer_images_than_features_too():
+def test_the_distance_to_itself_is_zero_even_with_fewer_images_than_features():
     features = normal(5, 20)
     assert 0 <= frechet_distance(features, features) < 1e-6
     assert frechet_distance(features, features + 1) == pytest.approx(20, rel=1e-6)
     assert frechet_distance(features, np.zeros((9, 20))) > 1
 
 
-def test_published_statistics_and_given_features_make_the_fid():
-    """As with Inception's: a mean and a covariance from elsewhere, features from the caller."""
+def test_features_can_be_compared_with_published_statistics():
+    """As for the FID: mean and covariance from elsewhere, features from the caller."""
     mean, covariance = np.array([1.0, -2.0, 0.0]), np.diag([4.0, 1.0, 9.0])
     published = FeatureDistribution(mean, covariance)
     corners = np.array(list(np.ndindex(2, 2, 2))) * 2.0 - 1  # mean 0, variance 8 / 7 each
@@ -74,30 +74,35 @@ def test_published_statistics_and_given_features_make_the_fid():
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def naive_among(points, others, num_neighbors):
-    found = []
-    for point in points:
-        inside = False
-        for index, other in enumerate(others):
-            rest = [np.linalg.norm(other - x) for j, x in enumerate(others) if j != index]
-            inside |= bool(np.linalg.norm(point - other) <= sorted(rest)[num_neighbors - 1])
-        found.append(inside)
-    return np.mean(found)
+def fraction_in_manifold(points, others, num_neighbors):
+    """Return the fraction of points within a ball of the others, by loops."""
+    radii = [
+        sorted(np.linalg.norm(other - x) for j, x in enumerate(others) if j != index)[
+            num_neighbors - 1
+        ]
+        for index, other in enumerate(others)
+    ]
+    return np.mean(
+        [
+            any(np.linalg.norm(point - x) <= r for x, r in zip(others, radii, strict=True))
+            for point in points
+        ]
+    )
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 3])
 @pytest.mark.parametrize("rows", [4, 1024])
-def test_precision_and_recall_are_those_of_a_naive_loop(num_neighbors, rows, monkeypatch):
+def test_precision_and_recall_equal_those_of_a_loop(num_neighbors, rows, monkeypatch):
     monkeypatch.setattr(generative, "_ROWS", rows)
     real, generated = normal(30, 3), 0.7 * normal(25, 3, seed=1) + 1.5
     found = precision_recall(real, generated, num_neighbors=num_neighbors)
-    precision = naive_among(generated, real, num_neighbors)
-    recall = naive_among(real, generated, num_neighbors)
+    precision = fraction_in_manifold(generated, real, num_neighbors)
+    recall = fraction_in_manifold(real, generated, num_neighbors)
     assert found == pytest.approx((precision, recall))
     assert 0 < found.recall < 1 and 0 < found.precision < 1
 
 
-def test_a_generator_of_one_mode_is_precise_and_recalls_little():
+def test_a_collapsed_generator_has_high_precision_and_low_recall():
     real = np.concatenate([normal(100, 2), normal(100, 2, seed=1) + 50])
     one_mode = normal(200, 2, seed=2)
     found = precision_recall(real, one_mode)
@@ -106,7 +111,7 @@ def test_a_generator_of_one_mode_is_precise_and_recalls_little():
     assert noise.precision == 0 and precision_recall(real, real) == (1, 1)
 
 
-def test_classes_count_as_covered_from_a_tenth_of_an_even_share_on():
+def test_a_class_is_covered_from_a_tenth_of_the_uniform_frequency_on():
     labels = np.repeat([0, 1, 2], [980, 10, 9])
     np.testing.assert_allclose(class_shares(labels, 4), [980 / 999, 10 / 999, 9 / 999, 0])
     assert class_coverage(labels, 4) == 0.25
@@ -115,12 +120,12 @@ def test_classes_count_as_covered_from_a_tenth_of_an_even_share_on():
     assert class_coverage(np.arange(10), 10, least=1.0) == 1
 
 
-def test_agreement_is_the_share_of_images_of_the_class_asked_for():
+def test_class_agreement_is_the_accuracy_for_the_given_labels():
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
     assert class_agreement(logits, np.array([0, 2, 2, 0])) == 0.75
 
 
-def test_features_come_in_batches_as_all_at_once():
+def test_features_in_batches_equal_those_of_all_images_at_once():
     module = ConvNet(features=(4,), hidden_features=(6,), num_outputs=3, norm="batch")
     images = normal(7, 8, 8, 1).astype(np.float32)
     variables = jax.jit(module.init)(jax.random.key(0), images)
@@ -129,7 +134,8 @@ def test_features_come_in_batches_as_all_at_once():
     head = jax.tree.map(np.asarray, variables["params"]["head"])
     expected = found.features @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.logits, module.apply(variables, images), rtol=1e-4, atol=1e-6)
+    logits = jax.jit(module.apply)(variables, images)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,7 @@ def test_features_come_in_batches_as_all_at_once():
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -164,6 +170,6 @@ def test_what_cannot_be_measured_is_refused(call, message):
 def test_a_network_that_records_no_features_is_refused():
     module = DCGANGenerator((8, 8, 1), latent_size=5, width=4)
     latents = normal(2, 5).astype(np.float32)
-    variables = module.init(jax.random.key(0), latents)
+    variables = jax.jit(module.init)(jax.random.key(0), latents)
     with pytest.raises(ValueError, match=r"DCGANGenerator records \[\] and no 'features'"):
         classifier_features(module, variables, latents)

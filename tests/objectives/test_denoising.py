@@ -1,4 +1,6 @@
-"""Autoencoders that restore clean images from corrupted ones, whatever their kind."""
+"""The denoising objective around every kind of autoencoder."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ CONFIG = EncoderDecoderConfig((3, 4, 1), features=(5,), activation="tanh")
 BATCH = {"inputs": np.random.default_rng(0).uniform(size=(4, 3, 4, 1)).astype(np.float32)}
 
 
-def prepared(module):
+@functools.cache
+def initialized(module):
     variables = dict(jax.jit(module.init)(jax.random.key(0), BATCH["inputs"]))
     return variables.pop("params"), variables
 
@@ -28,17 +31,22 @@ def noisy_images():
     return corrupted(jnp.asarray(BATCH["inputs"]), key, "gaussian", 0.5)
 
 
-def test_denoising_restores_the_clean_images():
+def test_the_loss_compares_the_output_for_noisy_images_with_the_clean_ones():
     module = Autoencoder(CONFIG, latent_size=2)
-    params, state = prepared(module)
+    params, state = initialized(module)
     objective = jn.denoising(jn.reconstruction(module), amount=0.5)
-    errors = (module.apply({"params": params}, noisy_images()).outputs - BATCH["inputs"]) ** 2
-    for train in (False, True):
-        found = evaluate(objective, params, state, train=train).loss.total
-        assert found == pytest.approx(float(jnp.sum(errors)), rel=1e-5)
+
+    @jax.jit
+    def run(params):
+        losses = [evaluate(objective, params, state, train=t).loss.total for t in (False, True)]
+        return losses, module.apply({"params": params}, noisy_images()).outputs
+
+    losses, outputs = run(params)
+    errors = np.square(np.asarray(outputs) - BATCH["inputs"])
+    np.testing.assert_allclose(losses, errors.sum(), rtol=1e-5)
 
 
-def test_noise_has_the_asked_size_and_stays_in_the_range():
+def test_noise_has_the_given_amount_and_stays_in_the_range():
     x = jnp.full((200, 10, 10, 3), 0.5)
     noisy = corrupted(x, jax.random.key(0), "gaussian", 0.1)
     assert np.std(noisy) == pytest.approx(0.1, rel=0.02)
@@ -50,7 +58,7 @@ def test_noise_has_the_asked_size_and_stays_in_the_range():
 
 
 @pytest.mark.parametrize("kind", ["vae", "vq_vae"])
-def test_distributions_of_codes_and_discrete_codes_restore_the_clean_images_too(kind):
+def test_variational_and_quantized_autoencoders_reconstruct_the_clean_images(kind):
     if kind == "vae":
         module = VAE(CONFIG, latent_size=3)
         noise = jax.random.normal(jn.rng_streams(jax.random.key(1), "latent")["latent"], (4, 3))
@@ -58,32 +66,42 @@ def test_distributions_of_codes_and_discrete_codes_restore_the_clean_images_too(
     else:
         module = VQVAE(EncoderDecoderConfig((3, 4, 1), "convolutional", (5,)), 4, embedding_size=2)
         objective, keywords = jn.vq_vae(module), {}
-    params, state = prepared(module)
-    outputs = module.apply({"params": params, **state}, noisy_images(), **keywords).outputs
-    found = evaluate(jn.denoising(objective, amount=0.5), params, state)
+    params, state = initialized(module)
+
+    @jax.jit
+    def run(params):
+        outputs = module.apply({"params": params, **state}, noisy_images(), **keywords).outputs
+        return evaluate(jn.denoising(objective, amount=0.5), params, state), outputs
+
+    found, outputs = run(params)
     losses = module.likelihood.losses(outputs, BATCH["inputs"])
     assert found.metrics["reconstruction"].total == pytest.approx(float(losses.sum()), rel=1e-5)
     errors = np.square(module.likelihood.mean(outputs) - BATCH["inputs"]).mean()
     assert found.metrics["squared_error"].compute() == pytest.approx(float(errors), rel=1e-5)
 
 
-def test_a_masked_autoencoder_paints_the_clean_images():
+def test_a_masked_autoencoder_reconstructs_the_clean_images():
     block = jn.BlockConfig(features=4, num_heads=1, mlp_dim=4)
     module = jn.MaskedAutoencoder(1, 1, block, decoder_num_layers=1, decoder_config=block)
-    params, state = prepared(module)
-    objective = jn.masked_reconstruction(module, normalize=False)
-    noise = jax.random.uniform(jn.rng_streams(jax.random.key(1), "mask")["mask"], (4, 12))
-    outputs, masked = module.apply({"params": params}, noisy_images(), noise=noise)
+    params, state = initialized(module)
+    objective = jn.denoising(jn.masked_reconstruction(module, normalize=False), amount=0.5)
+
+    @jax.jit
+    def run(params):
+        noise = jax.random.uniform(jn.rng_streams(jax.random.key(1), "mask")["mask"], (4, 12))
+        outputs, masked = module.apply({"params": params}, noisy_images(), noise=noise)
+        return evaluate(objective, params, state).loss, outputs, masked
+
+    found, outputs, masked = run(params)
     errors = np.square(np.asarray(outputs)[..., 0] - BATCH["inputs"].reshape(4, 12))
-    found = evaluate(jn.denoising(objective, amount=0.5), params, state).loss
     assert found.total == pytest.approx(errors[np.asarray(masked)].mean() * 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "masking"])
 def test_clean_images_outside_of_the_range_are_refused_or_nan(noise):
-    # A likelihood of any range, so that nothing but the noise minds.
+    # The likelihood accepts any range, so the check is that of the noise.
     module = Autoencoder(CONFIG, latent_size=2, likelihood=SquaredError(image_range=None))
-    params, state = prepared(module)
+    params, state = initialized(module)
     objective = jn.denoising(jn.reconstruction(module), noise=noise)
     x = BATCH["inputs"].copy()
     x[2, 0, 0, 0] = 200
@@ -98,23 +116,23 @@ def test_clean_images_outside_of_the_range_are_refused_or_nan(noise):
     assert np.isnan(loss(x, whole))
     assert np.isfinite(loss(x, np.array([1, 1, 0, 1], np.float32)))
     with pytest.raises(ValueError, match=r"images hold 200, outside of \[0, 1\]; divide gray"):
-        evaluate(objective, params, state, {"inputs": x})
+        jax.eval_shape(lambda: evaluate(objective, params, state, {"inputs": x}))
 
 
-def test_the_noise_does_not_depend_on_how_the_images_were_drawn():
-    """Black and white pixels, drawn by one transform, get independent noise from the next."""
+def test_the_noise_is_independent_of_an_outer_random_transform():
+    """Pixels binarized by one transform get independent noise from the next."""
     seen = {}
 
     def spy(params, model_state, batch, rng, *, train):
         seen.update(batch)
         return jn.ObjectiveOutput(jn.Mean.of(jnp.zeros(1)), model_state, {})
 
-    def binarised(batch, rng, train):
+    def binarized(batch, rng, train):
         return {"inputs": (jax.random.uniform(rng, batch["inputs"].shape) < 0.5).astype(float)}
 
     wide = {"inputs": jnp.zeros((100, 10, 10, 1))}
     objective = jn.denoising(spy, amount=0.1, image_range=(-1.0, 2.0))
-    evaluate(jn.with_batch_transform(objective, binarised), {}, {}, wide, train=True)
+    evaluate(jn.with_batch_transform(objective, binarized), {}, {}, wide, train=True)
     white = np.asarray(seen["targets"]).ravel()
     noise = np.asarray(seen["inputs"]).ravel() - white
     assert abs(np.corrcoef(white, noise)[0, 1]) < 0.04  # four standard errors
@@ -127,6 +145,6 @@ def test_the_noise_does_not_depend_on_how_the_images_were_drawn():
         (lambda m: jn.denoising(m, noise="masking", amount=1.5), r"amount is 1\.5"),
     ],
 )
-def test_noise_that_is_none_is_refused(build, message):
+def test_unknown_noise_or_an_invalid_amount_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build(jn.reconstruction(Autoencoder(CONFIG)))

@@ -1,4 +1,4 @@
-"""Likelihoods of images against scipy, and the range that images must have."""
+"""Likelihoods of images against SciPy, and the check of the pixel range."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def test_the_bernoulli_loss_is_the_cross_entropy_of_gray_levels():
     np.testing.assert_allclose(Bernoulli().mean(logits), p, rtol=1e-5)
 
 
-def test_the_gaussian_losses_are_those_of_scipy():
+def test_the_gaussian_losses_equal_scipy():
     x, mean = images(2, 3, 4, 2), images(2, 3, 4, 2, low=-1)
     log_scale = 4 * images(2, 3, 4, 2, low=-1)
     fixed = -scipy.stats.norm.logpdf(x, mean, 0.3).sum(axis=(1, 2, 3))
@@ -47,7 +47,7 @@ def test_the_256_levels_of_the_logistic_likelihood_sum_to_one(mean, scale):
     assert np.exp(-np.asarray(losses, np.float64)).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_the_logistic_likelihood_is_the_mass_of_the_bin():
+def test_the_logistic_likelihood_is_the_probability_of_the_bin():
     levels = np.array([-1.0, -0.2, 0.0, 0.4, 1.0])  # five of the eleven levels
     logistic = scipy.stats.logistic(0.1, 0.3)
     edges = np.stack([levels - 0.1, levels + 0.1])
@@ -58,7 +58,7 @@ def test_the_logistic_likelihood_is_the_mass_of_the_bin():
     assert DiscretizedLogistic(11).losses(outputs, x)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_worst_pixel_is_named_with_the_remedy():
+def test_the_pixel_furthest_outside_is_named_with_the_remedy():
     x = np.array([[0.5, 300.0, -2.0]])
     with pytest.raises(ValueError, match=r"hold 300.*\[0, 1\]; divide gray levels by 255, or take"):
         check_images(x, (0.0, 1.0))
@@ -70,25 +70,25 @@ def test_the_worst_pixel_is_named_with_the_remedy():
         check_images(x.astype(np.int32), None)
 
 
-def test_rounding_is_no_reason_to_refuse_an_image():
+def test_rounding_errors_are_accepted():
     x = np.array([[0.0, 1.00005], [-0.00005, 1.0]], np.float32)
     for check in (check_images, jax.jit(check_images, static_argnums=1)):
-        kept, inside = check(x, (0.0, 1.0))
-        np.testing.assert_array_equal(kept, x)
+        checked, inside = check(x, (0.0, 1.0))
+        np.testing.assert_array_equal(checked, x)
         assert inside.all()
 
 
-def test_images_found_outside_when_the_program_runs_are_emptied():
+def test_images_out_of_range_become_zeros_in_a_compiled_program():
     x = np.array([[0.0, 1.0], [0.5, 1.5], [np.nan, 0.0], [np.inf, 0.0]], np.float32)
     check = jax.jit(check_images, static_argnums=1)
-    kept, inside = check(x, (0.0, 1.0))
+    checked, inside = check(x, (0.0, 1.0))
     np.testing.assert_array_equal(inside, [True, False, False, False])
-    np.testing.assert_array_equal(kept, [[0, 1], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(checked, [[0, 1], [0, 0], [0, 0], [0, 0]])
     np.testing.assert_array_equal(check(x, None)[1], [True, True, False, False])
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), SquaredError(), Gaussian(), Gaussian(0.1)])
-def test_gray_levels_are_refused_unless_a_range_is_named(likelihood):
+def test_gray_levels_are_refused_unless_any_range_is_allowed(likelihood):
     with pytest.raises(ValueError, match="divide gray levels by 255"):
         check_images(255 * images(2, 3, 4, 1), likelihood.image_range)
     for free in (SquaredError(image_range=None), Gaussian(image_range=None)):

@@ -1,4 +1,6 @@
-"""The networks of the GAN family: sizes, parameter counts, classes, and the shared checks."""
+"""The networks of the GAN family: shared checks, parameter counts, class conditioning, errors."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,6 @@ from jaxnets.models.gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.models.gan.layers import ClassModulation, LogitHead
 from jaxnets.models.gan.resnet import ResNetDiscriminator, ResNetGenerator
 
-RANDOM = np.random.default_rng(0)
 LABELS = np.array([0, 1, 2, 0, 1, 2], np.int32)
 
 
@@ -46,22 +47,39 @@ def images(*shape):
             (normal(6, 5), LABELS),
             (6 * 64) + 2 * (8 + 24) + 2 * 144 + 16 + 8 + 37,
         ),
-        (DCGANDiscriminator(4), (images(6, 16, 16, 1),), 68 + (512 + 16) + (128 + 1)),
+        pytest.param(
+            DCGANDiscriminator(4),
+            (images(6, 16, 16, 1),),
+            68 + (512 + 16) + (128 + 1),
+            marks=pytest.mark.slow,
+        ),
         (
             DCGANDiscriminator(4, num_classes=3, norm="spectral"),
             (images(6, 8, 8, 1), LABELS),
             68 + 65 + 3 * 64,
         ),
-        (DCGANDiscriminator(4, norm="layer"), (images(6, 16, 16, 1),), 68 + 528 + 129),
-        (
+        pytest.param(
+            DCGANDiscriminator(4, norm="layer"),
+            (images(6, 16, 16, 1),),
+            68 + 528 + 129,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ResNetDiscriminator(1, 1, width=4, num_classes=3),
             (images(6, 8, 8, 1), LABELS),
             (40 + 148 + 4) + 2 * 148 + 5 + 12,
+            marks=pytest.mark.slow,
         ),
         (
+            ResNetDiscriminator(1, 0, width=4, num_classes=3),
+            (images(2, 8, 8, 1), LABELS[:2]),
+            (40 + 148 + 4) + 5 + 12,
+        ),
+        pytest.param(
             ResNetDiscriminator(1, 0, width=4, norm=None),
             (images(6, 8, 8, 1),),
             (40 + 148 + 4) + 5,
+            marks=pytest.mark.slow,
         ),
         (
             ResNetDiscriminator(1, 1, width=4, norm="batch"),
@@ -72,7 +90,7 @@ def images(*shape):
     ids=[
         *("generator", "conditional_generator", "residual_generator"),
         *("discriminator", "projection", "layer"),
-        *("residual_projection", "residual_halving", "residual_batch"),
+        *("residual_projection", "residual_short", "residual_halving", "residual_batch"),
     ],
 )
 def test_a_network_passes_every_check(module, inputs, parameters):
@@ -82,14 +100,24 @@ def test_a_network_passes_every_check(module, inputs, parameters):
 @pytest.mark.parametrize(
     ("module", "latent_size", "side", "channels", "generator", "discriminator"),
     [
-        (dcgan(), 100, 64, 3, 2_371_139, 2_765_633),
-        (dcgan((28, 28, 1)), 100, 28, 1, 701_889, 138_689),
-        (dcgan((32, 32, 3), norm="layer"), 100, 32, 3, 780_867, 663_361),
-        (resnet_gan(), 128, 32, 3, 4_274_435, 1_053_569),
-        (resnet_gan((28, 28, 1)), 128, 28, 1, 4_113_409, 1_051_009),
-        (resnet_gan((64, 64, 3), num_halvings=4), 128, 64, 3, 5_520_643, 1_676_673),
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * slow)
+        for name, slow, case in [
+            ("dcgan64", False, (dcgan(), 100, 64, 3, 2_371_139, 2_765_633)),
+            ("dcgan28", True, (dcgan((28, 28, 1)), 100, 28, 1, 701_889, 138_689)),
+            (
+                "dcgan32",
+                True,
+                (dcgan((32, 32, 3), norm="layer"), 100, 32, 3, 780_867, 663_361),
+            ),
+            ("resnet32", False, (resnet_gan(), 128, 32, 3, 4_274_435, 1_053_569)),
+            ("resnet28", True, (resnet_gan((28, 28, 1)), 128, 28, 1, 4_113_409, 1_051_009)),
+            (
+                "resnet64",
+                True,
+                (resnet_gan((64, 64, 3), num_halvings=4), 128, 64, 3, 5_520_643, 1_676_673),
+            ),
+        ]
     ],
-    ids=["dcgan64", "dcgan28", "dcgan32", "resnet32", "resnet28", "resnet64"],
 )
 def test_a_preset_has_its_shapes_and_parameters(
     module, latent_size, side, channels, generator, discriminator
@@ -106,8 +134,14 @@ def test_a_preset_has_its_shapes_and_parameters(
 @pytest.mark.parametrize(
     ("module", "plain", "generator", "discriminator"),
     [
-        # 10 classes: a gain and a shift for each channel of each norm, and a vector of features.
-        (dcgan(num_classes=10), dcgan(), 20 * (512 + 256 + 128 + 64), 10 * 512 * 16),
+        # 10 classes: gain and shift of each channel of each norm; an embedding of the features.
+        pytest.param(
+            dcgan(num_classes=10),
+            dcgan(),
+            20 * (512 + 256 + 128 + 64),
+            10 * 512 * 16,
+            marks=pytest.mark.slow,
+        ),
         (
             dcgan((32, 32, 3), num_classes=10, norm="spectral"),
             dcgan((32, 32, 3), norm="spectral"),
@@ -136,17 +170,29 @@ def test_classes_add_their_parameters_to_a_preset(module, plain, generator, disc
     assert added == {"generator": generator, "discriminator": discriminator}
 
 
+@functools.cache
+def conditional_gan():
+    """Return a conditional GAN and its variables, perturbed so that classes matter."""
+    module = dcgan((8, 8, 1), num_classes=3, width=4, latent_size=5)
+    variables = jax.jit(module.init)(jax.random.key(0), normal(6, 5), LABELS)
+    return module, perturbed(variables, 0.3)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "method"))
+def apply(module, variables, *inputs, method):
+    return module.apply(variables, *inputs, method=method)
+
+
 def test_images_lie_between_minus_one_and_one():
-    module = DCGANGenerator((8, 8, 1), latent_size=5, width=4)
-    latents = normal(4, 5)
-    variables = jax.tree.map(lambda x: 30 * x, jax.jit(module.init)(jax.random.key(0), latents))
-    made = module.apply(variables, latents)
+    module, variables = conditional_gan()
+    variables = jax.tree.map(lambda x: 30 * np.asarray(x), variables)
+    made = apply(module, variables, normal(6, 5), LABELS, method="generate")
     assert np.abs(made).max() <= 1 and np.abs(made).max() > 0.99
 
 
-def test_class_modulation_scales_and_shifts_by_the_row_of_the_label():
+def test_class_modulation_scales_and_shifts_by_the_entry_of_the_label():
     module, x = ClassModulation(3), normal(2, 2, 2, 4)
-    labels = jnp.array([2, 0])
+    labels = np.array([2, 0])
     gain, shift = normal(3, 4), normal(3, 4) + 1
     params = {"gain": {"embedding": gain}, "shift": {"embedding": shift}}
     y = module.apply({"params": params}, x, labels)
@@ -154,43 +200,42 @@ def test_class_modulation_scales_and_shifts_by_the_row_of_the_label():
         np.testing.assert_allclose(y[row], x[row] * (1 + gain[label]) + shift[label], rtol=1e-5)
 
 
-def test_the_projection_adds_the_product_with_the_vector_of_the_class():
+def test_the_projection_adds_the_product_of_features_and_class_embedding():
     module = LogitHead(num_classes=3)
-    features, labels = normal(2, 5), jnp.array([2, 1])
-    variables = module.init(jax.random.key(0), features, labels)
-    params = variables["params"]
+    features, labels = normal(2, 5), np.array([2, 1])
+    logits, variables = jax.jit(module.init_with_output)(jax.random.key(0), features, labels)
+    params = jax.tree.map(np.asarray, variables["params"])
     kernel, bias = params["logit"]["kernel"][:, 0], params["logit"]["bias"][0]
-    vectors = np.asarray(params["class"]["embedding"])[labels]
+    vectors = params["class"]["embedding"][labels]
     expected = features @ kernel + bias + np.sum(vectors * features, axis=1)
-    np.testing.assert_allclose(module.apply(variables, features, labels), expected, rtol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
 
 
 def test_a_class_changes_the_image_and_its_logit():
-    module = dcgan((8, 8, 1), num_classes=3, width=4, latent_size=5)
-    latents = np.repeat(normal(1, 5), 3, axis=0)
-    variables = perturbed(jax.jit(module.init)(jax.random.key(0), latents, LABELS[:3]), 0.3)
-    made = module.apply(variables, latents, LABELS[:3], method="generate")
+    module, variables = conditional_gan()
+    latents = np.repeat(normal(1, 5), 6, axis=0)
+    made = np.asarray(apply(module, variables, latents, LABELS, method="generate"))
     assert np.abs(made[0] - made[1]).max() > 1e-3 and np.abs(made[0] - made[2]).max() > 1e-3
-    same = np.repeat(made[:1], 3, axis=0)
-    logits = module.apply(variables, same, LABELS[:3], method="discriminate")
+    same = np.repeat(made[:1], 6, axis=0)
+    logits = apply(module, variables, same, LABELS, method="discriminate")
     assert len(np.unique(np.round(logits, 4))) == 3
 
 
-def test_features_are_the_sums_of_the_last_maps():
+def test_the_logit_of_a_residual_discriminator_is_linear_in_its_features():
     module = ResNetDiscriminator(1, 1, width=4, norm=None)
     x = images(2, 8, 8, 1)
-    logits, recorded = capture(module, variables := module.init(jax.random.key(0), x), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    logits, recorded = jax.jit(lambda variables: capture(module, variables, x))(variables)
     assert recorded["features"].shape == (2, 4)
-    head = variables["params"]["head"]["logit"]
+    head = jax.tree.map(np.asarray, variables["params"]["head"]["logit"])
     expected = recorded["features"] @ head["kernel"][:, 0] + head["bias"]
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
 
 
-def test_images_are_generated_in_batches_as_all_at_once():
-    module = dcgan((8, 8, 1), num_classes=3, width=4, latent_size=5)
+def test_images_generated_in_batches_equal_those_of_one_batch():
+    module, variables = conditional_gan()
     latents = normal(6, 5)
-    variables = perturbed(jax.jit(module.init)(jax.random.key(0), latents, LABELS), 0.3)
-    expected = module.apply(variables, latents, LABELS, method="generate")
+    expected = apply(module, variables, latents, LABELS, method="generate")
     assert_close(generate_images(module, variables, latents, LABELS, batch_size=4), expected, 1e-5)
     with pytest.raises(ValueError, match="2 labels do not fit 6 latents"):
         generate_images(module, variables, latents, LABELS[:2])
@@ -204,36 +249,38 @@ def test_images_are_generated_in_batches_as_all_at_once():
         generate_images(module, variables, latents, LABELS, batch_size=0)
 
 
-def test_settled_statistics_are_those_of_the_generators_own_images():
+def test_recalibrated_statistics_are_the_moving_averages_over_the_given_latents():
     module = dcgan((8, 8, 1), width=4, latent_size=5)
     latents = normal(40, 32, 5)
     variables = perturbed(jax.jit(module.init)(jax.random.key(0), latents[0]), 0.5)
-    settled = jax.jit(lambda v: gan.recalibrate_batch_norm(module, v, latents))(variables)
-    generator = settled["params"]["generator"]
+    recalibrated = jax.jit(lambda v: gan.recalibrate_batch_norm(module, v, latents))(variables)
+    generator = recalibrated["params"]["generator"]
     before = np.einsum("sbl,lo->sbo", latents, generator["start"]["kernel"])
-    before = before.reshape(40, -1, 4)  # [steps, images and positions, channels]
-    statistics = settled["batch_stats"]["generator"]["start_norm"]
+    before = before.reshape(40, -1, 4)  # [steps, batch * height * width, channels]
+    statistics = recalibrated["batch_stats"]["generator"]["start_norm"]
     weights = 0.1 * 0.9 ** np.arange(39, -1, -1)
     mean = np.einsum("s,sc->c", weights, before.mean(axis=1))
     variance = np.einsum("s,sc->c", weights, before.var(axis=1)) + 0.9**40
     np.testing.assert_allclose(statistics["mean"], mean, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(statistics["var"], variance, rtol=1e-4)
-    jax.tree.map(np.testing.assert_array_equal, settled["params"], variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, recalibrated["params"], variables["params"])
     without = {"params": variables["params"]}
     assert gan.recalibrate_batch_norm(module, without, latents) is without
 
 
-def test_a_walk_between_latents_keeps_to_the_circle_and_ends_at_both():
-    first, second = jnp.asarray(normal(2, 16))
-    walk = np.asarray(interpolate_latents(first, second, 7))
-    np.testing.assert_allclose(walk[[0, -1]], [first, second], atol=1e-5)
-    unit = interpolate_latents(first / jnp.linalg.norm(first), second / jnp.linalg.norm(second), 7)
+def test_interpolated_latents_lie_evenly_on_the_great_circle_and_include_both_ends():
+    first, second = normal(2, 16)
+    interpolate = jax.jit(interpolate_latents, static_argnums=2)
+    path = np.asarray(interpolate(first, second, 7))
+    np.testing.assert_allclose(path[[0, -1]], [first, second], atol=1e-5)
+    unit = interpolate(first / np.linalg.norm(first), second / np.linalg.norm(second), 7)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
     steps = np.linalg.norm(np.diff(unit, axis=0), axis=1)
     np.testing.assert_allclose(steps, steps[0], rtol=1e-3)
-    np.testing.assert_allclose(interpolate_latents(first, first, 3), [first] * 3, atol=1e-6)
-    from_zero = interpolate_latents(jnp.zeros(16), second, 3)
-    np.testing.assert_allclose(from_zero, [0 * second, second / 2, second], atol=1e-6)
+    np.testing.assert_allclose(interpolate(first, first, 7), [first] * 7, atol=1e-6)
+    from_zero = interpolate(np.zeros(16, np.float32), second, 7)
+    fractions = np.linspace(0, 1, 7)[:, None]
+    np.testing.assert_allclose(from_zero, fractions * second, atol=1e-6)
     with pytest.raises(ValueError, match="num_steps is 1"):
         interpolate_latents(first, second, 1)
 
@@ -274,7 +321,7 @@ def conditional():
         (lambda: shapes_of(DCGANDiscriminator(4), images(8, 8, 1)), r"got inputs of shape \(8, 8"),
         (
             lambda: shapes_of(ResNetDiscriminator(4), images(1, 8, 8, 1)),
-            "8 x 8 pixels do not halve num_halvings=4 times without a rest",
+            "8 x 8 pixels do not halve num_halvings=4 times without remainder",
         ),
         (
             lambda: shapes_of(ResNetDiscriminator(3), images(1, 28, 28, 1)),
@@ -288,9 +335,8 @@ def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
         build()
 
 
-def test_a_label_out_of_range_in_a_compiled_program_gives_nan_for_its_image_alone():
-    module = dcgan((8, 8, 1), num_classes=3, width=4, latent_size=5)
-    latents, labels = normal(3, 5), np.array([0, 7, 2])
-    variables = jax.jit(module.init)(jax.random.key(0), latents, LABELS[:3])
-    logits = jax.jit(module.apply)(variables, latents, labels)
-    assert np.isnan(logits[1]) and np.isfinite(logits[jnp.array([0, 2])]).all()
+def test_a_label_out_of_range_in_a_compiled_program_gives_nan_for_its_image_only():
+    module, variables = conditional_gan()
+    labels = np.array([0, 7, 2, 0, 1, 2], np.int32)
+    logits = np.asarray(apply(module, variables, normal(6, 5), labels, method="__call__"))
+    np.testing.assert_array_equal(np.isnan(logits), np.arange(6) == 1)
