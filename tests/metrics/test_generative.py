@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
+from checks import random_variables
 
 from jaxnets.metrics import generative
 from jaxnets.metrics.generative import (
@@ -128,7 +129,7 @@ def test_class_agreement_is_the_accuracy_for_the_given_labels():
 def test_features_in_batches_equal_those_of_all_images_at_once():
     module = ConvNet(features=(4,), hidden_features=(6,), num_outputs=3, norm="batch")
     images = normal(7, 8, 8, 1).astype(np.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), images)
+    variables = random_variables(module, images)
     found = classifier_features(module, variables, images, batch_size=3)
     assert found.features.shape == (7, 6) and found.logits.shape == (7, 3)
     head = jax.tree.map(np.asarray, variables["params"]["head"])
@@ -170,6 +171,6 @@ def test_invalid_arguments_are_refused(call, message):
 def test_a_network_that_records_no_features_is_refused():
     module = DCGANGenerator((8, 8, 1), latent_size=5, width=4)
     latents = normal(2, 5).astype(np.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), latents)
+    variables = random_variables(module, latents)
     with pytest.raises(ValueError, match=r"DCGANGenerator records \[\] and no 'features'"):
         classifier_features(module, variables, latents)

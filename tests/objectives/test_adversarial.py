@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoint_problem import assert_bitwise_equal
-from checks import assert_close
+from checks import assert_close, random_variables
 from gan_problem import (
     BATCH,
     DOUBLE,
@@ -94,7 +94,7 @@ class Polynomial(nn.Module):
 def test_penalties_are_added_in_training_only_each_at_its_own_images(train):
     generator = DCGANGenerator((8, 8, 1), latent_size=5, norm=None, width=2, **INIT)
     batch = {name: jnp.asarray(BATCH[name]) for name in ("inputs", "latents")}
-    variables = jax.jit(generator.init)(jax.random.key(0), batch["latents"])
+    variables = random_variables(generator, batch["latents"])
     fake = jax.jit(generator.apply)(variables, batch["latents"])
     real_squares, fake_squares = np.sum(BATCH["inputs"] ** 2), np.sum(np.square(fake))
     cases = [  # (degree, weights, expected penalty)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import random_variables
 
 import jaxnets as jn
 from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, EncoderDecoderConfig
@@ -18,7 +19,7 @@ BATCH = {"inputs": np.random.default_rng(0).uniform(size=(4, 3, 4, 1)).astype(np
 
 @functools.cache
 def initialized(module):
-    variables = dict(jax.jit(module.init)(jax.random.key(0), BATCH["inputs"]))
+    variables = random_variables(module, BATCH["inputs"])
     return variables.pop("params"), variables
 
 
@@ -47,12 +48,19 @@ def test_the_loss_compares_the_output_for_noisy_images_with_the_clean_ones():
 
 
 def test_noise_has_the_given_amount_and_stays_in_the_range():
-    x = jnp.full((200, 10, 10, 3), 0.5)
-    noisy = corrupted(x, jax.random.key(0), "gaussian", 0.1)
+    x = np.full((200, 10, 10, 3), 0.5, np.float32)
+
+    @jax.jit
+    def run(key):
+        return (
+            corrupted(x, key, "gaussian", 0.1),
+            corrupted(x, key, "gaussian", 3.0, (-1.0, 1.0)),
+            corrupted(x, key, "masking", 0.25),
+        )
+
+    noisy, clipped, masked = map(np.asarray, run(jax.random.key(0)))
     assert np.std(noisy) == pytest.approx(0.1, rel=0.02)
-    wild = corrupted(x, jax.random.key(0), "gaussian", 3.0, (-1.0, 1.0))
-    assert (wild.min(), wild.max()) == (-1, 1)
-    masked = np.asarray(corrupted(x, jax.random.key(0), "masking", 0.25))
+    assert (clipped.min(), clipped.max()) == (-1, 1)
     assert np.mean(masked == 0) == pytest.approx(0.25, rel=0.05)
     assert set(np.unique(masked.sum(axis=-1))) == {0.0, 1.5}  # all channels of a pixel at once
 
@@ -121,10 +129,10 @@ def test_clean_images_outside_of_the_range_are_refused_or_nan(noise):
 
 def test_the_noise_is_independent_of_an_outer_random_transform():
     """Pixels binarized by one transform get independent noise from the next."""
-    seen = {}
+    corrupted_batch = {}
 
     def spy(params, model_state, batch, rng, *, train):
-        seen.update(batch)
+        corrupted_batch.update(batch)
         return jn.ObjectiveOutput(jn.Mean.of(jnp.zeros(1)), model_state, {})
 
     def binarized(batch, rng, train):
@@ -133,8 +141,8 @@ def test_the_noise_is_independent_of_an_outer_random_transform():
     wide = {"inputs": jnp.zeros((100, 10, 10, 1))}
     objective = jn.denoising(spy, amount=0.1, image_range=(-1.0, 2.0))
     evaluate(jn.with_batch_transform(objective, binarized), {}, {}, wide, train=True)
-    white = np.asarray(seen["targets"]).ravel()
-    noise = np.asarray(seen["inputs"]).ravel() - white
+    white = np.asarray(corrupted_batch["targets"]).ravel()
+    noise = np.asarray(corrupted_batch["inputs"]).ravel() - white
     assert abs(np.corrcoef(white, noise)[0, 1]) < 0.04  # four standard errors
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from checks import random_variables
 
 import jaxnets as jn
 from jaxnets.models.autoencoder import VAE, EncoderDecoderConfig
@@ -15,10 +16,6 @@ from jaxnets.objectives.likelihoods import Bernoulli, Gaussian
 CONFIG = EncoderDecoderConfig((3, 4, 1), features=(5,), activation="tanh")
 IMAGES = np.random.default_rng(0).uniform(size=(4, 3, 4, 1)).astype(np.float32)
 WEIGHTS = np.array([1, 0, 2, 0.5], np.float32)
-
-
-def initialized(module, *inputs):
-    return jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
 
 
 def linear_vae(precision=jn.Precision()):
@@ -81,7 +78,7 @@ def test_the_bound_of_one_sample_is_the_evidence_bound_and_grows_with_more():
 
 def test_the_bound_of_one_sample_by_hand():
     module = VAE(CONFIG, latent_size=3)
-    params, x = initialized(module, IMAGES), IMAGES
+    params, x = random_variables(module, IMAGES)["params"], IMAGES
 
     @jax.jit
     def run(params):
@@ -99,7 +96,7 @@ def test_the_bound_of_one_sample_by_hand():
 def test_the_bound_does_not_depend_on_the_chunk_size():
     module = VAE(CONFIG, latent_size=3, num_classes=2)
     labels = np.array([1, 0, 0, 1], np.int32)
-    params = initialized(module, IMAGES, labels)
+    params = random_variables(module, IMAGES, labels)["params"]
 
     @jax.jit
     def run(params):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from checks import mostly_slow
+from checks import mostly_slow, random_variables
 
 import jaxnets as jn
 from jaxnets.functional.gaussian import draw_code, log_prior_ratio, normal_divergence
@@ -30,7 +30,7 @@ BATCH = {"inputs": images(4, 3, 4, 1)}
 @functools.cache
 def initialized(module):
     labels = [np.zeros(4, np.int32)] * (getattr(module, "num_classes", None) is not None)
-    variables = dict(jax.jit(module.init)(jax.random.key(0), BATCH["inputs"], *labels))
+    variables = random_variables(module, BATCH["inputs"], *labels)
     return variables.pop("params"), variables
 
 

@@ -235,8 +235,8 @@ def interpolate_latents(first: jax.Array, second: jax.Array, num_steps: int) -> 
         ValueError: fewer than two steps.
 
     Example:
-        >>> walk = interpolate_latents(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), 3)
-        >>> [round(float(x), 3) for x in walk[1]]
+        >>> path = interpolate_latents(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), 3)
+        >>> [round(float(x), 3) for x in path[1]]
         [0.707, 0.707]
 
     References:

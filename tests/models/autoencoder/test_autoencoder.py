@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import check_module, count_parameters, mostly_slow, shapes_of
+from checks import check_module, count_parameters, mostly_slow, random_variables, shapes_of
 
 import jaxnets as jn
 from jaxnets import autoencoder
@@ -119,18 +119,15 @@ def test_a_decoder_returns_images_of_the_original_size(upsampling, shape):
     assert quantized.codes.shape == (2, *config.code_shape[:2])
 
 
-def initialized(module, *inputs):
-    return jax.jit(module.init)(jax.random.key(0), *inputs)
-
-
 def test_tied_weights_share_the_encoders_kernel():
     module = Autoencoder(
         EncoderDecoderConfig((2, 2, 1), features=(), activation="tanh"), 3, tied=True
     )
     x = images(5, 2, 2, 1)
-    params = initialized(module, x)["params"]
+    params = random_variables(module, x)["params"]
     assert set(params) == {"code", "decoder"} and set(params["decoder"]["head"]) == {"bias"}
-    kernel, flat = np.asarray(params["code"]["kernel"]), x.reshape(5, 4)
+    kernel, bias = map(np.asarray, (params["code"]["kernel"], params["code"]["bias"]))
+    flat = x.reshape(5, 4)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -139,23 +136,24 @@ def test_tied_weights_share_the_encoders_kernel():
         return jnp.sum(outputs), outputs
 
     (_, outputs), gradient = loss(params)
-    expected = (flat @ kernel) @ kernel.T
+    expected = (flat @ kernel + bias) @ kernel.T + params["decoder"]["head"]["bias"]
     np.testing.assert_allclose(outputs.reshape(5, 4), expected, rtol=1e-5, atol=1e-6)
-    # d sum(x K K^T) / dK, through both uses of the kernel: x^T 1 K + 1^T x K.
+    # d sum((x K + b) K^T) / dK, through both uses of the kernel: x^T 1 K + 1^T (x K + b).
     ones = np.ones((5, 4), np.float32)
-    by_hand = flat.T @ ones @ kernel + ones.T @ flat @ kernel
+    by_hand = flat.T @ ones @ kernel + ones.T @ (flat @ kernel + bias)
     np.testing.assert_allclose(gradient["code"]["kernel"], by_hand, rtol=1e-5)
 
 
 def test_tied_weights_of_several_layers_are_used_in_reverse_order():
     module = Autoencoder(EncoderDecoderConfig((4, 5, 2), features=(6, 3)), latent_size=2, tied=True)
     x = images(2, 4, 5, 2)
-    variables = initialized(module, x)
+    variables = random_variables(module, x)
     found = jax.tree.map(np.asarray, jax.jit(module.apply)(variables, x))
     params = jax.tree.map(np.asarray, variables["params"])
     first, second = (params["encoder"][f"hidden_{i}"]["kernel"] for i in range(2))
-    y = np.maximum(found.code @ params["code"]["kernel"].T, 0)
-    y = np.maximum(y @ second.T, 0) @ first.T
+    biases = [params["decoder"][name]["bias"] for name in ("hidden_0", "hidden_1", "head")]
+    y = np.maximum(found.code @ params["code"]["kernel"].T + biases[0], 0)
+    y = np.maximum(y @ second.T + biases[1], 0) @ first.T + biases[2]
     np.testing.assert_allclose(found.outputs.reshape(2, -1), y, rtol=1e-5, atol=1e-6)
 
 
@@ -164,7 +162,7 @@ def test_a_k_sparse_code_keeps_its_largest_entries():
     dense = Autoencoder(DENSE, latent_size=8)
     sparse = Autoencoder(DENSE, latent_size=8, num_active=3)
     run = jax.jit(lambda variables: [m.apply(variables, x).code for m in (dense, sparse)])
-    all_entries, largest = map(np.asarray, run(initialized(dense, x)))
+    all_entries, largest = map(np.asarray, run(random_variables(dense, x)))
     assert ((largest != 0).sum(axis=1) == 3).all()
     for row, other in zip(all_entries, largest, strict=True):
         expected = np.where(row >= np.sort(row)[-3], row, 0)
@@ -186,7 +184,7 @@ def test_a_vae_decodes_the_reparameterized_code_or_without_noise_the_mean():
             [module.apply(variables, z, method="decode") for z in (at_mean.mean, code)],
         )
 
-    at_mean, at_code, sampled, expected = run(initialized(module, x))
+    at_mean, at_code, sampled, expected = run(random_variables(module, x))
     np.testing.assert_allclose(at_mean, expected[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(at_code, expected[1], rtol=1e-5, atol=1e-6)
     assert np.any(np.abs(sampled - at_mean) > 1e-3)
@@ -242,7 +240,7 @@ def small(kind):
     """Return the network, its variables, and labels for two images, None if not conditional."""
     labels = LABELS if kind == "conditional" else None
     inputs = [images(2, 4, 5, 2), *[labels] * (kind == "conditional")]
-    return SMALL[kind], initialized(SMALL[kind], *inputs), labels
+    return SMALL[kind], random_variables(SMALL[kind], *inputs), labels
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -412,7 +410,8 @@ def test_principal_components_are_an_optimum_of_a_linear_autoencoder():
     likelihood = SquaredError(image_range=None)  # data around 0
     module = Autoencoder(EncoderDecoderConfig((2, 3, 1), features=()), 2, likelihood, tied=True)
     batch = {"inputs": x.reshape(50, 2, 3, 1)}
-    params = initialized(module, batch["inputs"])["params"]
+    params = random_variables(module, batch["inputs"])["params"]
+    params = jax.tree.map(jnp.zeros_like, params)  # no biases
     params["code"]["kernel"] = jnp.asarray(components[:2].T)
 
     @jax.jit
@@ -440,7 +439,7 @@ def test_an_unusual_image_scores_higher_after_a_short_training():
         EncoderDecoderConfig((6, 6, 1), features=(16,), activation="tanh"), latent_size=2
     )
     update = jn.Update(jn.reconstruction(module), optax.adam(1e-2))
-    variables = initialized(module, waves(1))
+    variables = random_variables(module, waves(1))
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
     run = jn.jit_step(jn.scan_steps(jn.make_train_step(update)))
     state, _ = run(state, {"inputs": np.stack([waves(32) for _ in range(200)])})

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import random_variables
 
 from jaxnets.models.autoencoder import VQVAE, EncoderDecoderConfig, VectorQuantizer, check_codebook
 
@@ -103,7 +104,7 @@ def test_the_first_batch_initializes_the_codebook_with_its_vectors():
 def test_gradients_pass_straight_through_the_codes():
     module = VQVAE(CONVOLUTIONAL, codebook_size=5, embedding_size=2)
     x = images(2, 5, 8, 1)
-    variables = jax.jit(module.init)(jax.random.key(0), x)
+    variables = random_variables(module, x)
     state = {"codebook": variables["codebook"]}
     weights = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
 

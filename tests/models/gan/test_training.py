@@ -35,7 +35,8 @@ from jaxnets.training.step import make_train_step
 def test_an_update_of_one_network_leaves_the_other_bit_identical(
     fields, loss, penalties, num_discriminator_updates
 ):
-    module = dcgan((16, 16, 1), **fields, **TINY)
+    batch = LARGER if fields["norm"] == "batch" else BATCH
+    module = dcgan(batch["inputs"].shape[1:], **fields, **TINY)
     objectives = adversarial(module, loss, **penalties)
     updates, state = problem(
         objectives, module, num_discriminator_updates=num_discriminator_updates
@@ -43,9 +44,8 @@ def test_an_update_of_one_network_leaves_the_other_bit_identical(
     collections = sorted(state.model_state)
     for index, name in ((0, "discriminator"), (-1, "generator")):
         other = {"discriminator": "generator", "generator": "discriminator"}[name]
-        after, _ = jit_step(make_train_step([updates[index]] * num_discriminator_updates))(
-            state, LARGER
-        )
+        step = make_train_step([updates[index]] * num_discriminator_updates)
+        after, _ = jit_step(step)(state, batch)
         own_before, own_after = (
             [s.params[name], *(s.model_state[collection].get(name) for collection in collections)]
             for s in (state, after)
