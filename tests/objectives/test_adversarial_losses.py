@@ -274,7 +274,7 @@ def test_a_normalized_layer_has_a_kernel_of_singular_value_one(layer, shape):
             module.apply(variables, x),
         )
     )(variables)
-    np.testing.assert_allclose(y, plain / largest + bias, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(y, np.asarray(plain) / largest + bias, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(evaluated, y, rtol=1e-4, atol=1e-5)
 
 

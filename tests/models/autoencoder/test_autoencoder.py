@@ -136,7 +136,8 @@ def test_tied_weights_share_the_encoders_kernel():
         return jnp.sum(outputs), outputs
 
     (_, outputs), gradient = loss(params)
-    expected = (flat @ kernel + bias) @ kernel.T + params["decoder"]["head"]["bias"]
+    decoder_bias = np.asarray(params["decoder"]["head"]["bias"])
+    expected = (flat @ kernel + bias) @ kernel.T + decoder_bias
     np.testing.assert_allclose(outputs.reshape(5, 4), expected, rtol=1e-5, atol=1e-6)
     # d sum((x K + b) K^T) / dK, through both uses of the kernel: x^T 1 K + 1^T (x K + b).
     ones = np.ones((5, 4), np.float32)
