@@ -198,7 +198,7 @@ def _scan(
 
     def advance(carry: Carry, inputs: tuple[Gates, jax.Array | None]) -> tuple[Carry, jax.Array]:
         gates, valid = inputs
-        after = keep(valid, _advance(cell, rest, carry, gates, products), carry)
+        after = select_valid(valid, _advance(cell, rest, carry, gates, products), carry)
         return after, after[0].astype(projected.dtype)
 
     inputs = split_gates(cell, projected), valid
@@ -260,7 +260,7 @@ def _scan_forward(
                 functools.partial(product, *pair)
                 for pair in zip(loop_kernels, perturbations, strict=True)
             ]
-            after = keep(valid, _advance(cell, rest, carry, gates, products), carry)
+            after = select_valid(valid, _advance(cell, rest, carry, gates, products), carry)
             narrow = [hidden.astype(projected.dtype) for hidden in operands]
             return after, (after[0].astype(projected.dtype), narrow)
 
@@ -325,7 +325,7 @@ def split_gates(cell: Cell, projected: jax.Array) -> list[jax.Array]:
     return jnp.split(projected, cell.num_gates, axis=-1)
 
 
-def keep(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
+def select_valid(valid: jax.Array | None, after: Tree, before: Tree) -> Tree:
     """Select the states after a step where the step is valid, and those before it elsewhere.
 
     Args:

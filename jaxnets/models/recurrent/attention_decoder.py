@@ -326,7 +326,7 @@ def _masked_scan(
 
     def masked_step(carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, Any]:
         after, outputs = step(carry, inputs[0])
-        return scan.keep(inputs[1], after, carry), outputs
+        return scan.select_valid(inputs[1], after, carry), outputs
 
     return lax.scan(masked_step, carry, (projected, valid))
 

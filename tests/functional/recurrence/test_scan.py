@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxnets.functional.recurrence import scan
 from jaxnets.functional.recurrence.cells import ElmanCell, GRUCell, LSTMCell, MinimalGatedCell
-from jaxnets.functional.recurrence.scan import keep, recurrent_scan
+from jaxnets.functional.recurrence.scan import recurrent_scan, select_valid
 
 CELLS = {
     "rnn": ElmanCell(),
@@ -41,7 +41,7 @@ def stepwise(cell, weights, x, carry, reverse, valid=VALID):
     def step(carry, inputs):
         projected, valid = inputs
         wide = projected.astype(carry[0].dtype)
-        carry = keep(valid, cell.step(weights, carry, wide), carry)
+        carry = select_valid(valid, cell.step(weights, carry, wide), carry)
         return carry, carry[0].astype(projected.dtype)
 
     carry, outputs = lax.scan(step, carry, (cell.project(weights, x), valid), reverse=reverse)
