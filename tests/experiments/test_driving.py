@@ -170,7 +170,7 @@ def test_each_seed_learns_from_its_own_rounds(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 8}, "--batch-size 4 decisions hold no --window of 8"),
+        ({"window": 8}, "--batch-size 4 decisions contain no --window of 8"),
         ({"model": "gru", "window": 1}, "--window is 1; give 2 or more for --model gru"),
         ({"shadow": 1.5}, "--shadow is 1.5"),
         ({"tracks": 0}, "--tracks is 0"),

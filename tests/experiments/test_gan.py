@@ -191,7 +191,7 @@ def test_pixels_of_generated_images_are_those_that_training_saw():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "batch", "r1": 1.0}, "--norm batch has no gradient of one image"),
+        ({"norm": "batch", "r1": 1.0}, "--norm batch has no gradient per image"),
         ({"r1": -1.0}, "--r1 is -1.0; give 0 or more"),
         ({"critics": 0}, "--critics is 0"),
         ({"loss": "gan"}, "unknown loss 'gan'"),
