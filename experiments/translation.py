@@ -223,9 +223,12 @@ class Translation(SentenceProblem):
         target_ids = self.tokenizer.encode(translation)
         inputs, decoder_inputs = source_ids[None], np.concatenate([[BEGIN], target_ids])[None]
         lengths = np.array([len(source_ids)])
-        _, recorded = jn.capture(
-            self.module, {"params": state.params}, inputs, decoder_inputs, lengths
-        )
+
+        @jax.jit
+        def capture(params: Any) -> Any:
+            return jn.capture(self.module, {"params": params}, inputs, decoder_inputs, lengths)[1]
+
+        recorded = capture(state.params)
         if self.config.model == "transformer":  # the mean over the heads of the last layer
             layers = recorded["decoder"]
             weights = layers[max(layers)]["cross_attention"]["weights"].mean(axis=1)

@@ -1,4 +1,4 @@
-"""Image classification: every network and data set, views, shrunken images."""
+"""Image classification: every network and data set, test-time augmentation, image sizes."""
 
 import dataclasses
 import functools
@@ -33,35 +33,39 @@ def test_every_model_fits_the_images_of_every_data_set(name, shape):
         assert build()[0].shape == (2, 10)
 
 
-def test_all_views_count_in_evaluation_and_the_image_alone_in_training():
+def test_logits_are_averaged_over_the_views_in_evaluation_only():
     module = make_model("mlp", digits(), "float32")
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype("f4")
-    variables = module.init(jax.random.key(0), images)
+    variables = jax.jit(module.init)(jax.random.key(0), images)
+    apply = jax.jit(module.apply)
 
     def logits(rows, columns):
-        """Of images whose pixels are those at the given places of the original."""
-        return module.apply(variables, images[:, rows][:, :, columns])
+        """Return the logits of images indexed by these rows and columns."""
+        return apply(variables, images[:, rows][:, :, columns])
 
     here, mirrored = range(8), range(7, -1, -1)
-    before, behind = [1, *range(7)], [*range(1, 8), 6]  # with the border reflected
+    before, after = [1, *range(7)], [*range(1, 8), 6]  # with a reflected border
     mean = (logits(here, here) + logits(here, mirrored)) / 2
     viewed = AveragedViews(module, mirrored=True, shifted=False)
-    np.testing.assert_allclose(viewed.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
-    shifted = (logits(before, before) + logits(behind, behind)) / 2
+    np.testing.assert_allclose(jax.jit(viewed.apply)(variables, images), mean, rtol=1e-5, atol=1e-6)
+    shifted = (logits(before, before) + logits(after, after)) / 2
     mean = (logits(here, here) + shifted) / 2
     viewed = AveragedViews(module, mirrored=False, shifted=True)
-    np.testing.assert_allclose(viewed.apply(variables, images), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(viewed.apply)(variables, images), mean, rtol=1e-5, atol=1e-6)
     training = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
+    trained = [
+        jax.jit(functools.partial(each.apply, **training))(variables, images)
+        for each in (viewed, module)
+    ]
     for one, other in zip(
-        jax.tree.leaves(viewed.apply(variables, images, **training)),
-        jax.tree.leaves(module.apply(variables, images, **training)),
+        *map(jax.tree.leaves, trained),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
-def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened(tmp_path):
+def test_the_metric_names_the_views_and_patches_are_whitened(tmp_path):
     result = tiny(tmp_path, model="whitened_convnet", flip_test=True, shift_test=True, steps=5)
     assert result["metric"] == "test accuracy over both mirror images and three shifts"
     problem = ImageClassification(
@@ -75,8 +79,8 @@ def test_the_result_says_that_mirror_images_were_judged_and_patches_are_whitened
 
 
 @pytest.mark.slow
-def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
-    """A run equals one of plain steps, on shrunken images first and then on whole ones."""
+def test_the_first_steps_downsample_the_images(tmp_path):
+    """A run equals plain steps, on downsampled images first and then on full-size ones."""
     config = dataclasses.replace(
         TINY, model="whitened_convnet", steps=5, steps_per_dispatch=2, small_side=6, small_share=0.6
     )
@@ -107,7 +111,7 @@ def test_images_are_shrunk_for_a_share_of_the_steps(tmp_path):
 def test_images_are_mirrored_in_every_other_epoch_under_every_executor():
     config = dataclasses.replace(
         TINY,
-        model="mlp",
+        model="perceptron",
         flip="alternating",
         batch_size=600,
         steps_per_dispatch=4,
@@ -138,7 +142,7 @@ def test_images_are_mirrored_in_every_other_epoch_under_every_executor():
 @pytest.mark.parametrize(
     ("share", "stages"), [(0.0, [7]), (0.2, [1, 7]), (0.9, [6, 7]), (1.0, [7])]
 )
-def test_shrunken_images_come_in_whole_dispatches(share, stages):
+def test_the_steps_on_downsampled_images_are_whole_dispatches(share, stages):
     config = dataclasses.replace(TINY, steps=7, steps_per_dispatch=3, small_side=4)
     problem = ImageClassification(dataclasses.replace(config, small_share=share), digits())
     assert problem.stages == stages

@@ -1,4 +1,4 @@
-"""The driving experiment, tiny: its result and pictures, resume, each network, its changes."""
+"""The driving experiment with tiny networks and short drives."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def finished(data, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_result_and_pictures(finished):
+def test_a_run_writes_its_result_and_images(finished):
     out, result = finished
     assert json.loads((out / "result.json").read_text()) == result
     assert result["metric"] == "test score, mean over 2 tracks" and result["unit"] == "points"
@@ -107,17 +107,19 @@ def arrays(batch, window):
 @pytest.mark.parametrize("head", ["gaussian", "discretized"])
 @pytest.mark.parametrize("model", experiment.RECIPES)
 def test_every_network_gives_the_outputs_of_its_head(model, head):
-    outputs = make_head(head).num_outputs
-    network = make_network(model, outputs, encoder="resnet", hidden_size=8, precision="bfloat16")
+    num_outputs = make_head(head).num_outputs
+    network = make_network(
+        model, num_outputs, encoder="resnet", hidden_size=8, precision="bfloat16"
+    )
     shapes = jax.ShapeDtypeStruct((2, 3, 84, 96, 3), jnp.float32), jnp.zeros((2, 3))
-    (found, memory), _ = jax.eval_shape(network.init_with_output, jax.random.key(0), *shapes)
-    assert found.shape == (2, 3, outputs) and found.dtype == jnp.float32
+    (outputs, carry), _ = jax.eval_shape(network.init_with_output, jax.random.key(0), *shapes)
+    assert outputs.shape == (2, 3, num_outputs) and outputs.dtype == jnp.float32
     expected = jax.eval_shape(lambda: network.zero_carry(2))
-    assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, expected)
-    assert (memory is None) == (model in ("pilotnet", "resnet"))
+    assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, expected)
+    assert (carry is None) == (model in ("pilotnet", "resnet"))
 
 
-def test_driving_step_by_step_gives_what_training_sees_and_a_new_drive_starts_afresh():
+def test_driving_step_by_step_equals_the_training_pass_and_a_new_drive_resets_the_carry():
     head = make_head("gaussian")
     network = make_network("gru", 6, encoder="resnet", hidden_size=8, precision="float32")
     data = arrays(2, 3)
@@ -127,8 +129,8 @@ def test_driving_step_by_step_gives_what_training_sees_and_a_new_drive_starts_af
     outputs, _ = jax.jit(network.apply)(variables, to_inputs(frames), data["speeds"])
     expected = np.asarray(head.mean(outputs))
     driver = NetworkDriver(network, head, variables)
-    memory = driver.start(2)
-    for begins in (0, 7):  # the second time with a memory of the first drive
+    carry = driver.start(2)
+    for begins in (0, 7):  # the second time with the carry of the first drive
         for step in range(3):
             observation = driving.Observation(
                 frames[:, step],
@@ -137,24 +139,25 @@ def test_driving_step_by_step_gives_what_training_sees_and_a_new_drive_starts_af
                 np.zeros(2, np.int32),
                 np.full(2, step, np.int32),
             )
-            memory, controls = driver.decide(memory, observation)
+            carry, controls = driver.decide(carry, observation)
             np.testing.assert_allclose(controls, expected[:, step], atol=1e-5, err_msg=begins)
 
 
-def test_pictures_change_in_training_only_and_with_them_the_labels(data):
+def test_frames_and_labels_are_augmented_in_training_only(data):
     problem = experiment.Driving(config(data=data, shift=1.0, turn=0.1))
     batch = arrays(3, 2)
-    calm = problem._transform(batch, jax.random.key(0), False)
-    np.testing.assert_array_equal(calm["frames"], to_inputs(batch["frames"]))
-    np.testing.assert_array_equal(calm["labels"], batch["labels"])
-    first, second = (problem._transform(batch, jax.random.key(seed), True) for seed in (0, 1))
+    transform = jax.jit(problem._transform, static_argnums=2)
+    plain = problem._transform(batch, jax.random.key(0), False)
+    np.testing.assert_array_equal(plain["frames"], to_inputs(batch["frames"]))
+    np.testing.assert_array_equal(plain["labels"], batch["labels"])
+    first, second = (transform(batch, jax.random.key(seed), True) for seed in (0, 1))
     for changed in (first, second):
-        assert changed["frames"].shape == calm["frames"].shape
+        assert changed["frames"].shape == plain["frames"].shape
         assert np.abs(changed["labels"][..., 0] - batch["labels"][..., 0]).max() > 0.02
     assert np.abs(first["frames"] - second["frames"]).max() > 0.1
-    # While the camera zooms in, pictures are not moved; only mirrored.
+    # While the camera zooms in, frames are mirrored but not moved.
     early = {**batch, "decisions": batch["decisions"] - 20}
-    labels = np.asarray(problem._transform(early, jax.random.key(0), True)["labels"])
+    labels = np.asarray(transform(early, jax.random.key(0), True)["labels"])
     np.testing.assert_allclose(np.abs(labels), np.abs(batch["labels"]), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The experiments on speech, tiny, on synthetic words: results, resume, what is measured on."""
+"""The experiments on speech with tiny networks and synthetic words."""
 
 import dataclasses
 import functools
@@ -24,18 +24,18 @@ STRINGS = dataclasses.replace(
 )
 
 
-#: Sound as it is, which compiles faster.
-CALM = dict.fromkeys(("shift", "speed", "noise", "gain"), 0.0) | {"time_mask": 0}
-CALM |= {"frequency_mask": 0}
+#: No augmentation, which compiles faster.
+PLAIN = dict.fromkeys(("shift", "speed", "noise", "gain"), 0.0) | {"time_mask": 0}
+PLAIN |= {"frequency_mask": 0}
 
 
 def run_words(out, **changes):
-    config = dataclasses.replace(SPEECH, out=out, **{**CALM, **changes})
+    config = dataclasses.replace(SPEECH, out=out, **{**PLAIN, **changes})
     return run("speech", config, speech.SpokenWords)
 
 
 def run_strings(out, **changes):
-    config = dataclasses.replace(STRINGS, out=out, **{**CALM, **changes})
+    config = dataclasses.replace(STRINGS, out=out, **{**PLAIN, **changes})
     return run("digit_strings", config, digit_strings.DigitStrings)
 
 
@@ -51,12 +51,12 @@ def strings(tmp_path_factory):
     return out, run_strings(out, seeds=2)
 
 
-def test_a_run_on_words_leaves_its_result_and_figures(words):
+def test_a_run_on_words_writes_its_result_and_figures(words):
     out, result = words
     assert json.loads((out / "result.json").read_text()) == result
     assert (result["metric"], result["dataset"]) == ("test accuracy", "tone words")
     assert len(result["values"]) == 2 and all(0 <= value <= 1 for value in result["values"])
-    # The two speakers have about half of the test part each, not exactly.
+    # The speakers do not have equally many test recordings.
     assert set(result["accuracy_by_speaker"]) == {"low", "high"}
     by_speaker = result["accuracy_by_speaker"].values()
     assert min(by_speaker) - 1e-6 <= result["value"] <= max(by_speaker) + 1e-6
@@ -64,7 +64,8 @@ def test_a_run_on_words_leaves_its_result_and_figures(words):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_on_strings_leaves_its_result_and_what_was_recognized(strings):
+@pytest.mark.slow
+def test_a_run_on_strings_writes_its_result_and_transcripts(strings):
     out, result = strings
     assert json.loads((out / "result.json").read_text()) == result
     assert (result["metric"], result["dataset"]) == (
@@ -114,7 +115,7 @@ def test_every_model_reads_the_features(model):
 
 
 @pytest.mark.parametrize("model", ["gru", "transformer"])
-def test_a_longer_array_changes_the_answer_of_no_network_that_takes_lengths(model):
+def test_padding_does_not_change_the_logits_of_networks_with_lengths(model):
     problem = small(model)
     batch = {name: array[:4] for name, array in problem.test.items()}
     longer = {**batch, "inputs": np.pad(batch["inputs"], [(0, 0), (0, 800)])}
@@ -154,13 +155,13 @@ def test_features_are_standardized_over_the_frames_and_features_of_each_word(bat
 
 
 def test_sound_is_changed_in_training_only_and_each_time_in_another_way(batch):
-    calm = features(batch, 0, train=False)
-    np.testing.assert_array_equal(calm["inputs"], features(batch, 1, train=False)["inputs"])
+    plain = features(batch, 0, train=False)
+    np.testing.assert_array_equal(plain["inputs"], features(batch, 1, train=False)["inputs"])
     first, second = (features(batch, seed, train=True) for seed in (0, 1))
     assert np.abs(first["inputs"] - second["inputs"]).max() > 0.1
-    assert first["inputs"].shape == calm["inputs"].shape
+    assert first["inputs"].shape == plain["inputs"].shape
     longer = features(batch, 0, train=True, keep_time=False)
-    assert longer["inputs"].shape[1] > calm["inputs"].shape[1]
+    assert longer["inputs"].shape[1] > plain["inputs"].shape[1]
     assert (longer["lengths"] >= first["lengths"]).all()
 
 

@@ -1,4 +1,4 @@
-"""The benchmark: turns, ratios and reports by hand, processes and the command."""
+"""The benchmark: turns, ratios and reports by hand, processes, command line."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import chart, driver, report
+from experiments.benchmark import chart, driver, report, worker
 from experiments.benchmark.competitors import COMPETITORS, ON_REQUEST, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import NUM_BATCHES, WORKLOADS, shrink
@@ -21,7 +21,7 @@ MLP = shrink(WORKLOADS["mlp"])
 
 
 class Scripted:
-    """A process that answers from a list of times and notes when it is asked."""
+    """A process that answers with given times and records its commands."""
 
     def __init__(self, name, turns, asked):
         self.name, self.turns, self.asked = name, iter(turns), asked
@@ -92,7 +92,7 @@ def test_ratios_are_of_the_medians_and_spread_over_the_rounds():
     assert best["which"] == "torch-fused" and best["ratio"] == pytest.approx(0.0105 / 0.016)
 
 
-def test_a_competitor_that_fails_or_is_missing_is_left_out_and_the_others_go_on():
+def test_a_competitor_that_fails_or_is_missing_is_left_out_and_the_others_continue():
     turns = {"jaxnets": TURNS["jaxnets"], "flax": [[0.02], "ended with code -9"]}
     told = []
     more = [competitor("keras", packages=("json", "no_such_package"))]
@@ -107,7 +107,7 @@ def test_a_competitor_that_fails_or_is_missing_is_left_out_and_the_others_go_on(
     assert report.compare(measured) == {}
 
 
-def test_the_table_says_everything_there_is():
+def test_the_table_has_every_measurement():
     measured, _ = scripted(TURNS, 2)
     measured["ratios"] = report.compare(measured)
     measured["left_out"] = {"keras": "keras is not installed"}
@@ -147,7 +147,7 @@ def prepare(settings):
 """
 
 
-def test_processes_of_their_own_compute_one_at_a_time(tmp_path, monkeypatch):
+def test_processes_compute_one_at_a_time(tmp_path, monkeypatch):
     (tmp_path / "fake_side.py").write_text(FAKE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
@@ -189,7 +189,7 @@ def test_processes_of_their_own_compute_one_at_a_time(tmp_path, monkeypatch):
         command.run(dataclasses.replace(config, rounds=3))
 
 
-def test_an_interrupted_run_goes_on_with_the_other_workloads(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_remaining_workloads(tmp_path, monkeypatch):
     measured, _ = scripted(TURNS, 2)
     measured["ratios"] = report.compare(measured)
     asked = []
@@ -241,14 +241,11 @@ def test_another_checkout_runs_its_own_code(tmp_path):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
-def test_without_a_gpu_nothing_is_measured_in_its_stead(tmp_path):
-    settings = Settings(
-        "experiments.benchmark.jaxnets_side", "", "mlp", threads=1, platform="gpu", tiny=True
-    )
-    worker = driver.Worker(settings, tmp_path / "log")
-    with pytest.raises(driver.LeftOut, match="JAX finds no gpu, only cpu"):
-        worker.ask("prepare")
-    worker.close()
+def test_without_a_gpu_the_gpu_workloads_are_refused():
+    with pytest.raises(RuntimeError, match="JAX finds no gpu, only cpu"):
+        worker.check_platform("gpu", jax)
+    worker.check_platform("gpu", None)  # not imported, as in the process of torch
+    worker.check_platform("cpu", jax)
 
 
 def test_a_gpu_has_workloads_of_its_own(tmp_path, monkeypatch):
@@ -265,12 +262,12 @@ def test_a_gpu_has_workloads_of_its_own(tmp_path, monkeypatch):
     assert asked == ["mlp", "mlp-4096"]
 
 
-def test_a_process_that_gives_no_answer_is_given_up(tmp_path):
+def test_a_process_without_an_answer_is_dropped(tmp_path):
     settings = Settings("time", "", "mlp", threads=1)
-    worker = driver.Worker(settings, tmp_path / "log", patience=0.0)
+    process = driver.Worker(settings, tmp_path / "log", patience=0.0)
     with pytest.raises(driver.LeftOut, match="no answer to 'prepare' within 0 s"):
-        worker.ask("prepare")
-    worker.close()
+        process.ask("prepare")
+    process.close()
 
 
 def test_the_chart_has_room_for_one_workload_and_for_many(tmp_path):
@@ -280,7 +277,7 @@ def test_the_chart_has_room_for_one_workload_and_for_many(tmp_path):
         assert (tmp_path / f"{count}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_times_are_written_with_three_digits():
+def test_times_are_shown_with_three_digits():
     assert report.duration(0.00271828) == "2.72 ms"
     assert report.duration(3.3e-5) == "0.0330 ms"
     assert report.duration(123.4) == "123 s"
@@ -292,7 +289,7 @@ def test_labels_differ_from_batch_to_batch_and_inputs_do_not():
     np.testing.assert_array_equal(WORKLOADS["gpt"].inputs(), WORKLOADS["gpt"].inputs())
 
 
-def test_products_are_split_in_float32_training_alone_and_on_request():
+def test_matmuls_are_split_in_float32_training_only_and_on_request():
     taking = [name for name, each in WORKLOADS.items() if COMPETITORS[ON_REQUEST].takes_part(each)]
     assert {"mlp", "gpt", "lstm"} <= set(taking)
     assert not {"gpt-bf16", "cnn-infer-1", "vae", "generate"} & set(taking)

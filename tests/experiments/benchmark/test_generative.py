@@ -1,4 +1,4 @@
-"""The generative workloads of the benchmark: the same mathematics on every side."""
+"""The generative workloads of the benchmark: equal updates on every side."""
 
 import importlib
 
@@ -74,6 +74,7 @@ def test_the_bound_gets_tighter(side):
     assert np.mean([prepared.run(1) for _ in range(20)]) < first - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_both_adversaries_stay_finite(side):
     prepared = prepare(side, "dcgan")

@@ -1,4 +1,4 @@
-"""The times of the import and of the first step, on small networks."""
+"""Times of the import and of the first step, with small networks."""
 
 import pytest
 
@@ -10,7 +10,6 @@ TINY = startup.Config(rounds=1, tiny=True)
 
 
 def test_every_network_and_side_is_known():
-
     for network, side in startup.FIRST_STEPS.values():
         assert COMPETITORS[side].takes_part(STARTS[network])
 
@@ -21,10 +20,10 @@ def test_every_network_and_side_is_known():
 def test_a_second_process_finds_all_programs_in_the_cache(title, tmp_path):
     network, side = startup.FIRST_STEPS[title]
     first = startup.first_step(network, side, TINY, tmp_path)
-    kept = sorted((tmp_path / "cache").glob("*-cache"))
-    assert len(kept) > 1
+    cached = sorted((tmp_path / "cache").glob("*-cache"))
+    assert len(cached) > 1
     second = startup.first_step(network, side, TINY, tmp_path)
-    assert sorted((tmp_path / "cache").glob("*-cache")) == kept
+    assert sorted((tmp_path / "cache").glob("*-cache")) == cached
     for each in (first, second):
         assert each["total"] == each["prepare"] + each["first"]
         assert min(each.values()) > 0

@@ -15,14 +15,19 @@ def norms(tree):
 
 
 def changes(options, num_steps, params, gradients, steps):
-    """Return the update of each of some steps on the same gradients."""
+    """Return the updates and parameters of several steps on the same gradients."""
     optimizer = make_optimizer(options, num_steps)
-    state, seen = optimizer.init(params), []
-    for _ in range(steps):
+
+    @jax.jit
+    def step(params, state):
         updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        seen.append((updates, params))
-    return seen
+        return updates, optax.apply_updates(params, updates), state
+
+    state, history = optimizer.init(params), []
+    for _ in range(steps):
+        updates, params, state = step(params, state)
+        history.append((updates, params))
+    return history
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ def changes(options, num_steps, params, gradients, steps):
         ("cosine", 0.0, [0, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0]),
     ],
 )
-def test_the_rate_rises_and_falls_as_said(schedule, final, expected):
+def test_the_learning_rate_follows_its_schedule(schedule, final, expected):
     options = Options(
         optimizer="nesterov",
         learning_rate=1.0,
@@ -44,14 +49,14 @@ def test_the_rate_rises_and_falls_as_said(schedule, final, expected):
         final_rate=final,
     )
     params = gradients = {"bias": jnp.ones(1)}
-    seen = changes(options, 5, params, gradients, 6)
+    history = changes(options, 5, params, gradients, 6)
     # Nesterov momentum of a constant gradient: 1 + 0.9 + ... + 0.9^(t + 1).
     momentum = np.cumsum(0.9 ** np.arange(7))[1:]
-    rates = [-float(updates["bias"][0]) for updates, _ in seen] / momentum
+    rates = [-float(updates["bias"][0]) for updates, _ in history] / momentum
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_relative_steps_are_shares_of_the_norms_and_nearly_orthogonal():
+def test_relative_muon_updates_are_relative_to_the_norm_and_nearly_orthogonal():
     options = Options(
         optimizer="relative_muon",
         learning_rate=0.1,
@@ -69,15 +74,15 @@ def test_relative_steps_are_shares_of_the_norms_and_nearly_orthogonal():
     (_, before), (updates, _) = changes(options, 10, params, gradients, 2)
     sizes, moved = norms(before), norms(updates)
     assert moved["kernel"] == pytest.approx(0.1 * sizes["kernel"], rel=1e-4)
-    # All the singular values of the step are near each other, whatever those of the gradient.
+    # The singular values of the update are nearly equal, whatever those of the gradient.
     singular = np.linalg.svd(np.asarray(updates["kernel"]).reshape(36, 8))[1]
     assert singular.max() / singular.min() < 2
-    # Adam's step on a constant gradient is the rate, for the matrix of the head too.
+    # Adam's update for a constant gradient is the learning rate, also for the head's matrix.
     for name in ("head", "bias"):
         np.testing.assert_allclose(jnp.abs(updates[name]), 0.1 * 0.2, rtol=1e-3)
 
 
-def test_the_size_of_a_kernel_and_of_its_gradient_do_not_matter_to_relative_steps():
+def test_relative_muon_does_not_depend_on_the_scale_of_kernel_and_gradient():
     options = Options(optimizer="relative_muon", learning_rate=0.1, warmup=0.0)
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
     gradient = jax.random.normal(jax.random.key(1), kernel.shape)

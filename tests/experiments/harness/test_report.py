@@ -1,4 +1,4 @@
-"""The report of a run, read as text and by a browser."""
+"""The report of a run, as text and in a browser."""
 
 import html.parser
 import json
@@ -59,16 +59,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_report_holds_result_curves_pictures_and_the_way_to_run_it_again(folder):
+def test_a_report_contains_result_curves_images_and_the_command(folder):
     page = report.write(folder, RESULT).read_text()
     assert "95.00%" in page and "1.00% (95%, 3 seeds)" in page
     assert "digits &lt;small&gt;" in page and "--out &lt;here&gt;" in page
     assert page.count("<svg") == 1  # one chart for both losses
     assert page.count("<polyline") == 1 and page.count("<circle") == 1  # one point is not finite
-    assert page.count("<img") == 1 and 'alt="mistakes"' in page  # the curves are a chart
+    assert page.count("<img") == 1 and 'alt="mistakes"' in page  # curves.png is replaced by a chart
     assert "waited for data in at most 0.5% of the training" in page
     assert "<td>learning rate</td><td>0.001</td>" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # needs nothing else
+    assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
 
     opened = []
 
@@ -87,7 +87,7 @@ def test_a_report_holds_result_curves_pictures_and_the_way_to_run_it_again(folde
     assert opened == []
 
 
-def test_a_registered_run_shows_its_reference_wherever_its_folder_is(folder):
+def test_a_registered_run_shows_its_reference_whatever_its_folder(folder):
     entry = next(entry for entry in registry.load() if entry.reference)
     command = f"{entry.command} --out elsewhere"
     page = report.write(folder, {**RESULT, "command": command}).read_text()
@@ -104,7 +104,7 @@ def test_ticks_are_few_even_and_span_the_range(low, width):
     np.testing.assert_allclose(np.diff(ticks), ticks[1] - ticks[0], rtol=1e-6, atol=slack)
 
 
-def test_a_chart_of_many_points_is_thinned_and_one_of_none_is_empty():
+def test_a_chart_of_many_points_is_downsampled_and_one_of_none_is_empty():
     steps = np.arange(1, 5001)
     chart = line_chart("loss", {"loss": Series(steps, np.ones((5000, 2)))})
     (line,) = re.findall(r'<polyline points="([^"]*)"', chart)
@@ -121,11 +121,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
     [(375, 0, "rgb(21, 23, 27)"), (1200, 1, "rgb(251, 251, 249)")],
     ids=["phone_dark", "desktop_light"],
 )
-def test_a_browser_shows_every_picture_without_errors_or_sideways_scrolling(
+def test_a_browser_shows_every_image_without_errors_or_horizontal_scrolling(
     folder, width, scheme, background
 ):
     path = report.write(folder, RESULT)
-    # Headless windows are 500 pixels wide at least: a frame is as narrow as a phone.
+    # Headless windows are at least 500 pixels wide; a frame can be as narrow as a phone.
     probe = f"""<iframe src="report.html" width="{width}" height="800"></iframe><p></p><script>
       onload = () => {{ const page = document.querySelector("iframe").contentDocument;
         const images = [...page.images].map(image => image.naturalWidth);
