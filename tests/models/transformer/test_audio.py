@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from checks import check_module, mostly_slow
+from checks import check_module, count_parameters, mostly_slow, shapes_of
 from transformer_problem import (
     BLOCK,
     DROPPING,
@@ -22,9 +22,18 @@ FRAMES, LENGTHS = floats(3, 13, 5), np.array([13, 6, 0], np.int32)
 AUDIO = AudioTransformer(3, num_layers=1, config=config(positions="sinusoidal", **DROPPING))
 
 
+NUM_PARAMETERS = 3 * 5 * 8 + 8 + 3 * 64 + 8 + BLOCK + NORM + 27
+
+
+@pytest.mark.slow  # the default group has its padding and gradients below
 def test_an_audio_transformer_passes_every_check():
-    num_parameters = 3 * 5 * 8 + 8 + 3 * 64 + 8 + BLOCK + NORM + 27
-    check_module(AUDIO, FRAMES, LENGTHS, num_parameters=num_parameters)
+    check_module(AUDIO, FRAMES, LENGTHS, num_parameters=NUM_PARAMETERS)
+
+
+def test_an_audio_transformer_has_the_parameters_of_its_parts():
+    variables, output = shapes_of(AUDIO, FRAMES, LENGTHS)
+    assert count_parameters(variables) == NUM_PARAMETERS
+    assert output.shape == (3, 3)
 
 
 @pytest.mark.parametrize("more", mostly_slow([1, 2], [1]))

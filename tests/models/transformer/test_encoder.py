@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import check_module, check_preset
+from checks import check_module, check_preset, count_parameters, shapes_of
 from transformer_problem import (
     BLOCK,
     DROPPING,
@@ -37,17 +37,26 @@ MEAN = TransformerClassifier(
 MASKED = MaskedLM(11, 1, config(positions="alibi"))
 
 
-@pytest.mark.parametrize(
-    ("module", "num_parameters"),
-    [
-        pytest.param(BERT, (11 + 7 + 2) * 8 + NORM + BLOCK + 72 + 27, marks=pytest.mark.slow),
-        pytest.param(MEAN, 11 * 8 + 32 * 2 + BLOCK + NORM + 27, marks=pytest.mark.slow),
-        (MASKED, 11 * 8 + BLOCK + NORM + 72 + NORM + 11),
-    ],
-    ids=["bert", "mean_relative", "masked"],
-)
-def test_an_encoder_passes_every_check(module, num_parameters):
+ENCODERS = {
+    "bert": (BERT, (11 + 7 + 2) * 8 + NORM + BLOCK + 72 + 27, (3, 3)),
+    "mean_relative": (MEAN, 11 * 8 + 32 * 2 + BLOCK + NORM + 27, (3, 3)),
+    "masked": (MASKED, 11 * 8 + BLOCK + NORM + 72 + NORM + 11, (3, 7, 11)),
+}
+
+
+@pytest.mark.slow  # the default group has padding and gradients below
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_passes_every_check(name):
+    module, num_parameters, _ = ENCODERS[name]
     check_module(module, tokens(), LENGTHS, num_parameters=num_parameters)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_has_the_parameters_of_its_parts(name):
+    module, num_parameters, shape = ENCODERS[name]
+    variables, output = shapes_of(module, tokens(), LENGTHS)
+    assert count_parameters(variables) == num_parameters
+    assert output.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -64,8 +73,9 @@ def test_padding_changes_neither_output_nor_gradients(module):
     check_padding(longer, tokens(), LENGTHS, more=3, stepwise=isinstance(module, MaskedLM))
 
 
-def test_a_wrong_length_in_a_compiled_program_gives_nan_in_its_row_only():
-    check_wrong_lengths(BERT, tokens())
+@pytest.mark.parametrize("module", [BERT, MASKED], ids=["bert", "masked"])
+def test_a_wrong_length_in_a_compiled_program_gives_nan_in_its_row_only(module):
+    check_wrong_lengths(module, tokens())
 
 
 def test_an_encoder_attends_to_the_whole_text_and_returns_zero_beyond_it():
