@@ -154,11 +154,14 @@ def test_metrics_equal_scikit_learn():
     @jax.jit
     def run(logits, weights):
         matrix = supervised.confusion_matrix(logits, labels, weights)
-        return matrix, supervised.precision_recall_f1(matrix)
+        unweighted = supervised.confusion_matrix(logits, labels)
+        return matrix, supervised.precision_recall_f1(matrix), unweighted
 
-    matrix, found = run(logits.astype(np.float32), weights.astype(np.float32))
+    matrix, found, unweighted = run(logits.astype(np.float32), weights.astype(np.float32))
     expected = confusion_matrix(labels, predicted, sample_weight=weights, labels=range(5))
     np.testing.assert_allclose(matrix.total, expected, rtol=1e-5)
+    counts = confusion_matrix(labels, predicted, labels=range(5))
+    np.testing.assert_array_equal(unweighted.total, counts)
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, sample_weight=weights, labels=range(5), zero_division=0
     )
@@ -193,11 +196,13 @@ def test_calibration_error_by_hand_and_over_splits():
             supervised.calibration(logits[rows], labels[rows], num_bins=10)
             for rows in (slice(None), slice(1), slice(1, None))
         )
-        return whole, first + rest, supervised.expected_calibration_error(whole)
+        doubled = supervised.calibration(logits, labels, jnp.full(3, 2), num_bins=10)
+        return whole, first + rest, supervised.expected_calibration_error(whole), doubled
 
-    whole, split, error = run(logits)
+    whole, split, error, doubled = run(logits)
     np.testing.assert_allclose(error, (2 * abs(0.5 - 0.9) + abs(1 - 0.6)) / 3, rtol=1e-5)
     np.testing.assert_allclose(split.total, whole.total, rtol=1e-6)
+    np.testing.assert_allclose(doubled.total, 2 * whole.total, rtol=1e-6)
 
 
 def test_the_confidence_interval_is_that_of_students_distribution():

@@ -13,7 +13,7 @@ from checks import check_module, count_parameters, mostly_slow, random_variables
 
 import jaxnets as jn
 from jaxnets import autoencoder
-from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, EncoderDecoderConfig
+from jaxnets.models.autoencoder import VAE, VQVAE, Autoencoder, Encoder, EncoderDecoderConfig
 from jaxnets.objectives.likelihoods import DiscretizedLogistic, Gaussian, SquaredError
 
 DENSE = EncoderDecoderConfig((4, 5, 2), features=(6, 3))
@@ -50,7 +50,7 @@ CONVOLUTIONS = (9 * 3 + 3) + (9 * 3 * 4 + 4)
                 EncoderDecoderConfig((5, 8, 1), "convolutional", (3, 4), norm="batch"),
                 latent_size=2,
             ),
-            (4, 5, 8, 1),
+            (3, 5, 8, 1),
             (27 + 6) + (108 + 8) + (32 + 2) + (2 * 16 + 8) + (108 + 6) + (27 + 1),
             (),
         ),
@@ -70,7 +70,7 @@ CONVOLUTIONS = (9 * 3 + 3) + (9 * 3 * 4 + 4)
                 embedding_size=2,
                 likelihood=Gaussian(),
             ),
-            (3, 5, 8, 1),
+            (2, 5, 8, 1),
             CONVOLUTIONS + 2 * (144 + 4 + 16 + 4) + (8 + 2) + (72 + 4) + (432 + 12) + (216 + 8),
             ("codebook",),
         ),
@@ -117,6 +117,12 @@ def test_a_decoder_returns_images_of_the_original_size(upsampling, shape):
     _, quantized = shapes_of(module, images(2, *shape))
     assert quantized.outputs.shape == (2, *shape[:2], 2 * shape[2])
     assert quantized.codes.shape == (2, *config.code_shape[:2])
+
+
+def test_the_code_shape_is_that_of_the_encoders_output():
+    for config in (DENSE, CONVOLUTIONAL, dataclasses.replace(DENSE, features=())):
+        _, output = shapes_of(Encoder(config), images(2, *config.image_shape))
+        assert output.shape == (2, *config.code_shape)
 
 
 def test_tied_weights_share_the_encoders_kernel():
@@ -206,6 +212,7 @@ def test_a_vae_decodes_the_reparameterized_code_or_without_noise_the_mean():
             "unknown upsampling 'bilinear'",
         ),
         (lambda: EncoderDecoderConfig((8, 8, 1), num_blocks=1), "needs kind='convolutional'"),
+        (lambda: EncoderDecoderConfig((8, 8, 1), num_blocks=-1), "num_blocks is -1; give 0 or"),
         (lambda: Autoencoder(DENSE, 4, num_active=5), "num_active is 5; give 1 to latent_size, 4"),
         (lambda: Autoencoder(CONVOLUTIONAL, tied=True), "tied weights with kind='convolutional'"),
         (

@@ -154,6 +154,10 @@ def test_matmuls_of_the_quantizer_have_the_highest_precision():
     assert program.count("dot_general") == program.count("precision=(Precision.HIGHEST") == 2
 
 
+def test_a_codebook_may_have_as_many_codes_as_the_data_has_vectors():
+    check_codebook(36, CONVOLUTIONAL, 9)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

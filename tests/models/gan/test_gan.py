@@ -268,6 +268,14 @@ def test_recalibrated_statistics_are_the_moving_averages_over_the_given_latents(
     assert gan.recalibrate_batch_norm(module, without, latents) is without
 
 
+def test_images_are_generated_without_labels():
+    module = dcgan((8, 8, 1), width=4, latent_size=5)
+    latents = normal(3, 5)
+    variables = random_variables(module, latents)
+    expected = apply(module, variables, latents, method="generate")
+    assert_close(generate_images(module, variables, latents), expected, 1e-5)
+
+
 def test_interpolated_latents_lie_evenly_on_the_great_circle_and_include_both_ends():
     first, second = normal(2, 16)
     interpolate = jax.jit(interpolate_latents, static_argnums=2)
