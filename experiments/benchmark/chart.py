@@ -31,9 +31,9 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     for axis, (workload, measured) in zip(axes.flat, results.items(), strict=False):
-        found = measured["competitors"]
-        scale, unit = (1, "s") if max(_medians(found), default=0.0) >= 10 else (1000, "ms")
-        for place, (name, numbers) in enumerate(found.items()):
+        competitors = measured["competitors"]
+        scale, unit = (1, "s") if max(_medians(competitors), default=0.0) >= 10 else (1000, "ms")
+        for place, (name, numbers) in enumerate(competitors.items()):
             value, each = scale * numbers["median"], scale * np.array(numbers["rounds"])
             spread = [[max(value - each.min(), 0)], [max(each.max() - value, 0)]]
             axis.barh(place, value, xerr=spread, color=colors[name], ecolor="black", capsize=2)
@@ -45,7 +45,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 va="center",
                 fontsize=7,
             )
-        axis.set_yticks(range(len(found)), list(found), fontsize=8)
+        axis.set_yticks(range(len(competitors)), list(competitors), fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_title(f"{workload}, {unit} a {measured['unit']}", fontsize=9)
@@ -54,5 +54,5 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _medians(found: Mapping[str, Any]) -> list[float]:
-    return [numbers["median"] for numbers in found.values()]
+def _medians(competitors: Mapping[str, Any]) -> list[float]:
+    return [numbers["median"] for numbers in competitors.values()]

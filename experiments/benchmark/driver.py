@@ -161,14 +161,14 @@ def measure(
     Returns:
         "unit"; "competitors", {name: measurements}, times in seconds; "left_out", {name: reason}.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     running: dict[str, Process] = {}
 
     def drop(name: str, reason: str) -> None:
         left_out[name] = reason
         tell(f"{workload.name}: {name} is left out: {reason}")
-        found.pop(name, None)
+        results.pop(name, None)
         if name in running:
             running.pop(name).close()
 
@@ -192,22 +192,22 @@ def measure(
                 running[name] = start(competitor)
                 prepared = running[name].ask("prepare")
                 first = running[name].ask("first")
-                found[name] = {**prepared, "first_seconds": first["seconds"], "times": []}
+                results[name] = {**prepared, "first_seconds": first["seconds"], "times": []}
                 tell(f"{workload.name}: {name} is ready, first call {first['seconds']:.2f} s")
         for index in range(rounds):
             for name in list(running):
                 with turn_of(name):
                     answer = running[name].ask("turn", seconds=seconds)
-                    found[name]["times"].append(answer["times"])
-                    found[name]["loss"] = answer["loss"]
+                    results[name]["times"].append(answer["times"])
+                    results[name]["loss"] = answer["loss"]
             tell(f"{workload.name}: round {index + 1} of {rounds} is done")
         for name in list(running):
             with turn_of(name):
-                found[name].update(running[name].ask("finish"))
+                results[name].update(running[name].ask("finish"))
     finally:
         for process in running.values():
             process.close()
-    summaries = {name: _summarize(each) for name, each in found.items()}
+    summaries = {name: _summarize(each) for name, each in results.items()}
     return {"unit": workload.unit, "competitors": summaries, "left_out": left_out}
 
 

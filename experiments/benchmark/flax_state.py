@@ -45,5 +45,5 @@ def create_states(
 
 def num_parameters(states: Any) -> int:
     """Return the number of parameters of a state, or of all states in a tuple."""
-    found = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, State))
-    return sum(leaf.size for state in found for leaf in jax.tree.leaves(state.params))
+    leaves = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, State))
+    return sum(leaf.size for state in leaves for leaf in jax.tree.leaves(state.params))

@@ -208,8 +208,8 @@ def train_epoch(workload: Workload, model: Any, settings: Settings) -> Prepared:
         images = read_idx(settings.images)[..., None].astype(np.float32) / 255
         images = (images - PIXEL_MEAN) / PIXEL_DEVIATION
         labels = read_idx(settings.labels).astype(np.int32)
-        seen = slice(num_steps * workload.batch_size)
-        fitted = model.fit(images[seen], labels[seen], workload.batch_size, verbose=0)
+        part = slice(num_steps * workload.batch_size)
+        fitted = model.fit(images[part], labels[part], workload.batch_size, verbose=0)
         return float(fitted.history["loss"][-1])
 
     return ready(workload, run, _size(model))

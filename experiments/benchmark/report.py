@@ -26,12 +26,12 @@ def compare(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         `BEST_TORCH`, with the name of the fastest variant of torch as "which". Empty without the
         reference.
     """
-    found = measured["competitors"]
-    if REFERENCE not in found:
+    competitors = measured["competitors"]
+    if REFERENCE not in competitors:
         return {}
-    own = found[REFERENCE]
+    own = competitors[REFERENCE]
     ratios: dict[str, dict[str, Any]] = {}
-    for name, other in found.items():
+    for name, other in competitors.items():
         if name != REFERENCE:
             each = np.divide(own["rounds"], other["rounds"])
             ratios[name] = {
@@ -41,7 +41,7 @@ def compare(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             }
     torch = [name for name in ratios if name.split("-")[0] in ("torch", "transformers")]
     if torch:
-        best = min(torch, key=lambda name: found[name]["median"])
+        best = min(torch, key=lambda name: competitors[name]["median"])
         ratios[BEST_TORCH] = {**ratios[best], "which": best}
     return ratios
 

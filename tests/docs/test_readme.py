@@ -1,4 +1,4 @@
-"""What the README says is true: its code runs, its commands and links exist."""
+"""The README: its code runs, its commands and links exist."""
 
 import pathlib
 import re

@@ -224,8 +224,8 @@ def test_a_grid_shows_each_image_at_its_place(tmp_path):
 
 def test_decibels_by_hand():
     clean = np.zeros((2, 2, 2, 1))
-    found = probes.signal_to_noise(clean + np.array([0.1, 1.0]).reshape(2, 1, 1, 1), clean)
-    np.testing.assert_allclose(found, [20, 0], atol=1e-8)
+    decibels = probes.signal_to_noise(clean + np.array([0.1, 1.0]).reshape(2, 1, 1, 1), clean)
+    np.testing.assert_allclose(decibels, [20, 0], atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_the_options_have_a_recipe_for_every_kind():
 @pytest.mark.slow
 def test_tensorboard_shows_the_pictures_and_the_parameters(tmp_path):
     train(tmp_path, "vae", tensorboard=True)
-    found = events(tmp_path / "tensorboard")
-    steps = {name: [step for step, *_ in shown] for name, shown in found.items()}
+    logged = events(tmp_path / "tensorboard")
+    steps = {name: [step for step, *_ in shown] for name, shown in logged.items()}
     assert steps["pictures/progress"] == [3, 6]
     for name in ("samples", "reconstructions", "curves"):
         assert steps[f"pictures/{name}"] == [6]

@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
     return out, tiny(out, seeds=3)
 
 
-def test_a_run_leaves_result_log_figures_and_configuration(finished):
+def test_a_run_writes_result_log_figures_and_configuration(finished):
     out, result = finished
     assert {"experiment", "metric", "value", "ci95", "seeds", "steps"} <= set(result)
     assert {"train_seconds", "parameters_sha256"} <= set(result)

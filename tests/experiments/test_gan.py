@@ -141,9 +141,9 @@ def test_the_averaged_generator_has_batch_statistics_of_its_own_images(tmp_path)
             variables["params"]["generator"]["start"]["kernel"]
         )
         variance = before.reshape(-1, variables["params"]["generator"]["start_norm"]["scale"].size)
-        found = variables["batch_stats"]["generator"]["start_norm"]["var"]
+        running = variables["batch_stats"]["generator"]["start_norm"]["var"]
         left = 0.9**50  # the weight of the initial value, 1
-        np.testing.assert_allclose(found, variance.var(axis=0) + left, rtol=0.15)
+        np.testing.assert_allclose(running, variance.var(axis=0) + left, rtol=0.15)
 
 
 def test_the_discriminator_has_its_own_learning_rate_and_number_of_updates(tmp_path):

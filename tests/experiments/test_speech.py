@@ -51,6 +51,7 @@ def strings(tmp_path_factory):
     return out, run_strings(out, seeds=2)
 
 
+@pytest.mark.slow
 def test_a_run_on_words_writes_its_result_and_figures(words):
     out, result = words
     assert json.loads((out / "result.json").read_text()) == result
@@ -142,16 +143,16 @@ def batch():
 
 
 def test_features_are_standardized_over_the_frames_and_features_of_each_word(batch):
-    found = features(batch, 0, train=False)
-    assert found["inputs"].shape == (6, 21, 40)
-    assert found["lengths"].tolist() == (1 + batch["lengths"] // 80).tolist()
-    for row, length in zip(np.asarray(found["inputs"]), found["lengths"], strict=True):
+    plain = features(batch, 0, train=False)
+    assert plain["inputs"].shape == (6, 21, 40)
+    assert plain["lengths"].tolist() == (1 + batch["lengths"] // 80).tolist()
+    for row, length in zip(np.asarray(plain["inputs"]), plain["lengths"], strict=True):
         assert row[:length].mean() == pytest.approx(0, abs=1e-4)
         assert row[:length].std() == pytest.approx(1, abs=1e-3)
         assert row[:length].mean(axis=0).std() > 0.3, "the mean spectrum is gone"
         assert not row[length:].any()
     louder = features({**batch, "inputs": 2 * batch["inputs"]}, 0, train=False)
-    np.testing.assert_allclose(louder["inputs"], found["inputs"], atol=0.1)
+    np.testing.assert_allclose(louder["inputs"], plain["inputs"], atol=0.1)
 
 
 def test_sound_is_changed_in_training_only_and_each_time_in_another_way(batch):

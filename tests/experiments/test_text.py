@@ -169,7 +169,7 @@ def test_impossible_options_of_addition_are_named(changes, message, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
-def test_a_sentiment_run_leaves_result_figures_tokenizer_and_mistakes(reviews, model, tmp_path):
+def test_a_sentiment_run_writes_result_figures_tokenizer_and_mistakes(reviews, model, tmp_path):
     result = judge(tmp_path, model=model, seeds=2, executor="jit")
     assert result["dataset"] == "reviews" and len(result["values"]) == 2
     assert 0 <= result["validation_accuracy"] <= 1

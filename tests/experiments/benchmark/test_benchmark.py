@@ -23,11 +23,11 @@ MLP = shrink(WORKLOADS["mlp"])
 class Scripted:
     """A process that answers with given times and records its commands."""
 
-    def __init__(self, name, turns, asked):
-        self.name, self.turns, self.asked = name, iter(turns), asked
+    def __init__(self, name, turns, commands):
+        self.name, self.turns, self.commands = name, iter(turns), commands
 
     def ask(self, command, **arguments):
-        self.asked.append((self.name, command))
+        self.commands.append((self.name, command))
         if command == "turn":
             times = next(self.turns)
             if isinstance(times, str):
@@ -40,7 +40,7 @@ class Scripted:
         }[command]
 
     def close(self):
-        self.asked.append((self.name, "close"))
+        self.commands.append((self.name, "close"))
 
 
 def competitor(name, packages=()):
@@ -48,14 +48,14 @@ def competitor(name, packages=()):
 
 
 def scripted(turns, rounds, **extra):
-    asked = []
+    commands = []
     measured = driver.measure(
         MLP,
         [competitor(name) for name in turns] + list(extra.pop("more", [])),
-        lambda one: Scripted(one.name, turns[one.name], asked),
+        lambda one: Scripted(one.name, turns[one.name], commands),
         **{"rounds": rounds, "seconds": 1.0, "pause": 0.0, **extra},
     )
-    return measured, asked
+    return measured, commands
 
 
 TURNS = {
@@ -67,21 +67,21 @@ TURNS = {
 
 
 def test_competitors_take_turns():
-    _, asked = scripted(TURNS, 2)
+    _, commands = scripted(TURNS, 2)
     names = list(TURNS)
     prepared = [(name, step) for name in names for step in ("prepare", "first")]
     turns = [(name, "turn") for name in names]
     ends = [(name, step) for step in ("finish", "close") for name in names]
-    assert asked == prepared + 2 * turns + ends
+    assert commands == prepared + 2 * turns + ends
 
 
 def test_ratios_are_of_the_medians_and_spread_over_the_rounds():
     measured, _ = scripted(TURNS, 2)
-    found = measured["competitors"]
+    competitors = measured["competitors"]
     # The six times in order: 10, 10, 10, 11, 12, 13 ms.
-    assert found["jaxnets"]["median"] == pytest.approx(0.0105)
-    assert found["jaxnets"]["rounds"] == pytest.approx([0.011, 0.010])
-    assert found["flax"]["median"] == pytest.approx(0.0225)
+    assert competitors["jaxnets"]["median"] == pytest.approx(0.0105)
+    assert competitors["jaxnets"]["rounds"] == pytest.approx([0.011, 0.010])
+    assert competitors["flax"]["median"] == pytest.approx(0.0225)
     ratios = report.compare(measured)
     assert set(ratios) == {"flax", "torch", "torch-fused", report.BEST_TORCH}
     flax = ratios["flax"]
@@ -96,13 +96,13 @@ def test_a_competitor_that_fails_or_is_missing_is_left_out_and_the_others_contin
     turns = {"jaxnets": TURNS["jaxnets"], "flax": [[0.02], "ended with code -9"]}
     told = []
     more = [competitor("keras", packages=("json", "no_such_package"))]
-    measured, asked = scripted(turns, 2, more=more, tell=told.append)
+    measured, commands = scripted(turns, 2, more=more, tell=told.append)
     assert list(measured["competitors"]) == ["jaxnets"]
     assert measured["left_out"] == {
         "keras": "no_such_package is not installed",
         "flax": "ended with code -9",
     }
-    assert ("flax", "close") in asked and ("flax", "finish") not in asked
+    assert ("flax", "close") in commands and ("flax", "finish") not in commands
     assert "mlp: keras is left out: no_such_package is not installed" in told
     assert report.compare(measured) == {}
 
@@ -192,10 +192,10 @@ def test_processes_compute_one_at_a_time(tmp_path, monkeypatch):
 def test_an_interrupted_run_resumes_with_the_remaining_workloads(tmp_path, monkeypatch):
     measured, _ = scripted(TURNS, 2)
     measured["ratios"] = report.compare(measured)
-    asked = []
+    commands = []
 
     def measure(name, config, folder):
-        asked.append(name)
+        commands.append(name)
         if name == "gpt" and not config.resume:
             raise KeyboardInterrupt
         return measured
@@ -207,7 +207,7 @@ def test_an_interrupted_run_resumes_with_the_remaining_workloads(tmp_path, monke
     with pytest.raises(RunError, match="continue it with --resume"):
         command.run(config)
     result = command.run(dataclasses.replace(config, resume=True))
-    assert asked == ["mlp", "gpt", "gpt"] and list(result["workloads"]) == ["mlp", "gpt"]
+    assert commands == ["mlp", "gpt", "gpt"] and list(result["workloads"]) == ["mlp", "gpt"]
 
 
 @pytest.mark.parametrize(
@@ -249,17 +249,17 @@ def test_without_a_gpu_the_gpu_workloads_are_refused():
 
 
 def test_a_gpu_has_workloads_of_its_own(tmp_path, monkeypatch):
-    asked = []
+    commands = []
 
     def measure(name, config, folder):
-        asked.append(name)
+        commands.append(name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_measure", measure)
     for platform in ("cpu", "gpu"):
         with pytest.raises(KeyboardInterrupt):
             command.run(command.Config(platform=platform, out=tmp_path / platform))
-    assert asked == ["mlp", "mlp-4096"]
+    assert commands == ["mlp", "mlp-4096"]
 
 
 def test_a_process_without_an_answer_is_dropped(tmp_path):

@@ -76,8 +76,8 @@ def test_the_networks_of_full_size_have_the_same_parameters_in_torch(name):
     workload = WORKLOADS[name]
     with torch.device("meta"):
         model = build(workload.network)
-    found = sum(parameter.numel() for parameter in model.parameters())
-    assert found == size_in_jaxnets(workload, "torch")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters == size_in_jaxnets(workload, "torch")
 
 
 @pytest.mark.parity

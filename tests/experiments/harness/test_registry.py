@@ -78,8 +78,8 @@ def test_a_rerun_holds_within_both_intervals(value, ci95, goal, verdict):
 
 def test_one_seed_holds_within_the_tolerance_of_the_row():
     row = entry(ci95=None, value=38.84, unit="", decimals=2, tolerance=0.8)
-    found = [row.judge({"value": value, "ci95": None}) for value in (38.1, 38.0, 39.7)]
-    assert found == ["holds", "worse", "better"]
+    verdicts = [row.judge({"value": value, "ci95": None}) for value in (38.1, 38.0, 39.7)]
+    assert verdicts == ["holds", "worse", "better"]
 
 
 def test_a_table_is_written_between_the_markers_of_its_page(tmp_path, monkeypatch, capsys):

@@ -146,7 +146,7 @@ def test_a_browser_shows_every_image_without_errors_or_horizontal_scrolling(
         text=True,
         timeout=120,
     )
-    (found,) = re.findall(r"<p>(.*?)</p>", done.stdout)
-    assert json.loads(found) == [[4], 0, background]
+    (text,) = re.findall(r"<p>(.*?)</p>", done.stdout)
+    assert json.loads(text) == [[4], 0, background]
     assert "CONSOLE" not in done.stderr
     assert path.is_file()
