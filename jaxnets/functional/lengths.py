@@ -32,7 +32,8 @@ def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.
         >>> check_lengths(jnp.array([3, 5]), rows=2, most=5).tolist()
         [True, True]
     """
-    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    # NumPy, because inside a trace JAX compares even concrete arrays into tracers.
+    lengths = lengths if isinstance(lengths, jax.core.Tracer) else np.asarray(lengths)
     if lengths.shape != (rows,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths of shape {lengths.shape} and type {lengths.dtype} do not fit {rows} rows; "
@@ -40,7 +41,7 @@ def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.
         )
     inside = (lengths >= least) & (lengths <= most)
     if not isinstance(lengths, jax.core.Tracer) and not np.all(inside):
-        wrong = np.asarray(lengths)[~np.asarray(inside)][0]
+        wrong = lengths[~inside][0]
         raise ValueError(
             f"length {wrong} is not in [{least}, {most}]; lengths count the valid steps of each "
             f"row, which has {most}"

@@ -55,3 +55,11 @@ def test_without_lengths_all_steps_are_valid():
 def test_lengths_that_do_not_fit_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_lengths_closed_over_by_a_compiled_function_are_checked_as_constants():
+    lengths = jnp.array([1, 3])
+    inside = jax.jit(lambda: check_lengths(lengths, rows=2, most=3))
+    assert inside().tolist() == [True, True]
+    with pytest.raises(ValueError, match=r"length 3 is not in \[0, 2\]"):
+        jax.jit(lambda: check_lengths(lengths, rows=2, most=2))()
