@@ -27,7 +27,9 @@ from jaxnets.training.step import make_train_step
     [
         pytest.param({"norm": "batch"}, "non_saturating", {}, 1, marks=pytest.mark.slow),
         pytest.param({"norm": "batch"}, "non_saturating", {}, 2, marks=pytest.mark.slow),
-        ({"norm": "batch", "num_classes": 3}, "non_saturating", {}, 1),
+        pytest.param(
+            {"norm": "batch", "num_classes": 3}, "non_saturating", {}, 1, marks=pytest.mark.slow
+        ),
         ({"norm": "spectral", "num_classes": 3}, "non_saturating", {"r1": 0.1}, 1),
     ],
     ids=["batch", "two_discriminator_updates", "conditional", "spectral_penalty"],
