@@ -27,6 +27,18 @@ def mostly_exhaustive(cases, kept):
     return mostly_slow(cases, kept, pytest.mark.exhaustive)
 
 
+def slow_or_exhaustive(cases, slow):
+    """Return the cases of a test: those given are slow, all others exhaustive."""
+    assert all(case in cases for case in slow)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else [case]),
+            marks=pytest.mark.slow if case in slow else pytest.mark.exhaustive,
+        )
+        for case in cases
+    ]
+
+
 def normal(shape, seed, dtype=np.float64):
     """Draw an array from the normal distribution."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)

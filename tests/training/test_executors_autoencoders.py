@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoint_problem import assert_bitwise_equal
+from checks import slow_or_exhaustive
 
 import jaxnets as jn
 from jaxnets import autoencoder
@@ -142,14 +143,12 @@ def check_executors(update, state, batch, *, tolerance):
     assert report.largest < tolerance, report.table()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_or_exhaustive(NETWORKS, ["vae", "quantized"]))
 def test_executors_agree_in_float32_under_momentum(name, one_noise):
     check_executors(*problem(name, optax.sgd(0.1, momentum=0.9)), tolerance=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_or_exhaustive(NETWORKS, ["vae", "quantized"]))
 def test_executors_agree_in_float64_under_adam(name, one_noise, enable_x64):
     update, state, batch = problem(name, optax.adam(1e-2), DOUBLE)
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -192,8 +191,9 @@ def test_a_restarted_code_is_the_same_on_every_device():
 STRATEGIES = [*((name, "vmap") for name in ALL), ("quantized", "map")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "strategy"), STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "strategy"), slow_or_exhaustive(STRATEGIES, [("vae", "vmap"), ("quantized", "vmap")])
+)
 def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     update, state, batch = problem(name, optimizer)
@@ -218,8 +218,7 @@ def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
             np.testing.assert_allclose(several[member], single, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_or_exhaustive(ALL, ["vae", "quantized"]))
 def test_a_resumed_run_ends_bitwise_as_one_that_was_not(name, tmp_path):
     update, state, batch = problem(name, optax.adam(1e-2))
     step = jn.jit_step(jn.make_train_step(update))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import slow_or_exhaustive
 
 from jaxnets import recurrent, transformer
 from jaxnets.core import Precision, Update
@@ -173,15 +174,17 @@ def problem(name, optimizer, precision=Precision()):
     return update, create, batch
 
 
-@pytest.mark.slow  # no executor knows a family; `test_executors.py` has each code path
-@pytest.mark.parametrize("name", NETWORKS)
+# No executor knows a family, and `test_executors.py` has a network for each of their code paths.
+SLOW = ["llama", "transformer_translator", "lstm_language_model", "recognizer"]
+
+
+@pytest.mark.parametrize("name", slow_or_exhaustive(NETWORKS, SLOW))
 def test_executors_agree_in_float32_under_momentum(name):
     update, create, batch = problem(name, optax.sgd(0.1, momentum=0.9))
     check_executors(update, jax.jit(create)(0), batch, tolerance=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_or_exhaustive(NETWORKS, SLOW))
 def test_executors_agree_in_float64_under_adam(name, enable_x64):
     update, create, batch = problem(name, optax.adam(1e-2), DOUBLE)
     state = jax.jit(create)(0)
@@ -207,15 +210,16 @@ def check_executors(update, state, batch, *, tolerance):
 STRATEGIES = [*((name, "vmap") for name in NETWORKS), ("llama", "map"), ("luong", "map")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "strategy"), STRATEGIES)
+SLOW_STRATEGIES = [("llama", "map"), ("lstm_language_model", "vmap"), ("luong", "map")]
+
+
+@pytest.mark.parametrize(("name", "strategy"), slow_or_exhaustive(STRATEGIES, SLOW_STRATEGIES))
 def test_each_member_of_a_population_equals_its_solo_run(name, strategy):
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     check_population(*problem(name, optimizer), np.linspace(0.01, 0.2, 3), strategy, tolerance=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "strategy"), STRATEGIES)
+@pytest.mark.parametrize(("name", "strategy"), slow_or_exhaustive(STRATEGIES, SLOW_STRATEGIES))
 def test_each_of_eight_members_equals_its_solo_run_in_float64_under_adam(
     name, strategy, enable_x64
 ):
