@@ -23,6 +23,7 @@ import jax
 #: Options that do not affect the result; a run may be resumed with other values.
 NOT_PART_OF_THE_RUN = (
     *("out", "resume", "data", "checkpoint_every", "keep_freed_memory", "tensorboard", "workers"),
+    "keep_memory",  # keep_freed_memory in folders of runs that began before its name changed
 )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
+
+from jaxnets.checks import IMAGES, check_rank
 
 
 def input_gradient(function: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
@@ -31,7 +32,7 @@ def input_gradient(function: Callable[[jax.Array], jax.Array], images: jax.Array
         >>> input_gradient(lambda x: x[:, 0, 0, 0] - 3 * x[:, 0, 1, 0], images).tolist()
         [[[1.0, 3.0]]]
     """
-    chex.assert_rank(images, 4)
+    check_rank(images, "input_gradient", layouts=IMAGES)
 
     def total(images: jax.Array) -> jax.Array:
         outputs = function(images)

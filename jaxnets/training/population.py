@@ -140,7 +140,7 @@ def _read(path: Path) -> Any:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold the strategy of a population ({error!r}); delete it to measure "
-            "again"
+            "again, or rename its entry loop to strategy to go on with the same one"
         ) from error
 
 

@@ -75,3 +75,10 @@ def test_the_maps_of_pilotnet_mark_a_bright_square_in_the_image():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_image_without_a_batch_is_refused():
+    with pytest.raises(
+        ValueError, match=r"input_gradient got inputs of shape \(8, 8, 3\); give \["
+    ):
+        jn.input_gradient(lambda x: x.sum((1, 2, 3)), jnp.zeros((8, 8, 3)))

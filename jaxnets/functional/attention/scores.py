@@ -76,8 +76,17 @@ def check_shapes(
     """Check that the shapes of all arguments fit together.
 
     Raises:
-        ValueError: they do not, or a local mask with different numbers of queries and keys.
+        ValueError: they do not, a mask that is not bool, or a local mask with different numbers
+            of queries and keys.
     """
+    for name, x in (("queries", query), ("keys", key), ("values", value)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} of shape {x.shape} are not [batch, time, heads, head_dim]")
+    if mask is not None and mask.dtype != bool:
+        raise ValueError(
+            f"the mask has dtype {mask.dtype}; give bool, True where a key is visible, and values "
+            "that are added to the scores as bias="
+        )
     (batch, queries, heads, head_dim), (key_batch, keys, kv_heads, key_dim) = query.shape, key.shape
     if key_batch != batch or key_dim != head_dim or heads % kv_heads:
         raise ValueError(
@@ -99,9 +108,12 @@ def check_shapes(
         )
     whole = (batch, heads, queries, keys)
     for name, x in (("mask", mask), ("bias", bias)):
-        if x is not None and any(
-            own not in (1, size) for own, size in zip(x.shape, whole, strict=True)
-        ):
+        if x is None:
+            continue
+        fits = x.ndim == 4 and all(
+            own in (1, size) for own, size in zip(x.shape, whole, strict=True)
+        )
+        if not fits:
             raise ValueError(
                 f"a {name} of shape {x.shape} does not broadcast to [batch, heads, queries, keys], "
                 f"which are {whole} here"

@@ -294,6 +294,20 @@ def test_relative_buckets_by_hand():
             "mask of",
         ),
         (lambda: attention_weights(*arrays(*2 * [(1, 3, 1, 6)]), bias=jnp.ones((2, 3))), "bias of"),
+        (
+            lambda: dot_product_attention(*arrays(*3 * [(1, 3, 1, 6)]), mask=jnp.zeros((3, 3))),
+            "the mask has dtype float32; give bool",
+        ),
+        (
+            lambda: dot_product_attention(*arrays((3, 1, 6), *2 * [(1, 3, 1, 6)])),
+            r"queries of shape \(3, 1, 6\) are not \[batch",
+        ),
+        (
+            lambda: dot_product_attention(
+                *arrays(*3 * [(1, 3, 1, 6)]), bias=jnp.ones((1, 1, 1, 3, 3))
+            ),
+            "bias of",
+        ),
         (lambda: causal_mask(4, window=0), "window is 0"),
         (lambda: sinusoidal_positions(np.arange(3), 5), "5 features"),
         (lambda: rotary(jnp.ones((1, 2, 1, 3)), np.arange(2)[None]), "3 features"),
