@@ -79,9 +79,9 @@ def check_shapes(
         ValueError: they do not, a mask that is not bool, or a local mask with different numbers
             of queries and keys.
     """
-    for name, x in (("queries", query), ("keys", key), ("values", value)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} of shape {x.shape} are not [batch, time, heads, head_dim]")
+    for name, array in (("queries", query), ("keys", key), ("values", value)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} of shape {array.shape} are not [batch, time, heads, head_dim]")
     if mask is not None and mask.dtype != bool:
         raise ValueError(
             f"the mask has dtype {mask.dtype}; give bool, True where a key is visible, and values "
