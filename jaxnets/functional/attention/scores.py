@@ -81,7 +81,9 @@ def check_shapes(
     """
     for name, array in (("queries", query), ("keys", key), ("values", value)):
         if array.ndim != 4:
-            raise ValueError(f"{name} of shape {array.shape} are not [batch, time, heads, head_dim]")
+            raise ValueError(
+                f"{name} of shape {array.shape} are not [batch, time, heads, head_dim]"
+            )
     if mask is not None and mask.dtype != bool:
         raise ValueError(
             f"the mask has dtype {mask.dtype}; give bool, True where a key is visible, and values "
