@@ -125,6 +125,15 @@ def random_variables(module, *inputs):
     return {**initial_state(jax.random.key(0)), "params": params}
 
 
+def assert_trees_near(actual, expected, tolerance=1e-5):
+    """Check that two trees of one structure hold equal arrays, up to rounding."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
+
+
 def perturbed(variables, scale=0.1):
     """Add noise to the parameters: a scale that starts at zero would hide what comes before it."""
     random = np.random.default_rng(0)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import check_module, count_parameters, mostly_slow, perturbed, shapes_of
+from checks import (
+    assert_trees_near,
+    check_module,
+    count_parameters,
+    mostly_slow,
+    random_variables,
+    shapes_of,
+)
 
 from jaxnets.core import Update, capture
 from jaxnets.models.recurrent import Recurrent, SequenceClassifier, TextClassifier
@@ -21,20 +28,6 @@ TOKENS = np.random.default_rng(0).integers(0, 9, (4, 7)).astype(np.int32)
 
 def sequences(batch=4, time=7, channels=3, seed=0):
     return np.random.default_rng(seed).normal(size=(batch, time, channels)).astype(np.float32)
-
-
-def random_variables(module, *inputs):
-    """Return random variables without compiling the initializers."""
-    variables, _ = shapes_of(module, *inputs)
-    return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.4)
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
 
 
 CLASSIFIERS = {
@@ -79,7 +72,7 @@ def test_padding_changes_neither_the_logits_nor_the_gradients_of_a_classifier(po
             variables
         )
 
-    assert_close(run(variables, padded), run(variables, x))
+    assert_trees_near(run(variables, padded), run(variables, x))
 
 
 def test_features_are_the_last_outputs_of_each_direction_or_the_mean_or_the_maximum():
@@ -102,9 +95,9 @@ def test_features_are_the_last_outputs_of_each_direction_or_the_mean_or_the_maxi
         steps = [outputs[index, :length] for index, length in enumerate(lengths)]
         steps = steps if valid is not None else list(outputs)
         last = np.concatenate([carry["forward_0"][0], carry["backward_0"][0]], axis=1)
-        assert_close(features["last"], last)
-        assert_close(features["mean"], np.stack([y.mean(0) for y in steps]))
-        assert_close(features["max"], np.stack([y.max(0) for y in steps]))
+        assert_trees_near(features["last"], last)
+        assert_trees_near(features["mean"], np.stack([y.mean(0) for y in steps]))
+        assert_trees_near(features["max"], np.stack([y.max(0) for y in steps]))
 
 
 @pytest.mark.parametrize("pool", ["last", "mean", "max"])
@@ -114,7 +107,7 @@ def test_a_length_out_of_range_gives_nan_logits_and_length_0_the_bias_of_the_hea
     variables = random_variables(module, x)
     logits = jax.jit(module.apply)(variables, x, lengths)
     assert np.isnan(logits[:2]).all() and np.isfinite(logits[2:]).all()
-    assert_close(logits[2], variables["params"]["head"]["bias"])
+    assert_trees_near(logits[2], variables["params"]["head"]["bias"])
 
 
 def test_a_text_classifier_passes_every_check():
@@ -145,7 +138,7 @@ def test_tokens_beyond_the_length_change_neither_logits_nor_gradients_of_a_text(
     variables = text_variables()
     padded = np.where(np.arange(7)[None] < LENGTHS[:, None], TOKENS, padding)
     actual, expected = (text_loss_and_gradient(variables, tokens) for tokens in (padded, TOKENS))
-    assert_close(actual, expected)
+    assert_trees_near(actual, expected)
 
 
 def test_a_text_classifier_is_an_embedding_and_a_sequence_classifier():
@@ -155,7 +148,7 @@ def test_a_text_classifier_is_an_embedding_and_a_sequence_classifier():
     classifier = SequenceClassifier(3, 5, cell="rnn", bidirectional=True, pool="max")
     # Without compilation the embedding refuses unknown tokens.
     padded = np.where(np.arange(7)[None] < LENGTHS[:, None], TOKENS, -1)
-    assert_close(
+    assert_trees_near(
         TEXT.apply(variables, padded, LENGTHS),
         jax.jit(classifier.apply)({"params": params["classifier"]}, embeddings, LENGTHS),
     )

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import (
+    assert_trees_near,
     check_gradients,
     check_module,
     check_precision,
     count_parameters,
-    perturbed,
-    shapes_of,
+    random_variables,
 )
 
 from jaxnets.layers import Dropout
@@ -20,20 +20,6 @@ from jaxnets.models.recurrent import Recurrent, RecurrentLM
 
 TOKENS = np.random.default_rng(0).integers(0, 9, size=(3, 7)).astype(np.int32)
 LENGTHS = np.array([7, 3, 0], np.int32)
-
-
-def random_variables(module, *inputs):
-    """Return random variables without compiling the initializers."""
-    variables, _ = shapes_of(module, *inputs)
-    return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.4)
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
 
 
 MODEL = RecurrentLM(9, embedding_size=4, hidden_size=5, cell="lstm", num_layers=2)
@@ -99,7 +85,7 @@ def test_logits_are_an_embedding_a_stack_and_a_matrix_product(tied):
         expected = x @ table.T
     else:
         expected = x @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
-    assert_close(jax.jit(module.apply)(variables, TOKENS), expected)
+    assert_trees_near(jax.jit(module.apply)(variables, TOKENS), expected)
 
 
 def test_future_tokens_do_not_change_past_logits():
@@ -121,9 +107,9 @@ def test_padding_changes_neither_valid_logits_nor_the_carry():
         (unknown, MODEL.apply),
     ):
         other, same = apply(VARIABLES, changed, LENGTHS, carry=carry)
-        assert_close(other, logits, 1e-6)
-        assert_close(same, after, 1e-6)
-    assert_close(logits[valid], run(VARIABLES, TOKENS)[valid])
+        assert_trees_near(other, logits, 1e-6)
+        assert_trees_near(same, after, 1e-6)
+    assert_trees_near(logits[valid], run(VARIABLES, TOKENS)[valid])
 
 
 def test_decoding_accepts_padding_outside_the_vocabulary():
@@ -131,7 +117,7 @@ def test_decoding_accepts_padding_outside_the_vocabulary():
     lengths, carry = np.array([3, 1, 0]), zero_carry(module=module)
     piece = np.where(np.arange(3)[None] < lengths[:, None], TOKENS[:, :3], -1)
     expected = extend(variables, TOKENS[:, :3], carry, lengths)
-    assert_close(extend(variables, piece, carry, lengths), expected, 1e-6)
+    assert_trees_near(extend(variables, piece, carry, lengths), expected, 1e-6)
     # Padding known while tracing: it must not reach the check of the embedding.
     jax.eval_shape(lambda v: module.apply(v, piece, carry, lengths, method="extend"), variables)
 
@@ -149,14 +135,14 @@ def test_decoding_in_ragged_pieces_equals_the_full_forward(cell):
         logits, carry = extend(variables, piece, carry, np.array(lengths))
         for row, length in enumerate(lengths):
             start = position[row]
-            assert_close(logits[row, :length], full[row, start : start + length])
+            assert_trees_near(logits[row, :length], full[row, start : start + length])
         position += lengths
     token = np.take_along_axis(TOKENS, np.minimum(position, 6)[:, None], axis=1)
     logits, _ = extend(variables, token, carry)
     for row in (0, 2):  # the other sequence is complete
-        assert_close(logits[row, 0], full[row, position[row]])
+        assert_trees_near(logits[row, 0], full[row, position[row]])
     at_once, _ = extend(variables, TOKENS, zero_carry(module=module))
-    assert_close(at_once, full)
+    assert_trees_near(at_once, full)
 
 
 def test_windows_with_the_carry_passed_on_equal_one_long_window():
@@ -164,7 +150,7 @@ def test_windows_with_the_carry_passed_on_equal_one_long_window():
     for window in (TOKENS[:, :3], TOKENS[:, 3:6]):
         logits, carry = run(VARIABLES, window, carry=carry)
         pieces.append(logits)
-    assert_close(np.concatenate(pieces, axis=1), run(VARIABLES, TOKENS)[:, :6])
+    assert_trees_near(np.concatenate(pieces, axis=1), run(VARIABLES, TOKENS)[:, :6])
 
 
 def test_no_gradient_crosses_the_boundary_of_a_window():

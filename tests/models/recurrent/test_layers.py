@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import check_module, count_parameters, mostly_slow, perturbed, shapes_of
+from checks import (
+    assert_trees_near,
+    check_module,
+    count_parameters,
+    mostly_slow,
+    random_variables,
+    shapes_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,20 +35,6 @@ LENGTHS = np.array([7, 3, 0, 5], np.int32)
 
 def sequences(batch=4, time=7, channels=3, seed=0):
     return np.random.default_rng(seed).normal(size=(batch, time, channels)).astype(np.float32)
-
-
-def random_variables(module, *inputs):
-    """Return random variables without compiling the initializers."""
-    variables, _ = shapes_of(module, *inputs)
-    return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.4)
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
 
 
 def sigmoid(x):
@@ -116,8 +109,8 @@ def test_a_layer_equals_its_formula_in_a_numpy_loop_in_both_directions(name):
                 length,
                 reverse=direction == "backward_0",
             )
-            assert_close(outputs[index, :, half], expected)
-            assert_close(tuple(state[index] for state in carry[direction]), states)
+            assert_trees_near(outputs[index, :, half], expected)
+            assert_trees_near(tuple(state[index] for state in carry[direction]), states)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +167,7 @@ def test_the_scan_and_its_gradients_equal_a_loop_of_single_steps(name, reverse):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(weights, x, start)
 
-    assert_close(result_and_gradients(scanned), result_and_gradients(looped), 3e-5)
+    assert_trees_near(result_and_gradients(scanned), result_and_gradients(looped), 3e-5)
 
 
 STACKS = {
@@ -221,9 +214,9 @@ def test_padding_changes_neither_outputs_nor_carry(lengths, padding):
     padded = np.where(np.arange(10)[None, :, None] < lengths[:, None, None], padded, padding)
     outputs, carry = run_stack(STACK_VARIABLES, X, lengths)
     more, same_carry = run_stack(STACK_VARIABLES, padded.astype(np.float32), lengths)
-    assert_close(more[:, :6], outputs, 1e-6)
+    assert_trees_near(more[:, :6], outputs, 1e-6)
     np.testing.assert_array_equal(more[:, 6:], 0)
-    assert_close(same_carry, carry, 1e-6)
+    assert_trees_near(same_carry, carry, 1e-6)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -233,8 +226,8 @@ def test_two_windows_with_the_carry_passed_on_equal_one_call(cell):
     whole, final = run(variables, x)
     first, carry = run(variables, x[:, :3], carry=module.zero_carry(4))
     second, carry = run(variables, x[:, 3:], carry=carry)
-    assert_close(np.concatenate([first, second], axis=1), whole)
-    assert_close(carry, final)
+    assert_trees_near(np.concatenate([first, second], axis=1), whole)
+    assert_trees_near(carry, final)
 
 
 def test_single_steps_in_a_compiled_loop_equal_one_call():
@@ -251,8 +244,8 @@ def test_single_steps_in_a_compiled_loop_equal_one_call():
         return single_steps, module.apply(variables, x)
 
     (carry, outputs), (whole, final) = both(variables, x)
-    assert_close(np.swapaxes(outputs, 0, 1), whole)
-    assert_close(carry, final)
+    assert_trees_near(np.swapaxes(outputs, 0, 1), whole)
+    assert_trees_near(carry, final)
 
 
 def test_a_learned_carry_is_the_initial_one_unless_a_carry_is_given():
@@ -262,12 +255,12 @@ def test_a_learned_carry_is_the_initial_one_unless_a_carry_is_given():
     rows = (params["initial_hidden"], params["initial_memory"])
     start = {"forward_0": tuple(np.repeat(row[None], 4, axis=0) for row in rows)}
     outputs, carry = run(variables, x)
-    assert_close((outputs, carry), run(variables, x, carry=start))
+    assert_trees_near((outputs, carry), run(variables, x, carry=start))
     zero, _ = run(variables, x, carry=module.zero_carry(4))
     assert np.abs(zero - outputs).max() > 1e-3
     outputs, carry = run(variables, x, np.zeros(4, np.int32))  # sequences without a step
     np.testing.assert_array_equal(outputs, 0)
-    assert_close(carry, start)
+    assert_trees_near(carry, start)
 
 
 def test_dropout_is_applied_between_layers_only():
@@ -277,13 +270,13 @@ def test_dropout_is_applied_between_layers_only():
     trained, evaluated = jax.jit(
         lambda variables: [single.apply(variables, x, train=train) for train in (True, False)]
     )(random_variables(single, x))
-    assert_close(trained, evaluated)
+    assert_trees_near(trained, evaluated)
     double = Recurrent(5, cell="rnn", num_layers=2, dropout_rate=0.9)
     run = jax.jit(double.apply, static_argnames="train")
     variables, rngs = random_variables(double, x), {"dropout": jax.random.key(0)}
     trained, carry = run(variables, x, train=True, rngs=rngs)
     evaluated, same = run(variables, x)
-    assert_close(carry["forward_0"], same["forward_0"])
+    assert_trees_near(carry["forward_0"], same["forward_0"])
     assert np.abs(trained - evaluated).max() > 1e-2
 
 
@@ -292,7 +285,7 @@ def test_recurrent_kernels_start_orthogonal_per_gate_and_the_forget_gate_starts_
     variables = jax.jit(module.init)(jax.random.key(0), sequences())
     params = jax.tree.map(np.asarray, variables["params"]["forward_0"])
     for gate in np.split(params["recurrent_kernel"], 4, axis=1):
-        assert_close(gate.T @ gate, np.eye(8))
+        assert_trees_near(gate.T @ gate, np.eye(8))
     np.testing.assert_array_equal(params["bias"], np.repeat([0.0, 2.0, 0.0, 0.0], 8))
 
 

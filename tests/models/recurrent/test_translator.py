@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import (
+    assert_trees_near,
     check_gradients,
     check_module,
     check_precision,
     count_parameters,
-    perturbed,
+    random_variables,
     shapes_of,
 )
 
@@ -26,20 +27,6 @@ MODES = {
     "luong_fed": {"attention": "luong"},
     "luong": {"attention": "luong", "input_feeding": False},
 }
-
-
-def random_variables(module, *inputs):
-    """Return random variables without compiling the initializers."""
-    variables, _ = shapes_of(module, *inputs)
-    return perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables), scale=0.5)
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
 
 
 MODELS = {
@@ -154,8 +141,8 @@ def test_logits_and_attention_equal_a_numpy_loop(name):
             length,
             TARGET[index],
         )
-        assert_close(logits[index], expected)
-        assert_close(recorded["attention"][index], attention)
+        assert_trees_near(logits[index], expected)
+        assert_trees_near(recorded["attention"][index], attention)
 
 
 def test_the_initial_decoder_state_is_a_tanh_layer_of_both_final_encoder_states():
@@ -179,7 +166,9 @@ def test_the_initial_decoder_state_is_a_tanh_layer_of_both_final_encoder_states(
         layer = params[f"initial_{state}"]
         expected = np.tanh(both @ layer["kernel"] + layer["bias"][None])
         for index in range(2):
-            assert_close(carry["states"][index][place], expected[:, 5 * index : 5 * (index + 1)])
+            assert_trees_near(
+                carry["states"][index][place], expected[:, 5 * index : 5 * (index + 1)]
+            )
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -190,7 +179,7 @@ def test_source_padding_does_not_change_the_logits(name):
     unknown = np.where(valid, SOURCE, -1)
     expected = RUN[name](VARIABLES[name], SOURCE, TARGET, LENGTHS)
     for source in (changed, longer, unknown):
-        assert_close(RUN[name](VARIABLES[name], source, TARGET, LENGTHS), expected, 1e-6)
+        assert_trees_near(RUN[name](VARIABLES[name], source, TARGET, LENGTHS), expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -199,7 +188,7 @@ def test_decoding_accepts_padding_outside_the_vocabulary(name):
     carry = START[name](variables, SOURCE, LENGTHS)
     piece = np.where(np.arange(2)[None] < lengths[:, None], TARGET[:, :2], -1)
     expected = EXTEND[name](variables, TARGET[:, :2], carry, lengths)
-    assert_close(EXTEND[name](variables, piece, carry, lengths), expected, 1e-6)
+    assert_trees_near(EXTEND[name](variables, piece, carry, lengths), expected, 1e-6)
     # Padding known while tracing: it must not reach the check of the embeddings.
     source = np.where(np.arange(5)[None] < LENGTHS[:, None], SOURCE, -1)
 
@@ -243,7 +232,7 @@ def test_decoding_in_ragged_pieces_equals_the_full_forward(name, fields):
     full = run(variables, SOURCE, TARGET, LENGTHS)
     carry = method(module, "start")(variables, SOURCE, LENGTHS, 16)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {3}
-    assert_close(extend(variables, TARGET, carry)[0], full)
+    assert_trees_near(extend(variables, TARGET, carry)[0], full)
     position = np.zeros(3, int)
     for lengths in ([2, 1, 0], [1, 0, 2], [1, 2, 2]):
         columns = np.minimum(position[:, None] + np.arange(2)[None], 3)
@@ -251,7 +240,7 @@ def test_decoding_in_ragged_pieces_equals_the_full_forward(name, fields):
         logits, carry = extend(variables, piece, carry, np.array(lengths))
         for row, length in enumerate(lengths):
             start = position[row]
-            assert_close(logits[row, :length], full[row, start : start + length])
+            assert_trees_near(logits[row, :length], full[row, start : start + length])
         position += lengths
 
 
@@ -267,7 +256,9 @@ def test_an_empty_source_gets_no_attention_and_finite_logits_and_gradients():
     (value, recorded), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         VARIABLES["bahdanau"]
     )
-    assert_close(recorded["attention"].sum(axis=2), np.repeat([[1.0], [0.0], [1.0]], 4, axis=1))
+    assert_trees_near(
+        recorded["attention"].sum(axis=2), np.repeat([[1.0], [0.0], [1.0]], 4, axis=1)
+    )
     for leaf in jax.tree.leaves((value, gradient)):
         assert np.isfinite(leaf).all()
 
@@ -276,7 +267,7 @@ def test_scores_of_any_size_give_probabilities_that_sum_to_one():
     keys = jnp.asarray(1e4 * RANDOM.normal(size=(2, 6, 3)), jnp.float32)
     valid = jnp.asarray(np.arange(6)[None] < np.array([[6], [2]]))
     context, probabilities = jax.jit(cross_attention)(keys[:, :2], keys, keys, valid)
-    assert_close(probabilities.sum(axis=2), np.ones((2, 2)))
+    assert_trees_near(probabilities.sum(axis=2), np.ones((2, 2)))
     np.testing.assert_array_equal(probabilities[1, :, 2:], 0)
     assert np.isfinite(context).all()
 
