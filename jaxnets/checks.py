@@ -2,11 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+
+def check_source(batches: Any) -> None:
+    """Check that batches come from a source: a function of the first step.
+
+    Raises:
+        TypeError: they are something else; the message has the remedy for its type.
+    """
+    kind = type(batches).__name__
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches is a {kind} with {list(batches)}; make a source of its arrays, such as "
+            "data.shuffled_batches(arrays, batch_size, seed=0)"
+        )
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is a {kind}, which cannot start again; give the function that makes it, "
+            "with the first step as its argument"
+        )
+    if not callable(batches):
+        raise TypeError(
+            f"batches is a {kind}; give a source, a function of the first step, such as "
+            "data.shuffled_batches(arrays, batch_size, seed=0), or for a list "
+            "lambda first: itertools.islice(itertools.cycle(batches), first % len(batches), None)"
+        )
+    try:
+        inspect.signature(batches).bind(0)
+    except TypeError as error:
+        name = getattr(batches, "__name__", kind)
+        raise TypeError(
+            f"the source {name} cannot be called with the first step ({error}); give it one "
+            "argument, the step whose batch comes first"
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
+
+
+def check_batch(batch: Any) -> None:
+    """Check that a batch is a dict of arrays.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch of the source is a {type(batch).__name__}; give a dict of arrays, such as "
+            "{'inputs': images, 'labels': labels}"
+        )
+
+
+def check_key(rng: Any) -> None:
+    """Check that `rng` is one random key.
+
+    Raises:
+        TypeError: it is a number, an array of several keys or anything else.
+    """
+    dtype = getattr(rng, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and rng.shape == ()) and not (dtype == jnp.uint32 and rng.ndim == 1):
+        what = f"keys of shape {rng.shape}" if typed else repr(rng)
+        raise TypeError(f"rng is {what}; give one key, such as jax.random.key(0)")
 
 
 def check_first_step(first_step: int) -> None:

@@ -134,6 +134,23 @@ class Objective(Protocol):
     ) -> ObjectiveOutput: ...
 
 
+def check_objective(objective: Any) -> None:
+    """Check that an objective is a function, and not a module.
+
+    Raises:
+        TypeError: it is a module, or cannot be called.
+    """
+    if hasattr(objective, "init") and hasattr(objective, "apply"):
+        raise TypeError(
+            f"objective is the module {type(objective).__name__}; give a loss of it, such as "
+            "jaxnets.classification(module)"
+        )
+    if not callable(objective):
+        raise TypeError(
+            f"objective is {objective!r}; give a loss, such as jaxnets.classification(module)"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
     """One gradient phase of a step.
@@ -142,11 +159,22 @@ class Update:
         objective: the loss to minimize.
         optimizer: any Optax transformation.
         wrt: top-level key of `params` to train, that is one network of several; None trains all.
+
+    Raises:
+        TypeError: the objective is a module or no function, or the optimizer is none of Optax.
     """
 
     objective: Objective
     optimizer: optax.GradientTransformation
     wrt: str | None = None
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+        if not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
+            raise TypeError(
+                f"optimizer is {self.optimizer!r}; give an Optax optimizer, such as "
+                "optax.adam(learning_rate=1e-3)"
+            )
 
 
 @jax.tree_util.register_dataclass

@@ -1,17 +1,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxnets.core import (
     DATA_AXIS,
     Mean,
+    Update,
     at_least_float32,
     bound_data_axis,
     rng_streams,
     steps_per_batch,
 )
 from jaxnets.data import chunked
+from jaxnets.models.feedforward import MLP
 
 
 def test_mean_over_any_split_equals_the_mean_of_the_whole():
@@ -88,6 +91,22 @@ def test_a_plain_function_is_a_source_of_single_steps():
 
     assert steps_per_batch(source) == 1
     assert steps_per_batch(chunked(source, 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimizer", "message"),
+    [
+        (MLP(features=(2,), num_outputs=1), optax.sgd(0.1), "is the module MLP; give a loss"),
+        (None, optax.sgd(0.1), "objective is None; give a loss"),
+        (optax.sgd(0.1), lambda *args: None, "GradientTransformation.* give a loss"),
+        (lambda *args: None, 1e-3, r"optimizer is 0.001; give an Optax optimizer"),
+        (lambda *args: None, optax.adam, r"function adam .*give an Optax optimizer"),
+        (lambda *args: None, optax.constant_schedule(0.1), "give an Optax optimizer"),
+    ],
+)
+def test_an_update_takes_a_loss_and_an_optimizer(objective, optimizer, message):
+    with pytest.raises(TypeError, match=message):
+        Update(objective, optimizer)
 
 
 def test_widening_keeps_float64(enable_x64):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxnets.checks import check_key
 from jaxnets.core import at_least_float32
 from jaxnets.functional.lengths import check_lengths
 from jaxnets.generation.sampling import Sampling, sample_tokens
@@ -93,6 +94,7 @@ def generate(
         ValueError: an empty prompt, a length or token id out of range, a prompt that does not fit
             into the cache, `num_tokens` below 1. Values that are traced cannot raise: wrong ones
             give NaN as log-probabilities.
+        TypeError: `rng` is not a key.
 
     Example:
         >>> import flax.linen as nn
@@ -107,6 +109,7 @@ def generate(
         >>> result.tokens.tolist(), result.lengths.tolist()
         ([[3, 4, 0, 1], [0, 1, 0, 0]], [4, 2])
     """
+    check_key(rng)
     prompts, lengths, capacity = check_prompts(
         module,
         variables,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxnets.checks import check_source
 from jaxnets.core import Batch, BatchSource, Objective, Update
 from jaxnets.training.executors import jit_step, population_step
 from jaxnets.training.step import create_train_state, make_train_step
@@ -71,7 +72,9 @@ def find_learning_rate(
 
     Raises:
         ValueError: there is no rate, or the loss is finite with none of them.
+        TypeError: `batches` is no source, such as a list.
     """
+    check_source(batches)
     rates = np.geomspace(1e-5, 1e-1, 17) if learning_rates is None else np.sort(learning_rates)
     if rates.size == 0 or np.min(rates) <= 0:
         raise ValueError(f"learning_rates is {learning_rates}; give rates above 0")

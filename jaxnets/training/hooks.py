@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 
+from jaxnets.checks import check_sizes
 from jaxnets.core import Batch, BatchSource, Mean, Metrics
 from jaxnets.training import checkpoint
 from jaxnets.training.history import History, NonFiniteError
@@ -128,6 +129,9 @@ class EarlyStopping:
         patience: number of consecutive evaluations without improvement.
         min_delta: smallest change that counts as an improvement, in units of the metric.
 
+    Raises:
+        ValueError: an unknown mode, or a patience below 1.
+
     Example:
         >>> stopping = EarlyStopping("validation/loss", patience=2)
         >>> for step, loss in enumerate([3.0, 2.0, 2.5]):
@@ -141,6 +145,7 @@ class EarlyStopping:
     def __init__(
         self, metric: str, *, mode: Mode = "min", patience: int, min_delta: float = 0.0
     ) -> None:
+        check_sizes(patience=patience)
         self._metric, self._sign = metric, _sign(mode)
         self._patience, self._min_delta = patience, min_delta
         self._best: Any = np.inf

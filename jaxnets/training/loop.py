@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.checks import check_batch, check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Metrics, steps_per_batch, tree_path
 from jaxnets.training.history import History, NonFiniteError, Writer
 from jaxnets.training.progress import ProgressBar
@@ -85,8 +86,11 @@ def fit(
     Raises:
         NonFiniteError: a metric is NaN or infinite; the rows before it are written.
         ValueError: the source ends early, a call makes a different number of steps than a batch
-            holds, or `history` does not end at the step of `state`.
+            holds, `history` does not end at the step of `state`, or `log_every` is below 1.
+        TypeError: `batches` is no source, such as a list, or its batches are no dicts.
     """
+    check_source(batches)
+    check_sizes(log_every=log_every)
     first = current_step(state)
     writers = writers if jax.process_index() == 0 else ()
     history = History() if history is None else history
@@ -102,7 +106,7 @@ def fit(
         except StopTraining as stop:
             history.stopped = str(stop)
             return state, history
-        source = batches(first)
+        source = iter(batches(first))
         stack.callback(getattr(source, "close", _nothing))
         size = steps_per_batch(batches)
         bar = stack.enter_context(ProgressBar(num_steps, progress))
@@ -117,6 +121,8 @@ def fit(
                     f"the batch source ended at step {now} of {num_steps}; use a source that "
                     "repeats, or fewer steps"
                 )
+            if now == first:
+                check_batch(batch)
             previous, now = now, min(now + size, num_steps)
             if now - previous < size:
                 batch = _first_steps(batch, now - previous)
@@ -174,6 +180,7 @@ def evaluate(
 
     Raises:
         ValueError: there are no batches.
+        TypeError: `batches` is the data, not a source of batches.
 
     Example:
         >>> import types
@@ -183,6 +190,8 @@ def evaluate(
         >>> evaluate(scaled, state, [{"inputs": jnp.ones(3)}, {"inputs": jnp.full(1, 5.0)}])
         {'mean': 4.0}
     """
+    if callable(batches) or isinstance(batches, Mapping):
+        check_source(batches)
     measured = [eval_step(state, b) for b in (batches(0) if callable(batches) else batches)]
     if not measured:
         raise ValueError("no batches to evaluate; give a source or a list, not a used iterator")

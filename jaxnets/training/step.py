@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnets.checks import check_key
 from jaxnets.core import (
     Batch,
     Metrics,
@@ -20,6 +21,7 @@ from jaxnets.core import (
     Params,
     TrainState,
     Update,
+    check_objective,
 )
 
 
@@ -39,7 +41,9 @@ def create_train_state(
 
     Raises:
         ValueError: `variables` has no "params", or an update does not fit its networks.
+        TypeError: `rng` is not a key.
     """
+    check_key(rng)
     if "params" not in variables:
         raise ValueError(
             f"variables has the collections {sorted(variables)} and no 'params'; "
@@ -89,8 +93,13 @@ class TrainStep:
         Returns:
             The state after the step, and the metrics as sums: "loss" and the metrics of the
             objective, with the prefix "wrt/" where updates name their network.
+
+        Raises:
+            ValueError: an update does not fit its networks, or the optimizer state is that of
+                another optimizer.
         """
-        _check_updates(self.updates, state.params)
+        owners = _check_updates(self.updates, state.params)
+        _check_opt_state(owners, state.params, state.opt_state)
         params, model_state, opt_state = state.params, state.model_state, state.opt_state
         metrics: Metrics = {}
         for index, update in enumerate(self.updates):
@@ -241,7 +250,11 @@ def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metric
     Returns:
         `(state, batch) -> metrics`: sums, "loss" included. For a population wrap it in
         `population_step`.
+
+    Raises:
+        TypeError: the objective is a module, or no function.
     """
+    check_objective(objective)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         rng = jax.random.fold_in(state.rng, zlib.crc32(b"evaluation"))
@@ -273,6 +286,32 @@ def _check_updates(updates: tuple[Update, ...], params: Params) -> dict[str | No
             "in all of them"
         )
     return owners
+
+
+def _check_opt_state(owners: Mapping[str | None, Update], params: Params, opt_state: Any) -> None:
+    """Check that the state has the structure that its optimizers give it; while tracing."""
+    expected = {
+        wrt: jax.eval_shape(update.optimizer.init, params if wrt is None else params[wrt])
+        for wrt, update in owners.items()
+    }
+    needed, held = expected.get(None, expected), opt_state
+    if None not in expected and type(opt_state) is dict:  # other steps may train other networks
+        held = {wrt: opt_state[wrt] for wrt in expected if wrt in opt_state}
+    structures: list[Any] = [jax.tree.structure(needed), jax.tree.structure(held)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"opt_state holds {_kinds(held)}, but the optimizers of the step need "
+            f"{_kinds(needed)}; give create_train_state and make_train_step the same updates"
+        )
+
+
+def _kinds(opt_state: Any) -> str:
+    """Return the classes inside an optimizer state, such as "(ScaleByAdamState, EmptyState)"."""
+    if isinstance(opt_state, Mapping):
+        return "{" + ", ".join(f"{key}: {_kinds(opt_state[key])}" for key in opt_state) + "}"
+    if type(opt_state) in (tuple, list):
+        return f"({', '.join(map(_kinds, opt_state))})"
+    return type(opt_state).__name__
 
 
 def _check_output(output: ObjectiveOutput, model_state: ModelState) -> None:

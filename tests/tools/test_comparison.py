@@ -54,6 +54,23 @@ def test_runs_without_variance_are_equal_or_different():
     assert [pair.p_value for pair in found] == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((0.9, 0.9, 0.9), (0.8, 0.9, 0.7)),
+        ((0.1 + 0.2, 0.3, 0.3), (0.3, 0.3, 0.3)),
+        ((0.5, 0.7), (0.6, 0.6)),
+    ],
+)
+def test_seeds_with_identical_values_are_compared_without_a_warning(first, second):
+    found = compare([run("a", *first), run("b", *second)]).differences[0]
+    # Welch by hand: the run without variance contributes nothing to the standard error.
+    errors = [np.var(values, ddof=1) / len(values) for values in (first, second)]
+    t = (np.mean(second) - np.mean(first)) / np.sqrt(sum(errors))
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(first) - 1) for e in errors)
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(abs(t), freedom))
+
+
 def test_a_run_of_one_seed_is_listed_and_not_tested():
     found = compare([run("one", 0.9), run("three", 0.8, 0.81, 0.82)])
     assert found.differences == ()

@@ -105,6 +105,28 @@ def test_a_source_that_ends_early_is_reported():
         fit(train_step, make_state(), lambda first: iter([]), num_steps=5)
 
 
+def test_batches_that_are_no_source_and_an_interval_of_no_steps_are_refused():
+    batches = [make_batch(0)]
+    for wrong in (batches, batches[0], iter(batches)):
+        with pytest.raises(TypeError, match="batches is a"):
+            fit(train_step, make_state(), wrong, num_steps=1)
+    with pytest.raises(TypeError, match="a batch of the source is a tuple"):
+        fit(train_step, make_state(), lambda first: iter([(1, 2)]), num_steps=1)
+    with pytest.raises(TypeError, match="batches is a dict"):
+        evaluate(eval_step, make_state(), make_batch(0))
+    for log_every in (0, -1):
+        with pytest.raises(ValueError, match=f"log_every={log_every} must be a positive"):
+            fit(train_step, make_state(), source, num_steps=1, log_every=log_every)
+
+
+def test_a_source_may_return_a_list():
+    expected, _ = reference_losses(2)
+    state, _ = fit(
+        train_step, make_state(), lambda first: [make_batch(0), make_batch(1)], num_steps=2
+    )
+    assert_bitwise_equal(state, expected)
+
+
 def test_metrics_are_fetched_one_log_interval_later():
     """At a hook the history lags by an interval: newer calls are still queued."""
     rows = []

@@ -236,6 +236,33 @@ def test_an_unsummed_loss_is_refused():
         make_train_step(update)(state, {"inputs": jnp.ones(2)})
 
 
+@pytest.mark.parametrize(
+    ("its_own", "another"),
+    [
+        (optax.sgd(0.1), optax.adam(0.1)),
+        (optax.adam(0.1), optax.sgd(0.1)),  # ran in silence: SGD reads no state
+        (optax.adam(0.1), optax.lion(0.1)),  # ran in silence: Lion reads a part of Adam's state
+        (optax.adam(0.1), with_parameter_average(optax.adam(0.1), 0.9)),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(its_own, another, batch):
+    update, state = make(Linear(), its_own, batch)
+    step = jitted(dataclasses.replace(update, optimizer=another))
+    with pytest.raises(ValueError, match=r"opt_state holds .*State.*the same updates"):
+        step(state, batch)
+    two = make_train_step(Update(update.objective, another, wrt="output"))
+    with pytest.raises(ValueError, match=r"need \{output: "):
+        two(state, batch)
+
+
+def test_a_number_is_no_key_and_a_module_no_objective(batch):
+    update = Update(regression(Linear()), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"rng is 0; give one key"):
+        create_train_state(initialize(Linear()), update, rng=0)
+    with pytest.raises(TypeError, match="is the module Linear"):
+        make_eval_step(Linear())
+
+
 def test_evaluation_is_reproducible_and_without_noise(batch):
     module = Noisy()
     _, state = make(module, optax.sgd(0.1), batch)

@@ -14,7 +14,7 @@ from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import Arrays, check_seed, random_order
 from jaxnets.data.text.padding import check_sequence, pad_sequences, round_up
-from jaxnets.data.text.vocabulary import BEGIN, END
+from jaxnets.data.text.vocabulary import BEGIN, END, PAD
 
 #: Token ids and their target: the token ids of a translation, or an integer class.
 Example: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
@@ -172,8 +172,9 @@ def bucketed_batches(
         can stack several seeds.
 
     Raises:
-        ValueError: no pairs, an empty sequence, ids that are not integers, targets of mixed kinds,
-            an example longer than `tokens_per_batch`, fewer examples than one batch.
+        ValueError: no pairs, an empty sequence, ids that are not integers, targets of mixed kinds
+            or with special ids, label vectors, an example longer than `tokens_per_batch`, fewer
+            examples than one batch.
 
     Example:
         >>> pairs = [([5, 6, 7], [8, 9]), ([5], [9, 9]), ([6, 7], [8]), ([5, 5], [8])]
@@ -294,8 +295,7 @@ def _parse(pairs: Sequence[Example]) -> _Examples:
     sources = [check_sequence(ids, index) for index, ids in enumerate(firsts)]
     ranks = {np.ndim(second) for second in seconds}
     if ranks == {1}:
-        targets = [check_sequence(ids, index) for index, ids in enumerate(seconds)]
-        return _Examples(sources, targets, None)
+        return _Examples(sources, [_check_target(ids, i) for i, ids in enumerate(seconds)], None)
     classes = np.asarray(seconds) if ranks == {0} else np.empty(0)
     if classes.dtype.kind not in "iu":
         raise ValueError(
@@ -303,6 +303,19 @@ def _parse(pairs: Sequence[Example]) -> _Examples:
             "[tokens] with every example, or an integer class with every example"
         )
     return _Examples(sources, None, classes.astype(np.int32))
+
+
+def _check_target(ids: npt.ArrayLike, index: int) -> np.ndarray:
+    """Check the token ids of one target and return them as an array."""
+    array = np.asarray(ids)
+    whole = array.dtype.kind in "iu"
+    if array.size and (not whole or np.isin(array, (PAD, BEGIN, END)).any()):
+        raise ValueError(
+            f"target {index} starts with {array[:3].tolist()}; give token ids above {END}, which "
+            "are not special, or an integer class. For label vectors give the position of each "
+            "pair as its class, and look the vectors up: vectors[batch['labels']]"
+        )
+    return check_sequence(array, index)
 
 
 def _group_by_length(lengths: np.ndarray, num_buckets: int, multiple: int) -> list[np.ndarray]:

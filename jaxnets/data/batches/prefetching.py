@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxnets.checks import check_source
 from jaxnets.core import Batch, BatchSource, steps_per_batch
 
 _JOIN_SECONDS = 5.0  # longest wait for a blocked source, so that closing never hangs
@@ -105,6 +106,7 @@ def prefetch(
 
     Raises:
         ValueError: `size` below 1.
+        TypeError: `source` is no source, such as a list of batches.
 
     Example:
         >>> from jaxnets.data.batches.sources import index_batches
@@ -112,6 +114,7 @@ def prefetch(
         >>> next(source(0))["indices"].shape
         (4,)
     """
+    check_source(source)
     if size < 1:
         raise ValueError(f"size {size} leaves no room for a batch; give a size of 1 or more")
     return PrefetchedBatches(source, size, device_put)

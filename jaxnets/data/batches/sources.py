@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxnets.checks import check_first_step, check_sizes
+from jaxnets.checks import check_first_step, check_sizes, check_source
 from jaxnets.core import Batch, BatchSource
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed, pad_arrays, random_order
 
@@ -257,7 +257,8 @@ def member_batches(sources: Sequence[BatchSource]) -> MemberBatches:
         `shared_batch=False`. It ends with the shortest source.
 
     Raises:
-        ValueError: no source.
+        ValueError: there is no source.
+        TypeError: one is no source, such as a list of batches.
 
     Example:
         >>> source = member_batches([index_batches(8, 2, seed=s) for s in range(3)])
@@ -266,6 +267,8 @@ def member_batches(sources: Sequence[BatchSource]) -> MemberBatches:
     """
     if not sources:
         raise ValueError("sources is empty; give one source per member")
+    for source in sources:
+        check_source(source)
     return MemberBatches(tuple(sources))
 
 
@@ -282,12 +285,14 @@ def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:
 
     Raises:
         ValueError: `num_steps` below 1; while iterating, a source that ends within a chunk.
+        TypeError: `source` is no source, such as a list of batches.
 
     Example:
         >>> source = chunked(index_batches(8, 2, seed=0), 3)
         >>> next(source(1))["indices"].shape, source.steps_per_batch
         ((3, 2), 3)
     """
+    check_source(source)
     if num_steps < 1:
         raise ValueError(f"a chunk of {num_steps} steps is empty; give num_steps of 1 or more")
     return ChunkedBatches(source, num_steps)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.checks import check_same_shape
+from jaxnets.checks import check_key, check_same_shape
 from jaxnets.objectives.image_range import check_images
 
 
@@ -100,12 +100,14 @@ def sample(
 
     Raises:
         ValueError: a module without a prior, or labels that do not fit.
+        TypeError: `rng` is not a key.
     """
     if not hasattr(module, "posterior"):
         raise ValueError(
             f"{type(module).__name__} has no distribution of codes to draw from; train a VAE, or "
             "interpolate between images"
         )
+    check_key(rng)
     code = jax.random.normal(rng, (num_images, module.latent_size), module.precision.output)
     return decode(module, variables, code, labels)
 
