@@ -1,6 +1,7 @@
 """Data: deterministic batch sources, datasets with pinned digests, text, audio, images."""
 
 from jaxnets.data import driving
+from jaxnets.data.archives import safe_extract
 from jaxnets.data.arrays import check_arrays, pad_batch, split
 from jaxnets.data.audio import (
     LogMel,
@@ -53,7 +54,6 @@ from jaxnets.data.datasets import (
     tiny_shakespeare,
     tone_words,
 )
-from jaxnets.data.files import safe_extract
 from jaxnets.data.images import (
     alternating_flip,
     cutout,

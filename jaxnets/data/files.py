@@ -1,4 +1,4 @@
-"""Files: one search order, pinned digests, atomic downloads, safe extraction.
+"""Files: one search order, pinned digests and sizes, atomic downloads, verified caches.
 
 These places are searched in order; in each, first the subfolder named after the dataset and then
 the place itself:
@@ -10,7 +10,8 @@ the place itself:
 5. a download into the user's cache, unless the loader is told `download=False`.
 
 The first match is used. Its content must have the pinned digest, wherever it comes from: a wrong
-file is an error and is never skipped silently.
+file is an error and is never skipped silently. Reading, decompressing and downloading stop at the
+size that is pinned with the digest.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ import gzip
 import hashlib
 import http.client
 import os
-import shutil
-import stat
-import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-import zipfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 SYSTEM_FOLDERS = (Path("/usr/share/datasets"),)
 
 _TIMEOUT_SECONDS = 30.0  # longest wait for the next byte of the server
 _GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,16 @@ class DataFile:
             also be present decompressed, without ".gz".
         sha256: hexadecimal; of the decompressed content if `name` ends in ".gz" (but not
             ".tar.gz"), so a recompressed copy passes.
+        max_bytes: size of the content that the digest is of; nothing is read, decompressed or
+            downloaded beyond it.
         folders: subfolders to search; a download goes into the first.
-        url: where to download it; None if it cannot be downloaded.
+        url: where to download it, by https; None if it cannot be downloaded.
         hint: another way to get it, as a clause for error messages.
     """
 
     name: str
     sha256: str
+    max_bytes: int
     folders: tuple[str, ...]
     url: str | None = None
     hint: str | None = None
@@ -63,6 +67,11 @@ class DataFile:
     def gzipped(self) -> bool:
         """Whether the digest is of the decompressed content."""
         return self.name.endswith(".gz") and not self.name.endswith(".tar.gz")
+
+    @property
+    def max_download_bytes(self) -> int:
+        """Size of the largest download; gzip makes an incompressible file a little larger."""
+        return self.max_bytes + (self.max_bytes // 1000 + 4096 if self.gzipped else 0)
 
     @property
     def download_path(self) -> Path:
@@ -159,7 +168,7 @@ def fetch(
         raise FileNotFoundError(
             f"{file.name} (sha256 {file.sha256}) is in none of {places}; {file.remedy}"
         )
-    return download_file(file.url, file)
+    return download_file(file, lambda path: read_verified(path, file, origin=file.url))
 
 
 def read_verified(path: Path, file: DataFile, *, origin: str | None = None) -> bytes:
@@ -176,20 +185,26 @@ def read_verified(path: Path, file: DataFile, *, origin: str | None = None) -> b
     Raises:
         ValueError: truncated or wrong content; names the file, both digests and the remedy.
     """
-    content = path.read_bytes()
-    state = "is not the published file"
-    if file.gzipped and content.startswith(_GZIP_MAGIC):
+    state, content = "is not the published file", b""
+    with path.open("rb") as stream:
+        packed = file.gzipped and stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+        stream.seek(0)
         try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
+            with contextlib.ExitStack() as stack:
+                reader: Any = stack.enter_context(gzip.open(stream)) if packed else stream
+                content = reader.read(file.max_bytes + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             state = f"is truncated or damaged ({error})"
-    found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
-        raise ValueError(
-            f"{origin or path} {state}: found sha256 {found} ({len(content)} bytes), expected "
-            f"{file.sha256}; replace it: {file.remedy}"
-        )
-    return content
+    digest = hashlib.sha256(content).hexdigest()
+    if digest == file.sha256:
+        return content
+    found = f"sha256 {digest} ({len(content)} bytes)"
+    if len(content) > file.max_bytes:
+        found = f"more than its {file.max_bytes} bytes"
+    raise ValueError(
+        f"{origin or path} {state}: found {found}, expected {file.sha256}; replace it: "
+        f"{file.remedy}"
+    )
 
 
 @contextlib.contextmanager
@@ -216,111 +231,100 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def download_file(url: str, file: DataFile) -> Path:
-    """Download a file into the user's cache; it gets its final name once it is checked.
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Refuses to be redirected from https to an address without encryption."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """Return the request that follows a redirection."""
+        if req.type == "https" and not newurl.startswith("https:"):
+            reason = f"refused a redirection to {newurl}, which is not encrypted"
+            raise urllib.error.HTTPError(req.full_url, code, reason, headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download_file(file: DataFile, verify: Callable[[Path], Any]) -> Path:
+    """Download a file into the user's cache; it gets its final name once it is verified.
 
     Args:
-        url: the address.
-        file: its expected name and digest.
+        file: what to download; its `url` is not None.
+        verify: reads the file and raises ValueError if it is not the published one.
 
     Returns:
         `file.download_path`.
 
     Raises:
         OSError: no connection, a server error, a full or read-only disk.
-        ValueError: the content does not have the pinned digest.
+        ValueError: more bytes than `file.max_download_bytes`, or refused by `verify`.
     """
+    assert file.url is not None
     path = file.download_path
-    request = urllib.request.Request(url, headers={"User-Agent": "jaxnets"})
+    request = urllib.request.Request(file.url, headers={"User-Agent": "jaxnets"})
     try:
         with atomic_file(path) as stream:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-                shutil.copyfileobj(response, stream)
+            opener = urllib.request.build_opener(_HttpsOnly)
+            with opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
+                left = file.max_download_bytes
+                while chunk := response.read(_CHUNK_BYTES):
+                    left -= len(chunk)
+                    if left < 0:
+                        raise ValueError(
+                            f"{file.url} is not the published file: it sends more than "
+                            f"{file.max_download_bytes} bytes; by hand {file.remedy} (sha256 "
+                            f"{file.sha256})"
+                        )
+                    stream.write(chunk)
             stream.flush()
-            read_verified(Path(stream.name), file, origin=url)
+            verify(Path(stream.name))
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # releases the connection
         raise OSError(
-            f"cannot download {url} to {path} ({error}); check the connection and the disk, or "
-            f"by hand {file.remedy} (sha256 {file.sha256})"
+            f"cannot download {file.url} to {path} ({error}); check the connection and the disk, "
+            f"or by hand {file.remedy} (sha256 {file.sha256})"
         ) from error
     return path
 
 
-def safe_extract(archive: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
-    """Extract a tar or zip archive into a new folder and never outside it.
+def cached_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Read an array from a cache, or make it and store it there.
 
-    Every member is checked before the first is written; the folder gets its final name only once
-    it is complete.
+    Beside the array stands a file with its sha256, in the format of `sha256sum`. A cache without
+    it, or with another content, is made anew; one that cannot be written costs a warning only.
 
     Args:
-        archive: .zip, or .tar with any compression Python reads.
-        directory: the folder to create.
+        path: of the .npy file; its name determines the content.
+        make: computes the array.
 
     Returns:
-        `directory`.
-
-    Raises:
-        ValueError: not an archive, a damaged one, or a member that has an absolute path or "..",
-            or is a link or a device; data archives need none of these.
-        FileExistsError: `directory` exists.
+        The array.
     """
-    archive, directory = Path(archive), Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; remove it to extract {archive} again")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    digest_path = path.with_name(f"{path.name}.sha256")
     try:
-        with _open_archive(archive) as members:
-            for name, refusal, _ in members:
-                parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-                if name.startswith(("/", "\\")) or PureWindowsPath(name).drive or ".." in parts:
-                    refusal = "a path outside the folder"
-                if refusal:
-                    raise ValueError(
-                        f"{archive} is not safe to extract: member {name!r} is {refusal}; "
-                        "get the archive from its publisher"
-                    )
-            for name, _, open_member in members:
-                target = temporary / name
-                if open_member is None:
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open_member() as source, open(target, "xb") as stream:
-                    shutil.copyfileobj(source, stream)
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private to the user
-        os.rename(temporary, directory)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{archive} is damaged or not a tar or zip archive ({error}); remove it and get it anew"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return directory
+        expected = digest_path.read_bytes()
+        with path.open("rb") as file:
+            if _digest_line(file, path.name) == expected:
+                file.seek(0)
+                return np.load(file, allow_pickle=False)
+        warnings.warn(f"{path} is damaged and is made anew", stacklevel=2)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # none yet, or one without a digest
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} cannot be read ({error}) and is made anew", stacklevel=2)
+    array = make()
+    try:
+        with atomic_file(path) as stream:
+            np.save(stream, array, allow_pickle=False)
+            stream.flush()
+            with open(stream.name, "rb") as file:
+                line = _digest_line(file, path.name)
+        with atomic_file(digest_path) as stream:
+            stream.write(line)
+    except OSError as error:
+        warnings.warn(f"{path} is not cached ({error})", stacklevel=2)
+    return array
 
 
-#: Name, reason to refuse it ("" for none), function that opens it (None for a folder).
-_Member = tuple[str, str, Callable[[], Any] | None]
-
-
-@contextlib.contextmanager
-def _open_archive(archive: Path) -> Iterator[list[_Member]]:
-    members: list[_Member] = []
-    opener: Callable[[], Any] | None
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as zipped:
-            for info in zipped.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the archiver did not set it
-                allowed = kind in (0, stat.S_IFREG, stat.S_IFDIR)
-                opener = None if info.is_dir() else lambda info=info: zipped.open(info)
-                members.append((info.filename, "" if allowed else "a link or device", opener))
-            yield members
-        return
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            allowed = member.isreg() or member.isdir()
-            opener = None if member.isdir() else lambda member=member: tar.extractfile(member)
-            members.append((member.name, "" if allowed else "a link or device", opener))
-        yield members
+def _digest_line(file: IO[bytes], name: str) -> bytes:
+    return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()  # type: ignore[arg-type]

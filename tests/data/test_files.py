@@ -1,4 +1,4 @@
-"""Files: search order, digests, downloads from a local server, safe extraction."""
+"""Files: search order, digests, downloads from a local server, caches."""
 
 import dataclasses
 import errno
@@ -8,18 +8,22 @@ import http.server
 import io
 import os
 import stat
-import tarfile
 import threading
-import zipfile
+import tracemalloc
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from jaxnets.data import locate, safe_extract
+from jaxnets.data import files, locate
+from jaxnets.data.datasets import cifar, images, speech, text
 from jaxnets.data.files import (
     DataFile,
     atomic_file,
     cache_folder,
+    cached_array,
     fetch,
     find,
     read_verified,
@@ -28,7 +32,7 @@ from jaxnets.data.files import (
 
 CONTENT = b"the published content" * 50
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-FILE = DataFile("letters.gz", SHA256, folders=("words", "old-words"))
+FILE = DataFile("letters.gz", SHA256, len(CONTENT), folders=("words", "old-words"))
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +154,8 @@ def test_the_digest_is_of_the_decompressed_content(tmp_path, name):
 
 def test_the_digest_of_a_compressed_archive_is_of_the_file_itself(tmp_path):
     packed = gzip.compress(CONTENT)
-    file = DataFile("a.tar.gz", hashlib.sha256(packed).hexdigest(), folders=("a",))
+    digest = hashlib.sha256(packed).hexdigest()
+    file = DataFile("a.tar.gz", digest, len(packed), folders=("a",))
     path = tmp_path / "a.tar.gz"
     path.write_bytes(packed)
     assert read_verified(path, file) == packed
@@ -163,7 +168,7 @@ def test_the_digest_of_a_compressed_archive_is_of_the_file_itself(tmp_path):
         (lambda packed: packed[:30] + b"\0\xff\0\xff" + packed[34:], "is truncated or damaged"),
         (lambda packed: packed[:5], "is truncated or damaged"),
         (lambda packed: b"", "is not the published file"),
-        (lambda packed: gzip.compress(CONTENT + b"!"), "is not the published file"),
+        (lambda packed: gzip.compress(CONTENT[:-1] + b"!"), "is not the published file"),
         (lambda packed: CONTENT[:-1], "is not the published file"),
     ],
 )
@@ -174,6 +179,36 @@ def test_a_truncated_or_wrong_file_is_named_with_both_digests(tmp_path, damage, 
         read_verified(path, dataclasses.replace(FILE, hint="ask a friend"))
     for part in (str(path), "found sha256", f"expected {SHA256}", "ask a friend"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["letters", "letters.gz"])
+def test_reading_stops_at_the_pinned_size(tmp_path, name):
+    content = bytes(50 << 20)
+    packed = gzip.compress(content)
+    path = tmp_path / name
+    path.write_bytes(content if name == "letters" else packed)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{name} is not .* found more than its 1050 bytes"):
+        read_verified(path, FILE)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_every_pinned_file_has_a_size_and_an_encrypted_address():
+    pinned = [
+        *images.MNIST_FILES,
+        *images.FASHION_MNIST_FILES,
+        *text.MULTI30K_FILES,
+        *text.SST2_FILES,
+        text.TINY_SHAKESPEARE_FILE,
+        *cifar.BINARIES,
+        *cifar.LAYOUTS,
+        *speech.LAYOUTS,
+    ]
+    for file in pinned:
+        assert 0 < file.max_bytes < 1 << 28
+        assert file.url is None or file.url.startswith("https://")
+        assert "http://" not in file.remedy
 
 
 # Downloads
@@ -207,6 +242,32 @@ def test_a_failed_download_leaves_nothing_behind(server, tmp_path, arguments, er
     assert not files_below(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["letters", "letters.gz"])
+def test_a_download_stops_at_the_pinned_size(server, tmp_path, name):
+    sent = os.urandom(FILE.max_download_bytes + (1 << 20))
+    file = dataclasses.replace(served(server, sent), name=name)
+    with pytest.raises(ValueError, match=rf"sends more than {file.max_download_bytes} bytes"):
+        fetch(file)
+    assert not files_below(tmp_path)
+
+
+def test_the_largest_gzip_file_of_a_content_is_downloaded(server):
+    content = os.urandom(1 << 20)
+    file = served(server, gzip.compress(content, 0))
+    digest = hashlib.sha256(content).hexdigest()
+    file = dataclasses.replace(file, sha256=digest, max_bytes=len(content))
+    assert read_verified(fetch(file), file) == content
+
+
+def test_a_redirection_to_an_address_without_encryption_is_refused():
+    request = urllib.request.Request("https://127.0.0.1/letters.gz")
+    handler = files._HttpsOnly()
+    follow = (io.BytesIO(), 302, "Found", {})
+    assert handler.redirect_request(request, *follow, "https://example.org/a")
+    with pytest.raises(urllib.error.HTTPError, match=r"redirection to http://example\.org/a"):
+        handler.redirect_request(request, *follow, "http://example.org/a")
+
+
 def test_no_connection_is_reported_with_the_place_to_put_the_file(tmp_path):
     file = dataclasses.replace(FILE, url="http://127.0.0.1:9/letters.gz")
     with pytest.raises(OSError, match="check the connection") as caught:
@@ -215,11 +276,11 @@ def test_no_connection_is_reported_with_the_place_to_put_the_file(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing_behind(server, tmp_path, monkeypatch):
-    def full(source, target):
-        target.write(source.read(100))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class Full(io.FileIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("jaxnets.data.files.open", Full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         fetch(served(server, gzip.compress(CONTENT)))
     assert not files_below(tmp_path)
@@ -240,96 +301,75 @@ def test_an_interrupted_write_leaves_the_existing_file(tmp_path):
     assert path.read_bytes() == CONTENT
 
 
-# Archives
+# Caches
 
 
-def tar_member(name, **attributes):
-    member = tarfile.TarInfo(name)
-    for attribute, value in attributes.items():
-        setattr(member, attribute, value)
-    return member
+class Counted:
+    """Makes an array, and counts how often."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return np.arange(6, dtype=np.int16).reshape(2, 3)
 
 
-def make_tar(path, *members):
-    with tarfile.open(path, "w:gz") as archive:
-        for member in members:
-            content = CONTENT if member.isreg() else b""
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
 
 
-def make_zip(path, *names, mode=0o644):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            info = zipfile.ZipInfo(name)
-            info.external_attr = mode << 16
-            archive.writestr(info, b"" if name.endswith("/") else CONTENT)
-    return path
+def assert_remade(path, make):
+    """Check that the array is made anew, once, and right."""
+    before = make.calls
+    with pytest.warns(UserWarning, match=rf"{path.name} .*is made anew"):
+        assert cached_array(path, make).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert cached_array(path, make).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert make.calls == before + 1
 
 
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_a_plain_archive_is_extracted_with_its_folders(tmp_path, kind):
-    if kind == "tar":
-        folder = tar_member("a", type=tarfile.DIRTYPE)
-        members = (folder, tar_member("./a/one"), tar_member("b/c/two"))
-        archive = make_tar(tmp_path / "x.tar.gz", *members)
-    else:
-        archive = make_zip(tmp_path / "x.zip", "a/", "a/one", "b/c/two")
-    target = safe_extract(archive, tmp_path / "new" / "folder")
-    assert {str(path.relative_to(target)) for path in files_below(target)} == {"a/one", "b/c/two"}
-    assert (target / "a/one").read_bytes() == CONTENT
+def test_a_cached_array_is_made_once_and_its_digest_is_that_of_sha256sum(tmp_path):
+    path, make = tmp_path / "new" / "a.npy", Counted()
+    for _ in range(3):
+        array = cached_array(path, make)
+        assert array.dtype == np.int16 and array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert make.calls == 1
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (tmp_path / "new" / "a.npy.sha256").read_text() == f"{digest}  a.npy\n"
+    np.testing.assert_array_equal(np.load(path), array)
 
 
-EVIL_NAMES = ["/abs", "../up", "a/../../up", "C:\\abs", "C:abs", "\\abs", "a\\..\\..\\up"]
-EVIL_MEMBERS = [
-    *(tar_member(name) for name in EVIL_NAMES),
-    tar_member("link", type=tarfile.SYMTYPE, linkname="/etc"),
-    tar_member("link", type=tarfile.SYMTYPE, linkname=".."),
-    tar_member("link", type=tarfile.LNKTYPE, linkname="../../secret"),
-    tar_member("device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
-    tar_member("disk", type=tarfile.BLKTYPE),
-    tar_member("pipe", type=tarfile.FIFOTYPE),
-]
+@pytest.mark.parametrize("position", [0, 9, 40, -1])
+def test_a_cache_with_one_flipped_bit_is_made_anew(tmp_path, position):
+    path, make = tmp_path / "a.npy", Counted()
+    cached_array(path, make)
+    flip_a_bit(path, position)
+    assert_remade(path, make)
 
 
-@pytest.mark.parametrize("member", EVIL_MEMBERS, ids=lambda m: f"{m.name} {m.linkname}")
-def test_a_tar_archive_with_paths_outside_is_refused_before_anything_is_written(tmp_path, member):
-    archive = make_tar(tmp_path / "evil.tar.gz", tar_member("harmless"), member)
-    with pytest.raises(ValueError, match="not safe to extract: member"):
-        safe_extract(archive, tmp_path / "inside" / "folder")
-    assert files_below(tmp_path) == [archive]
-    assert list((tmp_path / "inside").iterdir()) == []
+def test_a_cache_without_its_digest_or_with_another_is_made_anew(tmp_path):
+    path, make = tmp_path / "a.npy", Counted()
+    cached_array(path, make)
+    flip_a_bit(tmp_path / "a.npy.sha256", 3)
+    assert_remade(path, make)
+    (tmp_path / "a.npy.sha256").unlink()
+    np.save(path, np.zeros(7))  # as an earlier version wrote it
+    assert cached_array(path, make).shape == (2, 3)
+    path.unlink()
+    assert cached_array(path, make).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", EVIL_NAMES)
-def test_a_zip_archive_with_paths_outside_is_refused(tmp_path, name):
-    archive = make_zip(tmp_path / "evil.zip", "harmless", name)
-    with pytest.raises(ValueError, match="not safe to extract: member"):
-        safe_extract(archive, tmp_path / "folder")
-    assert files_below(tmp_path) == [archive]
+def test_a_cache_whose_digest_fits_something_else_than_an_array_is_made_anew(tmp_path):
+    path, make = tmp_path / "a.npy", Counted()
+    cached_array(path, make)
+    path.write_bytes(b"no array")
+    digest = hashlib.sha256(b"no array").hexdigest()
+    (tmp_path / "a.npy.sha256").write_text(f"{digest}  a.npy\n")
+    assert_remade(path, make)
 
 
-def test_a_link_in_a_zip_archive_is_refused(tmp_path):
-    archive = make_zip(tmp_path / "evil.zip", "link", mode=stat.S_IFLNK | 0o777)
-    with pytest.raises(ValueError, match="a link or device"):
-        safe_extract(archive, tmp_path / "folder")
-
-
-def test_an_invalid_archive_is_refused_and_leaves_nothing(tmp_path):
-    whole = make_tar(tmp_path / "x.tar.gz", tar_member("a"), tar_member("b")).read_bytes()
-    zipped = make_zip(tmp_path / "x.zip", "a").read_bytes()
-    flipped = zipped.replace(CONTENT[:20], CONTENT[:19] + b"!")
-    for number, content in enumerate((whole[:-30], whole[:20], b"", CONTENT, flipped)):
-        archive = tmp_path / f"bad{number}"
-        archive.write_bytes(content)
-        with pytest.raises(ValueError, match=f"bad{number} is damaged or not"):
-            safe_extract(archive, tmp_path / "inside" / "folder")
-    assert list((tmp_path / "inside").iterdir()) == []
-
-
-def test_an_existing_folder_is_not_extracted_over(tmp_path):
-    archive = make_tar(tmp_path / "x.tar.gz", tar_member("a"))
-    safe_extract(archive, tmp_path / "folder")
-    with pytest.raises(FileExistsError, match="folder exists already"):
-        safe_extract(archive, tmp_path / "folder")
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path):
+    with pytest.warns(UserWarning, match="is not cached"):
+        assert cached_array(write(tmp_path / "file") / "a.npy", Counted()).shape == (2, 3)

@@ -71,7 +71,9 @@ def read_wav(
         samples, sample_rate = _decode(content)
     except _WavError as error:
         raise ValueError(f"{name} {error}") from None
-    return (samples.mean(axis=1) if mono else samples), sample_rate
+    if mono:  # in double precision, in which the sum of large floats is finite
+        samples = samples.mean(axis=1, dtype=np.float64).astype(np.float32)
+    return samples, sample_rate
 
 
 def write_wav(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: int) -> None:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from jaxnets.data.archives import open_archive
 from jaxnets.data.arrays import Arrays
 from jaxnets.data.datasets.images import ImageDataset
 from jaxnets.data.files import (
     DataFile,
-    atomic_file,
     cache_folder,
+    cached_array,
     fetch,
     find,
     read_verified,
-    safe_extract,
 )
 
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _MEMBERS = "cifar-10-batches-bin"  # the folder within the archive
 _FOLDERS = ("cifar10", f"cifar10/{_MEMBERS}", _MEMBERS, "cifar10_jpeg")
 _RECORD_BYTES = 1 + 3 * 32 * 32
+_FILE_BYTES = 10_000 * _RECORD_BYTES
+_UNPACKED_BYTES = 6 * _FILE_BYTES + (1 << 20)  # a folder and two short texts beside them
 _CLASS_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -36,6 +37,7 @@ _CLASS_NAMES = (
 ARCHIVE = DataFile(
     "cifar-10-binary.tar.gz",
     "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    170_052_171,
     folders=_FOLDERS,
     url=_URL,
 )
@@ -48,12 +50,13 @@ _BINARY_SHA256 = {
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
 BINARIES = tuple(
-    DataFile(name, sha256, folders=_FOLDERS, hint=f"extract it from {_URL}")
+    DataFile(name, sha256, _FILE_BYTES, folders=_FOLDERS, hint=f"extract it from {_URL}")
     for name, sha256 in _BINARY_SHA256.items()
 )
 JPEG = DataFile(
     "cifar10_jpeg.npz",
     "a6fc75b15f162aca55379b9d5d53a82a76e221d36fecea05067d4f329c8feb6b",
+    55_793_131,
     folders=_FOLDERS,
     hint=f"use the original: download {_URL}",
 )
@@ -69,7 +72,7 @@ def cifar10(
     `jaxnets.data.files` (subfolders `cifar10`, `cifar-10-batches-bin`, `cifar10_jpeg`):
 
     1. `data_batch_1.bin` ... `data_batch_5.bin` and `test_batch.bin`, the binary version;
-    2. `cifar-10-binary.tar.gz`, the same as published; extracted once into the user's cache;
+    2. `cifar-10-binary.tar.gz`, the same as published, which is not extracted;
     3. `cifar10_jpeg.npz`, the images as JPEG of quality 75, decoded once into the user's cache.
        These are not the original pixels and results are not comparable with published ones, so
        the dataset is named "CIFAR-10 (JPEG q75)". Needs Pillow.
@@ -86,7 +89,7 @@ def cifar10(
     Raises:
         FileNotFoundError: a file is not found and `download` is False.
         ValueError: a file is truncated or not the published one.
-        OSError: the download failed, or the cache is not writable.
+        OSError: the download failed.
         ImportError: the JPEG layout without Pillow.
 
     References:
@@ -96,26 +99,38 @@ def cifar10(
     file, path = found or (ARCHIVE, fetch(ARCHIVE, directory, download=download))
     if file is JPEG:
         return _from_jpeg(path)
-    return _from_binaries(_extract(path) if file is ARCHIVE else path.parent)
-
-
-def _from_binaries(folder: Path) -> ImageDataset:
-    parts = []
-    for file in BINARIES:
-        if not (folder / file.name).is_file():
-            raise FileNotFoundError(f"{folder / file.name} is missing; {file.remedy}")
-        parts.append(decode_records(read_verified(folder / file.name, file)))
-    *train, test = parts
+    contents = _from_archive(path) if file is ARCHIVE else _from_folder(path.parent)
+    *train, test = [decode_records(content, name=name) for name, content in contents.items()]
     joined = {key: np.concatenate([part[key] for part in train]) for key in test}
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return ImageDataset("CIFAR-10", joined, test, _CLASS_NAMES, mean, std)
 
 
-def decode_records(content: bytes) -> Arrays:
+def _from_folder(folder: Path) -> dict[str, bytes]:
+    """Return {name of each part: its records}, the test part last."""
+    contents = {}
+    for file in BINARIES:
+        path = folder / file.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {file.remedy}")
+        contents[str(path)] = read_verified(path, file)
+    return contents
+
+
+def _from_archive(path: Path) -> dict[str, bytes]:
+    """Return the same as `_from_folder`."""
+    archive = io.BytesIO(read_verified(path, ARCHIVE))
+    with open_archive(archive, path, max_bytes=_UNPACKED_BYTES) as members:
+        contents = {PurePosixPath(member.name).name: member.read() for member in members}
+    return {f"{path}/{file.name}": contents[file.name] for file in BINARIES}
+
+
+def decode_records(content: bytes, *, name: str = "file") -> Arrays:
     """Decode records of the binary version: a label byte, then the red, green and blue planes.
 
     Args:
         content: complete records of 3,073 bytes.
+        name: of the file, for errors.
 
     Returns:
         {"inputs": uint8 [examples, 32, 32, 3], "labels": int32 [examples]}.
@@ -125,8 +140,8 @@ def decode_records(content: bytes) -> Arrays:
     """
     if len(content) % _RECORD_BYTES:
         raise ValueError(
-            f"{len(content)} bytes are not a whole number of CIFAR-10 records of {_RECORD_BYTES} "
-            "bytes; get the file anew"
+            f"{name} holds {len(content)} bytes, not a whole number of CIFAR-10 records of "
+            f"{_RECORD_BYTES} bytes; get the file anew"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
     planes = records[:, 1:].reshape(-1, 3, 32, 32)  # [examples, channels, height, width]
@@ -135,15 +150,6 @@ def decode_records(content: bytes) -> Arrays:
         "inputs": np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
         "labels": records[:, 0].astype(np.int32),
     }
-
-
-def _extract(archive: Path) -> Path:
-    """Return the folder of the .bin files, whose digests are verified on reading."""
-    extracted = cache_folder() / "cifar10" / "extracted"
-    if not extracted.is_dir():
-        read_verified(archive, ARCHIVE)
-        safe_extract(archive, extracted)
-    return extracted / _MEMBERS
 
 
 def _from_jpeg(path: Path) -> ImageDataset:
@@ -162,22 +168,10 @@ def _from_jpeg(path: Path) -> ImageDataset:
 
 def _decode_or_load(archive: Mapping[str, np.ndarray], part: str) -> np.ndarray:
     """Return the pixels of "train" or "test", from the cache if it has them."""
-    offsets = archive[f"{part}_offsets"]
-    cached = cache_folder() / "cifar10_jpeg" / f"{part}-{JPEG.sha256[:16]}.npy"
-    if cached.is_file():
-        try:
-            images = np.load(cached, allow_pickle=False)
-        except (ValueError, EOFError):
-            images = np.empty(0)  # damaged: decode again
-        if images.shape == (len(offsets) - 1, 32, 32, 3) and images.dtype == np.uint8:
-            return images
-    images = decode_jpegs(archive[f"{part}_jpeg"], offsets)
-    try:
-        with atomic_file(cached) as stream:
-            np.save(stream, images, allow_pickle=False)
-    except OSError as error:
-        warnings.warn(f"decoded pixels are not cached in {cached} ({error})", stacklevel=4)
-    return images
+    return cached_array(
+        cache_folder() / "cifar10_jpeg" / f"{part}-{JPEG.sha256[:16]}.npy",
+        lambda: decode_jpegs(archive[f"{part}_jpeg"], archive[f"{part}_offsets"]),
+    )
 
 
 def decode_jpegs(encoded: np.ndarray, offsets: np.ndarray) -> np.ndarray:

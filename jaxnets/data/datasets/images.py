@@ -83,8 +83,10 @@ def digits() -> ImageDataset:
     return ImageDataset("digits", train, test, _DIGIT_NAMES, (0.3055,), (0.3759,))
 
 
-# Sha256 of the decompressed files, in the order images, labels of train, then of test.
+# Sizes and sha256 of the decompressed files, in the order images, labels of train, then of test;
+# the sizes are those of both datasets.
 _PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+_BYTES = (16 + 60_000 * 784, 8 + 60_000, 16 + 10_000 * 784, 8 + 10_000)
 _MNIST_SHA256 = (
     "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -98,24 +100,30 @@ _FASHION_MNIST_SHA256 = (
     "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 )
+_FASHION_MNIST = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist"
+    "/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion"
+)
 MNIST_FILES = tuple(
     DataFile(
         f"{part}-ubyte.gz",
         sha256,
+        max_bytes,
         folders=("mnist",),
         url=f"https://storage.googleapis.com/cvdf-datasets/mnist/{part}-ubyte.gz",
     )
-    for part, sha256 in zip(_PARTS, _MNIST_SHA256, strict=True)
+    for part, sha256, max_bytes in zip(_PARTS, _MNIST_SHA256, _BYTES, strict=True)
 )
 FASHION_MNIST_FILES = tuple(
     DataFile(
         f"{part}-ubyte.gz",
         sha256,
+        max_bytes,
         folders=("fashion_mnist", "fashion-mnist"),
-        url=f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{part}-ubyte.gz",
+        url=f"{_FASHION_MNIST}/{part}-ubyte.gz",
         hint="on Debian run `apt-get install dataset-fashion-mnist`",
     )
-    for part, sha256 in zip(_PARTS, _FASHION_MNIST_SHA256, strict=True)
+    for part, sha256, max_bytes in zip(_PARTS, _FASHION_MNIST_SHA256, _BYTES, strict=True)
 )
 
 
@@ -189,6 +197,7 @@ def _load_idx(
     )
 
 
+_MAX_AXES = 32  # of the first NumPy that reads them; published files have at most 4
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -216,6 +225,8 @@ def decode_idx(content: bytes, *, name: str = "IDX file") -> np.ndarray:
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _DTYPES:
         raise ValueError(f"{name} starts with bytes {content[:4]!r}, which is not an IDX header")
     num_axes = content[3]
+    if num_axes > _MAX_AXES:
+        raise ValueError(f"{name} announces {num_axes} axes; at most {_MAX_AXES} are read")
     header = 4 + 4 * num_axes
     if len(content) < header:
         raise ValueError(f"{name} ends within its header of {header} bytes")
@@ -227,5 +238,8 @@ def decode_idx(content: bytes, *, name: str = "IDX file") -> np.ndarray:
             f"{name} holds {len(content)} bytes, but its header announces shape {shape} of "
             f"{dtype.name}, {expected} bytes; get the file anew"
         )
-    array = np.frombuffer(content, dtype, offset=header).reshape(shape)
+    try:
+        array = np.frombuffer(content, dtype, offset=header).reshape(shape)
+    except ValueError as error:  # an axis of length 0 beside others that are too long
+        raise ValueError(f"{name} announces shape {shape}, which no array can have") from error
     return array.astype(dtype.newbyteorder("="), copy=False)

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import http.client
 import os
 import re
-import shutil
-import tarfile
-import urllib.error
-import urllib.request
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from jaxnets.data.archives import open_archive
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed
 from jaxnets.data.audio.wav import read_wav
-from jaxnets.data.files import DataFile, atomic_file, fetch, find
+from jaxnets.data.files import DataFile, download_file, fetch, find
 
 _REPOSITORY = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 _COMMIT = "26eb9aaf"
@@ -28,6 +22,8 @@ _FOLDERS = ("fsdd", "free-spoken-digit-dataset")
 # Of the recordings, not of an archive, so that every archive and clone passes; see
 # `recordings_digest`.
 _SHA256 = "1801eae019c063377d98f831d3f93574f259475df7332bb0e3d1b080fb5e6959"
+# The recordings have 21 MB; an archive of the repository has some scripts and texts beside them.
+_MAX_BYTES = 1 << 26
 _SAMPLE_RATE = 8000
 _NUM_TEST = 5  # the first recordings of each digit by each speaker
 _NAME = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
@@ -35,6 +31,7 @@ _NAME = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
 ARCHIVE = DataFile(
     "fsdd_recordings.tar.gz",
     _SHA256,
+    _MAX_BYTES,
     folders=_FOLDERS,
     url=f"{_REPOSITORY}/archive/{_COMMIT}.tar.gz",
     hint=f"clone {_REPOSITORY} at commit {_COMMIT} into a folder fsdd",
@@ -134,28 +131,49 @@ def read_recordings(path: Path, *, origin: str | None = None) -> dict[str, bytes
     Raises:
         ValueError: damaged, incomplete or changed; names the remedy.
     """
-    contents = {}
+    name = origin or str(path)
     if path.suffix == ".wav":
-        contents = {file.name: file.read_bytes() for file in path.parent.glob("*.wav")}
+        contents = _read_folder(path.parent)
     else:
         try:
-            with tarfile.open(path) as archive:
-                for member in archive:  # nothing is written, so member names are harmless
-                    place = PurePosixPath(member.name)
-                    stream = archive.extractfile(member) if member.isreg() else None
-                    if stream and place.parent.name == "recordings" and place.suffix == ".wav":
-                        contents[place.name] = stream.read()
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{origin or path} is cut short or damaged ({error}); replace it: {ARCHIVE.remedy}"
-            ) from error
+            contents = _read_archive(path, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; replace it: {ARCHIVE.remedy}") from error
     found = recordings_digest(contents)
     if found != ARCHIVE.sha256:
         raise ValueError(
-            f"the {len(contents)} recordings of {origin or path} are not the published 3,000: "
+            f"the {len(contents)} recordings of {name} are not the published 3,000: "
             f"found sha256 {found}, expected {ARCHIVE.sha256}; replace them: {ARCHIVE.remedy}"
         )
     return dict(sorted(contents.items()))
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    contents, left = {}, ARCHIVE.max_bytes
+    for file in sorted(folder.glob("*.wav")):
+        if file.is_file():  # a named pipe would never end
+            with file.open("rb") as stream:
+                contents[file.name] = stream.read(left + 1)
+            left -= len(contents[file.name])
+        if left < 0:
+            raise ValueError(
+                f"the recordings of {folder} are not the published 3,000: they have more than "
+                f"{ARCHIVE.max_bytes} bytes; replace them: {ARCHIVE.remedy}"
+            )
+    return contents
+
+
+def _read_archive(path: Path, name: str) -> dict[str, bytes]:
+    contents = {}
+    with (
+        path.open("rb") as file,
+        open_archive(file, name, max_bytes=ARCHIVE.max_bytes) as members,
+    ):
+        for member in members:  # nothing is written, so their names are harmless
+            place = PurePosixPath(member.name)
+            if place.parent.name == "recordings" and place.suffix == ".wav" and not member.refusal:
+                contents[place.name] = member.read()
+    return contents
 
 
 def recordings_digest(contents: Mapping[str, bytes]) -> str:
@@ -285,18 +303,4 @@ def _fetch(directory: str | os.PathLike[str] | None, *, download: bool) -> Path:
     """Download the archive and check its contents; the digest of the archive is not stable."""
     if not download or ARCHIVE.url is None:
         return fetch(ARCHIVE, directory, download=False)  # raises and names the places
-    path = ARCHIVE.download_path
-    try:
-        with atomic_file(path) as stream:
-            with urllib.request.urlopen(ARCHIVE.url, timeout=30.0) as response:
-                shutil.copyfileobj(response, stream)
-            stream.flush()
-            read_recordings(Path(stream.name), origin=ARCHIVE.url)
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # releases the connection
-        raise OSError(
-            f"cannot download {ARCHIVE.url} to {path} ({error}); check the connection and the "
-            f"disk, or {ARCHIVE.remedy}"
-        ) from error
-    return path
+    return download_file(ARCHIVE, lambda path: read_recordings(path, origin=ARCHIVE.url))

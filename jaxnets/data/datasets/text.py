@@ -96,6 +96,7 @@ _RAW = "https://raw.githubusercontent.com"
 TINY_SHAKESPEARE_FILE = DataFile(
     "input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    1_115_394,
     folders=("tinyshakespeare",),
     url=(
         f"{_RAW}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
@@ -103,44 +104,52 @@ TINY_SHAKESPEARE_FILE = DataFile(
     ),
 )
 
-# Sha256 of the decompressed files.
-_MULTI30K_SHA256 = {
-    "train.de.gz": "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
-    "train.en.gz": "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
-    "val.de.gz": "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
-    "val.en.gz": "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
-    "test_2016_flickr.de.gz": "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
-    "test_2016_flickr.en.gz": "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
+# Sha256 and sizes of the decompressed files.
+_MULTI30K = {
+    "train.de.gz": ("2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72", 2_110_398),
+    "train.en.gz": ("460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6", 1_801_238),
+    "val.de.gz": ("660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660", 75_981),
+    "val.en.gz": ("1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227", 63_297),
+    "test_2016_flickr.de.gz": (
+        "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
+        70_649,
+    ),
+    "test_2016_flickr.en.gz": (
+        "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
+        62_076,
+    ),
 }
 MULTI30K_FILES = tuple(
     DataFile(
         name,
         sha256,
+        max_bytes,
         folders=("multi30k",),
         url=(
             f"{_RAW}/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a"
             f"/data/task1/raw/{name}"
         ),
     )
-    for name, sha256 in _MULTI30K_SHA256.items()
+    for name, (sha256, max_bytes) in _MULTI30K.items()
 )
 
-_SST2_SHA256 = {
-    "train.tsv": "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920",
-    "dev.tsv": "eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359",
-    "test.tsv": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
+_SST2 = {
+    "train.tsv": ("ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920", 720_259),
+    "dev.tsv": ("eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359", 92_057),
+    "test.tsv": ("831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7", 188_749),
 }
 SST2_FILES = tuple(
     DataFile(
         name,
         sha256,
+        max_bytes,
         folders=("sst2",),
         url=(
             f"{_RAW}/clairett/pytorch-sentiment-classification"
             f"/457ffd83de90a9d6d472d8ffc31bbffe40a8b236/data/SST2/{name}"
         ),
     )
-    for name, sha256 in _SST2_SHA256.items()
+    for name, (sha256, max_bytes) in _SST2.items()
 )
 
 

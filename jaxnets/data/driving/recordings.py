@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,16 @@ def read_recordings(
             f"{folder} was recorded with {name} = {found.get(name)!r}, not "
             f"{wanted.get(name)!r}; use another folder, or {remedy}"
         )
-    return _join([_read_shard(folder / shard["name"], shard["sha256"], remedy) for shard in shards])
+    parts: list[dict[str, np.ndarray]] = []
+    for shard in shards:
+        path = folder / shard["name"]
+        parts.append(_read_shard(path, shard["sha256"], remedy))
+        if _layout(parts[-1]) != _layout(parts[0]):
+            raise ValueError(
+                f"shard {path} holds {_layout(parts[-1])}, the first one {_layout(parts[0])}; "
+                f"{remedy}"
+            )
+    return _join(parts)
 
 
 def _read_shard(path: Path, digest: str, remedy: str) -> dict[str, np.ndarray]:
@@ -139,10 +147,24 @@ def _read_shard(path: Path, digest: str, remedy: str) -> dict[str, np.ndarray]:
             f"{remedy}"
         )
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"shard {path} is not an archive of arrays ({error}); {remedy}") from error
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = dict(file)
+            if strangers := [n for n, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise TypeError(f"{strangers[0]} holds no array")
+    except Exception as error:  # the readers of zip and npy raise almost anything
+        raise ValueError(
+            f"shard {path} is not an archive of arrays ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    lengths = {array.shape[:1] for array in arrays.values()}
+    if len(lengths) != 1 or () in lengths:
+        shapes = {name: array.shape for name, array in arrays.items()}
+        raise ValueError(f"shard {path} has arrays of no common length: {shapes}; {remedy}")
+    return arrays
+
+
+def _layout(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype of each array, and its shape without the axis of decisions."""
+    return {name: (str(array.dtype), array.shape[1:]) for name, array in sorted(arrays.items())}
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

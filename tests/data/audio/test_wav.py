@@ -82,6 +82,13 @@ def test_the_rank_does_not_depend_on_the_number_of_channels():
     assert read_wav(GOOD, mono=True)[0].shape == (4,)
 
 
+def test_the_mean_of_channels_of_the_largest_floats_is_finite():
+    largest = np.finfo(np.float32).max
+    data = np.array([[largest, largest], [-largest, largest]], "<f4").tobytes()
+    content = riff(header(32, code=3, channels=2), chunk(b"data", data))
+    assert read_wav(content, mono=True)[0].tolist() == [largest, 0]
+
+
 def test_other_chunks_of_odd_size_are_skipped_with_their_padding():
     content = riff(
         chunk(b"LIST", b"odd"),

@@ -104,6 +104,9 @@ HEADER = struct.pack(">4B2I", 0, 0, 8, 2, 2, 3)
         (HEADER[:9], "ends within its header of 12 bytes"),
         (HEADER + b"12345", r"holds 17 bytes, .* shape \(2, 3\) of uint8, 18 bytes"),
         (HEADER + b"1234567", "holds 19 bytes"),
+        (bytes([0, 0, 8, 65]) + bytes(4 * 65), "announces 65 axes; at most 32 are read"),
+        (bytes([0, 0, 8, 255]) + bytes(4 * 255), "announces 255 axes"),
+        (bytes([0, 0, 8, 4]) + b"\xff" * 12 + bytes(4), r"announces shape \(4294967295, "),
     ],
 )
 def test_a_malformed_idx_file_is_refused(content, message):
@@ -222,7 +225,9 @@ def test_the_binary_version_is_read_plane_by_plane(small_cifar):
     assert_is_small_cifar(cifar10(folder.parent, download=False), pixels)
 
 
-def test_the_published_archive_is_extracted_once_into_the_cache(small_cifar, tmp_path, monkeypatch):
+@pytest.fixture
+def small_archive(small_cifar, tmp_path, monkeypatch):
+    """Make a small archive of CIFAR-10; return its path and its pixels."""
     folder, pixels = small_cifar
     path = tmp_path / "elsewhere" / "cifar-10-binary.tar.gz"
     path.parent.mkdir()
@@ -232,11 +237,23 @@ def test_the_published_archive_is_extracted_once_into_the_cache(small_cifar, tmp
     pinned = dataclasses.replace(cifar.ARCHIVE, sha256=digest)
     monkeypatch.setattr(cifar, "ARCHIVE", pinned)
     monkeypatch.setattr(cifar, "LAYOUTS", (cifar.LAYOUTS[0], pinned))
+    return path, pixels
+
+
+def test_the_published_archive_is_read_without_being_extracted(small_archive, tmp_path):
+    path, pixels = small_archive
+    before = sorted(tmp_path.rglob("*"))
     assert_is_small_cifar(cifar10(path.parent, download=False), pixels)
-    extracted = tmp_path / "cache/jaxnets/cifar10/extracted/cifar-10-batches-bin/test_batch.bin"
-    before = extracted.stat().st_mtime_ns
-    assert_is_small_cifar(cifar10(path.parent, download=False), pixels)
-    assert extracted.stat().st_mtime_ns == before
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_archive_is_not_unpacked_before_its_digest_is_known(small_archive, monkeypatch):
+    path, _ = small_archive
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(__file__, "cifar-10-batches-bin/test_batch.bin")
+    monkeypatch.setattr(cifar, "open_archive", None)
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is not the published file"):
+        cifar10(path.parent, download=False)
 
 
 def test_a_missing_part_of_the_binary_version_is_named(small_cifar):
@@ -255,8 +272,8 @@ def test_a_truncated_part_of_the_binary_version_is_named(small_cifar):
 
 
 def test_a_broken_record_is_refused():
-    with pytest.raises(ValueError, match="3072 bytes are not a whole number"):
-        cifar.decode_records(bytes(3072))
+    with pytest.raises(ValueError, match=r"x\.bin holds 3072 bytes, not a whole number"):
+        cifar.decode_records(bytes(3072), name="x.bin")
 
 
 def test_a_pickled_version_is_not_read(tmp_path, empty_places):
@@ -310,9 +327,12 @@ def test_decoded_pixels_are_cached_and_a_damaged_cache_is_replaced(
     folder, _ = small_jpeg
     first = cifar10(folder, download=False)
     cached = sorted((tmp_path / "cache/jaxnets/cifar10_jpeg").iterdir())
-    assert [path.name.split("-")[0] for path in cached] == ["test", "train"]
-    cached[1].write_bytes(cached[1].read_bytes()[:-5])
-    again = cifar10(folder, download=False)
+    assert [path.name.split("-")[0] for path in cached] == ["test", "test", "train", "train"]
+    content = bytearray(cached[2].read_bytes())
+    content[200] ^= 1  # one bit of one pixel
+    cached[2].write_bytes(content)
+    with pytest.warns(UserWarning, match="train-.*is damaged and is made anew"):
+        again = cifar10(folder, download=False)
     np.testing.assert_array_equal(first.train["inputs"], again.train["inputs"])
     monkeypatch.setitem(sys.modules, "PIL", None)  # nothing is decoded from here on
     third = cifar10(folder, download=False)
@@ -324,7 +344,7 @@ def test_a_cache_that_cannot_be_written_costs_only_a_warning(small_jpeg, tmp_pat
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    with pytest.warns(UserWarning, match="decoded pixels are not cached"):
+    with pytest.warns(UserWarning, match="is not cached"):
         assert len(cifar10(folder, download=False).test["labels"]) == 3
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import itertools
+import os
 import struct
 import tarfile
 import urllib.error
@@ -131,9 +132,9 @@ def test_recordings_are_cut_on_request_only(published):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (archive(CONTENTS)[:-200], "is cut short or damaged"),
-        (gzip.compress(b"no archive" * 100, mtime=0), "is cut short or damaged"),
-        (b"no archive", "is cut short or damaged"),
+        (archive(CONTENTS)[:-200], "is damaged or not a tar or zip archive"),
+        (gzip.compress(b"no archive" * 100, mtime=0), "is damaged or not a tar or zip archive"),
+        (b"no archive", "is damaged or not a tar or zip archive"),
         (archive(dict(list(CONTENTS.items())[1:])), "the 23 recordings of .* found sha256"),
         (archive({**CONTENTS, "0_amy_0.wav": wav([1])}), "the 24 recordings of .* found sha256"),
         (archive({**CONTENTS, "0_eve_0.wav": wav([1])}), "the 25 recordings"),
@@ -145,6 +146,31 @@ def test_a_damaged_or_changed_copy_is_refused_with_the_remedy(published, content
     with pytest.raises(ValueError, match=f"(?s){message}.*clone https://github.com") as caught:
         spoken_digits(published, download=False)
     assert "fsdd/fsdd_recordings.tar.gz" in str(caught.value)
+
+
+def test_more_bytes_than_the_published_ones_are_not_read(published, monkeypatch):
+    pin_digest(monkeypatch, max_bytes=200_000)
+    path = published / "fsdd/fsdd_recordings.tar.gz"
+    path.write_bytes(archive(CONTENTS))
+    assert_holds_the_recordings(spoken_digits(published, download=False))
+    path.write_bytes(archive({**CONTENTS, "notes.txt": bytes(1 << 20)}))
+    with pytest.raises(ValueError, match=r"fsdd_recordings\.tar\.gz unpacks to more than 200000"):
+        spoken_digits(published, download=False)
+    path.unlink()
+    (published / "fsdd/recordings").mkdir()
+    for name in ("0_amy_0.wav", "0_amy_3.wav"):
+        (published / "fsdd/recordings" / name).write_bytes(bytes(1 << 17))
+    with pytest.raises(ValueError, match=r"recordings are not .* more than 200000 bytes"):
+        spoken_digits(published, download=False)
+
+
+def test_a_named_pipe_among_the_recordings_is_not_opened(published):
+    folder = published / "fsdd/recordings"
+    folder.mkdir()
+    for name, content in CONTENTS.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "9_eve_0.wav")  # reading it would wait for ever
+    assert_holds_the_recordings(spoken_digits(published, download=False))
 
 
 def test_an_archive_writes_nothing_and_its_links_are_not_followed(published, tmp_path):
@@ -181,7 +207,7 @@ def test_a_failed_or_wrong_download_leaves_nothing_behind(published, monkeypatch
         spoken_digits(published)
     not_found = urllib.error.HTTPError("file://", 404, "Not Found", {}, io.BytesIO())
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"HTTP Error 404"):
-        patch.setattr(speech.urllib.request, "urlopen", Mock(side_effect=not_found))
+        patch.setattr("urllib.request.OpenerDirector.open", Mock(side_effect=not_found))
         spoken_digits(published)
     source.write_bytes(archive({"0_amy_0.wav": wav([1])}))
     with pytest.raises(ValueError, match="the 1 recordings of file://"):

@@ -1,7 +1,9 @@
 """Recordings on disk: round trip, interrupted writing, damage that is named."""
 
 import hashlib
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -73,12 +75,74 @@ def test_a_damaged_shard_is_named(folder):
         driving.read_recordings(folder)
 
 
-def test_a_shard_that_is_not_an_archive_is_named(folder):
+def put_shard(folder, number, content):
+    """Replace a shard and its digest."""
     index = json.loads((folder / "recordings.json").read_text())
-    index["shards"][0]["sha256"] = hashlib.sha256(b"no archive").hexdigest()
+    index["shards"][number]["sha256"] = hashlib.sha256(content).hexdigest()
     (folder / "recordings.json").write_text(json.dumps(index))
-    (folder / "drives_000.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"drives_000.npz is not an archive of arrays .*again"):
+    (folder / index["shards"][number]["name"]).write_bytes(content)
+
+
+def npz(**arrays):
+    np.savez(stream := io.BytesIO(), **arrays)
+    return stream.getvalue()
+
+
+def one_npz(member, content, flags=0):
+    """Return an archive with one member that need not be an array."""
+    with zipfile.ZipFile(stream := io.BytesIO(), "w") as archive:
+        archive.writestr(member, content)
+    packed = bytearray(stream.getvalue())
+    packed[6] |= flags
+    packed[packed.index(b"PK\x01\x02") + 8] |= flags
+    return bytes(packed)
+
+
+def npy(header):
+    text = header.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
+
+
+DAMAGED = {
+    "no archive": b"no archive",
+    "an archive without arrays": npz(),
+    "no array": one_npz("frames.npy", b"no array"),
+    "a cut array": one_npz("frames.npy", npy("{'descr': '<i8', 'fortran_order': False, ")[:40]),
+    "a header of another form": one_npz("frames.npy", npy("{'descr': [[[[[[")),
+    "a shape beyond memory": one_npz(
+        "frames.npy", npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1 << 60,)}")
+    ),
+    "another shape beyond memory": one_npz(
+        "frames.npy",
+        npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({2**60}, {2**60})}}"),
+    ),
+    "an encrypted array": one_npz("frames.npy", npy(""), flags=1),
+    "a single value": npz(frames=np.float32(3)),
+    "unequal lengths": npz(frames=np.zeros((3, 4, 4, 3), np.uint8), speeds=np.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_shard_that_is_damaged_below_a_fitting_digest_is_named(folder, content):
+    put_shard(folder, 1, content)
+    message = "drives_001.npz (is not an archive of arrays|has arrays of no common|holds)"
+    with pytest.raises(ValueError, match=rf"{message} .*; remove .* again"):
+        driving.read_recordings(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"speeds": np.zeros(3)},
+        {"speeds": None},
+        {"frames": np.zeros((3, 4, 5, 3), np.uint8)},
+        {"others": np.zeros(3)},
+    ],
+)
+def test_a_shard_of_other_arrays_than_the_first_is_named(folder, changes):
+    arrays = {name: array[:3] for name, array in DRIVES[0].arrays.items()} | changes
+    put_shard(folder, 2, npz(**{name: a for name, a in arrays.items() if a is not None}))
+    with pytest.raises(ValueError, match=r"drives_002\.npz holds .*, the first one .*; remove"):
         driving.read_recordings(folder)
 
 
