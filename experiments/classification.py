@@ -77,23 +77,30 @@ class AveragedViews:
     shifted: bool
 
     def apply(
-        self, variables: Any, inputs: jax.Array, *, train: bool = False, **keywords: Any
+        self,
+        variables: Any,
+        inputs: jax.Array,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
+        **keywords: Any,
     ) -> Any:
         """Apply the network, with the signature of a Linen module; in training without views."""
         if train:
+            keywords |= jn.weights_keyword(self.module, weights, variables)
             return self.module.apply(variables, inputs, train=True, **keywords)
-        views, weights = [inputs], [1.0]
+        views, shares = [inputs], [1.0]
         if self.shifted:
             height, width = inputs.shape[1:3]
             padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
             views += [padded[:, d : d + height, d : d + width] for d in (0, 2)]
-            weights += [0.5, 0.5]
+            shares += [0.5, 0.5]
         if self.mirrored:
             views += [view[:, :, ::-1] for view in views]
-            weights *= 2
+            shares *= 2
         logits = self.module.apply(variables, jnp.concatenate(views), **keywords)
         each = logits.reshape(len(views), len(inputs), -1)  # [views, batch, classes]
-        return jnp.average(each, axis=0, weights=jnp.asarray(weights, logits.dtype))
+        return jnp.average(each, axis=0, weights=jnp.asarray(shares, logits.dtype))
 
 
 class ImageClassification(Problem):

@@ -51,7 +51,13 @@ class DrivingNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, frames: jax.Array, speeds: jax.Array, carry: Carry = None, *, train: bool = False
+        self,
+        frames: jax.Array,
+        speeds: jax.Array,
+        carry: Carry = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, Carry]:
         """Map frames and speeds to outputs and the carry after the last frame.
 
@@ -60,13 +66,17 @@ class DrivingNetwork(nn.Module):
             speeds: in meters per second, [batch, time].
             carry: of an earlier call; by default zeros.
             train: training mode.
+            weights: [batch] or [batch, time], 0 = padding, for the batch norms in training.
 
         Returns:
             [batch, time, num_outputs], and the carry.
         """
         batch, time = frames.shape[:2]
-        # [batch * time, height, width, channels]
-        features = self.encoder(frames.reshape(batch * time, *frames.shape[2:]), train=train)
+        if weights is not None:
+            weights = jnp.repeat(weights.ravel(), batch * time // weights.size)  # [batch * time]
+        keywords = jn.weights_keyword(self.encoder, weights, self.encoder.variables)
+        images = frames.reshape(batch * time, *frames.shape[2:])
+        features = self.encoder(images, train=train, **keywords)  # [batch * time, features]
         x = nn.relu(features).reshape(batch, time, -1)  # [batch, time, features]
         if self.speedometer:
             speeds = (speeds / _SPEED_UNIT).astype(x.dtype)[..., None]

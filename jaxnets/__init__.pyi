@@ -19,6 +19,7 @@ from .core import (
     apply_module,
     capture,
     rng_streams,
+    weights_keyword,
 )
 from .functional.patches import patchify, unpatchify
 from .generation.beam_search import beam_search
@@ -289,6 +290,7 @@ __all__ = [
     "visual_backprop",
     "vq_vae",
     "wandb_writer",
+    "weights_keyword",
     "with_batch_transform",
     "with_carry",
     "with_hyperparameters",

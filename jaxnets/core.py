@@ -9,6 +9,7 @@ anything that has Linen's `apply`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -311,6 +312,7 @@ def apply_module(
     *inputs: Any,
     rngs: Mapping[str, jax.Array] | None = None,
     train: bool = False,
+    weights: jax.Array | None = None,
     **keywords: Any,
 ) -> tuple[Any, ModelState]:
     """Call a Linen module as a pure function of parameters and model state.
@@ -325,18 +327,62 @@ def apply_module(
         rngs: one key per stream; passed on in training only. So a module that draws noise in
             evaluation raises an error, and is never random unnoticed.
         train: training mode: the collections may change.
+        weights: [batch], 0 = padding; see `weights_keyword`. Used in training only.
         keywords: other keyword inputs of the module.
 
     Returns:
         The output, and the collections after the call; unchanged when not `train`.
+
+    Raises:
+        ValueError: in training, a module with batch statistics that takes no weights.
     """
     variables = {"params": params, **model_state}
     if not train:
         return module.apply(variables, *inputs, train=False, **keywords), model_state
+    keywords |= weights_keyword(module, weights, model_state, method=keywords.get("method"))
     output, changed = module.apply(
         variables, *inputs, train=True, rngs=dict(rngs or {}), mutable=list(model_state), **keywords
     )
     return output, {**model_state, **changed}
+
+
+def weights_keyword(
+    module: Any,
+    weights: jax.Array | None,
+    collections: Mapping[str, Any],
+    *,
+    method: str | Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Return the keyword by which a module gets the weights of the examples, for its batch norms.
+
+    A module that computes statistics of a batch takes the keyword `weights` and passes it to the
+    layers that do, so that padding does not count in them.
+
+    Args:
+        module: a Linen module, or anything with `apply`.
+        weights: [batch], 0 = padding; None if all are 1.
+        collections: its collections besides the parameters.
+        method: of the module, by default `__call__`.
+
+    Returns:
+        {"weights": weights} if there are weights and the method takes them, else {}.
+
+    Raises:
+        ValueError: the module has batch statistics, but its method takes no weights.
+    """
+    if weights is None:
+        return {}
+    named = method if isinstance(method, str) else "__call__"
+    called = method if callable(method) else getattr(module, named, module.apply)
+    if "weights" in inspect.signature(called).parameters:
+        return {"weights": weights}
+    if collections.get("batch_stats"):
+        raise ValueError(
+            f"{type(module).__name__} has batch statistics and takes no weights, so examples of "
+            "weight 0 would count in them; add the keyword weights=None to its call and pass it "
+            "to each batch norm, or train on batches without weights"
+        )
+    return {}
 
 
 def record(module: Any, name: str, value: jax.Array) -> None:

@@ -71,84 +71,142 @@ def batch_norm(
     scale: jax.Array,
     bias: jax.Array,
     *,
+    weights: jax.Array | None = None,
     epsilon: float = 1e-5,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalize each channel over all positions, as `layer_norm` does over the last axis.
 
+    With `weights` mean and variance are weighted: an example of weight 2 counts as two equal ones.
+    An example of weight 0 does not count, even if it is NaN or infinite; its output is the bias,
+    and its gradient is 0.
+
     Args:
         x: floating [..., channels].
         scale: [channels].
         bias: [channels].
+        weights: 0 or more, [batch] or any other leading part of the shape of `x` without its
+            channels; by default every position has weight 1.
         epsilon: added to the biased variance.
         axis_name: of a mapped axis over which the batch is split.
 
     Returns:
-        The normalized array, [..., channels], float32 or wider; mean and variance, [channels].
+        The normalized array, [..., channels], float32 or wider; mean and variance, [channels],
+        both 0 where all weights are 0.
+
+    Raises:
+        ValueError: the shape of `weights` is not a leading part of the shape of `x`.
 
     Example:
         >>> y, mean, variance = batch_norm(jnp.array([[1.0], [3.0]]), jnp.ones(1), jnp.ones(1))
         >>> y[:, 0].round().tolist(), float(mean[0]), float(variance[0])
         ([0.0, 2.0], 2.0, 1.0)
+        >>> padded, weights = jnp.array([[1.0], [3.0], [7.0]]), jnp.array([1.0, 1.0, 0.0])
+        >>> y, mean, variance = batch_norm(padded, jnp.ones(1), jnp.ones(1), weights=weights)
+        >>> y[:, 0].round().tolist(), float(mean[0]), float(variance[0])
+        ([0.0, 2.0, 1.0], 2.0, 1.0)
 
     References:
         Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1; the gradient is that of section 3.
     """
-    return _shared_batch_norm(x, scale, bias, epsilon, axis_name)
+    if weights is not None:
+        weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
+        if weights.ndim >= x.ndim or weights.shape != x.shape[: weights.ndim]:
+            raise ValueError(
+                f"weights of shape {weights.shape} do not fit an array of shape {x.shape}; give "
+                f"weights of shape {x.shape[:1]}, one for each row, so repeat them where a "
+                "network merges another axis into that of the batch"
+            )
+        # [batch, 1, ...]
+        weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
+    return _shared_batch_norm(x, scale, bias, weights, epsilon, axis_name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _batch_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array | None,
+    epsilon: float,
+    axis_name: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _batch_norm_forward(x, scale, bias, epsilon, axis_name)[0]
+    return _batch_norm_forward(x, scale, bias, weights, epsilon, axis_name)[0]
 
 
 def _batch_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array | None,
+    epsilon: float,
+    axis_name: str | None,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    wide = at_least_float32(x)
-    mean = _mean_over_devices(channel_sum(wide) / _num_positions(x), axis_name)
-    centered = wide - along_channels(mean, x)
+    wide = _where_counted(at_least_float32(x), weights)
+    mean = _mean_of_batch(wide, weights, axis_name)
+    centered = _where_counted(wide - along_channels(mean, x), weights)
     # In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
-    squares = channel_sum(jnp.square(centered))
-    variance = _mean_over_devices(squares / _num_positions(x), axis_name)
+    variance = _mean_of_batch(jnp.square(centered), weights, axis_name)
     inverse = lax.rsqrt(variance + epsilon)
     y = centered * along_channels(scale * inverse, x) + along_channels(bias, x)
-    return (y, mean, variance), (x, scale, bias, mean, inverse)
+    return (y, mean, variance), (x, scale, bias, weights, mean, inverse)
 
 
 def _batch_norm_backward(
     epsilon: float, axis_name: str | None, residuals: Any, cotangents: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, scale, bias, mean, inverse = residuals
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    x, scale, bias, weights, mean, inverse = residuals
     dy, to_mean, to_variance = cotangents
-    centered = at_least_float32(x) - along_channels(mean, x)
-    dbias, products = channel_sum(dy), channel_sum(dy * centered)
+    dbias, dy = channel_sum(dy), _where_counted(dy, weights)
+    centered = _where_counted(at_least_float32(x) - along_channels(mean, x), weights)
+    products = channel_sum(dy * centered)
     # The derivative of the variance with respect to the mean is 0.
-    to_mean = to_mean - scale * inverse * dbias
+    to_mean = to_mean - scale * inverse * (dbias if weights is None else channel_sum(dy))
     to_variance = to_variance - scale * inverse**3 * products / 2
-    shift = _mean_over_devices(to_mean, axis_name) / _num_positions(x)
-    slope = 2 * _mean_over_devices(to_variance, axis_name) / _num_positions(x)
-    dx = (
-        dy * along_channels(scale * inverse, x)
-        + centered * along_channels(slope, x)
-        + along_channels(shift, x)
-    )
+    shift = _per_weight(to_mean, x, weights, axis_name)
+    slope = 2 * _per_weight(to_variance, x, weights, axis_name)
+    dweights = None
+    to_squares, to_sums = along_channels(slope, x), along_channels(shift, x)
+    if weights is not None:
+        # The derivatives of mean and variance by a weight are x - mean and (x - mean)^2 - variance,
+        # divided by the total weight.
+        variance = along_channels(inverse**-2 - epsilon, x)
+        effect = centered * to_sums + (jnp.square(centered) - variance) * to_squares / 2
+        axes = [axis for axis, size in enumerate(weights.shape) if size == 1]
+        dweights = jnp.sum(_where_counted(effect, weights), axis=axes, keepdims=True)
+        to_squares, to_sums = to_squares * weights, to_sums * weights
+    dx = dy * along_channels(scale * inverse, x) + centered * to_squares + to_sums
     dscale = (inverse * products).astype(scale.dtype)
-    return dx.astype(x.dtype), dscale, dbias.astype(bias.dtype)
+    return dx.astype(x.dtype), dscale, dbias.astype(bias.dtype), dweights
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
-_shared_batch_norm = jax.jit(_batch_norm, static_argnums=(3, 4))
+_shared_batch_norm = jax.jit(_batch_norm, static_argnums=(4, 5))
 
 
-def _num_positions(x: jax.Array) -> int:
-    return x.size // x.shape[-1]
+def _where_counted(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Replace positions of weight 0 by 0."""
+    return x if weights is None else jnp.where(weights == 0, jnp.zeros_like(x), x)
 
 
-def _mean_over_devices(mean: jax.Array, axis_name: str | None) -> jax.Array:
-    return mean if axis_name is None else lax.pmean(mean, axis_name)
+def _mean_of_batch(x: jax.Array, weights: jax.Array | None, axis_name: str | None) -> jax.Array:
+    """Average [..., channels] over all positions of all devices, [channels]."""
+    if weights is None:
+        return _per_weight(channel_sum(x), x, None, axis_name)
+    return _per_weight(channel_sum(x * weights), x, weights, axis_name)
+
+
+def _per_weight(
+    sums: jax.Array, x: jax.Array, weights: jax.Array | None, axis_name: str | None
+) -> jax.Array:
+    """Add sums of all devices and divide by the weight of all positions of `x`, [channels]."""
+    if weights is None:
+        mean = sums / (x.size // x.shape[-1])
+        return mean if axis_name is None else lax.pmean(mean, axis_name)
+    total = jnp.sum(weights) * (x.size // x.shape[-1] // weights.size)
+    if axis_name is not None:
+        sums, total = lax.psum((sums, total), axis_name)
+    return sums / jnp.where(total == 0, jnp.ones_like(total), total)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -17,12 +17,14 @@ class BatchNorm(nn.Module):
 
     y = scale (x - mean) / sqrt(variance + epsilon) + bias. In training the statistics are those
     of the whole batch, also where an executor splits it over devices; in evaluation they are the
-    running averages in the collection "batch_stats".
+    running averages in the collection "batch_stats". An example of weight 0 does not count in them,
+    one of weight 2 counts twice, so padding changes neither the loss nor its gradients.
 
     Corresponds to `flax.linen.BatchNorm`, with the same variables. Differs from it in the momentum,
-    which is 0.99 there, in the variance, computed in two passes and not as E[x^2] - E[x]^2, and in
-    synchronizing devices without `axis_name`. `torch.nn.BatchNorm2d(momentum=0.1)` is this momentum
-    of 0.9; torch stores the unbiased running variance, Flax and this layer the biased one.
+    which is 0.99 there, in the variance, computed in two passes and not as E[x^2] - E[x]^2, in
+    synchronizing devices without `axis_name`, and in `weights`, where Flax has a boolean `mask`.
+    `torch.nn.BatchNorm2d(momentum=0.1)` is this momentum of 0.9; torch stores the unbiased running
+    variance, Flax and this layer the biased one.
 
     Attributes:
         momentum: decay of the running averages: new = momentum old + (1 - momentum) batch.
@@ -40,8 +42,18 @@ class BatchNorm(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Normalize [batch, ..., channels]; the result has the compute dtype."""
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalize [batch, ..., channels]; the result has the compute dtype.
+
+        Args:
+            x: [batch, ..., channels].
+            train: training mode: the statistics are those of the batch.
+            weights: [batch] or any other leading part of the shape of `x`, 0 = padding; used in
+                training only. The output of padding is the bias. Where all weights are 0 the
+                running averages stay as they are.
+        """
         shape, policy = x.shape[-1:], self.precision
         scale = self.param("scale", self.scale_init, shape, policy.parameter)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
@@ -49,18 +61,27 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
         running_variance = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         if train:
+            axis_name = bound_data_axis()
             y, mean, variance = batch_norm(
-                x, scale, bias, epsilon=self.epsilon, axis_name=bound_data_axis()
+                x, scale, bias, weights=weights, epsilon=self.epsilon, axis_name=axis_name
             )
             if not self.is_initializing():
                 for running, batch in ((running_mean, mean), (running_variance, variance)):
                     average = self.momentum * running.value + (1 - self.momentum) * batch
+                    if weights is not None:
+                        counts = _any_example(weights, axis_name)
+                        average = jnp.where(counts, average, running.value)
                     running.value = average.astype(dtype)
         else:
             factor = scale * jax.lax.rsqrt(running_variance.value + self.epsilon)
             centered = at_least_float32(x) - along_channels(running_mean.value, x)
             y = centered * along_channels(factor, x) + along_channels(bias, x)
         return y.astype(policy.compute)
+
+
+def _any_example(weights: jax.Array, axis_name: str | None) -> jax.Array:
+    total = jnp.sum(weights)
+    return (total if axis_name is None else jax.lax.psum(total, axis_name)) > 0
 
 
 class LayerNorm(nn.Module):
@@ -125,7 +146,13 @@ def check_norm(kind: str | None) -> None:
 
 
 def normalize(
-    x: jax.Array, kind: str | None, *, train: bool, name: str, precision: Precision
+    x: jax.Array,
+    kind: str | None,
+    *,
+    train: bool,
+    name: str,
+    precision: Precision,
+    weights: jax.Array | None = None,
 ) -> jax.Array:
     """Apply a batch norm, a layer norm or nothing, inside a compact module.
 
@@ -135,12 +162,13 @@ def normalize(
         train: training mode.
         name: name of the norm's parameters.
         precision: dtypes.
+        weights: [batch], 0 = padding; for a batch norm in training.
 
     Returns:
         Shape of `x`.
     """
     if kind == "batch":
-        return BatchNorm(precision=precision, name=name)(x, train=train)
+        return BatchNorm(precision=precision, name=name)(x, train=train, weights=weights)
     if kind == "layer":
         return LayerNorm(precision=precision, name=name)(x)
     return x

@@ -68,8 +68,13 @@ class MLP(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Flatten [batch, ...] and map it to [batch, num_outputs]; records "features"."""
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
+        """Flatten [batch, ...] and map it to [batch, num_outputs]; records "features".
+
+        `weights` [batch], 0 = padding, are for the batch norms in training.
+        """
         if inputs.ndim < 2:
             raise ValueError(
                 f"MLP got inputs of shape {inputs.shape}; give [batch, ...], one example as "
@@ -85,7 +90,9 @@ class MLP(nn.Module):
                 precision=policy,
                 name=f"hidden_{index}",
             )(x)
-            y = normalize(y, self.norm, train=train, name=f"norm_{index}", precision=policy)
+            y = normalize(
+                y, self.norm, train=train, weights=weights, name=f"norm_{index}", precision=policy
+            )
             y = activation(self.activation)(y)
             y = Dropout(self.dropout_rate, name=f"dropout_{index}")(y, train=train)
             x = x + y if self.residual and x.shape == y.shape else y

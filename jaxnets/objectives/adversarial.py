@@ -61,7 +61,8 @@ def adversarial(
 
     As in the DCGAN paper's code, the discriminator gets real and generated images as two batches:
     its batch norms normalize each batch with its own statistics, and update their running averages
-    with the real images first. The generator's objective passes only the generated images through
+    with the real images first. Images of weight 0 and the images generated beside them do not count
+    in these statistics. The generator's objective passes only the generated images through
     the discriminator; "relativistic" needs the real ones too.
 
     The train step keeps the changes of model_state that belong to the updated network. So an update
@@ -108,7 +109,8 @@ def adversarial(
         real, labels, inside = _read(module, batch)
         if train and any(penalties.values()):
             _check_no_batch_norm(model_state)
-        discriminate = _DiscriminatorPass(module, params, labels, rng, train)
+        weights = batch.get("weights")
+        discriminate = _DiscriminatorPass(module, params, labels, rng, train, weights)
         fake, _ = _generate(module, params, model_state, batch, labels, rng, train=train)
         _check_image_shape(real, fake)
         real_logits, model_state, real_penalty = discriminate(
@@ -118,7 +120,7 @@ def adversarial(
             "fake", fake, model_state, zero_centered=r2
         )
         losses = discriminator_loss(real_logits, fake_logits, loss=loss)
-        weights, metrics = batch.get("weights"), {}
+        metrics = {}
         if train and any(penalties.values()):
             penalty = real_penalty + fake_penalty
             if gradient_penalty:
@@ -142,14 +144,15 @@ def adversarial(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         real, labels, inside = _read(module, batch)
-        discriminate = _DiscriminatorPass(module, params, labels, rng, train)
+        weights = batch.get("weights")
+        discriminate = _DiscriminatorPass(module, params, labels, rng, train, weights)
         fake, model_state = _generate(module, params, model_state, batch, labels, rng, train=train)
         _check_image_shape(real, fake)
         # This update discards the changes of the discriminator's collections.
         real_logits = discriminate("real", real, model_state)[0] if relativistic else None
         fake_logits = discriminate("fake", fake, model_state)[0]
         losses = generator_loss(fake_logits, loss=loss, real_logits=real_logits)
-        total = Mean.of(jnp.where(inside, losses, jnp.nan), batch.get("weights"))
+        total = Mean.of(jnp.where(inside, losses, jnp.nan), weights)
         return ObjectiveOutput(total, model_state, {})
 
     return AdversarialObjectives(discriminator, generator)
@@ -159,10 +162,16 @@ class _DiscriminatorPass:
     """The discriminator inside one call of an objective, with a dropout stream for each pass."""
 
     def __init__(
-        self, module: Any, params: Params, labels: jax.Array | None, rng: jax.Array, train: bool
+        self,
+        module: Any,
+        params: Params,
+        labels: jax.Array | None,
+        rng: jax.Array,
+        train: bool,
+        weights: jax.Array | None,
     ) -> None:
         self._module, self._params, self._labels = module, params, labels
-        self._rng, self._train = rng, train
+        self._rng, self._train, self._weights = rng, train, weights
 
     def __call__(
         self,
@@ -188,6 +197,7 @@ class _DiscriminatorPass:
                 self._labels,
                 rngs={"dropout": dropout_key},
                 train=self._train,
+                weights=self._weights,
                 method="discriminate",
             )
 
@@ -225,6 +235,7 @@ def _generate(
         labels,
         rngs={"dropout": streams["dropout"]},
         train=train,
+        weights=batch.get("weights"),
         method="generate",
     )
 

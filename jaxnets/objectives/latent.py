@@ -72,7 +72,7 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
         inputs, targets, inside = images_of(
             batch, module.likelihood.image_range, *["labels"] * conditional
         )
-        streams = rng_streams(rng, "latent")
+        streams, weights = rng_streams(rng, "latent"), batch.get("weights")
         (outputs, mean, log_variance), model_state = apply_module(
             module,
             params,
@@ -82,11 +82,11 @@ def vae(module: Any, *, beta: float = 1.0, free_bits: float = 0.0) -> Objective:
             noise=latent_noise(streams["latent"], len(inputs), module),
             rngs=streams,
             train=train,
+            weights=weights,
         )
         losses = jnp.where(inside, module.likelihood.losses(outputs, targets), jnp.nan)
         divergences = normal_divergence(mean, log_variance)  # [batch, latent_size]
         divergence = jnp.sum(divergences, axis=-1)
-        weights = batch.get("weights")
         metrics = {
             "reconstruction": Mean.of(losses, weights),
             "divergence": Mean.of(divergence, weights),
@@ -142,9 +142,9 @@ def vq_vae(module: Any, *, commitment: float = 0.25) -> Objective:
             params,
             model_state,
             inputs,
-            weights,
             rngs=rng_streams(rng, "codebook"),
             train=train,
+            weights=weights,
         )
         losses = module.likelihood.losses(quantized.outputs, targets)
         losses = jnp.where(inside, losses, jnp.nan)

@@ -229,7 +229,14 @@ def masked_reconstruction(
         streams = rng_streams(rng, "mask", "dropout")
         noise = patch_noise(streams.pop("mask"), *targets.shape[:2])
         (outputs, masked), model_state = apply_module(
-            module, params, model_state, images, noise=noise, rngs=streams, train=train
+            module,
+            params,
+            model_state,
+            images,
+            noise=noise,
+            rngs=streams,
+            train=train,
+            weights=batch.get("weights"),
         )
         # [batch, patches]
         errors = jnp.mean(jnp.square(at_least_float32(outputs) - targets), axis=-1)
@@ -281,7 +288,7 @@ def _autoencoding(module: Any, penalty: _Penalty | None, weight: float = 0.0) ->
         inputs, targets, inside = images_of(batch, module.likelihood.image_range)
         initial_state, weights = model_state, batch.get("weights")
         (outputs, code), model_state = apply_module(
-            module, params, model_state, inputs, train=train
+            module, params, model_state, inputs, train=train, weights=weights
         )
         losses = jnp.where(inside, module.likelihood.losses(outputs, targets), jnp.nan)
         errors = pixel_error(module.likelihood, outputs, targets, inside, weights)

@@ -156,7 +156,8 @@ def supervised(
     """Build an objective from a loss function of predictions and batch.
 
     With `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch], the
-    module gets them as a keyword.
+    module gets them as a keyword. A module that takes `weights` gets the batch's in training, so
+    that padding does not count in its batch norms; see `core.weights_keyword`.
 
     Args:
         module: anything with Linen's `apply`.
@@ -166,7 +167,8 @@ def supervised(
         needs: names of further arrays that the batch must have, besides "labels".
         weights_fn: batch -> weights whose shape is a leading part of the losses' shape, or None
             for all 1; by default the batch's "weights".
-        apply: calls the module, with the arguments of `core.apply_module`.
+        apply: calls the module, with the arguments of `core.apply_module`; those named `lengths`
+            and `weights` only if the batch has them.
 
     Returns:
         An `Objective`; it raises ValueError for a batch that lacks an array or whose arrays
@@ -177,7 +179,7 @@ def supervised(
         params: Params, model_state: ModelState, batch: Batch, rng: jax.Array, *, train: bool
     ) -> ObjectiveOutput:
         check_batch(batch, {*inputs, *needs, "labels"})
-        keywords = {"lengths": batch["lengths"]} if "lengths" in batch else {}
+        keywords = {name: batch[name] for name in ("lengths", "weights") if name in batch}
         predictions, model_state = apply(
             module,
             params,

@@ -100,7 +100,8 @@ def check_equivalence(
         state: the initial state; not donated.
         batch: the batch of every step; its size is divisible by devices and microbatches.
         num_steps: steps to run under each executor.
-        num_microbatches: parts of the microbatched run, which needs a step of `make_train_step`.
+        num_microbatches: parts of the microbatched run, which needs a step of `make_train_step`. It
+            differs for a network with batch norm, whose statistics are those of each part.
         reference: "eager" runs the step without jit; "jit" is faster, and sufficient if another
             test compares jit with eager.
 

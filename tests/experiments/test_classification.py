@@ -64,6 +64,29 @@ def test_logits_are_averaged_over_the_views_in_evaluation_only():
         np.testing.assert_array_equal(one, other)
 
 
+def test_padding_does_not_count_in_the_batch_norms_of_a_network_of_several_views():
+    images = np.random.default_rng(0).normal(size=(3, 4, 4, 1)).astype("f4")
+    module = jn.MLP((4,), num_outputs=2, norm="batch")
+    objective = jn.classification(AveragedViews(module, mirrored=True, shifted=False))
+    variables = jax.jit(module.init)(jax.random.key(0), images)
+    batch = {"inputs": images, "labels": np.array([0, 1, 1])}
+
+    @jax.jit
+    def trained(batch):
+        model_state = {"batch_stats": variables["batch_stats"]}
+        key = jax.random.key(0)
+        output = objective(variables["params"], model_state, batch, key, train=True)
+        return output.loss.compute(), output.model_state
+
+    pairs = zip(
+        jax.tree.leaves(trained(batch)),
+        jax.tree.leaves(trained(jn.data.pad_batch(batch, 4))),
+        strict=True,
+    )
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_metric_names_the_views_and_patches_are_whitened(tmp_path):
     result = tiny(tmp_path, model="whitened_convnet", flip_test=True, shift_test=True, steps=5)

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxnets as jn
 from experiments import driving as experiment
-from experiments.driving_networks import NetworkDriver, make_head, make_network, to_inputs
+from experiments.driving_networks import (
+    DrivingNetwork,
+    NetworkDriver,
+    make_head,
+    make_network,
+    to_inputs,
+)
 from experiments.harness.run_folder import RunError, RunFolder
 from experiments.harness.training import run
 from jaxnets.data import driving
@@ -45,6 +52,31 @@ def data(tmp_path_factory):
 def finished(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "run"
     return out, run_driving(out, data)
+
+
+def test_frames_of_weight_zero_do_not_count_in_the_batch_norms_of_the_encoder():
+    encoder = jn.MLP((3,), num_outputs=2, norm="batch")
+    network = DrivingNetwork(encoder, num_outputs=3, hidden_size=2)
+    random = np.random.default_rng(0)
+    frames, speeds = random.normal(size=(3, 2, 4, 4, 1)), random.normal(size=(3, 2))
+    variables = jax.jit(network.init)(jax.random.key(0), frames, speeds)
+
+    @jax.jit
+    def trained(frames, speeds, weights):
+        call = {"train": True, "weights": weights, "mutable": ["batch_stats"]}
+        (outputs, _), changed = network.apply(variables, frames, speeds, **call)
+        return outputs, changed["batch_stats"]
+
+    outputs, statistics = trained(frames, speeds, np.array([1, 0, 1]))
+    expected, expected_statistics = trained(frames[::2], speeds[::2], None)
+    np.testing.assert_allclose(outputs[::2], expected, atol=1e-6)
+    each_frame = trained(frames, speeds, np.array([[1, 1], [0, 0], [1, 1]]))[1]
+    for found in (statistics, each_frame):
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+            found,
+            expected_statistics,
+        )
 
 
 @pytest.mark.slow

@@ -31,17 +31,32 @@ def plain_batch_norm(x, scale, bias):
     return jnp.concatenate([y.ravel(), mean, variance])
 
 
+def flat_weighted_batch_norm(x, scale, bias, logits, epsilon):
+    parts = batch_norm(x, scale, bias, weights=jnp.exp(logits), epsilon=epsilon)
+    return jnp.concatenate([y.ravel() for y in parts])
+
+
+def plain_weighted_batch_norm(x, scale, bias, logits):
+    shares = jax.nn.softmax(logits)[:, None, None] / x.shape[1]
+    mean = jnp.sum(shares * x, (0, 1))
+    centered = x - mean[None, None]
+    variance = jnp.sum(shares * centered**2, (0, 1))
+    y = scale[None, None] * centered / jnp.sqrt(variance + EPSILON)[None, None] + bias[None, None]
+    return jnp.concatenate([y.ravel(), mean, variance])
+
+
 @pytest.mark.parametrize(
-    ("own", "plain", "num_vectors"),
+    ("own", "plain", "sizes"),
     [
-        (layer_norm, plain_layer_norm, 2),
-        (rms_norm, plain_rms_norm, 1),
-        (flat_batch_norm, plain_batch_norm, 2),
+        (layer_norm, plain_layer_norm, (5, 5)),
+        (rms_norm, plain_rms_norm, (5,)),
+        (flat_batch_norm, plain_batch_norm, (5, 5)),
+        (flat_weighted_batch_norm, plain_weighted_batch_norm, (5, 5, 2)),
     ],
 )
-def test_first_and_second_derivatives_are_those_of_the_formula(own, plain, num_vectors):
+def test_first_and_second_derivatives_are_those_of_the_formula(own, plain, sizes):
     random = np.random.default_rng(0)
-    argnums = tuple(range(1 + num_vectors))
+    argnums = tuple(range(1 + len(sizes)))
 
     def gradients(function, *operands):
         def slope(*operands):
@@ -60,7 +75,7 @@ def test_first_and_second_derivatives_are_those_of_the_formula(own, plain, num_v
 
     with jax.enable_x64(True):
         x = random.normal(size=(2, 3, 5)) + 2
-        found, expected = derivatives(x, *(random.normal(size=5) for _ in range(num_vectors)))
+        found, expected = derivatives(x, *(random.normal(size=size) for size in sizes))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.float64
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
@@ -85,3 +100,34 @@ def test_statistics_are_float32_for_float16_inputs(norm):
     assert y.dtype == jnp.float32 and gradient.dtype == jnp.float16
     np.testing.assert_array_equal(y, exact)
     np.testing.assert_array_equal(gradient, np.asarray(exact_gradient, np.float16))
+
+
+def test_examples_of_weight_zero_count_neither_in_the_statistics_nor_in_the_gradients():
+    random = np.random.default_rng(0)
+    x, scale, bias = random.normal(size=(3, 4, 5)) + 2, *random.normal(size=(2, 5))
+    padded = np.concatenate([x, np.full((1, 4, 5), np.inf), np.full((1, 4, 5), np.nan)])
+
+    def loss(x, scale, bias, weights):
+        y, mean, variance = batch_norm(x, scale, bias, weights=weights, epsilon=EPSILON)
+        return jnp.sum(jnp.sin(y[:3])) + jnp.sum(mean * variance), y
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    with jax.enable_x64(True):
+        (value, y), gradients = both(padded, scale, bias, np.array([1, 2, 1, 0, 0.0]))
+        twice = x[np.array([0, 1, 1, 2])]
+        y_twice, mean, variance = batch_norm(twice, scale, bias, epsilon=EPSILON)
+        (expected, _), whole = both(x, scale, bias, np.array([1, 2, 1.0]))
+    np.testing.assert_allclose(y[:3], y_twice[np.array([0, 1, 3])], rtol=1e-12)
+    np.testing.assert_allclose(y[3:], np.broadcast_to(bias, (2, 4, 5)))
+    own = np.sin(np.asarray(y[:3])).sum() + (np.asarray(mean) * np.asarray(variance)).sum()
+    np.testing.assert_allclose([value, expected], [own, own], rtol=1e-12)
+    for gradient, other in zip(gradients, whole, strict=True):
+        np.testing.assert_allclose(gradient[: len(other)], other, rtol=1e-12)
+        assert not np.any(gradient[len(other) :])
+
+
+def test_weights_that_are_not_one_for_each_row_are_refused():
+    x, ones = np.ones((6, 2), np.float32), np.ones(2, np.float32)
+    for shape in ((3,), (6, 2)):
+        with pytest.raises(ValueError, match=r"weights of shape \(\d, ?2?\) do not fit an array"):
+            batch_norm(x, ones, ones, weights=np.ones(shape))

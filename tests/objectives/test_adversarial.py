@@ -216,9 +216,9 @@ def test_real_and_generated_images_are_normalized_as_two_batches():
     _, state = problem(objectives, module)
 
     def call(variables, inputs, method):
-        output, changed = module.apply(
-            variables, inputs, train=True, mutable=["batch_stats"], method=method
-        )
+        weights = jnp.tile(LARGER["weights"], len(inputs) // 8)
+        keywords = {"train": True, "weights": weights, "mutable": ["batch_stats"]}
+        output, changed = module.apply(variables, inputs, method=method, **keywords)
         return output, {**variables, **changed}
 
     @jax.jit

@@ -7,8 +7,9 @@ odd ones included.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -177,7 +178,12 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, condition: jax.Array | None = None, *, train: bool = False
+        self,
+        images: jax.Array,
+        condition: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, *config.code_shape].
 
@@ -186,6 +192,7 @@ class Encoder(nn.Module):
             condition: one-hot classes [batch, classes], appended to the channels of every pixel,
                 or to the flattened image.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Raises:
             ValueError: images of another size.
@@ -206,6 +213,9 @@ class Encoder(nn.Module):
             planes = jnp.broadcast_to(planes, (*x.shape[:-1], condition.shape[-1]))
             x = jnp.concatenate([x, planes], axis=-1)
         shared = _shared(config, policy)
+        activated = functools.partial(
+            _activated, config=config, train=train, weights=weights, precision=policy
+        )
         for index, width in enumerate(config.features):
             if config.kind == "dense":
                 x = Dense(width, name=f"hidden_{index}", **shared)(x)
@@ -213,7 +223,7 @@ class Encoder(nn.Module):
                 x = Convolution(
                     width, config.kernel_size, strides=2, name=f"conv_{index}", **shared
                 )(x)
-            x = _activated(x, config, f"norm_{index}", train=train, precision=policy)
+            x = activated(x, name=f"norm_{index}")
         return _blocks(x, config, policy)
 
 
@@ -237,6 +247,7 @@ class Decoder(nn.Module):
         kernels: Sequence[jax.Array] | None = None,
         *,
         train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map a code to [batch, height, width, channels * num_parameters].
 
@@ -246,13 +257,17 @@ class Decoder(nn.Module):
             kernels: of the encoder's dense layers, in reverse order; their transposes replace the
                 decoder's own kernels.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
         """
         config, policy = self.config, self.precision
         height, width, channels = config.image_shape
         outputs = channels * self.num_parameters
+        activated = functools.partial(
+            _activated, config=config, train=train, weights=weights, precision=policy
+        )
         x = code.astype(policy.compute)
         if config.kind == "dense":
-            x = self._dense(x, kernels, height * width * outputs, train=train)
+            x = self._dense(x, kernels, height * width * outputs, activated)
             # [batch, height, width, channels * num_parameters]
             return x.reshape(x.shape[0], height, width, outputs).astype(policy.output)
         shared = _shared(config, policy)
@@ -261,7 +276,7 @@ class Decoder(nn.Module):
             x = x.reshape(x.shape[0], *config.code_shape)  # [batch, height, width, channels]
         else:
             x = Convolution(config.features[-1], config.kernel_size, name="unfold", **shared)(x)
-        x = _activated(x, config, "norm_unfold", train=train, precision=policy)
+        x = activated(x, name="norm_unfold")
         x = _blocks(x, config, policy)
         for index in reversed(range(len(config.features))):
             last = index == 0
@@ -275,11 +290,15 @@ class Decoder(nn.Module):
             rows, columns = config.sizes[index]
             x = up(x)[:, :rows, :columns]  # the encoder rounds half of an odd size up
             if not last:
-                x = _activated(x, config, f"norm_{index - 1}", train=train, precision=policy)
+                x = activated(x, name=f"norm_{index - 1}")
         return x.astype(policy.output)
 
     def _dense(
-        self, x: jax.Array, kernels: Sequence[jax.Array] | None, outputs: int, *, train: bool
+        self,
+        x: jax.Array,
+        kernels: Sequence[jax.Array] | None,
+        outputs: int,
+        activated: Callable[..., jax.Array],
     ) -> jax.Array:
         config, policy = self.config, self.precision
         widths = [*reversed(config.features), outputs]
@@ -293,7 +312,7 @@ class Decoder(nn.Module):
             else:
                 x = Dense(width, name=name, **_shared(config, policy))(x)
             if not last:
-                x = _activated(x, config, f"norm_{index}", train=train, precision=policy)
+                x = activated(x, name=f"norm_{index}")
         return x
 
 
@@ -312,9 +331,15 @@ def _linear(config: EncoderDecoderConfig, precision: Precision) -> dict[str, Any
 
 
 def _activated(
-    x: jax.Array, config: EncoderDecoderConfig, name: str, *, train: bool, precision: Precision
+    x: jax.Array,
+    config: EncoderDecoderConfig,
+    *,
+    name: str,
+    train: bool,
+    weights: jax.Array | None,
+    precision: Precision,
 ) -> jax.Array:
-    x = normalize(x, config.norm, train=train, name=name, precision=precision)
+    x = normalize(x, config.norm, train=train, weights=weights, name=name, precision=precision)
     return activation(config.activation)(x)
 
 

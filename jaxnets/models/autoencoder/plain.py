@@ -99,12 +99,15 @@ class Autoencoder(nn.Module):
         self.code = Dense(self.latent_size, kernel_init=config.linear_init, precision=policy)
         self.decoder = Decoder(config, self.likelihood.num_parameters, policy)
 
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> AutoencoderOutput:
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> AutoencoderOutput:
         """Encode and decode images [batch, height, width, channels]; records "features".
 
         Args:
             inputs: images of the config's `image_shape`.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Returns:
             AutoencoderOutput.
@@ -112,12 +115,17 @@ class Autoencoder(nn.Module):
         Raises:
             ValueError: images of another size.
         """
-        code = self.encode(inputs, train=train)
+        code = self.encode(inputs, train=train, weights=weights)
         record(self, "features", code)
-        return AutoencoderOutput(self.decode(code, train=train), code)
+        return AutoencoderOutput(self.decode(code, train=train, weights=weights), code)
 
     def encode(
-        self, images: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map [batch, height, width, channels] to codes [batch, latent_size].
 
@@ -125,14 +133,19 @@ class Autoencoder(nn.Module):
             ValueError: images of another size, or labels, which are not supported.
         """
         refuse_labels(self, labels)
-        x = self.encoder(images, train=train)
+        x = self.encoder(images, train=train, weights=weights)
         x = x.reshape(x.shape[0], -1)  # [batch, prod(config.code_shape)]
         code = activation(self.code_activation)(self.code(x))
         code = code if self.num_active is None else keep_largest(code, self.num_active)
         return code.astype(self.precision.output)
 
     def decode(
-        self, code: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        code: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
 
@@ -146,7 +159,7 @@ class Autoencoder(nn.Module):
             depths = reversed(range(len(self.config.features)))
             layers = [self.encoder.variables["params"][f"hidden_{index}"] for index in depths]
             kernels = [layer["kernel"] for layer in (self.code.variables["params"], *layers)]
-        return self.decoder(code, kernels, train=train)
+        return self.decoder(code, kernels, train=train, weights=weights)
 
     def score(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
         """Return the reconstruction loss of each image, [batch]."""

@@ -96,6 +96,7 @@ class VAE(nn.Module):
         *,
         noise: jax.Array | None = None,
         train: bool = False,
+        weights: jax.Array | None = None,
     ) -> Variational:
         """Encode images, sample a code of each, and decode it; records "features", the means.
 
@@ -105,6 +106,7 @@ class VAE(nn.Module):
             noise: [batch, latent_size] of the reparameterized code mean + exp(log_variance / 2)
                 noise; by default drawn from the stream "latent" in training, and 0 in evaluation.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Returns:
             Variational.
@@ -112,17 +114,23 @@ class VAE(nn.Module):
         Raises:
             ValueError: images of another size, labels that are missing or do not fit.
         """
-        mean, log_variance = self.posterior(inputs, labels, train=train)
+        mean, log_variance = self.posterior(inputs, labels, train=train, weights=weights)
         record(self, "features", mean)
         if noise is None and train:
             noise = jax.random.normal(self.make_rng("latent"), mean.shape, mean.dtype)
         code = mean
         if noise is not None:
             code = draw_code(mean, log_variance, noise)
-        return Variational(self.decode(code, labels, train=train), mean, log_variance)
+        outputs = self.decode(code, labels, train=train, weights=weights)
+        return Variational(outputs, mean, log_variance)
 
     def posterior(
-        self, images: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Map images to the mean and the log variance of their codes, each [batch, latent_size].
 
@@ -130,7 +138,7 @@ class VAE(nn.Module):
             ValueError: images of another size, labels that are missing or do not fit.
         """
         condition = self._condition(labels, len(images))
-        x = self.encoder(images, condition, train=train)
+        x = self.encoder(images, condition, train=train, weights=weights)
         x, dtype = x.reshape(x.shape[0], -1), self.precision.output  # [batch, features]
         return self.mean(x).astype(dtype), self.log_variance(x).astype(dtype)
 
@@ -139,7 +147,12 @@ class VAE(nn.Module):
         return self.posterior(images, labels)[0]
 
     def decode(
-        self, code: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        code: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
 
@@ -150,7 +163,7 @@ class VAE(nn.Module):
         condition = self._condition(labels, len(code))
         if condition is not None:
             code = jnp.concatenate([code, condition.astype(code.dtype)], axis=-1)
-        return self.decoder(code, train=train)
+        return self.decoder(code, train=train, weights=weights)
 
     def score(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
         """Return the reconstruction loss at the mean code plus the divergence, nats [batch]."""

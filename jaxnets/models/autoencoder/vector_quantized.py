@@ -242,7 +242,8 @@ class VQVAE(nn.Module):
 
         Args:
             inputs: images of the config's `image_shape`.
-            weights: [batch], 0 = padding, which does not update the codebook.
+            weights: [batch], 0 = padding, which does not update the codebook nor count in batch
+                norms.
             train: training mode: the codebook is updated.
 
         Returns:
@@ -252,14 +253,20 @@ class VQVAE(nn.Module):
             ValueError: images of another size; in training, a codebook larger than the number of
                 vectors of the batch.
         """
-        vectors = self.encode(inputs, train=train)
+        vectors = self.encode(inputs, train=train, weights=weights)
         record(self, "features", vectors)
         nearest, codes = self.quantizer(vectors, weights, train=train)
         straight_through = vectors + lax.stop_gradient(nearest - vectors)
-        return Quantized(self.decoder(straight_through, train=train), vectors, nearest, codes)
+        outputs = self.decoder(straight_through, train=train, weights=weights)
+        return Quantized(outputs, vectors, nearest, codes)
 
     def encode(
-        self, images: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map images to vectors before quantization, [batch, rows, columns, embedding_size].
 
@@ -267,7 +274,9 @@ class VQVAE(nn.Module):
             ValueError: images of another size, or labels, which are not supported.
         """
         refuse_labels(self, labels)
-        return self.embed(self.encoder(images, train=train)).astype(self.precision.output)
+        return self.embed(self.encoder(images, train=train, weights=weights)).astype(
+            self.precision.output
+        )
 
     def quantize(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the nearest code vectors, shape of `vectors`, and their indices."""

@@ -126,8 +126,13 @@ class ConvNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs]; records "features"."""
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
+        """Map [batch, ..., channels] to [batch, num_outputs]; records "features".
+
+        `weights` [batch], 0 = padding, are for the batch norms in training.
+        """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy, act = self.precision, activation(self.activation)
         smallest = self.pool ** len(self.features)
@@ -144,7 +149,9 @@ class ConvNet(nn.Module):
         }
 
         def normalized(x: jax.Array, name: str) -> jax.Array:
-            return normalize(x, self.norm, train=train, name=name, precision=policy)
+            return normalize(
+                x, self.norm, train=train, weights=weights, name=name, precision=policy
+            )
 
         x = inputs
         for index, width in enumerate(self.features):

@@ -58,7 +58,9 @@ class ResidualBlock(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Map [batch, ..., channels] to [batch, ..., features or 4 features]."""
         policy, act = self.precision, activation(self.activation)
         if self.bottleneck:
@@ -77,13 +79,13 @@ class ResidualBlock(nn.Module):
             last = index == len(layers)
             init = nn.initializers.zeros if last else nn.initializers.ones
             norm = BatchNorm(scale_init=init, precision=policy, name=f"norm_{index}")
-            y = norm(y, train=train)
+            y = norm(y, train=train, weights=weights)
             y = y if last else act(y)
         if x.shape != y.shape:
             x = _bias_free_convolution(
                 y.shape[-1], 1, self.strides, policy=policy, name="shortcut_conv"
             )(x)
-            x = BatchNorm(precision=policy, name="shortcut_norm")(x, train=train)
+            x = BatchNorm(precision=policy, name="shortcut_norm")(x, train=train, weights=weights)
         return act(x + y)
 
 
@@ -130,10 +132,13 @@ class ResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Map [batch, ..., channels] to [batch, num_outputs].
 
-        Records "stage_1", "stage_2", ... and "features".
+        Records "stage_1", "stage_2", ... and "features". `weights` [batch],
+        0 = padding, are for the batch norms in training.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy, large = self.precision, self.stem == "imagenet"
@@ -141,7 +146,7 @@ class ResNet(nn.Module):
         x = _bias_free_convolution(self.width, size, strides, policy=policy, name="stem_conv")(
             inputs
         )
-        x = BatchNorm(precision=policy, name="stem_norm")(x, train=train)
+        x = BatchNorm(precision=policy, name="stem_norm")(x, train=train, weights=weights)
         x = activation(self.activation)(x)
         x = max_pool(x, 3, 2, 1) if large else x
         for stage, num_blocks in enumerate(self.stage_sizes, start=1):
@@ -153,7 +158,7 @@ class ResNet(nn.Module):
                     activation=self.activation,
                     precision=policy,
                     name=f"stage_{stage}_block_{block}",
-                )(x, train=train)
+                )(x, train=train, weights=weights)
             record(self, f"stage_{stage}", x)
         x = global_average_pool(x)
         record(self, "features", x)
@@ -176,16 +181,18 @@ class WideBlock(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Map [batch, ..., channels] to [batch, ..., features]."""
         policy = self.precision
-        y = nn.relu(BatchNorm(precision=policy, name="norm_1")(x, train=train))
+        y = nn.relu(BatchNorm(precision=policy, name="norm_1")(x, train=train, weights=weights))
         if x.shape[-1] != self.features or self.strides > 1:
             x = _bias_free_convolution(
                 self.features, 1, self.strides, policy=policy, name="shortcut"
             )(y)
         y = _bias_free_convolution(self.features, 3, self.strides, policy=policy, name="conv_1")(y)
-        y = nn.relu(BatchNorm(precision=policy, name="norm_2")(y, train=train))
+        y = nn.relu(BatchNorm(precision=policy, name="norm_2")(y, train=train, weights=weights))
         y = Dropout(self.dropout_rate, name="dropout")(y, train=train)
         return x + _bias_free_convolution(self.features, 3, 1, policy=policy, name="conv_2")(y)
 
@@ -223,10 +230,13 @@ class WideResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Map [batch, ..., channels] to [batch, num_outputs].
 
-        Records "stage_1", "stage_2", "stage_3" and "features".
+        Records "stage_1", "stage_2", "stage_3" and "features". `weights` [batch],
+        0 = padding, are for the batch norms in training.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy = self.precision
@@ -239,9 +249,9 @@ class WideResNet(nn.Module):
                     dropout_rate=self.dropout_rate,
                     precision=policy,
                     name=f"stage_{stage}_block_{block}",
-                )(x, train=train)
+                )(x, train=train, weights=weights)
             record(self, f"stage_{stage}", x)
-        x = nn.relu(BatchNorm(precision=policy, name="norm")(x, train=train))
+        x = nn.relu(BatchNorm(precision=policy, name="norm")(x, train=train, weights=weights))
         x = global_average_pool(x)
         record(self, "features", x)
         return Dense(self.num_outputs, precision=policy, name="head")(x).astype(policy.output)
@@ -274,17 +284,22 @@ class ResNet9(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Map [batch, ..., channels], 8 pixels a side or more, to [batch, num_outputs].
 
-        Records "features".
+        Records "features". `weights` [batch], 0 = padding, are for the batch
+        norms in training.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy = self.precision
 
         def layer(x: jax.Array, features: int, name: str) -> jax.Array:
             x = _bias_free_convolution(features, 3, 1, policy=policy, name=f"{name}_conv")(x)
-            return nn.relu(BatchNorm(precision=policy, name=f"{name}_norm")(x, train=train))
+            return nn.relu(
+                BatchNorm(precision=policy, name=f"{name}_norm")(x, train=train, weights=weights)
+            )
 
         x = layer(inputs, self.width, "prep")
         for stage, residual in ((1, True), (2, False), (3, True)):

@@ -120,8 +120,13 @@ class WhitenedConvNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, num_outputs]; records "features"."""
+    def __call__(
+        self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
+        """Map [batch, height, width, channels] to [batch, num_outputs]; records "features".
+
+        `weights` [batch], 0 = padding, are for the batch norms in training.
+        """
         check_rank(inputs, self, layouts=IMAGES)
         smallest = 2 ** len(self.features) + self.patch - 1
         if min(inputs.shape[1:3]) < smallest:
@@ -141,7 +146,7 @@ class WhitenedConvNet(nn.Module):
             )(x)
             x = max_pool(x, 2) if pool else x
             norm = BatchNorm(momentum=self.momentum, precision=policy, name=f"{name}_norm")
-            return norm(x, train=train)
+            return norm(x, train=train, weights=weights)
 
         x = act(self._whiten(inputs.astype(policy.compute)))
         for block, width in enumerate(self.features):

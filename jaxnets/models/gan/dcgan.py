@@ -86,7 +86,12 @@ class DCGANGenerator(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        latents: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map latents [batch, latent_size] to images in [-1, 1], [batch, *image_shape].
 
@@ -94,6 +99,7 @@ class DCGANGenerator(nn.Module):
             latents: usually standard normal.
             labels: integer [batch], for a conditional network only.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Raises:
             ValueError: latents of another size, labels missing, unexpected or out of range.
@@ -113,6 +119,7 @@ class DCGANGenerator(nn.Module):
                 train=train,
                 name=name,
                 precision=policy,
+                weights=weights,
             )
             return nn.relu(x)
 
@@ -176,7 +183,12 @@ class DCGANDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        inputs: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map images [batch, height, width, channels] to logits [batch]; records "features".
 
@@ -184,6 +196,7 @@ class DCGANDiscriminator(nn.Module):
             inputs: images in [-1, 1].
             labels: integer [batch], for a conditional network only.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Raises:
             ValueError: images that do not halve, labels missing, unexpected or out of range.
@@ -208,6 +221,8 @@ class DCGANDiscriminator(nn.Module):
                 kernel_init=self.kernel_init,
                 precision=policy,
             )
-            x = normalize(x, norm, train=train, name=f"norm_{index}", precision=policy)
+            x = normalize(
+                x, norm, train=train, weights=weights, name=f"norm_{index}", precision=policy
+            )
             x = nn.leaky_relu(x, self.negative_slope)
         return logits_of(self, x, labels, flatten=True, train=train)

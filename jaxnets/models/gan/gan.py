@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxnets.checks import check_sizes
+from jaxnets.core import weights_keyword
 from jaxnets.layers import UpsamplingMethod
 from jaxnets.models.gan.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxnets.models.gan.layers import check_labels
@@ -27,7 +28,8 @@ class GAN(nn.Module):
         generator: latents [batch, latent_size] -> images in [-1, 1], with a field `latent_size`.
         discriminator: images -> logits [batch].
 
-    Both have the keyword `train`. With a field `num_classes` that is not None they require labels
+    Both have the keyword `train`, and with a batch norm the keyword `weights`: [batch], 0 =
+    padding. With a field `num_classes` that is not None they require labels
     [batch] as a second argument.
 
     Raises:
@@ -72,23 +74,40 @@ class GAN(nn.Module):
         return getattr(self.generator, "num_classes", None)
 
     def __call__(
-        self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        latents: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map latents to the logits [batch] of their images; `init` calls both networks."""
-        images = self.generate(latents, labels, train=train)
-        return self.discriminate(images, labels, train=train)
+        images = self.generate(latents, labels, train=train, weights=weights)
+        return self.discriminate(images, labels, train=train, weights=weights)
 
     def generate(
-        self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        latents: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map latents [batch, latent_size] to images [batch, height, width, channels]."""
-        return self.generator(latents, *_given(labels), train=train)
+        keywords = weights_keyword(self.generator, weights, self.generator.variables)
+        return self.generator(latents, *_given(labels), train=train, **keywords)
 
     def discriminate(
-        self, images: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map images [batch, height, width, channels] to logits [batch]."""
-        return self.discriminator(images, *_given(labels), train=train)
+        keywords = weights_keyword(self.discriminator, weights, self.discriminator.variables)
+        return self.discriminator(images, *_given(labels), train=train, **keywords)
 
 
 def dcgan(

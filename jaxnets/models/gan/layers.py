@@ -98,6 +98,7 @@ def modulated_norm(
     train: bool,
     name: str,
     precision: Precision,
+    weights: jax.Array | None = None,
 ) -> jax.Array:
     """Normalize, then modulate by class if there are classes; to be called in a compact module.
 
@@ -109,11 +110,12 @@ def modulated_norm(
         train: training mode.
         name: name of the norm; the modulation is named `{name}_class`.
         precision: dtypes.
+        weights: as for `layers.normalize`.
 
     Returns:
         Shape of `x`.
     """
-    x = normalize(x, norm, train=train, name=name, precision=precision)
+    x = normalize(x, norm, train=train, weights=weights, name=name, precision=precision)
     if num_classes is None or labels is None:
         return x
     return ClassModulation(num_classes, precision, name=f"{name}_class")(x, labels)

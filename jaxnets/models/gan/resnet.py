@@ -53,7 +53,12 @@ class GeneratorBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        x: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
         # No bias: the norm of the next block subtracts it.
@@ -72,6 +77,7 @@ class GeneratorBlock(nn.Module):
                 train=train,
                 name=name,
                 precision=self.precision,
+                weights=weights,
             )
             return nn.relu(x)
 
@@ -126,7 +132,12 @@ class ResNetGenerator(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        latents: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map latents [batch, latent_size] to images in [-1, 1], [batch, *image_shape].
 
@@ -134,6 +145,7 @@ class ResNetGenerator(nn.Module):
             latents: usually standard normal.
             labels: integer [batch], for a conditional network only.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Raises:
             ValueError: latents of another size, labels missing, unexpected or out of range.
@@ -153,8 +165,10 @@ class ResNetGenerator(nn.Module):
                 self.upsampling,
                 name=f"block_{index}",
                 **shared,
-            )(x, labels, train=train)
-        x = nn.relu(normalize(x, self.norm, train=train, name="norm", precision=policy))
+            )(x, labels, train=train, weights=weights)
+        x = nn.relu(
+            normalize(x, self.norm, train=train, weights=weights, name="norm", precision=policy)
+        )
         x = Convolution(self.image_shape[-1], 3, name="image", **shared)(x)
         return jnp.tanh(x).astype(policy.output)
 
@@ -179,7 +193,9 @@ class DiscriminatorBlock(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, height or half of it, ..., features]."""
         spectral = self.norm == "spectral"
         norm = None if spectral else self.norm
@@ -199,7 +215,9 @@ class DiscriminatorBlock(nn.Module):
             )
 
         def normalized(x: jax.Array, name: str) -> jax.Array:
-            return normalize(x, norm, train=train, name=name, precision=self.precision)
+            return normalize(
+                x, norm, train=train, weights=weights, name=name, precision=self.precision
+            )
 
         y = x if self.first else nn.relu(normalized(x, "norm_1"))
         y = convolved(y, 3, "conv_1", use_bias=norm is None)
@@ -253,7 +271,12 @@ class ResNetDiscriminator(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, labels: jax.Array | None = None, *, train: bool = False
+        self,
+        inputs: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        train: bool = False,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Map images [batch, height, width, channels] to logits [batch]; records "features".
 
@@ -261,6 +284,7 @@ class ResNetDiscriminator(nn.Module):
             inputs: images in [-1, 1].
             labels: integer [batch], for a conditional network only.
             train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
 
         Raises:
             ValueError: a height or width that is no multiple of 2^num_halvings, labels missing,
@@ -284,5 +308,5 @@ class ResNetDiscriminator(nn.Module):
                 kernel_init=self.kernel_init,
                 precision=self.precision,
                 name=f"block_{index + 1}",
-            )(x, train=train)
+            )(x, train=train, weights=weights)
         return logits_of(self, nn.relu(x), labels, flatten=False, train=train)
