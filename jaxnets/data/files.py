@@ -22,16 +22,17 @@ import gzip
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from jaxnets.storage import atomic_file
 
 SYSTEM_FOLDERS = (Path("/usr/share/datasets"),)
 
@@ -205,30 +206,6 @@ def read_verified(path: Path, file: DataFile, *, origin: str | None = None) -> b
         f"{origin or path} {state}: found {found}, expected {file.sha256}; replace it: "
         f"{file.remedy}"
     )
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that gets its final name only once it is complete.
-
-    Args:
-        path: final name; missing folders are created. If the block raises, the temporary file is
-            removed.
-
-    Yields:
-        A temporary file in the same folder, open for writing bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to the user
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):

@@ -21,7 +21,6 @@ from jaxnets.data import files, locate
 from jaxnets.data.datasets import cifar, images, speech, text
 from jaxnets.data.files import (
     DataFile,
-    atomic_file,
     cache_folder,
     cached_array,
     fetch,
@@ -290,15 +289,6 @@ def test_a_cache_that_cannot_be_written_is_reported(server, tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "a file") / "cache"))
     with pytest.raises(OSError, match="check the connection and the disk"):
         fetch(served(server, gzip.compress(CONTENT)))
-
-
-def test_an_interrupted_write_leaves_the_existing_file(tmp_path):
-    path = write(tmp_path / "kept")
-    with pytest.raises(KeyboardInterrupt), atomic_file(path) as stream:
-        stream.write(b"half")
-        raise KeyboardInterrupt
-    assert files_below(tmp_path) == [path]
-    assert path.read_bytes() == CONTENT
 
 
 # Caches

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxnets.data.files import atomic_file
+from jaxnets.storage import atomic_file
 
 _PCM, _FLOAT, _EXTENSIBLE = 0x0001, 0x0003, 0xFFFE
 # An extensible header gives the format as a GUID: one of the codes above and these bytes.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxnets.data.driving.fleet import Drive
-from jaxnets.data.files import atomic_file
+from jaxnets.storage import atomic_file
 
 _INDEX = "recordings.json"
 _DRIVES_PER_SHARD = 8

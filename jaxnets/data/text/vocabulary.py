@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from jaxnets.data.files import atomic_file
+from jaxnets.storage import atomic_file
 
 #: Padding, on the right of a sequence.
 PAD = 0
