@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypeVar, Union
+from typing import Any, ClassVar, Literal, NotRequired, TypeVar, Union
 
 from jaxnets.storage.atomic import atomic_file
 
@@ -132,7 +132,7 @@ class Document:
 
         Args:
             kind: class with annotations, such as a `TypedDict`. They may be made of `str`, `int`,
-                `float` (finite; integers too), `bool`, `None`, `Any`, `list[...]`,
+                `float` (finite; integers too), `bool`, `None`, `Any`, `Literal[...]`, `list[...]`,
                 `tuple[..., ...]` (a list), `dict[str, ...]`, other such classes, unions, and
                 `NotRequired[...]`.
             closed: refuse entries that the type does not have.
@@ -229,6 +229,8 @@ def _skip(text: str, position: int, characters: str) -> int:
 def _mismatches(content: Mapping[str, Any], kind: type[Any]) -> Iterator[tuple[str, str]]:
     """Yield (entry, reason) of every entry that does not have the type of its annotation."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if typing.get_origin(hint) is ClassVar:
+            continue
         optional = typing.get_origin(hint) is NotRequired
         if name not in content:
             if not optional:
@@ -254,6 +256,8 @@ def _mismatch(value: Any, hint: Any, name: str) -> str | None:
             if isinstance(value, list) and typing.get_origin(each) is list
         ]
         return inner[0] if inner else f"{name} is {_short(value)}, not {_name(hint)}"
+    if origin is Literal:
+        return None if value in arguments else f"{name} is {_short(value)}, not {_name(hint)}"
     if origin in (list, tuple) and isinstance(value, list):
         found = (_mismatch(v, arguments[0], f"{name}[{i}]") for i, v in enumerate(value))
         return next((reason for reason in found if reason), None)
@@ -292,6 +296,8 @@ def _name(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_name(each) for each in typing.get_args(hint))
+    if origin is Literal:
+        return " or ".join(map(json.dumps, typing.get_args(hint)))
     return _NAMES.get(origin or hint, "an object")
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxnets.core import Batch, Executor, Metrics, StepFn, TrainState
 from jaxnets.host import usable_cores
+from jaxnets.storage import read_json, write_json
 from jaxnets.training.executors import jit_step, population_step
 
 #: How the members of a population are computed: vectorized, sequentially inside one program,
@@ -121,9 +121,7 @@ class PopulationExecutor:
         self.strategy = fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
         if self._remember is not None:
             content = {"strategy": fastest, "milliseconds": self.milliseconds}
-            unfinished = self._remember.with_name(f".{self._remember.name}.{os.getpid()}")
-            unfinished.write_text(json.dumps(content))
-            unfinished.replace(self._remember)
+            write_json(self._remember, content)
         return executors[fastest]
 
 
@@ -134,14 +132,20 @@ def _candidates(states: TrainState) -> Sequence[PopulationStrategy]:
     return [strategy for strategy in _STRATEGIES if strategy != "threads" or worth_it]
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())["strategy"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} does not hold the strategy of a population ({error!r}); delete it to measure "
-            "again, or rename its entry loop to strategy to go on with the same one"
-        ) from error
+class _Remembered(TypedDict):
+    strategy: PopulationStrategy
+
+
+def _read(path: Path) -> PopulationStrategy:
+    document = read_json(
+        path,
+        what="the strategy of a population",
+        remedy=(
+            "delete it to measure again, or rename its entry loop to strategy to go on with the "
+            "same one"
+        ),
+    )
+    return document.check(_Remembered)["strategy"]
 
 
 def _compile(step: StepFn, strategy: str, *, shared_batch: bool, donate: bool) -> Executor:

@@ -4,7 +4,7 @@ import json
 from typing import Any, NotRequired, TypedDict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxnets.storage import read_json, read_json_lines, write_json
@@ -40,6 +40,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)  # the disk may be busy
 @given(st.dictionaries(st.text().filter(lambda key: key != "sha256"), VALUES))
 def test_every_content_is_read_as_it_was_written(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.json"
@@ -117,6 +118,7 @@ def test_a_fault_is_named_with_file_line_and_remedy(old, new, line, reason, tmp_
         read(path)
 
 
+@settings(deadline=None)  # the disk may be busy
 @given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3))
 def test_damage_is_noticed_or_harmless(tmp_path_factory, position, damage):
     path = tmp_path_factory.getbasetemp() / "damaged.json"

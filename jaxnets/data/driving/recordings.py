@@ -7,15 +7,26 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from jaxnets.data.driving.fleet import Drive
-from jaxnets.storage import atomic_file
+from jaxnets.storage import atomic_file, read_json, write_json
 
 _INDEX = "recordings.json"
 _DRIVES_PER_SHARD = 8
+
+
+class _Shard(TypedDict):
+    name: str
+    sha256: str
+
+
+class _Index(TypedDict):
+    settings: dict[str, Any]
+    points: list[float]
+    shards: list[_Shard]
 
 
 def write_recordings(
@@ -63,8 +74,7 @@ def write_recordings(
     if not shards:
         raise ValueError("there is no drive to write; give at least one seed")
     index = {"settings": dict(settings), "points": scores, "shards": shards}
-    with atomic_file(folder / _INDEX) as file:
-        file.write(json.dumps(index, indent=2).encode())
+    write_json(folder / _INDEX, index)
     return read_recordings(folder, settings)
 
 
@@ -85,8 +95,9 @@ def read_points(folder: Path) -> list[float]:
 
     Raises:
         FileNotFoundError: the folder has no complete recordings, see `has_recordings`.
+        ValueError: the index is damaged; names the file and the line.
     """
-    return json.loads((folder / _INDEX).read_text())["points"]
+    return _read_index(folder)["points"]
 
 
 def read_recordings(
@@ -103,18 +114,11 @@ def read_recordings(
 
     Raises:
         FileNotFoundError: no recordings, or a shard is missing.
-        ValueError: a shard is damaged, or the settings differ.
+        ValueError: the index or a shard is damaged, or the settings differ.
     """
-    remedy = f"remove {folder} and record again"
-    try:
-        index = json.loads((folder / _INDEX).read_text())
-        found, shards = index["settings"], index["shards"]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} has no complete recordings ({_INDEX} is missing); record first"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _INDEX} is damaged ({error!r}); {remedy}") from error
+    remedy = _remedy(folder)
+    index = _read_index(folder)
+    found, shards = index["settings"], index["shards"]
     wanted = None if settings is None else json.loads(json.dumps(dict(settings)))
     if wanted is not None and wanted != found:
         changed = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
@@ -133,6 +137,28 @@ def read_recordings(
                 f"{remedy}"
             )
     return _join(parts)
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} and record again"
+
+
+def _read_index(folder: Path) -> _Index:
+    try:
+        document = read_json(
+            folder / _INDEX, what="the list of recorded drives", remedy=_remedy(folder)
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} has no complete recordings ({_INDEX} is missing); record first"
+        ) from error
+    index = document.check(_Index)
+    if not index["shards"]:
+        raise document.error("it has no shard", key="shards")
+    for shard in index["shards"]:
+        if Path(shard["name"]).name != shard["name"]:
+            raise document.error(f"shard {shard['name']!r} is outside the folder", key="shards")
+    return index
 
 
 def _read_shard(path: Path, digest: str, remedy: str) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -11,11 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxnets.data.text.vocabulary import (
-    BEGIN,
-    END,
-    PAD,
     SPECIAL,
-    UNKNOWN,
     SavedTokenizer,
     check_ids,
     list_texts,
@@ -73,7 +70,6 @@ class SubwordTokenizer(SavedTokenizer):
             ValueError: no text, `texts` is a single string, or the vocabulary is too small.
             ImportError: `tokenizers` is not installed.
         """
-        library = _library()
         smallest = len(SPECIAL) + 256
         if vocabulary_size < smallest:
             raise ValueError(
@@ -83,38 +79,19 @@ class SubwordTokenizer(SavedTokenizer):
         texts = list_texts(texts)
         if not any(texts):
             raise ValueError(f"the {len(texts)} texts are empty; give texts to learn merges from")
-        tokenizer = library.Tokenizer(library.models.BPE())
-        pieces = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.pre_tokenizer = pieces
-        tokenizer.decoder = library.decoders.ByteLevel()
-        trainer = library.trainers.BpeTrainer(
-            vocab_size=vocabulary_size,
-            min_frequency=min_count,
-            special_tokens=list(SPECIAL),
-            initial_alphabet=sorted(pieces.alphabet()),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer.to_str())
+        return cls(_train(texts, vocabulary_size, min_count))
 
     def __post_init__(self) -> None:
-        found = [self._tokenizer.token_to_id(token) for token in SPECIAL]
-        if found != [PAD, BEGIN, END, UNKNOWN]:
+        fault = _fault(self.model)
+        if fault:
             raise ValueError(
-                f"special tokens {SPECIAL} have the ids {found} instead of [0, 1, 2, 3]; "
-                "make the tokenizer with SubwordTokenizer.train"
+                f"model {str(self.model)[:40]!r} is not the JSON of a byte-level tokenizer: "
+                f"{fault}; make the tokenizer with SubwordTokenizer.train"
             )
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        library = _library()
-        try:
-            tokenizer = library.Tokenizer.from_str(self.model)
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(
-                f"model {str(self.model)[:40]!r} is not the JSON of a tokenizer ({error}); "
-                "make the tokenizer with SubwordTokenizer.train"
-            ) from error
+        tokenizer = _library().Tokenizer.from_str(self.model)
         tokenizer.encode_special_tokens = True  # as characters; the JSON does not store this
         return tokenizer
 
@@ -145,6 +122,60 @@ class SubwordTokenizer(SavedTokenizer):
     # Pickle only the model: the pickled library tokenizer loses `encode_special_tokens`.
     def __reduce__(self) -> tuple[type[SubwordTokenizer], tuple[str]]:
         return type(self), (self.model,)
+
+
+def _train(texts: list[str], vocabulary_size: int, min_count: int) -> str:
+    library = _library()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    pieces = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=min_count,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pieces.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+def _without_merges() -> dict[str, Any]:
+    """Return the JSON of a tokenizer that has learned nothing."""
+    return json.loads(_train([], len(SPECIAL) + 256, 1))
+
+
+def _fault(model: str) -> str | None:
+    """Return why a model is not one of `SubwordTokenizer.train`; None if it may be.
+
+    The library accepts much more, which it then encodes otherwise, or fails on in use.
+    """
+    expected = _without_merges()
+    try:
+        content = json.loads(model)
+        parts = {**content, **{f"model.{key}": part for key, part in content["model"].items()}}
+        vocabulary, merges = parts.pop("model.vocab"), parts.pop("model.merges")
+        # Older versions of the library join the two with a space.
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        made = {first + second for first, second in pairs}
+        first_ids = expected["model"]["vocab"]
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            return "its token ids are not 0, 1, 2, ..."
+        if any(vocabulary.get(token) != index for token, index in first_ids.items()):
+            return "special tokens or bytes are missing"
+        if made != vocabulary.keys() - first_ids.keys():
+            return "its merges are not those of its tokens"
+        if not {part for pair in pairs for part in pair} <= vocabulary.keys():
+            return "a merge of tokens that it does not have"
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"
+    right = {**expected, **{f"model.{key}": part for key, part in expected["model"].items()}}
+    for name in ("pre_tokenizer", "decoder", "added_tokens", *sorted(parts.keys() - {"model"})):
+        found = json.dumps(parts.get(name), sort_keys=True)
+        if name not in right or found != json.dumps(right[name], sort_keys=True):
+            return f"its {name} is {found[:40]}"
+    return None
 
 
 def _library() -> Any:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,7 @@ from jaxnets.data.text.vocabulary import (
     list_texts,
     sentence_ids,
 )
+from jaxnets.storage import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +232,13 @@ class WordTokenizer(SavedTokenizer):
         return " ".join(self._vocabulary[index] for index in checked if index >= UNKNOWN)
 
 
-_KINDS: dict[str, Callable[..., Tokenizer]] = {
+_KINDS: dict[str, type[Any]] = {
     kind.kind: kind for kind in (CharacterTokenizer, ByteTokenizer, WordTokenizer, SubwordTokenizer)
 }
+
+
+class _Saved(TypedDict):
+    tokenizer: str
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -249,19 +252,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a tokenizer file.
+        ValueError: not a tokenizer file, or one that was changed; names the file and the line.
         ImportError: a subword tokenizer, and `tokenizers` is not installed.
     """
-    content = Path(path).read_bytes()
+    document = read_json(path, what="a saved tokenizer", remedy="write it with tokenizer.save")
+    kind = document.check(_Saved)["tokenizer"]
+    if kind not in _KINDS:
+        known = ", ".join(map(repr, _KINDS))
+        raise document.error(f"tokenizer is {kind!r}, not one of {known}", key="tokenizer")
+    fields = {name: value for name, value in document.content.items() if name != "tokenizer"}
+    dataclasses.replace(document, content=fields).check(_KINDS[kind], closed=True)
     try:
-        fields = json.loads(content)
-        build = _KINDS[fields.pop("tokenizer")]
-        return build(**fields)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{os.fspath(path)} is not a saved tokenizer ({type(error).__name__}: {error}); "
-            "write it with tokenizer.save"
-        ) from error
+        tokenizer: Tokenizer = _KINDS[kind](**fields)
+    except ValueError as error:
+        raise document.error(str(error)) from error
+    return tokenizer
 
 
 def _code_points(text: str) -> np.ndarray:

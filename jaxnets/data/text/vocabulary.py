@@ -8,16 +8,14 @@ have none.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxnets.storage import atomic_file
+from jaxnets.storage import write_json
 
 #: Padding, on the right of a sequence.
 PAD = 0
@@ -59,7 +57,7 @@ class SavedTokenizer:
     kind: ClassVar[str]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file for `load_tokenizer`, atomically.
+        """Write a JSON file for `load_tokenizer`, atomically, with a digest of its content.
 
         Args:
             path: missing folders are created, an existing file is replaced.
@@ -67,8 +65,7 @@ class SavedTokenizer:
         assert dataclasses.is_dataclass(self)
         content = {"tokenizer": self.kind}
         content |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        with atomic_file(Path(path)) as stream:
-            stream.write(json.dumps(content).encode())
+        write_json(path, content)
 
 
 def list_texts(texts: Iterable[str]) -> list[str]:

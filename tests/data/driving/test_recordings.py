@@ -79,6 +79,7 @@ def put_shard(folder, number, content):
     """Replace a shard and its digest."""
     index = json.loads((folder / "recordings.json").read_text())
     index["shards"][number]["sha256"] = hashlib.sha256(content).hexdigest()
+    del index["sha256"]
     (folder / "recordings.json").write_text(json.dumps(index))
     (folder / index["shards"][number]["name"]).write_bytes(content)
 
@@ -148,11 +149,39 @@ def test_a_shard_of_other_arrays_than_the_first_is_named(folder, changes):
 
 def test_a_damaged_index_is_named(folder):
     (folder / "recordings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"recordings.json is damaged .*; remove"):
+    with pytest.raises(ValueError, match=r"recordings\.json, line 1: .* cut .*; remove"):
         driving.read_recordings(folder)
     (folder / "recordings.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match=r"recordings.json is damaged .*; remove"):
-        driving.read_recordings(folder)
+    with pytest.raises(ValueError, match=r"recordings\.json, line 1: .* no JSON object; remove"):
+        driving.read_points(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("points", [[1.0]], r"points\[0\] is \[1\.0\]"),
+        ("points", None, "points is null, not a list"),
+        ("shards", [], "it has no shard"),
+        ("shards", [{"name": "drives_000.npz"}], r"shards\[0\]: it has no 'sha256'"),
+        ("shards", [{"name": "../x.npz", "sha256": "0"}], "'../x.npz' is outside the folder"),
+        ("settings", [], r"settings is \[\], not an object"),
+    ],
+)
+def test_an_index_with_a_wrong_entry_is_named(name, value, reason, folder):
+    path = folder / "recordings.json"
+    index = json.loads(path.read_text())
+    del index["sha256"]
+    path.write_text(json.dumps({**index, name: value}, indent=2))
+    for read in (driving.read_recordings, driving.read_points):
+        with pytest.raises(ValueError, match=rf"recordings\.json, line \d+: .*{reason}.* again"):
+            read(folder)
+
+
+def test_an_index_that_was_edited_is_refused(folder):
+    path = folder / "recordings.json"
+    path.write_text(path.read_text().replace("10.0", "90.0"))
+    with pytest.raises(ValueError, match="its sha256 is not that of its content"):
+        driving.read_points(folder)
 
 
 def test_other_settings_are_named(folder):

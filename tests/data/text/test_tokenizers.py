@@ -210,9 +210,9 @@ def test_every_sentence_of_multi30k_round_trips_exactly(num_pairs, size):
         (lambda: SubwordTokenizer.train(["ab"], vocabulary_size=259), "=259 .* at least 260"),
         (
             lambda: SubwordTokenizer(SUBWORD.model.replace("<pad>", "<end>")),
-            r"the ids \[None, 1, 2, 3\] instead of \[0, 1, 2, 3\]",
+            "special tokens or bytes are missing; make the tokenizer",
         ),
-        (lambda: SubwordTokenizer("{}"), "'{}' is not the JSON of a tokenizer"),
+        (lambda: SubwordTokenizer("{}"), "'{}' is not the JSON of a byte-level tokenizer"),
     ],
 )
 def test_invalid_tokenizers_are_refused(make, message):
@@ -235,21 +235,72 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer):
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "\0\xff", "[]", "{}"),
+        *("", "\0\xff", "[]", "{}", "[" * 100_000),
         '{"tokenizer": "latin"}',
         '{"tokenizer": []}',
         '{"tokenizer": "byte", "size": 1}',
         '{"tokenizer": "character"}',
         '{"tokenizer": "character", "characters": 5}',
         '{"tokenizer": "word", "words": [1]}',
+        '{"tokenizer": "word", "words": "abc"}',
+        '{"tokenizer": "word", "words": ["a"], "words": ["b"]}',
+        '{"tokenizer": "byte"',
         '{"tokenizer": "subword", "model": "{}"}',
     ],
 )
 def test_a_file_that_is_not_a_tokenizer_is_refused(content, tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"broken\.json is not a saved tokenizer .*write it with"):
+    with pytest.raises(ValueError, match=r"broken\.json, line 1: not a saved tokenizer: .*write"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("tokenizer", ALL, ids=NAMES)
+def test_a_file_that_was_changed_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    content = json.loads(path.read_text())
+    for name in content.keys() - {"sha256"}:
+        changed = json.dumps({**content, name: content[name][::-1]}, indent=2)
+        path.write_text(changed)
+        with pytest.raises(ValueError, match=r"tokenizer\.json, line \d+: not a saved tokenizer: "):
+            load_tokenizer(path)
+
+
+def changed_models():
+    """Models with one change each that the library accepts, or fails on in use."""
+    model = json.loads(SUBWORD.model)
+    yield {**model, "pre_tokenizer": None}
+    yield {name: part for name, part in model.items() if name != "pre_tokenizer"}
+    yield {**model, "decoder": None}
+    yield {**model, "normalizer": {"type": "Lowercase"}}
+    yield {**model, "truncation": {"max_length": 2}}
+    yield {**model, "added_tokens": model["added_tokens"][:3]}
+    inside, vocabulary = model["model"], dict(model["model"]["vocab"])
+    yield {**model, "model": {**inside, "dropout": 0.5}}
+    yield {**model, "model": {**inside, "continuing_subword_prefix": "##"}}
+    yield {**model, "model": {**inside, "end_of_word_suffix": "x"}}
+    yield {**model, "model": {**inside, "merges": inside["merges"][1:]}}
+    yield {**model, "model": {**inside, "merges": [["a"], *inside["merges"]]}}
+    yield {**model, "model": {**inside, "vocab": {**vocabulary, "b": vocabulary["a"]}}}
+    yield {**model, "model": {**inside, "vocab": {**vocabulary, "xyz": len(vocabulary)}}}
+    yield {**model, "model": {**inside, "vocab": {**vocabulary, "a": vocabulary["b"], "b": 5}}}
+    yield {**model, "model": {**inside, "vocab": {**vocabulary, "a": "5"}}}
+
+
+@pytest.mark.parametrize("model", list(changed_models()))
+def test_a_subword_model_that_training_does_not_make_is_refused(model):
+    with pytest.raises(ValueError, match=r"is not the JSON of a byte-level tokenizer: .*train"):
+        SubwordTokenizer(json.dumps(model))
+
+
+def test_a_tokenizer_without_a_digest_is_loaded(tmp_path):
+    for tokenizer in ALL:
+        tokenizer.save(tmp_path / "t.json")
+        content = json.loads((tmp_path / "t.json").read_text())
+        del content["sha256"]
+        (tmp_path / "t.json").write_text(json.dumps(content))
+        assert load_tokenizer(tmp_path / "t.json") == tokenizer
 
 
 def test_a_missing_file_is_named(tmp_path):
