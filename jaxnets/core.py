@@ -66,16 +66,24 @@ class Mean:
                 the chain rule: the operations that produced the value have to be finite too.
 
         Returns:
-            Mean whose `total` has the remaining axes of `values`, and a scalar `count`.
+            Mean whose `total` has the remaining axes of `values`, and a scalar `count`; both are
+            NaN for a weight below 0 that is known only at run time.
 
         Raises:
-            ValueError: the shape of `weights` is not a leading part of the shape of `values`.
+            ValueError: the shape of `weights` is not a leading part of the shape of `values`, or a
+                weight is known to be below 0.
         """
         values = jnp.asarray(values)
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
         if weights is None:
             return cls(jnp.sum(values), jnp.asarray(values.size, values.dtype))
+        known = known_values(weights)
+        if known is not None and np.any(known < 0):
+            raise ValueError(
+                f"weights hold {np.min(known)}; give 0 or more, 0 for examples to ignore"
+            )
         weights = jnp.asarray(weights, values.dtype)
+        weights = jnp.where(weights < 0, jnp.nan, weights) if known is None else weights
         if weights.shape != values.shape[: weights.ndim]:
             raise ValueError(
                 f"weights of shape {weights.shape} do not fit values of shape {values.shape}; "
@@ -287,6 +295,58 @@ def at_least_float32(array: jax.Array) -> jax.Array:
         [...], float32 or wider.
     """
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def known_values(array: Any) -> np.ndarray | None:
+    """Return the values of an array, None while they are unknown.
+
+    Args:
+        array: JAX or NumPy array.
+
+    Returns:
+        A NumPy array, in which comparisons are computed even inside of a trace, where JAX makes
+        tracers even of known arrays; None for a tracer, and for an array that is partly on the
+        devices of other processes.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    return np.asarray(array)
+
+
+def at_least_int32(values: Any) -> Any:
+    """Widen narrow and unsigned integers to signed ones of 32 bits or more.
+
+    JAX compares and subtracts in the type of the array, in which a bound wraps: for uint8 values,
+    256 is 0. So integers that a caller gives are widened before they are compared.
+
+    Args:
+        values: a Python integer, or an integer array [...].
+
+    Returns:
+        [...]. A Python integer stays one, a NumPy array becomes int64, a JAX array int32 or wider.
+        Values that JAX's integers cannot hold become the nearest ones that they can, so that they
+        stay out of range.
+
+    Example:
+        >>> at_least_int32(jnp.array([200], jnp.uint8)) < 256
+        Array([ True], dtype=bool)
+    """
+    if isinstance(values, int):
+        return values
+    unsigned, size = jnp.issubdtype(values.dtype, jnp.unsignedinteger), values.dtype.itemsize
+    wide = jnp.result_type(int)  # int32, or int64 in double precision
+    limits = jnp.iinfo(wide)
+    if not isinstance(values, jax.Array):
+        if unsigned and size == 8:
+            values = np.minimum(values, np.uint64(np.iinfo(np.int64).max))
+        return np.clip(np.asarray(values, np.int64), limits.min, limits.max)
+    if size >= 4 and not unsigned:
+        return values
+    if size >= wide.itemsize:
+        values = jnp.minimum(values, jnp.asarray(limits.max, values.dtype))
+    return values.astype(wide)
 
 
 def rng_streams(rng: jax.Array, *names: str) -> dict[str, jax.Array]:

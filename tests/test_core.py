@@ -9,6 +9,7 @@ from jaxnets.core import (
     Mean,
     Update,
     at_least_float32,
+    at_least_int32,
     bound_data_axis,
     rng_streams,
     steps_per_batch,
@@ -112,3 +113,28 @@ def test_an_update_takes_a_loss_and_an_optimizer(objective, optimizer, message):
 def test_widening_keeps_float64(enable_x64):
     assert at_least_float32(jnp.ones((), jnp.float64)).dtype == jnp.float64
     assert at_least_float32(jnp.ones((), jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32"])
+def test_integers_are_compared_with_bounds_that_their_own_type_cannot_hold(dtype):
+    values = np.array([0, 100], dtype)
+    wide = jax.jit(at_least_int32)(values)
+    assert wide.dtype == jnp.int32
+    for compared in (wide, at_least_int32(values)):
+        np.testing.assert_array_equal(compared >= 256, [False, False])
+        np.testing.assert_array_equal(compared - 101, [-101, -1])
+
+
+@pytest.mark.parametrize("value", [np.uint64(2**64 - 1), np.uint32(2**32 - 1), np.int64(2**32 + 3)])
+def test_integers_that_jax_cannot_hold_stay_out_of_range(value):
+    values = np.array([value])
+    assert jnp.asarray(at_least_int32(values)).item() > 2**30
+    if value.dtype == np.uint32:
+        assert jax.jit(at_least_int32)(values).item() > 2**30
+
+
+def test_a_weight_below_zero_is_refused_or_nan():
+    weights = np.array([1.0, -1.0], np.float32)
+    with pytest.raises(ValueError, match=r"weights hold -1\.0; give 0 or more"):
+        Mean.of(jnp.ones(2), weights)
+    assert np.isnan(jax.jit(lambda w: Mean.of(jnp.ones(2), w).compute())(weights))

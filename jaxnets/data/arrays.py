@@ -27,8 +27,8 @@ def check_arrays(data: Mapping[str, np.ndarray], *, num_classes: int | None = No
 
     Raises:
         ValueError: no arrays, no examples, unequal lengths, an array of objects or text, a
-            non-finite value, labels that are not integers or out of range. The message gives the
-            array, the number of wrong values and the index of the first.
+            non-finite value, weights below 0, labels that are not integers or out of range. The
+            message gives the array, the number of wrong values and the index of the first.
 
     Example:
         >>> check_arrays({"inputs": np.array([[1.0], [np.nan]])})
@@ -56,6 +56,8 @@ the examples
     for name, array in arrays.items():
         if jnp.issubdtype(array.dtype, jnp.inexact):
             _check_finite(name, array)
+    if "weights" in arrays:
+        _refuse("weights", arrays["weights"] < 0, arrays, "below 0; give 0 to ignore an example")
     if num_classes is not None:
         _check_labels(arrays, num_classes)
     return arrays
@@ -86,11 +88,16 @@ def _check_labels(arrays: Arrays, num_classes: int) -> None:
     if labels.dtype.kind not in "iu":
         raise ValueError(f"labels have dtype {labels.dtype}; give integer class indices")
     wrong = (labels < 0) | (labels >= num_classes)
+    _refuse("labels", wrong, arrays, f"outside [0, {num_classes}); correct them or num_classes")
+
+
+def _refuse(name: str, wrong: np.ndarray, arrays: Arrays, problem: str) -> None:
     if wrong.any():
         first = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
+        where, remedy = problem.split("; ")
         raise ValueError(
-            f"{np.count_nonzero(wrong)} labels are outside [0, {num_classes}), first "
-            f"{labels[first]} at index {first}; correct them or num_classes"
+            f"{np.count_nonzero(wrong)} {name} are {where}, first {arrays[name][first]} at index "
+            f"{first}; {remedy}"
         )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, at_least_int32, known_values
 
 
 def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.Array:
@@ -32,15 +32,16 @@ def check_lengths(lengths: Any, *, rows: int, most: int, least: int = 0) -> jax.
         >>> check_lengths(jnp.array([3, 5]), rows=2, most=5).tolist()
         [True, True]
     """
-    # NumPy, because inside a trace JAX compares even concrete arrays into tracers.
-    lengths = lengths if isinstance(lengths, jax.core.Tracer) else np.asarray(lengths)
+    known = known_values(lengths)
+    lengths = lengths if known is None else known
     if lengths.shape != (rows,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths of shape {lengths.shape} and type {lengths.dtype} do not fit {rows} rows; "
             f"give one integer for each, shape ({rows},)"
         )
+    lengths = at_least_int32(lengths)
     inside = (lengths >= least) & (lengths <= most)
-    if not isinstance(lengths, jax.core.Tracer) and not np.all(inside):
+    if known is not None and not np.all(inside):
         wrong = lengths[~inside][0]
         raise ValueError(
             f"length {wrong} is not in [{least}, {most}]; lengths count the valid steps of each "
@@ -69,7 +70,8 @@ def padding_mask(lengths: Any, shape: Sequence[int]) -> jax.Array:
     """
     batch, time = shape
     inside = check_lengths(lengths, rows=batch, most=time)
-    return (jnp.arange(time)[None] < jnp.asarray(lengths)[:, None]) | ~inside[:, None]
+    lengths = at_least_int32(jnp.asarray(lengths))
+    return (jnp.arange(time)[None] < lengths[:, None]) | ~inside[:, None]
 
 
 def clear_tokens(tokens: Any, lengths: Any) -> Any:
@@ -89,7 +91,9 @@ def clear_tokens(tokens: Any, lengths: Any) -> Any:
         >>> clear_tokens(jnp.array([[5, -1], [7, 8]]), jnp.array([1, 2])).tolist()
         [[5, 0], [7, 8]]
     """
-    return tokens if lengths is None else jnp.where(padding_mask(lengths, tokens.shape), tokens, 0)
+    if lengths is None:
+        return tokens
+    return jnp.where(padding_mask(lengths, tokens.shape), at_least_int32(tokens), 0)
 
 
 def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +134,11 @@ def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         lengths: integer [batch]; by default all steps are valid.
 
     Returns:
-        [batch, features], float32 or wider; 0 for an empty sequence.
+        [batch, features], float32 or wider; 0 for an empty sequence. NaN where a length known only
+        at run time is out of range.
+
+    Raises:
+        ValueError: lengths of another shape or type, or known to be out of range.
 
     Example:
         >>> mean_over_time(jnp.array([[[1.0], [3.0], [0.0]]]), jnp.array([2])).tolist()
@@ -139,4 +147,6 @@ def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     total = jnp.sum(at_least_float32(x), axis=1)
     if lengths is None:
         return total / x.shape[1]
-    return total / jnp.maximum(jnp.asarray(lengths), 1)[:, None]
+    inside = check_lengths(lengths, rows=x.shape[0], most=x.shape[1])
+    divisor = jnp.where(inside, jnp.maximum(jnp.asarray(lengths), 1), jnp.nan)
+    return total / divisor.astype(total.dtype)[:, None]

@@ -54,12 +54,20 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         [..., features].
 
+    Raises:
+        ValueError: shapes that do not fit together.
+
     Example:
         >>> x, kernel = jnp.full((2, 3), 1.001), jnp.ones((3, 1))
         >>> with jax.default_matmul_precision("BF16_BF16_F32_X3"):
         ...     round(float(linear(x, kernel)[0, 0]), 4)
         3.003
     """
+    if not x.ndim or kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"inputs of shape {x.shape} do not fit a kernel of shape {kernel.shape}; give "
+            "[..., channels] and [channels, features]"
+        )
     dtypes = {x.dtype, kernel.dtype}
     if dtypes == {jnp.dtype(jnp.bfloat16)}:
         return _shared_bf16_matmul(x, kernel)

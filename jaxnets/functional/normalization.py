@@ -32,6 +32,9 @@ def layer_norm(
     Returns:
         [..., channels], float32 or wider.
 
+    Raises:
+        ValueError: a scale or bias of another shape.
+
     Example:
         >>> layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.ones(2), epsilon=0.0).tolist()
         [[0.0, 2.0]]
@@ -39,6 +42,7 @@ def layer_norm(
     References:
         Ba, Kiros and Hinton 2016, arXiv:1607.06450, equation 4.
     """
+    _check_channels(x, scale=scale, bias=bias)
     x = at_least_float32(x)
     y = _shared_normalized(x, epsilon, True) * along_channels(scale, x)
     return y if bias is None else y + along_channels(bias, x)
@@ -55,6 +59,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Ar
     Returns:
         [..., channels], float32 or wider.
 
+    Raises:
+        ValueError: a scale of another shape.
+
     Example:
         >>> rms_norm(jnp.array([[1.0, 7.0]]), jnp.full(2, 5.0), epsilon=0.0).tolist()
         [[1.0, 7.0]]
@@ -62,6 +69,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float = 1e-6) -> jax.Ar
     References:
         Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
+    _check_channels(x, scale=scale)
     x = at_least_float32(x)
     return _shared_normalized(x, epsilon, False) * along_channels(scale, x)
 
@@ -95,7 +103,8 @@ def batch_norm(
         both 0 where all weights are 0.
 
     Raises:
-        ValueError: the shape of `weights` is not a leading part of the shape of `x`.
+        ValueError: a scale or bias of another shape, or weights whose shape is not a leading part
+            of the shape of `x`.
 
     Example:
         >>> y, mean, variance = batch_norm(jnp.array([[1.0], [3.0]]), jnp.ones(1), jnp.ones(1))
@@ -109,6 +118,7 @@ def batch_norm(
     References:
         Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1; the gradient is that of section 3.
     """
+    _check_channels(x, scale=scale, bias=bias)
     if weights is not None:
         weights = jnp.asarray(weights, jnp.promote_types(x.dtype, jnp.float32))
         if weights.ndim >= x.ndim or weights.shape != x.shape[: weights.ndim]:
@@ -120,6 +130,15 @@ def batch_norm(
         # [batch, 1, ...]
         weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
     return _shared_batch_norm(x, scale, bias, weights, epsilon, axis_name)
+
+
+def _check_channels(x: jax.Array, **vectors: jax.Array | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None and (not x.ndim or vector.shape != x.shape[-1:]):
+            raise ValueError(
+                f"a {name} of shape {vector.shape} does not fit inputs of shape {x.shape}; give "
+                "[channels] and [..., channels]"
+            )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

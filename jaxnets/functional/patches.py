@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxnets.checks import IMAGES, check_rank, check_sizes
+
 
 class NormalizedPatches(NamedTuple):
     """What `normalize_patches` returns: patches = mean + scale * normalized patches.
@@ -33,12 +35,14 @@ def patchify(images: jax.Array, size: int) -> jax.Array:
         [batch, patches, size * size * channels].
 
     Raises:
-        ValueError: images that do not split into patches.
+        ValueError: images that do not split into patches, or a size that is no integer above 0.
 
     Example:
         >>> patchify(jnp.arange(8).reshape(1, 2, 4, 1), 2).tolist()
         [[[0, 1, 4, 5], [2, 3, 6, 7]]]
     """
+    check_rank(images, "patchify", layouts=IMAGES)
+    check_sizes(size=(size,))
     batch, height, width, channels = images.shape
     if height % size or width % size or not height * width:
         raise ValueError(
@@ -64,6 +68,12 @@ def unpatchify(patches: jax.Array, image_shape: tuple[int, int, int]) -> jax.Arr
     Raises:
         ValueError: patches that do not fill such an image.
     """
+    if len(image_shape) != 3 or patches.ndim != 3:
+        raise ValueError(
+            f"patches of shape {patches.shape} and image_shape={image_shape} do not fit; give "
+            "[batch, patches, elements] and (height, width, channels)"
+        )
+    check_sizes(image_shape=image_shape)
     height, width, channels = image_shape
     size = round((patches.shape[-1] / channels) ** 0.5)
     rows, columns = height // size, width // size

@@ -96,7 +96,14 @@ def global_average_pool(x: jax.Array) -> jax.Array:
 
     Returns:
         [batch, channels], of the dtype of `x`; accumulated in float32 or wider.
+
+    Raises:
+        ValueError: no axis to average over, or an empty one.
     """
+    if x.ndim < 3 or 0 in x.shape[1:-1]:
+        raise ValueError(
+            f"inputs of shape {x.shape} have nothing to average; give [batch, ..., channels]"
+        )
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=wide).astype(x.dtype)
 
@@ -194,4 +201,11 @@ def _pool_spec(
         raise ValueError(f"pooling got shape {x.shape}; give [batch, ..., channels]")
     sizes = broadcast_to_axes(window, spatial, "window")
     steps = sizes if strides is None else broadcast_to_axes(strides, spatial, "strides")
-    return sizes, steps, padding_pairs(padding, x.shape[1:-1], sizes, steps)
+    pairs = padding_pairs(padding, x.shape[1:-1], sizes, steps)
+    for size, pair in zip(sizes, pairs, strict=True):
+        if max(pair) >= size:
+            raise ValueError(
+                f"padding={padding} makes windows of {sizes} that hold no element of the input; "
+                "give less padding than the window is wide"
+            )
+    return sizes, steps, pairs

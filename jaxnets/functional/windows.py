@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 #: One value for every spatial axis, or one per axis.
 Size: TypeAlias = int | Sequence[int]
-#: "SAME", "VALID", one padding for both ends of every axis, or a (low, high) pair per axis.
+#: "SAME", "VALID", one padding for both ends of every axis, or a (low, high) pair per axis, whose
+#: negative values crop.
 Padding: TypeAlias = str | int | Sequence[tuple[int, int]]
 
 Axes: TypeAlias = tuple[int, ...]
@@ -41,10 +43,18 @@ def broadcast_to_axes(value: Size, num_axes: int, name: str) -> Axes:
     Raises:
         ValueError: another number of values, or one below 1; the message calls them `name`.
     """
-    values = (value,) * num_axes if isinstance(value, int) else tuple(value)
-    if len(values) != num_axes or any(v < 1 for v in values):
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * num_axes
+    if len(values) != num_axes or not all(_is_integer(v) and v > 0 for v in values):
         raise ValueError(f"{name}={value} must be a positive int or {num_axes} of them")
     return values
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_integer, value))
 
 
 def dilated_size(window: Sequence[int], dilation: Sequence[int]) -> Axes:
@@ -74,18 +84,26 @@ def padding_pairs(
     """Resolve padding to one (low, high) pair per axis.
 
     Raises:
-        ValueError: unknown padding, or a window that does not fit into the padded axis.
+        ValueError: unknown padding, a negative int, or a window that does not fit into the padded
+            axis.
     """
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
             raise ValueError(f"padding={padding!r} must be 'SAME', 'VALID', an int or pairs")
         pairs = tuple((a, b) for a, b in lax.padtype_to_pads(sizes, window, strides, padding))
-    elif isinstance(padding, int):
-        pairs = ((padding, padding),) * len(sizes)
     else:
-        pairs = tuple((low, high) for low, high in padding)
-    if len(pairs) != len(sizes):
-        raise ValueError(f"padding={padding} must have {len(sizes)} (low, high) pairs")
+        given: Any = padding  # to mypy a sequence of pairs might be a string
+        if isinstance(given, Sequence):
+            fits = len(given) == len(sizes) and all(map(_is_pair, given))
+        else:
+            fits = _is_integer(given) and given >= 0
+            given = ((given, given),) * len(sizes)
+        if not fits:
+            raise ValueError(
+                f"padding={padding} must be 'SAME', 'VALID', an int of 0 or more, or {len(sizes)} "
+                "(low, high) pairs"
+            )
+        pairs = tuple((low, high) for low, high in given)
     for size, (low, high), extent in zip(sizes, pairs, window, strict=True):
         if size + low + high < extent:
             raise ValueError(

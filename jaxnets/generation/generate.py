@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from jaxnets.checks import check_key
-from jaxnets.core import at_least_float32
-from jaxnets.functional.lengths import check_lengths
+from jaxnets.core import at_least_float32, at_least_int32, known_values
+from jaxnets.functional.lengths import check_lengths, clear_tokens
 from jaxnets.generation.sampling import Sampling, sample_tokens
 
 
@@ -223,6 +223,7 @@ def prefill(
     logits = at_least_float32(logits)
     if lengths is None:
         return logits[:, -1], carry
+    lengths = at_least_int32(lengths)
     last = jnp.take_along_axis(logits, jnp.clip(lengths - 1, 0, time - 1)[:, None, None], axis=1)
     inside = check_lengths(lengths, rows=batch, most=time, least=1)
     return jnp.where(inside[:, None], last[:, 0], jnp.nan), carry
@@ -288,8 +289,7 @@ def check_prompts(
     if lengths is not None:
         lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
         check_lengths(lengths, rows=shape[0], most=shape[1], least=1)
-        valid = np.arange(shape[1])[None] < lengths[:, None]
-        prompts = jnp.where(valid, prompts, 0)
+        prompts = clear_tokens(prompts, lengths)
     if carry is not None and hasattr(type(module), "room"):
         _check_room(module.room(carry), shape[1], lengths, num_tokens)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(carry)}
@@ -301,8 +301,9 @@ def check_prompts(
     arrays = (variables, jax.ShapeDtypeStruct(shape, jnp.int32), lengths, carry)
     vocabulary_size = prefill.eval_shape(module, capacity, *arrays)[0].shape[-1]
     ids = np.asarray(stop_tokens, np.int64).ravel()
-    if not isinstance(prompts, jax.core.Tracer):
-        ids = np.concatenate([np.asarray(prompts).ravel(), ids])
+    known = known_values(prompts)
+    if known is not None:
+        ids = np.concatenate([at_least_int32(known).ravel(), ids])
     wrong = ids[(ids < 0) | (ids >= vocabulary_size)]
     if wrong.size:
         raise ValueError(
@@ -313,10 +314,10 @@ def check_prompts(
 
 
 def _check_room(capacity: int, time: int, lengths: Any, num_tokens: int) -> None:
-    if isinstance(lengths, jax.core.Tracer):
-        longest = 1  # the least that it can be
-    else:
-        longest = time if lengths is None else int(np.max(lengths))
+    longest = time
+    if lengths is not None:
+        known = known_values(lengths)
+        longest = 1 if known is None else int(np.max(known))  # 1 is the least that it can be
     if longest + num_tokens > capacity:
         raise ValueError(
             f"prompts of {longest} tokens and {num_tokens} new ones do not fit the carry, which "

@@ -5,11 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxnets import functional
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision
+from jaxnets.core import Precision, at_least_int32, known_values
 from jaxnets.layers.linear import Initializer
 
 
@@ -26,9 +25,9 @@ def check_tokens(tokens: jax.Array, vocabulary_size: int) -> None:
     dtype = jnp.result_type(tokens)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"tokens have type {dtype}; give integers, such as a tokenizer's ids")
-    if isinstance(tokens, jax.core.Tracer):
+    ids = known_values(tokens)
+    if ids is None:
         return
-    ids = np.asarray(tokens)
     wrong = ids[(ids < 0) | (ids >= vocabulary_size)]
     if wrong.size:
         raise ValueError(
@@ -79,7 +78,8 @@ class Embedding(nn.Module):
             ValueError: ids that are no integers, or concrete ids outside the vocabulary.
         """
         check_tokens(tokens, self.vocabulary_size)
-        table, tokens = self.embedding.astype(self.precision.compute), jnp.asarray(tokens)
+        table = self.embedding.astype(self.precision.compute)
+        tokens = at_least_int32(jnp.asarray(tokens))
         outside = (tokens < 0) | (tokens >= self.vocabulary_size)
         vectors = table[jnp.where(outside, 0, tokens)]
         return jnp.where(outside[..., None], jnp.asarray(jnp.nan, vectors.dtype), vectors)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnets.core import Precision
+from jaxnets.core import Precision, at_least_int32
 from jaxnets.functional.activations import activation
 from jaxnets.functional.lengths import clear_padding
 from jaxnets.layers.linear import Convolution, Initializer
@@ -39,7 +39,7 @@ def subsample(
         [batch, fewer frames, features], 0 beyond the new lengths, and the new lengths, which are
         `subsampled_lengths`. A length out of range stays out of range.
     """
-    lengths = None if lengths is None else jnp.asarray(lengths)
+    lengths = None if lengths is None else at_least_int32(jnp.asarray(lengths))
     x, _ = clear_padding(x.astype(precision.compute), lengths)
     for index, stride in enumerate(strides):
         # The same padding on both sides for every number of frames, so that an output depends on
@@ -72,6 +72,7 @@ def subsampled_lengths(lengths: Any, strides: Sequence[int]) -> Any:
         >>> subsampled_lengths(31, (2, 3))
         6
     """
+    lengths = at_least_int32(lengths)
     for stride in strides:
         lengths = -(-lengths // stride)
     return lengths

@@ -243,7 +243,7 @@ def class_shares(labels: np.ndarray, num_classes: int) -> np.ndarray:
     if wrong.size or not labels.size:
         problem = f"label {wrong[0]}" if wrong.size else "no label"
         raise ValueError(f"{problem} for {num_classes} classes; give labels in [0, {num_classes})")
-    return np.bincount(labels, minlength=num_classes) / labels.size
+    return np.bincount(labels.astype(np.int64), minlength=num_classes) / labels.size
 
 
 def class_coverage(labels: np.ndarray, num_classes: int, *, least: float = 0.1) -> float:

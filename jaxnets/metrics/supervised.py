@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.core import Mean, at_least_float32
+from jaxnets.core import Mean, at_least_float32, at_least_int32
 
 
 def class_labels(labels: jax.Array) -> jax.Array:
@@ -22,9 +22,11 @@ def class_labels(labels: jax.Array) -> jax.Array:
         labels: integer [...], or floating [..., num_classes] (one-hot, smoothed or mixed).
 
     Returns:
-        Integer [...].
+        Integer [...], int32 or wider.
     """
-    return labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(labels, axis=-1)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return at_least_int32(labels)
+    return jnp.argmax(labels, axis=-1)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> Mean:

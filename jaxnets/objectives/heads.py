@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxnets.checks import check_same_shape
 from jaxnets.core import Batch, Mean, ModelState, Objective, apply_module, at_least_float32
-from jaxnets.objectives.losses import absolute_error
+from jaxnets.objectives.losses import absolute_error, expected_surprisal
 from jaxnets.objectives.supervised import Metric, supervised
 
 # A standard deviation of exp(-5): perfectly predicted labels must not dominate the loss.
@@ -168,7 +168,7 @@ class DiscretizedHead:
                 f"give {logits.shape[:-1]}"
             )
         probabilities = self.probabilities(labels).astype(logits.dtype)
-        return -jnp.sum(probabilities * jax.nn.log_softmax(logits), axis=-1)
+        return expected_surprisal(logits, probabilities)
 
     def mean(self, outputs: jax.Array) -> jax.Array:
         """Return the expected values, [..., num_values]."""

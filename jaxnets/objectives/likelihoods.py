@@ -17,7 +17,7 @@ from jaxnets.checks import check_same_shape
 from jaxnets.core import at_least_float32
 from jaxnets.functional.lowering.layout import materialize
 from jaxnets.functional.lowering.platforms import platform_dependent
-from jaxnets.objectives.image_range import ImageRange
+from jaxnets.objectives.image_range import ImageRange, refuse_images
 from jaxnets.objectives.losses import binary_cross_entropy
 
 # With a smaller scale single pixels would dominate the loss (as in PixelCNN++).
@@ -39,7 +39,11 @@ class Likelihood(Protocol):
     def image_range(self) -> ImageRange: ...
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Return -log p(image), [batch], from outputs [batch, ..., channels * num_parameters]."""
+        """Return -log p(image), [batch], from outputs [batch, ..., channels * num_parameters].
+
+        Images that are not floats, or known to be outside of `image_range`, raise ValueError.
+        Traced values are not checked here; the objectives turn the losses of such images into NaN.
+        """
         ...
 
     def mean(self, outputs: jax.Array) -> jax.Array:
@@ -63,7 +67,8 @@ class Bernoulli:
     image_range: ClassVar[ImageRange] = (0.0, 1.0)
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Sum the cross-entropy over the pixels of each image, [batch]."""
+        """Sum the cross-entropy over the pixels of each image in [0, 1], [batch]."""
+        refuse_images(images, self.image_range)
         return sum_per_image(binary_cross_entropy(outputs, images))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
@@ -87,6 +92,7 @@ class SquaredError:
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum the squared error over the pixels of each image, [batch]."""
+        refuse_images(images, self.image_range)
         check_same_shape(outputs=outputs, images=images)
         outputs = at_least_float32(outputs)
         return sum_per_image(jnp.square(outputs - images.astype(outputs.dtype)))
@@ -126,6 +132,7 @@ class Gaussian:
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Sum -log N(x; mean, scale^2) over the pixels of each image, [batch]."""
+        refuse_images(images, self.image_range)
         if self.scale is None:
             mean, log_scale = _mean_and_log_scale(outputs)
         else:
@@ -171,7 +178,8 @@ class DiscretizedLogistic:
             raise ValueError(f"num_levels is {self.num_levels}; give 2 or more")
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Sum -log P(level) over the pixels of each image, [batch]."""
+        """Sum -log P(level) over the pixels of each image in [-1, 1], [batch]."""
+        refuse_images(images, self.image_range)
         mean, log_scale = _mean_and_log_scale(outputs)
         check_same_shape(means=mean, images=images)
         images, rate = images.astype(mean.dtype), jnp.exp(-log_scale)

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxnets.checks import check_same_shape
-from jaxnets.core import Batch, at_least_float32
+from jaxnets.core import Batch, at_least_float32, at_least_int32
+
+# Of the sum of class probabilities from 1: rounding to 16 bits deviates by less.
+_LARGEST_DEVIATION = 0.01
 
 
 def cross_entropy(
@@ -24,13 +27,16 @@ def cross_entropy(
     `torch.nn.functional.cross_entropy(reduction="none")`, which has the classes on axis 1.
 
     Args:
-        logits: [..., num_classes].
-        labels: integer [...] in [0, num_classes), or class probabilities [..., num_classes].
+        logits: [..., num_classes]; -infinity excludes a class.
+        labels: integer [...] in [0, num_classes), or class probabilities [..., num_classes], each
+            of 0 or more, which sum to 1.
         label_smoothing: in [0, 1).
 
     Returns:
-        Nats per example, [...]. NaN for an integer label outside its range, so that a wrong label
-        stops training instead of being counted as another class.
+        Nats per example, [...]. Infinite where an excluded class has a probability above 0, as all
+        have with label smoothing. NaN for an integer label outside its range, and for class
+        probabilities that are negative or do not sum to 1 (to 0.01), so that a wrong label stops
+        training instead of being counted as another one.
 
     Raises:
         ValueError: shapes that do not fit, or `label_smoothing` outside its range.
@@ -50,15 +56,39 @@ def cross_entropy(
             f"{logits.shape}; give integers {logits.shape[:-1]} or probabilities {logits.shape}"
         )
     if integer:
+        labels = at_least_int32(labels)
         probabilities = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+        valid = jnp.asarray((labels >= 0) & (labels < num_classes))
     else:
-        probabilities = labels.astype(logits.dtype)
+        probabilities = jnp.asarray(labels, logits.dtype)
+        valid = _are_distributions(probabilities)
     if label_smoothing:
         probabilities = (1 - label_smoothing) * probabilities + label_smoothing / num_classes
-    losses = optax.softmax_cross_entropy(logits, probabilities)
-    if integer:
-        losses = jnp.where((labels < 0) | (labels >= num_classes), jnp.nan, losses)
-    return losses
+    return jnp.where(valid, expected_surprisal(logits, probabilities), jnp.nan)
+
+
+def expected_surprisal(logits: jax.Array, probabilities: jax.Array) -> jax.Array:
+    """-sum_c p_c log softmax(logits)_c, in which a class of probability 0 counts 0.
+
+    `optax.softmax_cross_entropy`, also where a logit is -infinity.
+
+    Args:
+        logits: [..., num_classes], float32 or wider.
+        probabilities: p, [..., num_classes].
+
+    Returns:
+        Nats, [...].
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    # 0 log 0 is NaN in floating point.
+    excluded = (probabilities == 0) & (log_probabilities == -jnp.inf)
+    return -jnp.sum(probabilities * jnp.where(excluded, 0, log_probabilities), axis=-1)
+
+
+def _are_distributions(probabilities: jax.Array) -> jax.Array:
+    """Tell which rows sum to 1 and have no negative element, [..., num_classes] to [...]."""
+    total = jnp.sum(probabilities, axis=-1)
+    return jnp.all(probabilities >= 0, axis=-1) & (jnp.abs(total - 1) <= _LARGEST_DEVIATION)
 
 
 def squared_error(predictions: jax.Array, labels: jax.Array) -> jax.Array:
@@ -156,7 +186,8 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     takes 0.85 to 0.9 of the time.
 
     Args:
-        logits: [...].
+        logits: [...]; an infinite one counts as the greatest finite number, so that its loss is 0
+            where the label agrees with it.
         labels: probabilities in [0, 1], [...], same shape.
 
     Returns:
@@ -177,6 +208,7 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     softplus = jnp.log1p(jnp.exp(-jnp.abs(logits)))  # of -|logits|
+    logits = _finite(logits)
     return jnp.maximum(logits, 0) - logits * labels + softplus
 
 
@@ -186,5 +218,10 @@ def _cross_entropy_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     # Differentiated term by term, the second derivative at 0 would be wrong: |l| has a kink there.
     (logits, labels), (logits_dot, labels_dot) = primals, tangents
-    tangent = (jax.nn.sigmoid(logits) - labels) * logits_dot - logits * labels_dot
+    tangent = (jax.nn.sigmoid(logits) - labels) * logits_dot - _finite(logits) * labels_dot
     return _cross_entropy(logits, labels), tangent
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+    greatest = float(jnp.finfo(logits.dtype).max)
+    return jnp.clip(logits, -greatest, greatest)  # NaN stays NaN

@@ -17,12 +17,16 @@ from jaxnets.core import (
     Params,
     apply_module,
     at_least_float32,
+    at_least_int32,
     bound_data_axis,
 )
 from jaxnets.functional.lengths import clear_padding
 from jaxnets.metrics.supervised import accuracy
 from jaxnets.objectives.losses import label_losses
 from jaxnets.objectives.supervised import Metric, supervised
+
+# In `ctc_loss`, of which float32 can add many and still tell them from the loss of an alignment.
+_LOG_OF_ZERO = -1e30
 
 
 def language_modeling(
@@ -149,20 +153,22 @@ def ctc_loss(
     first. Differs from both: NaN where no alignment exists.
 
     Args:
-        logits: [batch, time, classes].
-        frames: int [batch] in [0, time], number of valid frames of each utterance.
+        logits: [batch, time, classes], or log-probabilities; -infinity excludes a class.
+        frames: int [batch] in [0, time], number of valid frames of each utterance; those beyond
+            them are ignored.
         labels: int [batch, labels], classes other than `blank`; those beyond the label lengths are
             ignored.
         label_lengths: int [batch].
         blank: the blank class.
 
     Returns:
-        Nats per utterance, [batch], float32 or wider. NaN for lengths out of range, for labels
-        that are no class or the blank, and for more labels than fit into the frames: every label
-        needs a frame, and a repeated one another frame for the blank before it.
+        Nats per utterance, [batch], float32 or wider. Infinite where every alignment has
+        probability 0. NaN for lengths out of range, for labels that are no class or the blank, and
+        for more labels than fit into the frames: every label needs a frame, and a repeated one
+        another frame for the blank before it.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or types that do not fit, or a blank that is not a class.
 
     Example:
         >>> logits = jnp.log(jnp.array([[[0.6, 0.4], [0.6, 0.4]]]))
@@ -173,21 +179,38 @@ def ctc_loss(
     References:
         Graves et al. 2006, ICML, "Connectionist Temporal Classification", section 4.
     """
+    if logits.ndim != 3 or not logits.shape[1]:
+        raise ValueError(f"logits of shape {logits.shape} are not [batch, time, classes]")
     batch, time, num_classes = logits.shape
-    if labels.ndim != 2 or {batch} != {len(labels), len(frames), len(label_lengths)}:
+    shapes = (labels.shape[:1], frames.shape, label_lengths.shape)
+    if labels.ndim != 2 or any(shape != (batch,) for shape in shapes):
         raise ValueError(
-            f"labels of shape {labels.shape} with {len(label_lengths)} lengths, and {len(frames)} "
-            f"numbers of frames, do not fit logits of shape {logits.shape}; give [batch, labels]"
+            f"labels of shape {labels.shape}, label lengths of shape {label_lengths.shape} and "
+            f"numbers of frames of shape {frames.shape} do not fit logits of shape {logits.shape}; "
+            "give [batch, labels], [batch] and [batch]"
         )
+    integers = {"labels": labels, "label lengths": label_lengths, "numbers of frames": frames}
+    for name, array in integers.items():
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} have type {array.dtype}; give integers")
+    _check_blank(blank, num_classes)
+    labels, label_lengths, frames = map(at_least_int32, integers.values())
     valid = jnp.arange(labels.shape[1])[None] < label_lengths[:, None]
     labels = jnp.where(valid, labels, blank)
+    is_padding = jnp.arange(time)[None] >= frames[:, None]
+    log_probabilities = jax.nn.log_softmax(
+        jnp.where(is_padding[..., None], 0, at_least_float32(logits))
+    )
+    # Optax multiplies log-probabilities by 0, so they have to be finite.
     losses = optax.ctc_loss(
-        at_least_float32(logits),
-        (jnp.arange(time)[None] >= frames[:, None]).astype(jnp.float32),
+        jnp.where(log_probabilities == -jnp.inf, _LOG_OF_ZERO, log_probabilities),
+        is_padding.astype(jnp.float32),
         labels,
         (~valid).astype(jnp.float32),
         blank_id=blank,
+        log_epsilon=_LOG_OF_ZERO,
     )
+    losses = jnp.where(losses > -_LOG_OF_ZERO / 2, jnp.inf, losses)
     no_label = (labels < 0) | (labels >= num_classes) | (labels == blank)
     wrong = jnp.any(valid & no_label, axis=1) | (_frames_needed(labels, valid) > frames)
     wrong |= (label_lengths < 0) | (label_lengths > labels.shape[1])
@@ -205,8 +228,9 @@ def check_ctc_batch(batch: Batch, frames: Any, *, num_classes: int, blank: int =
         blank: the blank class.
 
     Raises:
-        ValueError: the first such utterance, and why.
+        ValueError: the first such utterance, and why; or a blank that is not a class.
     """
+    _check_blank(blank, num_classes)
     labels, lengths = np.asarray(batch["labels"]), np.asarray(batch["label_lengths"])
     weights = np.asarray(batch.get("weights", np.ones(len(labels))))
     valid = np.arange(labels.shape[1])[None] < lengths[:, None]
@@ -260,6 +284,11 @@ def _token_weights(batch: Batch, name: str) -> jax.Array | None:
             f"each example, shape {shape[:1]}, or one for each token"
         )
     return tokens * (weights[:, None] if weights.ndim == 1 else weights)
+
+
+def _check_blank(blank: int, num_classes: int) -> None:
+    if not 0 <= blank < num_classes:
+        raise ValueError(f"blank is {blank}; give one of the {num_classes} classes")
 
 
 def _frames_needed(labels: Any, valid: Any) -> jax.Array:

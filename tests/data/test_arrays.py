@@ -56,6 +56,16 @@ def test_labels_out_of_range_are_refused(labels, message):
         check_arrays({"labels": labels}, num_classes=3)
 
 
+def test_labels_of_every_integer_type_are_compared_with_all_classes():
+    data = {"labels": np.array([0, 255], np.uint8), "weights": np.array([0.0, 2.0])}
+    assert check_arrays(data, num_classes=256)["labels"].dtype == np.uint8
+
+
+def test_weights_below_zero_are_refused():
+    with pytest.raises(ValueError, match=r"1 weights are below 0, first -0\.5"):
+        check_arrays({"labels": np.arange(2), "weights": np.array([1, -0.5])})
+
+
 def test_missing_labels_are_refused_if_num_classes_is_given():
     with pytest.raises(ValueError, match=r"no 'labels' among \['inputs'\]"):
         check_arrays({"inputs": np.zeros(2)}, num_classes=2)

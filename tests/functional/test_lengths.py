@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.functional.lengths import check_lengths, clear_padding, padding_mask
+from jaxnets.functional.lengths import (
+    check_lengths,
+    clear_padding,
+    clear_tokens,
+    mean_over_time,
+    padding_mask,
+)
 
 
 def test_padding_is_cleared_even_where_it_is_nan():
@@ -63,3 +69,26 @@ def test_lengths_closed_over_by_a_compiled_function_are_checked_as_constants():
     assert inside().tolist() == [True, True]
     with pytest.raises(ValueError, match=r"length 3 is not in \[0, 2\]"):
         jax.jit(lambda: check_lengths(lengths, rows=2, most=2))()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16"])
+def test_lengths_of_every_integer_type_are_those_of_int32(dtype):
+    x, lengths = np.ones((3, 300, 1), np.float32), np.array([100, 0, 127])
+    cleared, valid = jax.jit(clear_padding)(x, lengths.astype(dtype))
+    np.testing.assert_array_equal(np.sum(valid, axis=1), lengths)
+    np.testing.assert_array_equal(np.sum(cleared, axis=(1, 2)), lengths)
+    means = jax.jit(mean_over_time)(cleared, lengths.astype(dtype))
+    np.testing.assert_allclose(means[:, 0], [1, 0, 1], rtol=1e-6)
+
+
+def test_a_mean_over_more_steps_than_there_are_is_refused_or_nan():
+    x, lengths = jnp.array([[[1.0], [0.0], [0.0]]] * 2), np.array([1, 9])
+    with pytest.raises(ValueError, match=r"length 9 is not in \[0, 3\]"):
+        mean_over_time(x, lengths)
+    means = jax.jit(mean_over_time)(x, lengths)
+    np.testing.assert_array_equal(means[:, 0], [1, np.nan])
+
+
+def test_tokens_that_int32_cannot_hold_are_not_taken_for_others():
+    tokens = np.array([[5, 2**32 + 1]])
+    assert clear_tokens(tokens, np.array([2]))[0, 1] > 2**30

@@ -112,3 +112,12 @@ def test_the_gradients_of_a_population_are_those_of_its_members(dtype):
     digits = 1e-4 if dtype == jnp.float32 else 2**-7
     scale = np.max(np.abs(exact))
     np.testing.assert_allclose(found, [exact, 2 * exact], rtol=digits, atol=digits * scale)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 3), (3,)), ((2, 3), (4, 2)), ((), (3, 2)), ((2, 3), (2, 3, 4))]
+)
+def test_shapes_that_do_not_multiply_are_refused(shapes):
+    x, kernel = map(jnp.ones, shapes)
+    with pytest.raises(ValueError, match="do not fit a kernel of shape"):
+        linear(x, kernel)

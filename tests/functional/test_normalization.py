@@ -131,3 +131,16 @@ def test_weights_that_are_not_one_for_each_row_are_refused():
     for shape in ((3,), (6, 2)):
         with pytest.raises(ValueError, match=r"weights of shape \(\d, ?2?\) do not fit an array"):
             batch_norm(x, ones, ones, weights=np.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (2, 3)])
+def test_a_scale_that_would_broadcast_is_refused(shape):
+    x, whole, wrong = jnp.ones((2, 3)), jnp.ones(3), jnp.ones(shape)
+    calls = {
+        "scale": [lambda: layer_norm(x, wrong), lambda: rms_norm(x, wrong)],
+        "bias": [lambda: layer_norm(x, whole, wrong), lambda: batch_norm(x, whole, wrong)],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(ValueError, match=f"a {name} of shape"):
+                function()

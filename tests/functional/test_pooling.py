@@ -160,3 +160,17 @@ def test_integers_can_be_pooled():
 def test_a_wrong_argument_is_refused_with_its_value(shape, window, message):
     with pytest.raises(ValueError, match=message):
         functional.max_pool(jnp.ones(shape), window)
+
+
+@pytest.mark.parametrize("pool", [functional.max_pool, functional.average_pool])
+def test_windows_that_hold_only_padding_are_refused(pool):
+    with pytest.raises(ValueError, match="padding=2 makes windows"):
+        pool(jnp.ones((1, 4, 4, 1)), 2, padding=2)
+    with pytest.raises(ValueError, match="padding=-1 must be"):
+        pool(jnp.ones((1, 4, 4, 1)), 2, padding=-1)
+
+
+def test_nothing_to_average_is_refused():
+    for shape in ((2, 3), (2, 0, 3)):
+        with pytest.raises(ValueError, match="nothing to average"):
+            functional.global_average_pool(jnp.ones(shape))

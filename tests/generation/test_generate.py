@@ -198,6 +198,19 @@ def test_the_padding_of_a_prompt_changes_nothing():
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])
+def test_prompts_and_lengths_may_be_integers_of_every_type(dtype):
+    found = continued(PROMPTS.astype(dtype), lengths=LENGTHS.astype(dtype))
+    np.testing.assert_array_equal(found.tokens, continued().tokens)
+
+
+def test_a_length_of_zero_in_bytes_is_nan_not_the_last_token():
+    found = jax.jit(lambda lengths: continued(lengths=lengths).log_probabilities[:, 0])(
+        np.array([4, 0, 3], np.uint8)
+    )
+    np.testing.assert_array_equal(np.isnan(found), [False, True, False])
+
+
 def test_a_row_does_not_depend_on_the_other_rows():
     whole = continued(stop_tokens=STOPS)
     other = PROMPTS.copy()

@@ -58,3 +58,13 @@ def test_bfloat16_logits_give_a_float32_loss():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match=r"logits \(4, 1\), labels \(4,\) differ in shape"):
         binary_cross_entropy(jnp.zeros((4, 1)), jnp.zeros(4))
+
+
+def test_infinite_logits_that_agree_with_their_labels_cost_nothing():
+    logits, labels = jnp.array([-jnp.inf, jnp.inf, -jnp.inf]), jnp.array([0.0, 1.0, 1.0])
+    for compiled in (lambda f: f, jax.jit):
+        losses = compiled(binary_cross_entropy)(logits, labels)
+        np.testing.assert_array_equal(losses[:2], 0)
+        assert losses[2] > 1e38
+        gradient = compiled(jax.grad(lambda x: binary_cross_entropy(x, labels)[:2].sum()))(logits)
+        np.testing.assert_array_equal(gradient, 0)

@@ -1,6 +1,7 @@
 """Likelihoods of images against SciPy, and the check of the pixel range."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -94,3 +95,22 @@ def test_gray_levels_are_refused_unless_any_range_is_allowed(likelihood):
     for free in (SquaredError(image_range=None), Gaussian(image_range=None)):
         assert check_images(255 * images(2, 3, 4, 1), free.image_range)[1].all()
     assert hash(SquaredError(image_range=(-1.0, 1.0))) != hash(SquaredError())
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "values"),
+    [
+        (Bernoulli(), [0.0, 255.0]),
+        (SquaredError(), [-1.0, 0.0]),
+        (Gaussian(0.1), [0.0, 1.5]),
+        (Gaussian(), [0.0, np.nan]),
+        (DiscretizedLogistic(), [0.0, 255.0]),
+    ],
+)
+def test_a_likelihood_refuses_images_outside_of_its_range(likelihood, values):
+    images = np.array(values, np.float32).reshape(1, 2, 1)
+    outputs = jnp.zeros((1, 2, likelihood.num_parameters))
+    with pytest.raises(ValueError, match="outside of"):
+        likelihood.losses(outputs, images)
+    with pytest.raises(ValueError, match="images have type uint8; give floats"):
+        jax.jit(likelihood.losses)(outputs, np.zeros_like(images, np.uint8))

@@ -406,3 +406,50 @@ def test_the_ctc_objective_sums_over_utterances_and_ignores_padding_examples():
     del batch["label_lengths"]
     with pytest.raises(ValueError, match=r"lacks \['label_lengths'\]"):
         jax.eval_shape(loss, variables["params"])
+
+
+def test_log_probabilities_of_minus_infinity_exclude_alignments():
+    frames, labels, lengths = jnp.array([2]), jnp.array([[2]]), jnp.array([1])
+    logits = jnp.array([[[0, -jnp.inf, 0], [0, 0, -jnp.inf]]])
+    for compiled in (lambda f: f, jax.jit):
+        loss, gradient = compiled(
+            jax.value_and_grad(lambda x: ctc_loss(x, frames, labels, lengths)[0])
+        )(logits)
+        np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)  # label 2, then the blank
+        np.testing.assert_allclose(gradient, [[[0.5, 0, -0.5], [-0.5, 0.5, 0]]], atol=1e-6)
+    # No alignment has a probability above 0: label 1 cannot come first.
+    loss, gradient = jax.value_and_grad(
+        lambda x: ctc_loss(x, frames, jnp.array([[1, 2]]), jnp.array([2]))[0]
+    )(logits)
+    assert loss == np.inf
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_ctc_takes_integers_of_every_type_and_ignores_frames_beyond_the_lengths():
+    logits = np.random.default_rng(0).normal(size=(2, 4, 300)).astype(np.float32)
+    labels, lengths, frames = np.array([[3, 100], [7, 0]]), np.array([2, 1]), np.array([4, 3])
+    expected = ctc_loss(logits, frames, labels, lengths)
+    logits[1, 3] = np.nan
+    for dtype in (np.uint8, np.int8, np.uint16):
+        integers = [array.astype(dtype) for array in (frames, labels, lengths)]
+        for loss in (ctc_loss, jax.jit(ctc_loss)):
+            np.testing.assert_allclose(loss(logits, *integers), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("blank", [9, -1])
+def test_a_blank_that_is_no_class_is_refused(blank):
+    one = np.array([1])
+    with pytest.raises(ValueError, match=f"blank is {blank}; give one of the 3 classes"):
+        ctc_loss(jnp.zeros((1, 2, 3)), one, one[None], one, blank=blank)
+    with pytest.raises(ValueError, match=f"blank is {blank}"):
+        check_ctc_batch(
+            {"labels": one[None], "label_lengths": one}, one, num_classes=3, blank=blank
+        )
+
+
+def test_labels_of_ctc_that_are_no_integers_are_refused():
+    one = np.array([1])
+    with pytest.raises(ValueError, match="labels have type float64; give integers"):
+        ctc_loss(jnp.zeros((1, 2, 3)), one, np.ones((1, 1)), one)
+    with pytest.raises(ValueError, match=r"are not \[batch, time, classes\]"):
+        ctc_loss(jnp.zeros((2, 3)), one, one[None], one)

@@ -1,5 +1,7 @@
 """Supervised losses, objectives and metrics against SciPy, scikit-learn and values by hand."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import scipy.stats
 from scipy.special import log_softmax
 
 from jaxnets.core import rng_streams
+from jaxnets.data.arrays import pad_batch
 from jaxnets.metrics import supervised
 from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_loss, squared_error
 from jaxnets.objectives.supervised import classification, regression, with_batch_transform
@@ -211,3 +214,70 @@ def test_the_confidence_interval_is_that_of_students_distribution():
     expected = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx(expected)
     assert supervised.confidence_interval([0.5]) == (0.5, None)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int64", "uint64"])
+@pytest.mark.parametrize("num_classes", [256, 300])
+def test_labels_of_every_integer_type_are_compared_with_all_classes(dtype, num_classes):
+    labels = np.array([0, 5, 100, 127]).astype(dtype)
+    logits = np.random.default_rng(0).normal(size=(4, num_classes)).astype(np.float32)
+    expected = -log_softmax(logits, axis=1)[np.arange(4), labels]
+    for losses in (cross_entropy, jax.jit(cross_entropy)):
+        np.testing.assert_allclose(losses(logits, labels), expected, rtol=1e-5)
+    hits = supervised.accuracy(jnp.eye(num_classes)[labels.astype(int)], labels)
+    assert float(hits.compute()) == 1
+    matrix = supervised.confusion_matrix(jnp.eye(num_classes)[labels.astype(int)], labels).total
+    np.testing.assert_array_equal(np.diagonal(matrix).nonzero()[0], labels)
+    assert float(matrix.sum()) == 4
+
+
+@pytest.mark.parametrize("labels", [[0], [[1.0, 0, 0]], [[0.9, 0, 0.1]]])
+def test_an_excluded_class_counts_nothing_where_its_label_is_zero(labels):
+    labels, logits = jnp.asarray(labels), jnp.array([[0, -jnp.inf, 1]])
+    p = np.array([0.9, 0.1]) if labels.shape == (1, 3) and labels[0, 2] else np.array([1.0, 0])
+    softmax = np.exp([0, 1]) / np.exp([0, 1]).sum()
+    for compiled in (lambda f: f, jax.jit):
+        loss, gradient = compiled(jax.value_and_grad(lambda x: cross_entropy(x, labels).sum()))(
+            logits
+        )
+        np.testing.assert_allclose(loss, -np.sum(p * np.log(softmax)), rtol=1e-6)
+        np.testing.assert_allclose(gradient, [[*(softmax - p)[:1], 0, (softmax - p)[1]]], rtol=1e-6)
+    assert cross_entropy(logits, jnp.array([1])).item() == np.inf
+    # The gradient of the labels, too: that of a class which is not excluded is -log p.
+    to_labels = jax.grad(lambda p: cross_entropy(logits, p).sum())(jnp.array([[1.0, 0, 0]]))
+    np.testing.assert_allclose(to_labels[0, [0, 2]], -np.log(softmax), rtol=1e-6)
+    assert np.isfinite(to_labels).all()
+
+
+@pytest.mark.parametrize("row", [[1, 1, 1, 0], [1.5, -0.5, 0, 0], [0, 0, 0, 0], [np.nan, 1, 0, 0]])
+def test_class_probabilities_that_are_no_distribution_are_nan(row, logits):
+    labels = np.full((6, 4), 0.25, np.float32)
+    labels[1] = row
+    for losses in (cross_entropy, jax.jit(cross_entropy)):
+        found = losses(logits, labels)
+        np.testing.assert_array_equal(np.isnan(found), np.arange(6) == 1)
+    half = jnp.asarray(np.full((6, 4), 0.25), jnp.bfloat16) * 0.9 + 0.025
+    assert np.isfinite(cross_entropy(logits, half)).all()
+
+
+def test_padding_of_a_batch_with_class_probabilities_is_ignored(logits):
+    batch = pad_batch({"inputs": logits[:3], "labels": np.eye(4, dtype=np.float32)[:3]}, 6)
+    params = Identity().init(jax.random.key(0), logits)["params"]
+
+    def loss(params):
+        return classification(Identity())(params, {}, batch, jax.random.key(0), train=True).loss
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda params: loss(params).compute()))(params)
+    np.testing.assert_allclose(value, np.mean(cross_entropy(logits[:3], np.arange(3))), rtol=1e-6)
+    assert np.isfinite(gradient["scale"])
+
+
+def test_weights_below_zero_stop_a_classifier(logits):
+    params = Identity().init(jax.random.key(0), logits)["params"]
+    batch = {"inputs": logits, "labels": LABELS, "weights": np.array([1, 1, -1, 1, 1, 1.0])}
+    objective = functools.partial(
+        classification(Identity()), params, {}, rng=jax.random.key(0), train=True
+    )
+    with pytest.raises(ValueError, match=r"weights hold -1\.0"):
+        objective(batch)
+    assert np.isnan(jax.jit(lambda batch: objective(batch).loss.compute())(batch))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.core import at_least_int32
 from jaxnets.data.audio.waveform import to_waveform
 from jaxnets.functional.lengths import clear_padding
 
@@ -69,12 +70,14 @@ def num_valid_frames(lengths: Any, frame_length: int, hop: int, *, center: bool 
         center: as in `frame`.
 
     Returns:
-        The frames that `frame` returns for each length; type and shape of `lengths`.
+        The frames that `frame` returns for each length: an integer, or an integer array [...] of
+        32 bits or more.
 
     Example:
         >>> num_valid_frames(8000, 256, 80), num_valid_frames(8000, 256, 80, center=False)
         (101, 97)
     """
+    lengths = at_least_int32(lengths)
     first, offset = (1, 0) if center else (frame_length, frame_length)
     return (lengths >= first) * (1 + (lengths - offset) // hop)
 
@@ -275,7 +278,7 @@ class LogMel:
         if lengths is None:
             return features
         num_frames = features.shape[1]
-        lengths = jnp.asarray(lengths)
+        lengths = at_least_int32(jnp.asarray(lengths))
         # `clear_padding` has made signals of negative length NaN; do not mask these frames.
         num_valid = jnp.where(lengths < 0, num_frames, self.frames(lengths))
         valid = jnp.arange(num_frames)[None] < num_valid[:, None]

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import IMAGES, check_rank
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, known_values
+
+# Tolerance of a range of pixels, such as for a division in 16 bits.
+_ROUNDING = 1e-2
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -22,7 +25,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     Corresponds to `torchvision.transforms.ToTensor` and `Normalize`, channels last.
 
     Args:
-        images: [..., height, width, channels]; uint8 is divided by 255, floats must be in [0, 1].
+        images: [..., height, width, channels]; uint8, which is divided by 255, or floats in [0, 1].
         mean: per channel, in [0, 1].
         std: per channel, positive.
 
@@ -30,7 +33,8 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
         The shape of `images`; float64 stays float64, other dtypes become float32.
 
     Raises:
-        ValueError: `mean` or `std` does not have one value per channel.
+        ValueError: `mean` or `std` does not have one value per channel; integers other than uint8,
+            whose greatest gray level is unknown; or floats that are known to be outside of [0, 1].
 
     Example:
         >>> normalize(jnp.full((1, 1, 1), 255, jnp.uint8), mean=(0.5,), std=(0.25,)).item()
@@ -43,11 +47,32 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
             f"{len(mean)} means and {len(std)} standard deviations do not fit images of shape "
             f"{images.shape}; give {channels} of each"
         )
-    images = at_least_float32(images / 255 if images.dtype == jnp.uint8 else images)
+    if images.dtype == jnp.uint8:
+        images = images / 255
+    elif not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images have type {images.dtype}; give gray levels 0 to 255 as uint8, or divide them "
+            "by the greatest gray level"
+        )
+    else:
+        _check_unit_range(images)
+    images = at_least_float32(images)
     shape = (1,) * (images.ndim - 1) + (channels,)
     offset, scale = (jnp.asarray(value, images.dtype).reshape(shape) for value in (mean, std))
     # [1, ..., 1, channels]
     return (images - offset) / scale
+
+
+def _check_unit_range(images: jax.Array) -> None:
+    known = known_values(images)
+    if known is None or not known.size:
+        return
+    least, greatest = float(known.min()), float(known.max())
+    if not -_ROUNDING <= least <= greatest <= 1 + _ROUNDING:  # NaN too
+        raise ValueError(
+            f"images hold {least:g} to {greatest:g}, outside of [0, 1]; divide gray levels by "
+            "their maximum, such as 255"
+        )
 
 
 def random_shift(

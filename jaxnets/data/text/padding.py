@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxnets.checks import check_sizes
+from jaxnets.core import at_least_int32
 from jaxnets.data.text.vocabulary import PAD
 
 Lengths = TypeVar("Lengths", int, np.ndarray)
@@ -66,7 +67,7 @@ def pad_sequences(
 
 def round_up(lengths: Lengths, multiple: int) -> Lengths:
     """Round lengths up to a multiple, elementwise."""
-    return -(-lengths // multiple) * multiple
+    return -(-at_least_int32(lengths) // multiple) * multiple
 
 
 def check_sequence(ids: npt.ArrayLike, index: int) -> np.ndarray:

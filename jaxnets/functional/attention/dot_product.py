@@ -46,8 +46,9 @@ def reference_attention(
     visible = visible & causal_mask(q.shape[1]) if causal else visible
     visible = visible & window_mask(q.shape[1], window=window) if window is not None else visible
     visible = jnp.broadcast_to(visible, scores.shape)  # [batch, heads, queries, keys]
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    weights = jnp.where(visible, weights, 0)  # differs only for queries whose keys are all masked
+    scores = jnp.where(visible, scores, -jnp.inf)
+    hidden = jnp.all(scores == -jnp.inf, axis=-1, keepdims=True)  # [batch, heads, queries, 1]
+    weights = jnp.where(hidden, 0, jax.nn.softmax(jnp.where(hidden, 0, scores), axis=-1))
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(value.dtype)
 
 
@@ -68,7 +69,7 @@ def dot_product_attention(
     With fewer key-value heads than heads, consecutive heads share one (grouped-query attention),
     without copies of it. Corresponds to `jax.nn.dot_product_attention` and to
     `torch.nn.functional.scaled_dot_product_attention`; differs in that a query whose keys are all
-    masked gives 0.
+    hidden, by the mask or by a bias of -infinity, gives 0.
 
     The implementation depends on platform, dtype and size. On NVIDIA GPUs in 16 bits and without
     a bias, cuDNN's flash attention: no weights are materialized. On CPU without a bias, on one
@@ -79,12 +80,11 @@ def dot_product_attention(
     Reverse-mode differentiable any number of times; forward mode is not supported.
 
     Args:
-        query: [batch, queries, heads, head_dim].
-        key: [batch, keys, kv_heads, head_dim], where kv_heads divides heads.
-        value: [batch, keys, kv_heads, value_dim], finite even where masked.
-        mask: bool, broadcasts to [batch, heads, queries, keys]; False hides a key. A query whose
-            keys are all hidden gives 0.
-        bias: floating, broadcasts to [batch, heads, queries, keys].
+        query: floating [batch, queries, heads, head_dim].
+        key: floating [batch, keys, kv_heads, head_dim], where kv_heads divides heads.
+        value: floating [batch, keys, kv_heads, value_dim], finite even where masked.
+        mask: bool, broadcasts to [batch, heads, queries, keys]; False hides a key.
+        bias: floating, broadcasts to [batch, heads, queries, keys]; -infinity hides a key.
         scale: factor of the query-key products, by default 1 / sqrt(head_dim).
         causal: hide the keys after the query's own position. Same as `causal_mask` of the
             sequence, but no mask is read and hidden parts are not computed.
@@ -96,7 +96,7 @@ def dot_product_attention(
         wider.
 
     Raises:
-        ValueError: shapes that do not fit together, or a window below 1.
+        ValueError: shapes or types that do not fit, or a window that is no integer of 1 or more.
 
     Example:
         >>> x = jax.numpy.ones((2, 5, 4, 8))
@@ -107,9 +107,9 @@ def dot_product_attention(
         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245
         (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, value, mask, bias, local_mask)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     return _jitted_attention(query, key, value, mask, bias, scale, local_mask)
 
 

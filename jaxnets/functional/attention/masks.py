@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.checks import check_sizes
+from jaxnets.core import at_least_int32
 
 
 class LocalMask(NamedTuple):
@@ -76,13 +80,12 @@ def window_mask(
         bool [batch or 1, 1, queries, keys].
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: a window that is no integer of 1 or more.
 
     References:
         Beltagy, Peters and Cohan 2020, arXiv:2004.05150, section 3.1.
     """
-    if window < 1:
-        raise ValueError(f"window is {window}; a position attends to itself, so give at least 1")
+    check_sizes(window=window)
     return jnp.abs(distances(queries, keys)) < window
 
 
@@ -96,10 +99,41 @@ def distances(queries: int | jax.Array, keys: jax.Array | None) -> jax.Array:
     Returns:
         Integer [batch or 1, 1, queries, keys].
 
+    Raises:
+        ValueError: positions of another shape or type.
+
     Example:
         >>> distances(2, jnp.array([[0, 1, 2]]))[0, 0].tolist()
         [[0, -1, -2], [1, 0, -1]]
     """
-    queries = jnp.arange(queries)[None] if isinstance(queries, int) else jnp.asarray(queries)
-    keys = queries if keys is None else jnp.asarray(keys)
-    return queries[:, None, :, None] - keys[:, None, None, :]  # [batch or 1, 1, queries, keys]
+    if isinstance(queries, (int, np.integer)):
+        queries = jnp.arange(queries)[None]
+    keys = queries if keys is None else keys
+    query_positions, key_positions = check_positions(queries), check_positions(keys)
+    if len({len(query_positions), len(key_positions)} - {1}) > 1:
+        raise ValueError(
+            f"positions of queries {query_positions.shape} and of keys {key_positions.shape} are "
+            "of different batches; give [batch or 1, time]"
+        )
+    # [batch or 1, 1, queries, keys]
+    return query_positions[:, None, :, None] - key_positions[:, None, None, :]
+
+
+def check_positions(positions: jax.Array) -> jax.Array:
+    """Return positions in a type in which their differences do not wrap.
+
+    Args:
+        positions: integer [batch or 1, time].
+
+    Returns:
+        The same, int32 or wider.
+
+    Raises:
+        ValueError: positions of another shape or type.
+    """
+    shape, dtype = jnp.shape(positions), jnp.result_type(positions)
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"positions have shape {shape} and type {dtype}; give integers [batch or 1, time]"
+        )
+    return jnp.asarray(at_least_int32(positions))

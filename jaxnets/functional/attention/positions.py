@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.checks import check_sizes
 from jaxnets.core import at_least_float32
-from jaxnets.functional.attention.masks import distances
+from jaxnets.functional.attention.masks import check_positions, distances
 
 
 def sinusoidal_positions(
@@ -32,7 +33,7 @@ def sinusoidal_positions(
         [..., features].
 
     Raises:
-        ValueError: an odd number of features.
+        ValueError: a number of features that is odd or not above 0.
 
     Example:
         >>> sinusoidal_positions(jnp.arange(1), 4).tolist()
@@ -61,11 +62,22 @@ def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> ja
         Shape and dtype of `x`.
 
     Raises:
-        ValueError: an odd head_dim.
+        ValueError: an odd head_dim, or shapes or types that do not fit.
 
     References:
         Su et al. 2021, arXiv:2104.09864, section 3.2 (which pairs neighbors).
     """
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"queries or keys of shape {x.shape} and type {x.dtype} do not fit; give floats "
+            "[batch, time, heads, head_dim]"
+        )
+    positions = check_positions(positions)
+    if positions.shape not in ((1, x.shape[1]), x.shape[:2]):
+        raise ValueError(
+            f"positions of shape {positions.shape} do not fit queries or keys of shape {x.shape}; "
+            "give [batch or 1, time]"
+        )
     wide = at_least_float32(x)
     angles = _angles(positions, x.shape[-1], theta, wide.dtype)
     angles = angles[:, :, None]  # [batch or 1, time, 1, head_dim / 2]
@@ -87,6 +99,9 @@ def alibi_slopes(num_heads: int) -> list[float]:
     Returns:
         One slope for each head.
 
+    Raises:
+        ValueError: a number of heads that is not above 0.
+
     Example:
         >>> alibi_slopes(2), alibi_slopes(3)
         ([0.0625, 0.00390625], [0.0625, 0.00390625, 0.25])
@@ -94,6 +109,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     References:
         Press, Smith and Lewis 2022, arXiv:2108.12409, section 3 and their published code.
     """
+    check_sizes(num_heads=num_heads)
     below = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (index + 1) / below) for index in range(below)]
     between = [2.0 ** (-4 * (2 * index + 1) / below) for index in range(num_heads - below)]
@@ -186,6 +202,7 @@ def _angles(
     positions: jax.Array, features: int, theta: float, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Return position / theta^(2i / features), [..., features / 2]."""
+    check_sizes(features=features)
     if features % 2:
         raise ValueError(
             f"{features} features do not form pairs; sines and cosines need an even number"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.checks import check_sizes
 from jaxnets.functional.attention.masks import LocalMask
 from jaxnets.functional.lowering.layout import row_major
 
@@ -33,18 +34,22 @@ def attention_weights(
 
     Returns:
         [batch, heads, queries, keys], float32 or wider; each row sums to 1, or is 0 where all
-        keys are masked.
+        keys are hidden.
 
     Raises:
-        ValueError: shapes that do not fit together, or a window below 1.
+        ValueError: as in `dot_product_attention`.
     """
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, key, mask, bias, local_mask)
     positions = (jnp.arange(x.shape[1])[None] for x in (query, key))  # [1, queries], [1, keys]
     visible = combine_masks(mask, local_mask.mask(*positions))
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    weights = jax.nn.softmax(scores(query, key, visible, bias, scale), axis=-1)
-    return weights if visible is None else _zero_fully_masked(visible, weights)
+    logits = scores(query, key, visible, bias, scale)
+    if mask is None and bias is None:
+        return jax.nn.softmax(logits, axis=-1)
+    hidden = jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf  # [batch, heads, queries, 1]
+    weights = jax.nn.softmax(jnp.where(hidden, 0, logits), axis=-1)
+    return jnp.where(hidden, jnp.zeros((), weights.dtype), weights)
 
 
 def apply_attention_weights(weights: jax.Array, value: jax.Array) -> jax.Array:
@@ -76,24 +81,34 @@ def check_shapes(
     """Check that the shapes of all arguments fit together.
 
     Raises:
-        ValueError: they do not, a mask that is not bool, or a local mask with different numbers
-            of queries and keys.
+        ValueError: they do not, operands that are not floating, a mask that is not bool, a window
+            that is no positive integer, or a local mask with different numbers of queries and keys.
     """
     for name, array in (("queries", query), ("keys", key), ("values", value)):
-        if array.ndim != 4:
+        if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
-                f"{name} of shape {array.shape} are not [batch, time, heads, head_dim]"
+                f"{name} of shape {array.shape} and type {array.dtype} do not fit; give floats "
+                "[batch, time, heads, head_dim]"
             )
+    if local_mask.window is not None:
+        check_sizes(window=local_mask.window)
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(
+            f"the bias has dtype {bias.dtype}; give floats, which are added to the scores, and a "
+            "mask of visible keys as mask="
+        )
     if mask is not None and mask.dtype != bool:
         raise ValueError(
             f"the mask has dtype {mask.dtype}; give bool, True where a key is visible, and values "
             "that are added to the scores as bias="
         )
     (batch, queries, heads, head_dim), (key_batch, keys, kv_heads, key_dim) = query.shape, key.shape
-    if key_batch != batch or key_dim != head_dim or heads % kv_heads:
+    empty = 0 in (keys, kv_heads, head_dim)
+    if empty or key_batch != batch or key_dim != head_dim or heads % kv_heads:
         raise ValueError(
             f"queries of shape {query.shape} do not fit keys of shape {key.shape}; both are "
-            "[batch, time, heads, head_dim], and the number of key heads divides the other one"
+            "[batch, time, heads, head_dim], with at least one key, and the number of key heads "
+            "divides the other one"
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
@@ -136,7 +151,7 @@ def scores(
     bias: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Return scale query key^T + bias, the most negative finite number where a key is masked.
+    """Return scale query key^T + bias, -infinity where a key is masked.
 
     The arguments are those of `dot_product_attention`, mask and bias with four axes.
 
@@ -150,7 +165,7 @@ def scores(
     products = batched_matmul(rows, heads_before_time(key, queries), transpose_rhs=True)
     result = scale * products.reshape(batch, heads, queries, keys)
     result = result if bias is None else result + bias.astype(result.dtype)
-    return result if mask is None else jnp.where(mask, result, jnp.finfo(result.dtype).min)
+    return result if mask is None else jnp.where(mask, result, -jnp.inf)
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -178,35 +193,31 @@ class UnnormalizedSoftmax(NamedTuple):
 
 
 def softmax(
-    scores: jax.Array, mask: jax.Array | None
+    scores: jax.Array, *, may_hide_all: bool
 ) -> tuple[UnnormalizedSoftmax, SoftmaxStatistics]:
-    """Return the weights, 0 for queries whose keys are all masked, and their statistics.
+    """Return the weights, 0 for queries whose keys are all hidden, and their statistics.
 
     Args:
-        scores: [batch, heads, queries, keys].
-        mask: bool, broadcasts to the scores; None if no query can have all its keys masked.
+        scores: [batch, heads, queries, keys], -infinity where a key is hidden.
+        may_hide_all: whether a query may have all its keys hidden.
     """
     maximum = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = exponentials(scores, maximum, mask)
+    if may_hide_all:  # a finite maximum, so that the exponentials are 0
+        maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
+    weights = exponentials(scores, maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)  # [batch, heads, queries, 1]
-    inverse = 1 / (total if mask is None else jnp.where(total == 0, 1, total))
+    inverse = 1 / (jnp.where(total == 0, 1, total) if may_hide_all else total)
     return UnnormalizedSoftmax(weights, inverse), SoftmaxStatistics(maximum, inverse)
 
 
-def exponentials(scores: jax.Array, maximum: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return exp(scores - maximum), 0 for queries whose keys are all masked.
+def exponentials(scores: jax.Array, maximum: jax.Array) -> jax.Array:
+    """Return exp(scores - maximum).
 
     Args:
         scores: [batch, heads, queries, keys].
         maximum: [batch, heads, queries, 1].
-        mask: as in `softmax`.
     """
-    result = jnp.exp(scores - maximum)
-    return result if mask is None else _zero_fully_masked(mask, result)
-
-
-def _zero_fully_masked(mask: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, jnp.zeros((), weights.dtype))
+    return jnp.exp(scores - maximum)
 
 
 def weights_matmul_values(weights: jax.Array, value: jax.Array) -> jax.Array:

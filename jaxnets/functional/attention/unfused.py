@@ -51,6 +51,11 @@ class _Operands(NamedTuple):
     mask: jax.Array | None
     bias: jax.Array | None
 
+    @property
+    def may_hide_all(self) -> bool:
+        """Whether a query may have all its keys hidden; a local mask leaves its own position."""
+        return self.mask is not None or self.bias is not None
+
     def slice(self, group: HeadGroup) -> _Operands:
         """Slice to one head group; attention with a bias is not computed per head."""
         query, key, value = (group.slice(x, heads_axis=2) for x in self[:3])
@@ -69,15 +74,13 @@ class _Settings(NamedTuple):
     scale: float
     local_mask: LocalMask
 
-    def scores(self, tile: Tile, operands: _Operands) -> tuple[jax.Array, jax.Array | None]:
-        """Return the scores of a tile, and its mask if a query may have all its keys masked."""
+    def scores(self, tile: Tile, operands: _Operands) -> jax.Array:
+        """Return the scores of a tile, [batch, heads, queries, keys]."""
         mask, bias = jax.tree.map(tile.slice_scores, operands[3:])  # None stays
         positions = (jnp.arange(*ends)[None] for ends in (tile[:2], tile[2:]))  # [1, time]
         visible = combine_masks(mask, self.local_mask.mask(*positions))
         query, key = tile.slice_queries(operands.query), tile.slice_keys(operands.key)
-        tile_scores = scores(query, key, visible, bias, self.scale)
-        # A local mask leaves each query its own position: only `mask` can mask everything.
-        return tile_scores, None if mask is None else visible
+        return scores(query, key, visible, bias, self.scale)
 
     def tilings(self, operands: _Operands) -> TilingPerPlatform:
         """Choose the tilings for all platforms."""
@@ -172,7 +175,9 @@ def _forward_tiles(
     residuals: _Residuals = []
     value = operands.value
     for tile in tiling.tiles:
-        weights, statistics = softmax(*settings.scores(tile, operands))
+        weights, statistics = softmax(
+            settings.scores(tile, operands), may_hide_all=operands.may_hide_all
+        )
         average = weights.inverse_denominator * weights_matmul_values(
             weights.exponentials, tile.slice_keys(value)
         )  # [batch, heads, queries of the tile, value_dim]
@@ -220,8 +225,7 @@ def _backward_tiles(
         if isinstance(saved, UnnormalizedSoftmax):
             weights = saved.exponentials
         else:
-            tile_scores, visible = settings.scores(tile, operands)
-            weights = exponentials(tile_scores, saved.maximum, visible)
+            weights = exponentials(settings.scores(tile, operands), saved.maximum)
         # The denominator is applied to the cotangent, which is smaller than the weights.
         inverse = jnp.swapaxes(saved.inverse_denominator, 1, 2)  # [batch, queries, heads, 1]
         upstream = (tile.slice_queries(cotangent) * inverse).astype(cotangent.dtype)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.checks import check_sizes
 from jaxnets.functional.conv import (
     batch_innermost,
     depthwise,
@@ -64,7 +65,8 @@ def convolution(
         [batch, ..., features], of the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit together, or no 1-D or 2-D input.
+        ValueError: shapes or types that do not fit together, no 1-D or 2-D input, or options out
+            of range.
 
     Example:
         >>> image, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2))
@@ -78,8 +80,13 @@ def convolution(
             "[batch, time, channels] with a rank 3 kernel, or [batch, height, width, channels] "
             "with a rank 4 kernel"
         )
+    if x.dtype != kernel.dtype:
+        raise ValueError(f"x has type {x.dtype} and the kernel {kernel.dtype}; give both the same")
+    if 0 in kernel.shape[:-2]:
+        raise ValueError(f"a kernel of shape {kernel.shape} has no elements; give sizes above 0")
+    check_sizes(groups=groups)
     channels, features = x.shape[-1], kernel.shape[-1]
-    if groups < 1 or channels != kernel.shape[-2] * groups or features % groups:
+    if channels != kernel.shape[-2] * groups or features % groups:
         raise ValueError(
             f"{channels} channels in {groups} groups do not fit a kernel of shape {kernel.shape}; "
             "kernel.shape[-2] must be channels / groups and groups must divide the features"

@@ -37,13 +37,16 @@ def linear_recurrence(
     differentiable any number of times; forward mode is not supported.
 
     Args:
-        decay: [time, ...].
-        update: [time, ...].
-        start: h before the first step, [...].
+        decay: floating [time, ...].
+        update: floating [time, ...], same shape.
+        start: h before the first step, floating [...].
         reverse: run from the last step to the first.
 
     Returns:
-        h after each step, [time, ...].
+        h after each step, [time, ...], of the widest of the three types.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or no step.
 
     Example:
         >>> half, ones = jnp.full(3, 0.5), jnp.ones(3)
@@ -53,7 +56,16 @@ def linear_recurrence(
     References:
         Blelloch 1990, "Prefix Sums and Their Applications", section 1.4.
     """
-    return _linear_recurrence(reverse, decay, update, start)
+    shapes = f"decay {decay.shape}, update {update.shape} and start {start.shape}"
+    if not decay.ndim or decay.shape != update.shape or decay.shape[1:] != start.shape:
+        raise ValueError(f"{shapes} do not fit; give [time, ...], [time, ...] and [...]")
+    if not len(decay):
+        raise ValueError(f"{shapes} have no step; give at least 1")
+    dtype = jnp.result_type(decay, update, start)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"decay, update and start have type {dtype}; give floats")
+    operands = (x.astype(dtype) for x in (decay, update, start))
+    return _linear_recurrence(reverse, *operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

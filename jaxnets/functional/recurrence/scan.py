@@ -166,6 +166,9 @@ def recurrent_scan(
         Outputs [time, batch, hidden_size], in the order of `x` and the dtype of the weights, and
         the final carry.
 
+    Raises:
+        ValueError: shapes or types that do not fit.
+
     Example:
         >>> from jaxnets.functional.recurrence.cells import ElmanCell
         >>> cell, x = ElmanCell(), jnp.ones((4, 2, 3))
@@ -177,7 +180,21 @@ def recurrent_scan(
         >>> outputs.shape, bool(jnp.all(outputs[-1] == hidden))
         ((4, 2, 5), True)
     """
+    if x.ndim != 3 or not len(x):
+        raise ValueError(f"inputs of shape {x.shape} are not [time, batch, channels]")
+    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != bool):
+        raise ValueError(
+            f"valid steps of shape {valid.shape} and type {valid.dtype} do not fit inputs of "
+            f"shape {x.shape}; give bool [time, batch]"
+        )
     projected = cell.project(weights, x)
+    shape = (x.shape[1], projected.shape[-1] // cell.num_gates)
+    shapes = jax.tree.map(jnp.shape, carry)
+    if shapes != (shape,) * len(cell.states):
+        raise ValueError(
+            f"a carry of shapes {shapes} does not fit inputs of shape {x.shape}; give a tuple of "
+            f"{', '.join(cell.states)}, each [batch, hidden_size], which is {shape} here"
+        )
     outputs, carry = cell.scan(weights, projected, carry, valid, reverse=reverse)
     if valid is not None:
         outputs = jnp.where(valid[..., None], outputs, jnp.zeros((), outputs.dtype))

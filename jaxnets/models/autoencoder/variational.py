@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, record
+from jaxnets.core import Precision, at_least_int32, known_values, record
 from jaxnets.functional.gaussian import draw_code, normal_divergence
 from jaxnets.layers import Dense
 from jaxnets.models.autoencoder.encoder_decoder import (
@@ -208,14 +208,14 @@ def one_hot_classes(labels: Any, num_classes: int, num_examples: int) -> jax.Arr
             f"labels of shape {labels.shape} and type {labels.dtype} do not fit {num_examples} "
             f"examples; give one integer for each, shape ({num_examples},)"
         )
-    if not isinstance(labels, jax.core.Tracer):
-        known = np.asarray(labels)  # NumPy evaluates it even while another function is traced
+    known = known_values(labels)
+    if known is not None:
         wrong = known[(known < 0) | (known >= num_classes)]
         if wrong.size:
             raise ValueError(
                 f"label {wrong[0]} is not in [0, {num_classes}); number the classes from 0"
             )
-    labels = jnp.asarray(labels)
+    labels = at_least_int32(jnp.asarray(labels))
     outside = (labels < 0) | (labels >= num_classes)
     return jnp.where(outside[:, None], jnp.nan, jax.nn.one_hot(labels, num_classes))
 

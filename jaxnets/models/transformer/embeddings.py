@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import check_rank
-from jaxnets.core import Precision
+from jaxnets.core import Precision, at_least_int32
 from jaxnets.functional.attention.positions import sinusoidal_positions
 from jaxnets.functional.lengths import clear_padding, clear_tokens
 from jaxnets.layers import Dropout, Embedding
@@ -135,7 +135,7 @@ class PositionEmbedding(nn.Module):
 
         Args:
             x: the steps.
-            positions: integer [batch or 1, time]; by default 0, 1, 2, ... Beyond the learned
+            positions: integer [batch or 1, time]; by default 0, 1, 2, ... Outside of the learned
                 positions the result is NaN.
 
         Raises:
@@ -158,7 +158,10 @@ class PositionEmbedding(nn.Module):
             if positions is None:
                 embedded = table[None, :time]
             else:
-                embedded = table.at[positions].get(mode="fill", fill_value=jnp.nan)
+                positions = at_least_int32(positions)
+                inside = (positions >= 0) & (positions < self.max_length)
+                embedded = table[jnp.where(inside, positions, 0)]
+                embedded = jnp.where(inside[..., None], embedded, jnp.nan)
         else:
             return x
         return x + embedded.astype(x.dtype)  # + [batch or 1, time, features]

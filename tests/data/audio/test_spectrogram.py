@@ -342,3 +342,12 @@ def test_standardized_features_do_not_depend_on_padding_or_loudness():
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint64"])
+def test_frames_of_lengths_of_every_integer_type_are_those_of_int32(dtype):
+    lengths = np.array([0, 7, 8, 127])
+    for center in (True, False):
+        expected = num_valid_frames(lengths, 300, 3, center=center)
+        found = num_valid_frames(lengths.astype(dtype), 300, 3, center=center)
+        np.testing.assert_array_equal(found, expected)

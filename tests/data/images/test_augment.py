@@ -229,9 +229,45 @@ def test_float_images_are_expected_in_the_unit_interval():
 
 
 @pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.array([255]), "images have type int32; give gray levels 0 to 255 as uint8"),
+        (np.array([255], np.uint16), "images have type uint16"),
+        (np.array([True]), "images have type bool"),
+        (np.array([0.0, 255.0]), "images hold 0 to 255, outside of"),
+        (np.array([-1.0, 1.0]), "images hold -1 to 1, outside of"),
+        (np.array([0.5, np.nan]), "images hold nan to nan"),
+    ],
+)
+def test_pixels_whose_greatest_gray_level_is_unknown_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        normalize(images.reshape(1, -1, 1), (0.5,), (0.5,))
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda key, x: normalize(x, (0.5,), (0.5,)), "1 means and 1 standard deviations"),
+        (
+            lambda key, x: normalize(x.astype(int), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]),
+            "images have type int32; give gray",
+        ),
+        (
+            lambda key, x: normalize(
+                x.astype(jnp.uint16), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]
+            ),
+            "images have type uint16",
+        ),
+        (
+            lambda key, x: normalize(
+                255 * jnp.ones_like(x), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]
+            ),
+            "images hold 255 to 255",
+        ),
+        (
+            lambda key, x: normalize(-jnp.ones_like(x), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]),
+            "images hold -1 to -1",
+        ),
         (lambda key, x: random_crop(key, x, -1), "cannot move by -1 pixels"),
         (lambda key, x: random_crop(key, x, 1, mode="wrap"), "unknown mode 'wrap'"),
         (lambda key, x: random_crop(key, x, 5, mode="reflect"), "cannot reflect 5 pixels"),

@@ -72,6 +72,32 @@ def test_attention_equals_a_loop_over_queries_with_shared_key_heads(name, kv_hea
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_bias_of_minus_infinity_hides_keys_in_value_and_gradients(name):
+    q, k, v = arrays((1, 3, HEADS, HEAD_DIM), *2 * [(1, 5, HEADS, HEAD_DIM)])
+    mask = np.ones((3, 5), bool)
+    mask[0, :2] = mask[2, :2] = False
+    bias = np.where([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]], -np.inf, 0.5)
+    bias[1, 3] = 0.25  # query 1 sees one key; query 2 none, its mask hides the rest
+    visible = mask & np.isfinite(bias)
+
+    @jax.jit
+    def both(*operands):
+        def attend(query, key, value, bias):
+            return IMPLEMENTATIONS[name](query, key, value, mask=mask, bias=bias)
+
+        value, pull = jax.vjp(attend, *operands)
+        return value, pull(jnp.cos(value) + 0.5)
+
+    found, gradients = both(q, k, v, jnp.asarray(bias, jnp.float32))
+    expected = loop(q, k, v, visible, np.where(visible, bias, 0), HEAD_DIM**-0.5)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_array_equal(found[0, 2], 0)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    np.testing.assert_array_equal(np.asarray(gradients[3])[~visible], 0)
+    np.testing.assert_array_equal(gradients[0][0, 2], 0)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_local_masks_hide_keys_by_their_distance(name):
     q, k, v = arrays(*3 * [(2, 5, HEADS, HEAD_DIM)])
     mask, distance = np.array([1, 1, 0, 1, 1], bool), np.subtract.outer(*2 * [np.arange(5)])
@@ -267,9 +293,48 @@ def test_relative_buckets_by_hand():
     np.testing.assert_array_equal(both[0], [[0, 9, 10], [1, 0, 9], [2, 1, 0]])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_distances_of_positions_of_every_integer_type_do_not_wrap(dtype):
+    positions = np.array([[100, 3, 127]], dtype)
+    wide = positions.astype(np.int64)
+    expected = wide[0][:, None] - wide[0][None]
+    np.testing.assert_array_equal(jax.jit(causal_mask)(positions)[0, 0], expected >= 0)
+    np.testing.assert_array_equal(causal_mask(positions)[0, 0], expected >= 0)
+    np.testing.assert_allclose(alibi_bias(1, positions)[0, 0], -abs(expected) / 256)
+    buckets = jax.jit(lambda p: relative_buckets(p, bidirectional=True, max_distance=300))
+    np.testing.assert_array_equal(buckets(positions), buckets(wide))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (
+            lambda: dot_product_attention(*[jnp.ones((1, 3, 1, 4), int)] * 3),
+            "queries of shape .* and type int32 do not fit; give floats",
+        ),
+        (
+            lambda: attention_weights(*arrays(*2 * [(1, 3, 1, 6)]), bias=jnp.ones((3, 3), bool)),
+            "the bias has dtype bool; give floats",
+        ),
+        (
+            lambda: dot_product_attention(*arrays((1, 3, 1, 6), *2 * [(1, 0, 1, 6)])),
+            "with at least one key",
+        ),
+        (
+            lambda: dot_product_attention(*arrays(*3 * [(1, 3, 1, 6)]), window=2.5),
+            r"window=2\.5 must be a positive integer",
+        ),
+        (lambda: causal_mask(jnp.arange(3)), r"positions have shape \(3,\) and type int32"),
+        (lambda: causal_mask(jnp.ones((1, 3))), "type float32; give integers"),
+        (lambda: causal_mask(*[jnp.zeros((n, 3), int) for n in (2, 4)]), "different batches"),
+        (lambda: rotary(jnp.ones((2, 3, 4)), np.arange(3)[None]), r"of shape \(2, 3, 4\)"),
+        (lambda: rotary(jnp.ones((2, 3, 1, 4), int), np.arange(3)[None]), "int32 do not fit"),
+        (
+            lambda: rotary(jnp.ones((2, 3, 1, 4)), np.arange(1)[None]),
+            r"positions of shape \(1, 1\)",
+        ),
+        (lambda: sinusoidal_positions(np.arange(3), -2), "features=-2"),
+        (lambda: alibi_slopes(0), "num_heads=0"),
         (
             lambda: dot_product_attention(*arrays((1, 2, 4, 6), (1, 3, 3, 6), (1, 3, 3, 6))),
             r"\(1, 3, 3, 6\)",
@@ -286,7 +351,10 @@ def test_relative_buckets_by_hand():
             lambda: dot_product_attention(*arrays((1, 2, 1, 6), *2 * [(1, 3, 1, 6)]), window=2),
             "not 2 and 3",
         ),
-        (lambda: dot_product_attention(*arrays(*3 * [(1, 3, 1, 6)]), window=0), "window is 0"),
+        (
+            lambda: dot_product_attention(*arrays(*3 * [(1, 3, 1, 6)]), window=0),
+            "window=0 must be a positive integer",
+        ),
         (
             lambda: dot_product_attention(
                 *arrays(*3 * [(1, 3, 1, 6)]), mask=jnp.ones((3, 4), bool)
@@ -300,7 +368,7 @@ def test_relative_buckets_by_hand():
         ),
         (
             lambda: dot_product_attention(*arrays((3, 1, 6), *2 * [(1, 3, 1, 6)])),
-            r"queries of shape \(3, 1, 6\) are not \[batch",
+            r"queries of shape \(3, 1, 6\) and type float32 do not fit",
         ),
         (
             lambda: dot_product_attention(
@@ -308,7 +376,7 @@ def test_relative_buckets_by_hand():
             ),
             "bias of",
         ),
-        (lambda: causal_mask(4, window=0), "window is 0"),
+        (lambda: causal_mask(4, window=0), "window=0 must be a positive integer"),
         (lambda: sinusoidal_positions(np.arange(3), 5), "5 features"),
         (lambda: rotary(jnp.ones((1, 2, 1, 3)), np.arange(2)[None]), "3 features"),
         (lambda: relative_buckets(3, bidirectional=True, num_buckets=2), "1 buckets"),

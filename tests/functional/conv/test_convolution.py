@@ -335,7 +335,13 @@ def test_every_function_keeps_the_dtype_of_its_input(dtype):
         ((2, 8), (3, 3), {}, r"\(2, 8\)"),
         ((1, 8, 3), (3, 2, 4), {}, "3 channels in 1 groups"),
         ((1, 8, 3), (3, 3, 4), {"padding": "X"}, "padding='X'"),
-        ((1, 8, 8, 3), (3, 3, 3, 4), {"padding": [(1, 1)]}, r"must have 2 \(low, high\) pairs"),
+        ((1, 8, 8, 3), (3, 3, 3, 4), {"padding": [(1, 1)]}, r"or 2 \(low, high\) pairs"),
+        ((1, 8, 8, 3), (3, 3, 3, 4), {"padding": [1, 1]}, r"padding=\[1, 1\]"),
+        ((1, 8, 3), (3, 3, 4), {"padding": -1}, "padding=-1 must be"),
+        ((1, 8, 3), (3, 3, 4), {"padding": 1.5}, r"padding=1\.5 must be"),
+        ((1, 8, 3), (3, 3, 4), {"strides": 1.5}, r"strides=1\.5 must be"),
+        ((1, 8, 3), (3, 3, 4), {"groups": 0}, "groups=0 must be"),
+        ((1, 8, 3), (0, 3, 4), {}, "has no elements"),
         ((1, 2, 1), (3, 1, 4), {"padding": "VALID"}, "a window of 3 does not fit"),
         ((1, 8, 1), (3, 1, 4), {"strides": 0}, "strides=0"),
         ((1, 8, 1), (3, 1, 4), {"dilation": (1, 1)}, "dilation="),
@@ -344,3 +350,8 @@ def test_every_function_keeps_the_dtype_of_its_input(dtype):
 def test_a_wrong_argument_is_refused_with_its_value(x, kernel, options, message):
     with pytest.raises(ValueError, match=message):
         functional.convolution(np.ones(x), np.ones(kernel), **options)
+
+
+def test_operands_of_different_types_are_refused():
+    with pytest.raises(ValueError, match="has type float64 and the kernel float32"):
+        functional.convolution(np.ones((1, 8, 3)), np.ones((3, 3, 4), np.float32))

@@ -224,3 +224,23 @@ def test_a_stack_passes_every_check(fields, parameters):
 def test_an_unknown_candidate_is_refused_with_its_value():
     with pytest.raises(ValueError, match="candidate is 'tanh'; choose 'positive' or 'identity'"):
         MinGRUCell(candidate="tanh")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "message"),
+    [
+        (((3, 2), (3, 2), (1,)), jnp.float32, "do not fit"),
+        (((3, 1), (3, 2), (2,)), jnp.float32, "do not fit"),
+        (((0, 2), (0, 2), (2,)), jnp.float32, "have no step"),
+        (((3, 2), (3, 2), (2,)), jnp.int32, "give floats"),
+    ],
+)
+def test_operands_of_a_recurrence_that_do_not_fit_are_refused(shapes, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        linear_recurrence(*(jnp.ones(shape, dtype) for shape in shapes))
+
+
+def test_a_recurrence_has_the_widest_type_of_its_operands():
+    half, ones = jnp.full(3, 0.5, jnp.float32), jnp.ones(3, jnp.bfloat16)
+    states = linear_recurrence(half, ones, jnp.array(2.001, jnp.bfloat16))
+    assert states.dtype == jnp.float32

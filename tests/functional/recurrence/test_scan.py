@@ -143,3 +143,20 @@ def test_members_of_a_population_have_the_gradients_of_single_runs():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), population, single
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "carry", "valid", "message"),
+    [
+        ((4, 3), (jnp.zeros((2, 5)),), None, r"inputs of shape \(4, 3\)"),
+        ((4, 2, 3), (jnp.zeros((1, 5)),), None, "a carry of shapes"),
+        ((4, 2, 3), jnp.zeros((2, 5)), None, "a carry of shapes"),
+        ((4, 2, 3), (jnp.zeros((2, 5)),), jnp.ones((2, 4), bool), "valid steps of shape"),
+        ((4, 2, 3), (jnp.zeros((2, 5)),), jnp.ones((4, 2)), "type float32"),
+    ],
+)
+def test_arguments_of_a_scan_that_do_not_fit_are_refused(shape, carry, valid, message):
+    cell = ElmanCell()
+    weights = {name: jnp.ones(size) for name, (_, size) in cell.parameters(3, 5).items()}
+    with pytest.raises(ValueError, match=message):
+        recurrent_scan(cell, weights, jnp.ones(shape), carry, valid=valid)

@@ -232,3 +232,12 @@ def test_training_with_ctc_learns_to_transcribe():
     transcripts, counts = ctc_greedy(logits, frames)
     assert counts.tolist() == [3] * 8
     np.testing.assert_array_equal(transcripts[:, :3], labels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])
+def test_lengths_of_every_integer_type_are_divided_without_wrapping(dtype, variables):
+    lengths = np.array([127, 31, 5, 0])
+    expected = [22, 6, 1, 0]
+    np.testing.assert_array_equal(TINY.num_frames(lengths.astype(dtype)), expected)
+    frames = jax.jit(lambda x, lengths: TINY.apply(variables, x, lengths)[1])
+    np.testing.assert_array_equal(frames(sounds(frames=127), lengths.astype(dtype)), expected)

@@ -25,6 +25,7 @@ from transformer_problem import (
 from jaxnets import transformer
 from jaxnets.core import Precision
 from jaxnets.models.transformer import Stack, TransformerLM, stack_layers, unstack_layers
+from jaxnets.models.transformer.embeddings import PositionEmbedding
 
 GPT = TransformerLM(11, 1, config(**DROPPING, activation="gelu_tanh"), max_length=7)
 LLAMA = TransformerLM(
@@ -248,3 +249,23 @@ def apply(*inputs, **keywords):
 def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16"])
+@pytest.mark.parametrize("vocabulary_size", [256, 300])
+def test_bytes_are_tokens_like_those_of_int32(dtype, vocabulary_size):
+    module = TransformerLM(vocabulary_size, 1, config(), max_length=7)
+    ids, lengths = np.array([[0, 5, 100, 127], [9, 3, 1, 2]]), np.array([4, 2])
+    variables = made(module, ids)
+    expected = forward(module, variables, ids, lengths)
+    close(forward(module, variables, ids.astype(dtype), lengths.astype(dtype)), expected)
+
+
+def test_learned_positions_that_do_not_exist_give_nan():
+    module = PositionEmbedding(config(), max_length=4)
+    x = jnp.zeros((2, 2, 8))
+    variables = module.init(jax.random.key(0), x)
+    positions = np.array([[0, 4], [-1, 3]], np.int8)
+    embedded = jax.jit(module.apply)(variables, x, positions)
+    np.testing.assert_array_equal(np.isnan(embedded).all(axis=-1), [[False, True], [True, False]])
+    close(embedded[1, 1], variables["params"]["embedding"][3])
