@@ -1,5 +1,7 @@
 """The notebooks: what is committed is clean, and (slow) each still runs from top to bottom."""
 
+import base64
+import io
 import os
 import pathlib
 import re
@@ -7,6 +9,7 @@ import sys
 
 import nbclient
 import nbformat
+import PIL.Image
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -83,6 +86,12 @@ class TestCommittedNotebook:
         streams = {output.get("name") for output in outputs(read(name))}
         assert "image/png" in kinds
         assert "stdout" in streams
+
+    def test_its_pictures_can_be_decoded(self, name):
+        for output in outputs(read(name)):
+            if "image/png" in output.get("data", {}):
+                picture = base64.b64decode(output["data"]["image/png"], validate=True)
+                PIL.Image.open(io.BytesIO(picture)).load()
 
     def test_shows_neither_errors_nor_warnings(self, name):
         assert complaints(read(name)) == []
