@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from checks import slow_or_exhaustive
 from tiny_run import TINY, tiny
 
 import jaxnets as jn
@@ -270,12 +271,14 @@ def test_a_run_told_to_stop_saves_and_ends_with_code_3(tmp_path):
     assert b"SIGTERM" in errors and b"continue with --resume" in errors
 
 
-@pytest.mark.slow
-def test_twenty_kills_end_bitwise_as_one_uninterrupted_run(tmp_path, optimized_processes):
+@pytest.mark.parametrize("num_kills", slow_or_exhaustive([4, 20], [4]))
+def test_a_run_that_is_killed_ends_bitwise_as_one_that_was_not(
+    num_kills, tmp_path, optimized_processes
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = json.loads(call(*KILLED, "--out", whole).stdout.splitlines()[-1])
     moments = random.Random(0)
-    for index in range(20):
+    for index in range(num_kills):
         known = latest_step(killed / "checkpoints")
         resume = ("--resume",) if (killed / "config.json").exists() else ()
         process = subprocess.Popen(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import mostly_slow
+from checks import mostly_exhaustive, mostly_slow, slow_or_exhaustive
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnets import convolutional, recurrent
@@ -159,7 +159,7 @@ def check_report(report, name):
     assert report.num_devices == jax.device_count() and not report.skipped
 
 
-@pytest.mark.parametrize("name", mostly_slow(NETWORKS, PATHS))
+@pytest.mark.parametrize("name", mostly_exhaustive(NETWORKS, PATHS))
 def test_executors_agree_in_float32_under_momentum(name):
     step, state, batch = problem(name, optax.sgd(0.1, momentum=0.9))
     # check_module shows for each network that jit = eager; for a whole step one case does.
@@ -174,8 +174,7 @@ def test_executors_agree_in_float32_under_momentum(name):
     assert report.largest < 1e-6, report.table()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_or_exhaustive(NETWORKS, ["mlp_batch_norm", "resnet", "lstm"]))
 def test_executors_agree_in_float64_under_adam(name, enable_x64):
     step, state, batch = problem(name, optax.adam(1e-2), DOUBLE)
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
