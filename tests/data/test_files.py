@@ -279,7 +279,9 @@ def test_a_full_disk_is_reported_and_leaves_nothing_behind(server, tmp_path, mon
         def write(self, _):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("jaxnets.data.files.open", Full, raising=False)
+    monkeypatch.setattr(
+        "jaxnets.storage.atomic._create", lambda path: Full(path.with_suffix(".part"), "x")
+    )
     with pytest.raises(OSError, match="No space left"):
         fetch(served(server, gzip.compress(CONTENT)))
     assert not files_below(tmp_path)

@@ -16,9 +16,9 @@ HOLDER = """
 import os, sys, time
 from jaxnets.storage import lock_folder
 with lock_folder(sys.argv[1]):
-    child = os.fork() if sys.argv[2:] else 1
-    if child:
-        print(child, flush=True)
+    child = os.fork() if sys.argv[2:] else os.getpid()
+    if not (child and sys.argv[2:]):
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
