@@ -240,7 +240,7 @@ class BatchSource(Protocol):
 
     The iterator yields the batches of `first_step`, `first_step + 1` and so on, so a resumed run
     gets the batches that it would have got. A source whose batches hold several steps is a
-    `ChunkedBatchSource`.
+    `ChunkedBatchSource`. One that never ends says so by an attribute `endless` that is true.
     """
 
     def __call__(self, first_step: int, /) -> Iterator[Batch]: ...
@@ -278,6 +278,11 @@ class Precision:
     parameter: Any = jnp.float32
     compute: Any = jnp.float32
     output: Any = jnp.float32
+
+
+def is_endless(source: Any) -> bool:
+    """Return whether a source says that its batches have no end, by an attribute `endless`."""
+    return getattr(source, "endless", False)
 
 
 def steps_per_batch(source: BatchSource) -> int:

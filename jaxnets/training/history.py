@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -59,6 +60,8 @@ class History:
         rows: {"step": step, name: number}, one per logged step; in a population a list with one
             number per member. A training metric is the mean over all examples since the previous
             row that has training metrics.
+            A metric whose weights sum to 0 there has no mean and is left out; in a population
+            it is NaN for the members whose weights do.
         sums: {name: Mean} in float64, over the steps after the last such row.
         step: step up to which rows and sums are complete; None before the first `fit`.
         seconds: wall time in `fit` after the first call, hooks included.
@@ -87,6 +90,7 @@ class History:
         default_factory=collections.deque, init=False, repr=False
     )
     _writers: Sequence[Writer] = dataclasses.field(default=(), init=False, repr=False)
+    _warned: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def column(self, name: str) -> tuple[list[int], list[Any]]:
         """Return the steps of the rows that have `name`, and its values in them."""
@@ -153,19 +157,44 @@ class History:
         while self._queue and (until is None or self._queue[0].last <= until):
             self._add(self._queue.popleft())
 
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
     def _add(self, call: _Call) -> None:
         for name, metric in sorted(call.metrics.items()):
             mean = _double(metric.total, metric.count)
             if not np.all(np.isfinite(mean.total)):
-                raise NonFiniteError(_where(name, call, mean.total))
+                steps = f"{call.first + 1} to {call.last}"
+                one = call.last - call.first == 1
+                raise NonFiniteError(_where(name, call.last if one else steps, mean.total))
             self.sums[name] = self.sums[name] + mean if name in self.sums else mean
         self.step = call.last
         row: Row = {"step": call.last}
         if call.logged:
-            row |= {name: _number(mean.compute()) for name, mean in self.sums.items()}
+            row |= {
+                name: _number(mean.compute())
+                for name, mean in self.sums.items()
+                if np.any(mean.count)
+            }
+            for name in self.sums.keys() - row.keys():
+                if name.split("/")[-1] == "loss":
+                    self._warn_once(
+                        name,
+                        f"step {call.last} has no {name}, because the weights of all examples "
+                        "since the row before sum to 0",
+                    )
             self.sums = {}
         media = {k: v for k, v in call.values.items() if isinstance(v, Image | Histogram)}
         row |= {k: _number(value) for k, value in call.values.items() if k not in media}
+        for name in call.values.keys() & row.keys():
+            if not np.all(np.isfinite(row[name])):
+                self._warn_once(
+                    name,
+                    f"{_where(name, call.last, row[name])} is NaN or infinite; later steps "
+                    "are not reported",
+                )
         if len(row) > 1:
             self.rows.append(row)
             for writer in self._writers:
@@ -186,9 +215,6 @@ def _number(value: Any) -> Any:
     return np.asarray(value, np.float64).tolist()
 
 
-def _where(name: str, call: _Call, total: Any) -> str:
-    steps = f"step {call.last}"
-    if call.last - call.first > 1:
-        steps = f"steps {call.first + 1} to {call.last}"
-    member = f" of member {int(np.argmin(np.isfinite(total)))}" if np.ndim(total) else ""
-    return f"{name}{member} at {steps}"
+def _where(name: str, steps: int | str, value: Any) -> str:
+    member = f" of member {int(np.argmin(np.isfinite(value)))}" if np.ndim(value) else ""
+    return f"{name}{member} at {'step' if isinstance(steps, int) else 'steps'} {steps}"

@@ -6,19 +6,30 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from jaxnets.checks import check_sizes
+from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Mean, Metrics
 from jaxnets.training import checkpoint
 from jaxnets.training.history import History, NonFiniteError
-from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, first_nonfinite
+from jaxnets.training.loop import (
+    Hook,
+    Interrupted,
+    StopTraining,
+    check_evaluation,
+    evaluate,
+    first_nonfinite,
+    write_from_handler,
+)
 
 Mode = Literal["min", "max"]
+
+#: Ctrl-C, the end of a time limit, the end of a terminal; Windows lacks the last.
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 State = TypeVar("State")
 
 
@@ -29,24 +40,30 @@ class _Every:
         if hasattr(hook, "commit"):
             raise ValueError(f"{type(hook).__name__} counts steps itself; give it every=")
         self._num_steps = num_steps
-        self._hook = hook
+        self.hook = hook
+        self.called = False
+        if hasattr(hook, "watches"):
+            self.watches = hook.watches
         self._step = 0
 
     def start(self, history: History, step: int) -> None:
-        self._step = step
-        if hasattr(self._hook, "start"):
-            self._hook.start(history, step)
+        self._step, self.called = step, False
+        if hasattr(self.hook, "start"):
+            self.hook.start(history, step)
 
     def __call__(
         self, step: int, state: Any, metrics: Mapping[str, Any]
     ) -> Mapping[str, Any] | None:
         crossed = step // self._num_steps > self._step // self._num_steps
         self._step = step
-        return self._hook(step, state, metrics) if crossed else None
+        if not crossed:
+            return None
+        self.called = True
+        return self.hook(step, state, metrics)
 
     def close(self) -> None:
-        if hasattr(self._hook, "close"):
-            self._hook.close()
+        if hasattr(self.hook, "close"):
+            self.hook.close()
 
 
 def every(num_steps: int, hook: Hook) -> Hook:
@@ -78,8 +95,11 @@ class _Validation:
         eval_step: Callable[[Any, Batch], Metrics],
         batches: BatchSource | Iterable[Batch],
         prefix: str,
+        num_batches: int | None,
+        on_non_finite: Literal["warn", "stop"],
     ) -> None:
         self._eval_step, self._batches, self._prefix = eval_step, batches, prefix
+        self._num_batches, self._on_non_finite = num_batches, on_non_finite
         self._history = History()
 
     def start(self, history: History, step: int) -> None:
@@ -88,12 +108,18 @@ class _Validation:
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         jax.block_until_ready(state)  # do not count pending steps as evaluation
         with self._history.spending("evaluation"):
-            measured = evaluate(self._eval_step, state, self._batches)
-        return {
+            measured = evaluate(
+                self._eval_step, state, self._batches, num_batches=self._num_batches
+            )
+        values = {
             f"{self._prefix}/{name}": value
             for name, value in measured.items()
             if not isinstance(value, np.ndarray)
         }
+        for name, value in values.items():
+            if self._on_non_finite == "stop" and not np.all(np.isfinite(value)):
+                raise NonFiniteError(f"{name} at step {step}")
+        return values
 
 
 def validation(
@@ -101,6 +127,8 @@ def validation(
     batches: BatchSource | Iterable[Batch],
     *,
     prefix: str = "validation",
+    num_batches: int | None = None,
+    on_non_finite: Literal["warn", "stop"] = "warn",
 ) -> Hook:
     """Evaluate after every call of the step; wrap it in `every` to evaluate less often.
 
@@ -109,17 +137,30 @@ def validation(
         batches: a source that ends after one pass, or a list of batches.
         prefix: names in the row are `prefix/name`; arrays, such as a confusion matrix, are left
             out.
+        num_batches: as for `evaluate`.
+        on_non_finite: "stop" raises NonFiniteError if a value is NaN or infinite. "warn" writes
+            it into the row; `fit` warns at its first step, as of every value of a hook.
 
     Returns:
         Hook for `fit`.
+
+    Raises:
+        TypeError: `batches` can be read only once, such as a generator.
+        ValueError: the source has no end, `num_batches` is below 1, or an unknown `on_non_finite`.
     """
-    return _Validation(eval_step, batches, prefix)
+    if isinstance(batches, Iterator):
+        check_source(batches)
+    check_evaluation(batches, num_batches)
+    if on_non_finite not in ("warn", "stop"):
+        raise ValueError(f"on_non_finite is {on_non_finite!r}; choose 'warn' or 'stop'")
+    return _Validation(eval_step, batches, prefix, num_batches, on_non_finite)
 
 
 class EarlyStopping:
     """Stop when a validation metric has not improved in `patience` evaluations.
 
     In a population each member has its own best value, and the run stops when no member improves.
+    A value that is NaN is no improvement; `fit` warns of it.
     A resumed run stops at the same step as an uninterrupted one, because the count is computed
     from the rows of the history.
 
@@ -146,6 +187,7 @@ class EarlyStopping:
         self, metric: str, *, mode: Mode = "min", patience: int, min_delta: float = 0.0
     ) -> None:
         check_sizes(patience=patience)
+        self.watches = (metric,)
         self._metric, self._sign = metric, _sign(mode)
         self._patience, self._min_delta = patience, min_delta
         self._best: Any = np.inf
@@ -176,12 +218,12 @@ class EarlyStopping:
 
 
 class Checkpointing:
-    """Save state and history at regular steps, at the end, and on SIGTERM and SIGINT.
+    """Save state and history at regular steps, at the end, and on SIGINT, SIGTERM and SIGHUP.
 
     A state with a parameter that is NaN or infinite is not saved, so the last checkpoint is
     usable. On a signal the current call is finished and saved, and `fit` returns with
-    `history.interrupted`; a second SIGINT raises KeyboardInterrupt at once. Continue with
-    `resume`.
+    `history.interrupted`; a second SIGINT raises KeyboardInterrupt at once. A signal that the
+    process ignores stays ignored, such as SIGHUP under `nohup`. Continue with `resume`.
 
     Args:
         directory: folder of the run's checkpoints.
@@ -217,6 +259,7 @@ class Checkpointing:
         self._directory = directory
         self._every, self._keep, self._keep_best = every, keep, keep_best
         self._metric = best[0] if best else None
+        self.watches = (best[0],) if best else ()
         self._sign = _sign(best[1]) if best else 1.0
         self._on_signal = on_signal
         self._history = History()
@@ -238,8 +281,9 @@ class Checkpointing:
             )
         self._history, self._step, self._signal = history, step, None
         if self._on_signal and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._listen)
+            for number in _SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._handlers[number] = signal.signal(number, self._listen)
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         self._measured = self._metric is not None and _read(metrics, self._metric) is not None
@@ -292,8 +336,9 @@ class Checkpointing:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
-        # In a signal handler only os.write is safe.
-        os.write(2, b"\nsaving at the end of this step; Ctrl-C again stops at once\n")
+        again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+        name = signal.Signals(number).name
+        write_from_handler(f"{name}: saving at the end of this step{again}")
 
 
 def resume(directory: str | os.PathLike[str], state: State) -> tuple[State, History]:
@@ -326,7 +371,4 @@ def _read(metrics: Mapping[str, Any], name: str) -> Any:
             f"{name} is a training metric of one call; use a value that an earlier hook returns, "
             "such as 'validation/loss'"
         )
-    siblings = [other for other in metrics if other.split("/")[0] == name.split("/")[0]]
-    if value is None and siblings:
-        raise ValueError(f"no metric {name}; there are {', '.join(siblings)}")
     return value

@@ -8,8 +8,13 @@ device and are fetched one log interval later. Only hooks that read the state wa
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -17,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_batch, check_sizes, check_source
-from jaxnets.core import Batch, BatchSource, Metrics, steps_per_batch, tree_path
+from jaxnets.core import Batch, BatchSource, Metrics, is_endless, steps_per_batch, tree_path
 from jaxnets.training.history import History, NonFiniteError, Writer
 from jaxnets.training.progress import ProgressBar
+from jaxnets.training.watched import WatchedValues
 
 State = TypeVar("State", bound=Any)
 
@@ -28,8 +34,24 @@ class StopTraining(Exception):
     """Raised by a hook: `fit` returns normally after this call of the step."""
 
 
-class Interrupted(StopTraining):
-    """Raised by a hook for an external reason, such as a signal: the run can be resumed."""
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped for an external reason, such as a signal, and can be continued.
+
+    A hook raises it, such as `Checkpointing`, and `fit` returns normally after this call of the
+    step. Without such a hook `fit` itself raises it on Ctrl-C, also after this call.
+
+    Args:
+        reason: such as "SIGINT at step 12".
+
+    Attributes:
+        state: the last state, where `fit` raised it.
+        history: the history up to that state; both continue the run.
+    """
+
+    def __init__(self, reason: str, *, state: Any = None, history: History | None = None) -> None:
+        super().__init__(reason)
+        self.state = state
+        self.history = history
 
 
 class Hook(Protocol):
@@ -38,7 +60,9 @@ class Hook(Protocol):
     `metrics` holds the `Mean`s of the call and the values that earlier hooks returned at this
     step. The values that the hook returns become part of the row of this step: a number, or a
     list with one number per member of a population. An `Image` or a `Histogram` is not stored in
-    the row; it goes to the writers that have a `show`. A hook may also have these methods:
+    the row; it goes to the writers that have a `show`. A hook that reads values of earlier hooks
+    names them in an attribute `watches`, so that `fit` can report a name that no hook returns. A
+    hook may also have these methods:
 
         start(history, step)           before the first call; `StopTraining` here ends `fit`
         commit(step, state, *, last)   after the row of the step was added to the history;
@@ -71,8 +95,8 @@ def fit(
             all metrics have a leading member axis.
         batches: batch source, called with the first step. With a `ChunkedBatchSource` the last
             batch is cut to end at `num_steps`, and the step is compiled once more for it.
-        num_steps: total number of steps of the run, so calling `fit` on a finished run does
-            nothing.
+        num_steps: total number of steps of the run, so calling `fit` on a finished run trains
+            nothing, and says so in a line on standard error.
         hooks: see `Hook`.
         writers: called with every complete row, in step order; those with a `show` also get the
             images and histograms of hooks. With several processes only process 0 writes.
@@ -84,9 +108,14 @@ def fit(
         The state after the last step, and the history.
 
     Raises:
-        NonFiniteError: a metric is NaN or infinite; the rows before it are written.
+        NonFiniteError: the total of a metric is NaN or infinite; the rows before it are written.
+            A metric whose weights sum to 0 is no error, see `History.rows`.
+        Interrupted: Ctrl-C, in the main thread and without `Checkpointing`: the call of the step
+            is finished, and the exception has the state and the history, which continue the run.
+            A second Ctrl-C raises KeyboardInterrupt at once.
         ValueError: the source ends early, a call makes a different number of steps than a batch
-            holds, `history` does not end at the step of `state`, or `log_every` is below 1.
+            holds, `history` does not end at the step of `state`, a hook reads a value that no
+            earlier hook returns, or `log_every` is below 1.
         TypeError: `batches` is no source, such as a list, or its batches are no dicts.
     """
     check_source(batches)
@@ -96,15 +125,25 @@ def fit(
     history = History() if history is None else history
     history.begin(first, writers)
     if first >= num_steps:
+        if progress is not False and jax.process_index() == 0:
+            line = (
+                f"fit: the state is at step {first} and num_steps={num_steps} counts from step 0, "
+                "so nothing is trained; give a larger num_steps to go on"
+            )
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(line, file=sys.stderr)
         return state, history
+    watched = WatchedValues(hooks)
     with contextlib.ExitStack() as stack:
+        ctrl_c = stack.enter_context(_CtrlC(state, history))
         parts: list[Any] = [*hooks, *writers]
         try:
             for part in parts:
                 getattr(part, "start", _nothing)(history, first)
                 stack.callback(getattr(part, "close", _nothing))
-        except StopTraining as stop:
+        except (StopTraining, Interrupted) as stop:
             history.stopped = str(stop)
+            history.interrupted = isinstance(stop, Interrupted)
             return state, history
         source = iter(batches(first))
         stack.callback(getattr(source, "close", _nothing))
@@ -113,7 +152,7 @@ def fit(
         bar.compiling(history.first_call_seconds)
         now = last_logged = first
         began, earlier = time.perf_counter(), history.seconds
-        while now < num_steps and history.stopped is None:
+        while now < num_steps and history.stopped is None and not ctrl_c.pressed:
             with history.spending("batches") if now > first else contextlib.nullcontext():
                 batch = next(source, None)
             if batch is None:
@@ -135,7 +174,7 @@ def fit(
                 bar.compiled(history.first_call_seconds)
             history.seconds = earlier + time.perf_counter() - began
             try:
-                values = _run_hooks(hooks, now, state, metrics, history)
+                values = _run_hooks(hooks, now, state, metrics, history, watched)
                 complete = now == num_steps or (history.stopped and not history.interrupted)
                 logged = complete or now // log_every > previous // log_every
                 rank = np.ndim(state.step)
@@ -148,13 +187,16 @@ def fit(
                 last = now == num_steps or history.stopped is not None
                 for hook in hooks:
                     getattr(hook, "commit", _nothing)(now, state, last=last)
-                if last:
+                if last or ctrl_c.pressed:
                     history.flush()
+                if now == num_steps:
+                    watched.finish(history)
                 bar.update(now, _num_examples(batch, size), history if logged else None)
             except NonFiniteError as error:
                 error.parameter = error.parameter or first_nonfinite(state.params)
                 raise
         history.seconds = earlier + time.perf_counter() - began
+        ctrl_c.state = state
     return state, history
 
 
@@ -162,6 +204,8 @@ def evaluate(
     eval_step: Callable[[Any, Batch], Metrics],
     state: Any,
     batches: BatchSource | Iterable[Batch],
+    *,
+    num_batches: int | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of a state over all batches, exact also with padding and a small rest.
 
@@ -173,13 +217,16 @@ def evaluate(
             member axis.
         batches: a source that ends after one pass (it is called with 0), or an iterable of
             batches.
+        num_batches: evaluate at most this many batches; needed for a source without an end. A
+            function of your own that never ends is not recognized unless it has an attribute
+            `endless` that is true.
 
     Returns:
         {name: mean}: a float, a list with one per member, or an array if the total is one (such
-        as a confusion matrix).
+        as a confusion matrix). NaN if the weights of a metric sum to 0.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or no end of them.
         TypeError: `batches` is the data, not a source of batches.
 
     Example:
@@ -190,9 +237,12 @@ def evaluate(
         >>> evaluate(scaled, state, [{"inputs": jnp.ones(3)}, {"inputs": jnp.full(1, 5.0)}])
         {'mean': 4.0}
     """
-    if callable(batches) or isinstance(batches, Mapping):
-        check_source(batches)
-    measured = [eval_step(state, b) for b in (batches(0) if callable(batches) else batches)]
+    check_evaluation(batches, num_batches)
+    with contextlib.ExitStack() as stack:
+        source = iter(batches(0) if callable(batches) else batches)
+        if callable(batches):
+            stack.callback(getattr(source, "close", _nothing))
+        measured = [eval_step(state, batch) for batch in itertools.islice(source, num_batches)]
     if not measured:
         raise ValueError("no batches to evaluate; give a source or a list, not a used iterator")
     rank = np.ndim(state.step)
@@ -205,6 +255,24 @@ def evaluate(
         mean = np.asarray(sums.compute())
         result[name] = mean.tolist() if mean.ndim == rank else mean
     return result
+
+
+def check_evaluation(batches: Any, num_batches: int | None) -> None:
+    """Check that an evaluation has batches, and an end.
+
+    Raises:
+        TypeError: `batches` is the data, not a source of batches.
+        ValueError: the source has no end, or `num_batches` is below 1.
+    """
+    if callable(batches) or isinstance(batches, Mapping):
+        check_source(batches)
+    if num_batches is not None:
+        check_sizes(num_batches=num_batches)
+    elif is_endless(batches):
+        raise ValueError(
+            f"{type(batches).__name__} has no end; evaluate a source of one pass, such as "
+            "data.sequential_batches, or give num_batches"
+        )
 
 
 def current_step(state: Any) -> int:
@@ -240,22 +308,75 @@ def _nothing(*args: Any, **keywords: Any) -> None:
     """Default of an optional method of a hook or writer."""
 
 
+class _CtrlC(contextlib.AbstractContextManager["_CtrlC"]):
+    """Note Ctrl-C, so that no call of the step is cut off, and raise `Interrupted` at the end.
+
+    A second one raises KeyboardInterrupt. Other handlers than Python's own stay.
+
+    Args:
+        state: for the exception; set it to the last state of the run.
+        history: for the exception.
+    """
+
+    def __init__(self, state: Any, history: History) -> None:
+        self.state, self._history = state, history
+        self.pressed = False
+        self._installed = False
+
+    def __enter__(self) -> _CtrlC:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._listen)
+            self._installed = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.pressed and exception[0] is None:
+            reason = f"SIGINT at step {self._history.step}"
+            raise Interrupted(reason, state=self.state, history=self._history)
+
+    def _listen(self, number: int, frame: Any) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+        write_from_handler("stopping at the end of this step; Ctrl-C again stops at once")
+
+
+def write_from_handler(line: str) -> None:
+    """Write a line to standard error from a signal handler, where only `os.write` is safe."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{line}\n".encode())
+
+
 def _run_hooks(
-    hooks: Sequence[Hook], step: int, state: Any, metrics: Metrics, history: History
+    hooks: Sequence[Hook],
+    step: int,
+    state: Any,
+    metrics: Metrics,
+    history: History,
+    watched: WatchedValues,
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    names: list[Collection[str]] = []
     for hook in hooks:
         try:
             returned = hook(step, state, {**metrics, **values}) or {}
-        except StopTraining as stop:
+        except (StopTraining, Interrupted) as stop:
             # Later hooks are still called at this step.
             history.stopped = str(stop)
             history.interrupted = isinstance(stop, Interrupted)
-            continue
+            returned = {}
+        except NonFiniteError:
+            history.flush()  # writes the rows before
+            raise
         known = sorted(set(returned) & (set(metrics) | set(values) | {"step"}))
         if known:
             raise ValueError(f"a hook returned {known}, names that are taken; add a prefix")
         values |= returned
+        names.append(returned)
+    watched.observe(names)
     return values
 
 

@@ -20,6 +20,8 @@ _FORMAT = "{n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left {bar}"
 class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
     """A tqdm bar that starts after the first call, so that its rates do not include compilation.
 
+    A terminal that is gone, as after SIGHUP, does not end the run: nothing more is shown.
+
     Args:
         num_steps: number of steps of the whole run.
         shown: show it on standard error; None: only if that is a terminal.
@@ -36,13 +38,13 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         """Announce the compilation, and how long it took at the start of the run if known."""
         if not self._hidden:
             before = f", {seconds:.0f} s at the start of the run" if seconds else ""
-            print(f"compiling the step{before} ...", end="", file=sys.stderr, flush=True)
+            self._print(f"compiling the step{before} ...", end="")
             self._open_line = True
 
     def compiled(self, seconds: float) -> None:
         """Print how long the first call took."""
         if not self._hidden:
-            print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
+            self._print(f" {seconds:.1f} s")
             self._open_line = False
 
     def compiling_rest(self, num_steps: int) -> None:
@@ -52,6 +54,12 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
 
     def update(self, step: int, examples: int, history: History | None) -> None:
         """Move to a step; if the history is given, show its last loss and examples/s."""
+        try:
+            self._update(step, examples, history)
+        except OSError:
+            self._hidden = True
+
+    def _update(self, step: int, examples: int, history: History | None) -> None:
         if self._bar is None and step == self._num_steps:
             return  # the first call was the whole run
         if self._bar is None:
@@ -76,6 +84,11 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
 
     def __exit__(self, *exception: object) -> None:
         if self._open_line:
-            print(file=sys.stderr)
+            self._print()
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
+
+    def _print(self, text: str = "", end: str = "\n") -> None:
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)

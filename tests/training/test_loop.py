@@ -15,6 +15,7 @@ from loop_problem import (
     eval_step,
     make_batch,
     make_state,
+    plain_step,
     population,
     reference_losses,
     scanned_step,
@@ -22,7 +23,18 @@ from loop_problem import (
     train_step,
 )
 
-from jaxnets.core import Mean
+from jaxnets.core import Mean, is_endless
+from jaxnets.data.batches.bucketing import bucketed_batches
+from jaxnets.data.batches.prefetching import prefetch
+from jaxnets.data.batches.sources import (
+    chunked,
+    index_batches,
+    member_batches,
+    sequential_batches,
+    shuffled_batches,
+    with_epochs,
+)
+from jaxnets.data.batches.windows import token_streams, token_windows
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, every, validation
 from jaxnets.training.loop import evaluate, first_nonfinite, fit
@@ -42,7 +54,7 @@ def test_rows_hold_the_exact_means_since_the_row_before():
     assert history.sums == {} and history.step == 10 and history.stopped is None
 
 
-def test_a_finished_run_calls_nothing_and_writes_no_file(tmp_path):
+def test_a_finished_run_calls_nothing_writes_no_file_and_says_so(tmp_path, capsys):
     def forbidden(*args):
         raise AssertionError("called")
 
@@ -52,6 +64,44 @@ def test_a_finished_run_calls_nothing_and_writes_no_file(tmp_path):
     same, history = fit(forbidden, state, forbidden, num_steps=7, hooks=[hook], writers=[writer])
     assert same is state and history.rows == []
     assert list(tmp_path.iterdir()) == []
+    line = "fit: the state is at step 7 and num_steps=7 counts from step 0, so nothing is trained"
+    assert capsys.readouterr().err.startswith(line)
+    fit(forbidden, state, forbidden, num_steps=5, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_metric_without_weight_is_left_out_of_its_row_and_the_loss_reported():
+    def source_of(weights):
+        def batches(first):
+            for step in range(first, 9):
+                batch = make_batch(step)
+                yield {**batch, "weights": batch["weights"] * weights[step]}
+
+        return batches
+
+    weights = [1, 0, 0, 0, 1, 1, 0, 0, 0]
+    with pytest.warns(RuntimeWarning, match="step 4 has no loss.* sum to 0") as caught:
+        state, history = fit(train_step, make_state(), source_of(weights), num_steps=8, log_every=2)
+    assert len(caught) == 1
+    assert history.column("loss")[0] == [2, 6] and [row["step"] for row in history.rows] == [2, 6]
+    assert np.isfinite(history.column("loss")[1]).all()
+    assert first_nonfinite(state.params) is None
+    assert history.step == 8 and history.sums == {}
+
+
+def test_a_member_without_weight_has_no_mean_and_the_others_have():
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), make_state(0), make_state(1))
+    step = jax.jit(jax.vmap(plain_step))
+
+    def batches(first):
+        batch = make_batch(0)
+        both = {name: np.stack([array, array]) for name, array in batch.items()}
+        both["weights"][1] = 0
+        return [both] * 2
+
+    _, history = fit(step, states, batches, num_steps=2)
+    first, second = history.rows[0]["loss"]
+    assert np.isfinite(first) and np.isnan(second)
 
 
 def test_the_source_is_called_with_the_first_step_and_closed():
@@ -314,6 +364,49 @@ def test_evaluation_is_exact_with_padding_and_uneven_batches():
     assert several["outer"].shape == (4, 4) and several["outer"].dtype == np.float64
     with pytest.raises(ValueError, match="no batches to evaluate"):
         evaluate(eval_step, state, iter([]))
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        shuffled_batches({"inputs": np.ones((4, 3), np.float32)}, 2, seed=0),
+        prefetch(chunked(index_batches(4, 2, seed=0), 2)),
+        member_batches([with_epochs(index_batches(4, 2, seed=seed)) for seed in range(2)]),
+        token_windows(np.arange(9), batch_size=1, length=2, seed=0),
+        token_streams(np.arange(9), batch_size=1, length=2),
+        bucketed_batches([([5], 0), ([6], 1)], tokens_per_batch=4, seed=0),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_a_source_without_an_end_is_evaluated_only_for_a_number_of_batches(endless):
+    count = lambda state, batch: {"batches": Mean(jnp.float32(1), jnp.float32(1))}  # noqa: E731
+    with pytest.raises(ValueError, match=f"{type(endless).__name__} has no end; .*num_batches"):
+        evaluate(count, make_state(), endless)
+    seen = []
+    evaluate(lambda s, b: seen.append(b) or count(s, b), make_state(), endless, num_batches=3)
+    assert len(seen) == 3
+
+
+def test_a_number_of_batches_limits_any_source_and_is_closed():
+    calls = []
+
+    def own(first):
+        try:
+            yield from source(first)
+        finally:
+            calls.append("closed")
+
+    two = evaluate(eval_step, make_state(), own, num_batches=2)
+    assert calls == ["closed"]
+    np.testing.assert_equal(two, evaluate(eval_step, make_state(), [make_batch(0), make_batch(1)]))
+    finite = [make_batch(0)]
+    np.testing.assert_equal(
+        evaluate(eval_step, make_state(), finite, num_batches=9),
+        evaluate(eval_step, make_state(), finite),
+    )
+    with pytest.raises(ValueError, match="num_batches=0 must be a positive integer"):
+        evaluate(eval_step, make_state(), own, num_batches=0)
+    assert not any(map(is_endless, (own, finite, sequential_batches({"a": np.ones(3)}, 2))))
 
 
 def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):

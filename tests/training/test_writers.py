@@ -57,7 +57,9 @@ class FakeWandb(types.ModuleType):
 def test_the_jsonl_log_is_strict_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     hook = lambda step, state, metrics: {"x/nan": math.nan, "x/list": [1.0, math.inf]}  # noqa: E731
-    fit(train_step, make_state(), source, num_steps=1, hooks=[hook], writers=[jsonl_writer(path)])
+    writers = [jsonl_writer(path)]
+    with pytest.warns(RuntimeWarning, match="is NaN or infinite"):
+        fit(train_step, make_state(), source, num_steps=1, hooks=[hook], writers=writers)
 
     def refuse(constant):
         raise AssertionError(constant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,8 @@ class BucketedBatches:
         seed: of the order of the examples.
         steps_per_shape: consecutive batches of the same shape.
     """
+
+    endless: ClassVar[bool] = True
 
     buckets: tuple[Bucket, ...]
     seed: int

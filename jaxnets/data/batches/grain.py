@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class GrainBatches:
         dataset: an endless `grain.MapDataset` whose element s is the batch of step s.
         num_threads: threads that read ahead; 0 reads on demand.
     """
+
+    endless: ClassVar[bool] = True
 
     dataset: Any
     num_threads: int

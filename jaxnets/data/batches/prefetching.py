@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxnets.checks import check_source
-from jaxnets.core import Batch, BatchSource, steps_per_batch
+from jaxnets.core import Batch, BatchSource, is_endless, steps_per_batch
 
 _JOIN_SECONDS = 5.0  # longest wait for a blocked source, so that closing never hangs
 
@@ -24,6 +24,11 @@ class PrefetchedBatches:
     source: BatchSource
     size: int
     device_put: Callable[[Batch], Any]
+
+    @property
+    def endless(self) -> bool:
+        """Whether the wrapped source has no end."""
+        return is_endless(self.source)
 
     @property
     def steps_per_batch(self) -> int:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from jaxnets.checks import check_first_step, check_sizes, check_source
-from jaxnets.core import Batch, BatchSource
+from jaxnets.core import Batch, BatchSource, is_endless
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed, pad_arrays, random_order
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexBatches:
     """Endless batches of example indices, shuffled in each epoch; see `index_batches`."""
+
+    endless: ClassVar[bool] = True
 
     num_examples: int
     batch_size: int
@@ -55,6 +58,8 @@ class IndexBatches:
 class ShuffledBatches:
     """Endless shuffled batches of arrays in memory; see `shuffled_batches`."""
 
+    endless: ClassVar[bool] = True
+
     data: Arrays
     order: IndexBatches
 
@@ -73,6 +78,8 @@ class ShuffledBatches:
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpochBatches:
     """Batches with the number of their epoch; see `with_epochs`."""
+
+    endless: ClassVar[bool] = True
 
     source: IndexBatches | ShuffledBatches
 
@@ -118,6 +125,11 @@ class MemberBatches:
 
     sources: tuple[BatchSource, ...]
 
+    @property
+    def endless(self) -> bool:
+        """Whether none of the sources ends."""
+        return all(map(is_endless, self.sources))
+
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate from `first_step`: {name: array [members, batch, ...]}."""
         for batches in zip(*(source(first_step) for source in self.sources), strict=False):
@@ -135,6 +147,11 @@ class ChunkedBatches:
 
     source: BatchSource
     steps_per_batch: int
+
+    @property
+    def endless(self) -> bool:
+        """Whether the source has no end."""
+        return is_endless(self.source)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate over chunks; the first starts at `first_step`, which need not be a multiple."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from jaxnets.data.arrays import check_seed
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenWindows:
     """Endless batches of windows at random positions; see `token_windows`."""
+
+    endless: ClassVar[bool] = True
 
     tokens: np.ndarray
     batch_size: int
@@ -45,6 +48,8 @@ class TokenWindows:
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStreams:
     """Endless batches whose rows continue those of the previous batch; see `token_streams`."""
+
+    endless: ClassVar[bool] = True
 
     tokens: np.ndarray
     batch_size: int
