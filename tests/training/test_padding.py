@@ -150,6 +150,29 @@ OTHERS = {
         lambda module: jn.contractive(module, weight=0.1),
         {"inputs": images(4)},
     ),
+    "discretized_logistic": (
+        jn.VAE(
+            autoencoder.EncoderDecoderConfig((4, 4, 1), features=(6,)),
+            latent_size=2,
+            likelihood=jn.DiscretizedLogistic(),
+        ),
+        jn.vae,
+        {"inputs": images(4)},
+    ),
+    "sparse": (
+        jn.Autoencoder(
+            autoencoder.EncoderDecoderConfig((4, 4, 1), features=(6,)), latent_size=4, num_active=2
+        ),
+        lambda module: jn.sparse_reconstruction(module, weight=0.1),
+        {"inputs": images(4)},
+    ),
+    "discretized": (
+        MLP((4,), 2 * 5),
+        lambda module: jn.head_regression(
+            module, jn.DiscretizedHead(((-1.0, 1.0), (0.0, 1.0)), num_bins=5)
+        ),
+        {"inputs": normal(ROWS, 3), "labels": normal(ROWS, 2)},
+    ),
     "masked": (
         jn.MaskedAutoencoder(1, 1, BLOCK, decoder_num_layers=1, decoder_config=BLOCK),
         jn.masked_reconstruction,
