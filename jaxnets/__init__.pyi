@@ -132,6 +132,7 @@ from .training.optimizers import (
     with_parameter_average,
 )
 from .training.population import PopulationExecutor
+from .training.recalibration import recalibrate_batch_norm
 from .training.step import TrainStep, create_train_state, make_eval_step, make_train_step
 from .training.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
@@ -266,6 +267,7 @@ __all__ = [
     "pmap_step",
     "population_step",
     "precision_recall",
+    "recalibrate_batch_norm",
     "reconstruction",
     "recurrent",
     "regression",

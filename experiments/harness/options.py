@@ -48,7 +48,8 @@ class Options:
     clip: float = 0.0
     """Maximum global norm of the gradient; 0 disables clipping."""
     average_decay: float = 0.0
-    """Decay of the moving average of the parameters, which is evaluated; 0 disables averaging."""
+    """Decay of the moving average of the parameters; 0 disables it. The average is evaluated, with
+    the running statistics that batch norms have for the last parameters."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations."""
     keep_freed_memory: bool = True

@@ -32,6 +32,7 @@ from jaxnets.training.optimizers import (
     with_parameter_average,
 )
 from jaxnets.training.population import PopulationExecutor
+from jaxnets.training.recalibration import recalibrate_batch_norm
 from jaxnets.training.step import TrainStep, create_train_state, make_eval_step, make_train_step
 from jaxnets.training.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
@@ -73,6 +74,7 @@ __all__ = [
     "parameters_sha256",
     "pmap_step",
     "population_step",
+    "recalibrate_batch_norm",
     "replicate",
     "resident_steps",
     "resume",

@@ -209,7 +209,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute the metrics of a state over all batches, exact also with padding and a small rest.
 
-    Totals and counts are added in float64 on the host, after one transfer at the end.
+    Totals and counts are added in float64 on the host, after one transfer at the end. The
+    parameters and the running statistics of batch norms are those of `state`: the last ones, unless
+    it was given others, such as by `averaged_parameters` and `recalibrate_batch_norm`.
 
     Args:
         eval_step: `(state, batch) -> metrics`.

@@ -99,6 +99,8 @@ def with_parameter_average(
     parameters. The updates are those of `optimizer`. Differs from `optax.ema`, which averages the
     updates.
 
+    The running statistics of batch norms are not averaged; see `averaged_parameters`.
+
     Args:
         optimizer: any Optax transformation.
         decay: in [0, 1); the average covers about 1 / (1 - decay) steps.
@@ -144,10 +146,17 @@ def averaged_parameters(state: TrainState) -> Params:
     Args:
         state: TrainState of one run or of a population.
 
+    To evaluate it, put it into a state:
+
+        average = dataclasses.replace(state, params=averaged_parameters(state))
+        average = recalibrate_batch_norm(update, average, batches, num_batches=50)
+
+    The second line is for networks with batch norm. The running statistics of `state` belong to its
+    last parameters, and without it `evaluate` uses them for the average too.
+
     Returns:
-        A tree like `state.params`; evaluate it with
-        `dataclasses.replace(state, params=averaged_parameters(state))`. If the update has `wrt`,
-        such as the generator of a GAN, a tree like `state.params[wrt]`.
+        A tree like `state.params`. If the update has `wrt`, such as the generator of a GAN, a tree
+        like `state.params[wrt]`.
 
     Raises:
         ValueError: `state.opt_state` has no average, or several.

@@ -283,6 +283,7 @@ def recalibrate_batch_norm(
     The running statistics of training fit the parameters of training. Other parameters, such as
     `averaged_parameters`, need statistics of their own. Like `torch.optim.swa_utils.update_bn`;
     differs from it: the statistics are moving averages, so the old ones decay with every step.
+    Unlike `jaxnets.recalibrate_batch_norm`, which is for any network, it needs latents only.
 
     Args:
         module: a `GAN`.
