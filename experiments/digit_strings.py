@@ -72,7 +72,7 @@ class DigitStrings(Problem):
             dataset = jn.data.tone_words()
         else:
             dataset = jn.data.spoken_digits(config.data)
-        self.dataset_name = f"strings of {dataset.name}"
+        self.dataset, self.dataset_name = dataset, f"strings of {dataset.name}"
         self.names, self.rate = dataset.class_names, dataset.sample_rate
         self.train, test, self.part = choose_parts(dataset, config)
         self.sound = SoundTransform(config, dataset.sample_rate, keep_time=False)

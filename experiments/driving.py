@@ -124,6 +124,7 @@ class Driving(Problem):
         self.pools = {int(seed): pool for seed in self.seeds}
         self.steps_per_epoch = max(len(pool) // config.batch_size, 1)
         held = self._recordings("validation", driving.TUNING_SEEDS[-4:], config.noise)
+        self.dataset = (self.resident, held)
         self.eval_batches = list(self._validation(self._world(held)))
         objective = jn.head_regression(
             self.module,

@@ -78,7 +78,7 @@ class LanguageModel(Problem):
             "python_topics": jn.data.python_topics,
         }
         text = load[config.corpus]()
-        self.dataset_name = text.name
+        self.dataset, self.dataset_name = text, text.name
         if config.tokens == "bytes":
             self.tokenizer: Any = jn.data.ByteTokenizer()
         else:

@@ -11,19 +11,19 @@ reproduction continues where it stopped: finished runs are read, not repeated.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from experiments.harness import registry
 from experiments.harness.command_line import errors_without_traceback
 from experiments.harness.run_folder import RunError
+from jaxnets.tools.results import Result, read_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _reproduce(entry: registry.Entry, folder: Path) -> str:
     return verdict
 
 
-def run(command: str, folder: Path) -> dict[str, Any]:
+def run(command: str, folder: Path) -> Result:
     """Run a registered command, or resume it.
 
     Args:
@@ -104,12 +104,13 @@ def run(command: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         RunError: the command failed.
+        ValueError: `result.json` is missing or damaged.
     """
     words = [sys.executable, *shlex.split(command)[1:], "--out", str(folder), "--resume"]
     process = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if process.returncode:
         raise RunError(f"{shlex.join(words)} ended with code {process.returncode}; see above")
-    return json.loads((folder / "result.json").read_text())
+    return read_result(folder)
 
 
 if __name__ == "__main__":

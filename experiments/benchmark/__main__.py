@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import tyro
 
@@ -21,6 +20,7 @@ from experiments.harness.run_folder import RunError, RunFolder, environment
 from jaxnets.data import files
 from jaxnets.data.datasets import images
 from jaxnets.host import usable_cores
+from jaxnets.storage import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,18 @@ class Config:
 _QUIET = 0.5
 
 
+class _Times(TypedDict):
+    unit: str
+    competitors: dict[str, Any]
+    left_out: dict[str, str]
+    ratios: dict[str, Any]
+
+
+class _Result(TypedDict):
+    experiment: str
+    workloads: dict[str, _Times]
+
+
 def main() -> None:
     """Run the benchmark from the command line."""
     config = tyro.cli(Config, prog="python -m experiments.benchmark", description=_description())
@@ -77,10 +89,17 @@ def run(config: Config) -> dict[str, Any]:
     """
     _check(config)
     folder = RunFolder(config.out)
-    finished = folder.open(config, resume=config.resume)
-    if finished is not None:
-        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
-        return finished
+    with folder.locked():
+        folder.check("benchmark", config, resume=config.resume, other_code=False)
+        finished = folder.open("benchmark", config, data=None, kind=_Result)
+        if finished is None:
+            return _finish(config, folder)
+    print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+    return finished
+
+
+def _finish(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """Measure the workloads that are missing, and write the result."""
     load = round(os.getloadavg()[0], 2)
     if load > _QUIET:
         print(f"the load average is {load}: other work disturbs the times", file=sys.stderr)
@@ -91,7 +110,9 @@ def run(config: Config) -> dict[str, Any]:
         done = folder.checkpoints / f"{name}.json"
         if not done.exists():
             folder.write(f"checkpoints/{name}.json", _measure(name, config, folder))
-        results[name] = json.loads(done.read_text())
+        results[name] = read_json(
+            done, what="the times of a workload", remedy="remove it to measure again with --resume"
+        ).check(_Times)
         print(report.table(name, results[name]) + "\n", file=sys.stderr)
     chart.draw(results, folder.path / "chart.png")
     result = {"experiment": "benchmark", "workloads": results, "load_before": load}

@@ -68,6 +68,8 @@ class Options:
     """Folder of this run."""
     resume: bool = False
     """Continue an unfinished run."""
+    other_code: bool = False
+    """Go on with a run that began with other code, or take its result."""
 
 
 #: Floating-point options that must not be 0; in the others 0 disables something.

@@ -41,6 +41,7 @@ class Problem(abc.ABC):
     Attributes:
         options: of the run.
         dataset_name: for the result.
+        dataset: what the run folder keeps a digest of; None if the options determine the data.
         module: the network.
         objective: its training objective.
         population_strategy: how a population is executed, see `jaxnets.population_step`.
@@ -53,6 +54,7 @@ class Problem(abc.ABC):
 
     options: Options
     dataset_name: str
+    dataset: Any = None
     module: Any
     objective: jn.Objective
     population_strategy: Literal["vmap", "map"] = "map"

@@ -14,11 +14,13 @@ import jax
 
 import jaxnets as jn
 from experiments.harness import command_line, report
+from experiments.harness.identity import content_sha256
 from experiments.harness.options import Options, check
 from experiments.harness.problem import Measured, Problem
 from experiments.harness.run_folder import RunFolder, environment
 from experiments.pictures import event_pictures
 from jaxnets.tools.comparison import show_number
+from jaxnets.tools.results import Result, make_result
 from jaxnets.training.history import Writer
 
 
@@ -59,11 +61,20 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     """
     check(options)
     folder = RunFolder(options.out)
-    finished = folder.open(options, resume=options.resume)
-    if finished is not None:
-        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
-        return finished
-    problem = make_problem(options)
+    with folder.locked():
+        folder.check(name, options, resume=options.resume, other_code=options.other_code)
+        problem = make_problem(options)
+        digest = None if problem.dataset is None else content_sha256(problem.dataset)
+        finished = folder.open(name, options, data=digest, kind=Result)
+        if finished is None:
+            return _finish(name, problem, folder)
+    print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+    return finished
+
+
+def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
+    """Train from the latest checkpoint on, evaluate, and write the result."""
+    options = problem.options
     states, history = jn.resume(folder.checkpoints, problem.create_states())
     writers = [jn.jsonl_writer(folder.metrics)]
     events: Any = None
@@ -150,24 +161,18 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the content of `result.json`."""
     options = problem.options
-    value, interval = jn.metrics.confidence_interval(measured.values)
     return {
         "experiment": name,
-        "dataset": problem.dataset_name,
         "model": getattr(options, "model", None),
-        "metric": measured.metric,
-        "unit": measured.unit,
-        "value": round(value, 6),
-        "ci95": None if interval is None else round(interval, 6),
-        "values": [round(float(v), 6) for v in measured.values],
-        "seeds": options.seeds,
-        "steps": problem.num_steps,
+        **make_result(
+            dataset=problem.dataset_name,
+            metric=measured.metric,
+            values=measured.values,
+            unit=measured.unit,
+            history=history,
+        ),
         "parameters": sum(x.size for x in jax.tree.leaves(states.params)) // options.seeds,
         **measured.details,
-        "train_seconds": round(history.seconds + history.first_call_seconds, 2),
-        "compile_seconds": round(history.first_call_seconds, 2),
-        "step_seconds": round(history.seconds - sum(history.spent.values()), 2),
-        **{f"{name}_seconds": round(spent, 2) for name, spent in sorted(history.spent.items())},
         "parameters_sha256": jn.parameters_sha256(states.params),
         **environment(),
     }

@@ -2,6 +2,7 @@
 
 from jaxnets.tools.comparison import Comparison, compare, read_run
 from jaxnets.tools.doctor import examine
+from jaxnets.tools.results import read_result, write_result
 from jaxnets.tools.saliency import input_gradient, visual_backprop
 from jaxnets.tools.summary import Summary, summarize, summarize_model
 
@@ -11,8 +12,10 @@ __all__ = [
     "compare",
     "examine",
     "input_gradient",
+    "read_result",
     "read_run",
     "summarize",
     "summarize_model",
     "visual_backprop",
+    "write_result",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxnets.metrics.supervised import confidence_interval
+from jaxnets.tools.results import diverged, read_result
 
 #: Significance level: a difference holds up if its corrected p-value is below this.
 LEVEL = 0.05
@@ -40,9 +40,10 @@ class Run:
         name: folder.
         metric: name of the data set and of the metric.
         unit: "%" for fractions, or the unit.
-        values: one per seed.
+        values: one per seed that has one.
         parameters: number of parameters of one network; None if the run has no record of it.
         seconds: of training, over all seeds; None if the run has no record of it.
+        note: a sentence on values that are missing.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Run:
     values: tuple[float, ...]
     parameters: int | None = None
     seconds: float | None = None
+    note: str | None = None
 
     def show(self, value: float, *, sign: str = "") -> str:
         """Format a number in the unit of the run, see `show_number`."""
@@ -92,12 +94,14 @@ class Comparison:
         """Return a table of the runs, and a line for each pair."""
         rows = [("run", self.runs[0].metric, "seeds", "parameters", "training")]
         for run in self.runs:
-            mean, half = confidence_interval(run.values)
-            spread = "" if half is None else f" +- {run.show(half)}"
+            shown = "none"
+            if run.values:
+                mean, half = confidence_interval(run.values)
+                shown = run.show(mean) + ("" if half is None else f" +- {run.show(half)}")
             rows.append(
                 (
                     run.name,
-                    run.show(mean) + spread,
+                    shown,
                     str(len(run.values)),
                     "" if run.parameters is None else f"{run.parameters:,}",
                     "" if run.seconds is None else f"{run.seconds:.0f} s",
@@ -117,6 +121,7 @@ class Comparison:
                 f"Welch's t-test over seeds, Holm's correction for {len(self.differences)} "
                 f"comparison(s); holds up: p < {LEVEL}"
             )
+        lines += [f"{run.name}: {run.note}" for run in self.runs if run.note]
         single = [run.name for run in self.runs if len(run.values) < 2]
         if single:
             lines.append(
@@ -133,30 +138,22 @@ def read_run(folder: str | Path) -> Run:
     """Read the result of a finished run.
 
     Args:
-        folder: contains a `result.json`.
+        folder: contains a `result.json`, see `jaxnets.tools.results`.
 
     Raises:
-        ValueError: the file does not exist, or is not the result of a run.
+        ValueError: the file does not exist, or is not the result of a run; the message has the
+            file and the line.
     """
-    path = Path(folder) / "result.json"
-    try:
-        content = json.loads(path.read_text())
-        return Run(
-            name=str(folder),
-            metric=f"{content['dataset']}, {content['metric']}",
-            unit=content["unit"],
-            values=tuple(map(float, content["values"])),
-            parameters=content.get("parameters"),
-            seconds=content.get("train_seconds"),
-        )
-    except OSError as error:
-        raise ValueError(
-            f"{folder} has no result.json ({error.strerror}); name the folder of a finished run"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the result of a run ({type(error).__name__}: {error}); run it again"
-        ) from error
+    result = read_result(folder)
+    return Run(
+        name=str(folder),
+        metric=f"{result['dataset']}, {result['metric']}",
+        unit=result["unit"],
+        values=tuple(value for value in result["values"] if value is not None),
+        parameters=result.get("parameters"),
+        seconds=result.get("train_seconds"),
+        note=diverged(result["values"]),
+    )
 
 
 def compare(runs: Sequence[Run]) -> Comparison:

@@ -1,7 +1,6 @@
 """The autoencoder experiment with tiny networks on handwritten digits."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
 from experiments.pictures import grids
 from jaxnets.data.datasets.images import ImageDataset
+from jaxnets.tools import read_result
 
 SHORT = {
     "steps": 6,
@@ -66,7 +66,7 @@ def train(out, kind="dense", **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_writes_its_result_and_images(kind, tmp_path):
     result = train(tmp_path, kind, seeds=2)
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert read_result(tmp_path) == result
     assert result["kind"] == kind and len(result["values"]) == 2
     assert {"probe_code", "probe_pixels", "probe_pca"} <= set(result)
     names = ["codes", "curves", "reconstructions", "interpolations", "anomalies"]

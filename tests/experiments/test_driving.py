@@ -1,7 +1,6 @@
 """The driving experiment with tiny networks and short drives."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -22,6 +21,7 @@ from experiments.driving_networks import (
 from experiments.harness.run_folder import RunError, RunFolder
 from experiments.harness.training import run
 from jaxnets.data import driving
+from jaxnets.tools import read_result
 
 pytest.importorskip("Box2D")
 pytest.importorskip("gymnasium")
@@ -82,7 +82,7 @@ def test_frames_of_weight_zero_do_not_count_in_the_batch_norms_of_the_encoder():
 @pytest.mark.slow
 def test_a_run_writes_its_result_and_images(finished):
     out, result = finished
-    assert json.loads((out / "result.json").read_text()) == result
+    assert read_result(out) == result
     assert result["metric"] == "test score, mean over 2 tracks" and result["unit"] == "points"
     assert result["share_of_expert"] == pytest.approx(
         result["value"] / result["expert_score"], abs=1e-3

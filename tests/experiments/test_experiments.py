@@ -21,11 +21,13 @@ from experiments import classification, mnist
 from experiments import digits as experiment
 from experiments.classification import Config, ImageClassification
 from experiments.harness import command_line
+from experiments.harness.identity import code_version, content_sha256
 from experiments.harness.problem import Measured
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
 from jaxnets import data
 from jaxnets.data import digits
+from jaxnets.storage import lock_folder, read_json
 from jaxnets.training.checkpoint import latest_step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,8 +43,11 @@ def test_a_run_writes_result_log_figures_and_configuration(finished):
     out, result = finished
     assert {"experiment", "metric", "value", "ci95", "seeds", "steps"} <= set(result)
     assert {"train_seconds", "parameters_sha256"} <= set(result)
-    assert json.loads((out / "result.json").read_text()) == result
-    assert json.loads((out / "config.json").read_text())["seeds"] == 3
+    assert read_json(out / "result.json", what="a result", remedy="").content == result
+    config = read_json(out / "config.json", what="a configuration", remedy="").content
+    assert config["experiment"] == "digits" and config["options"]["seeds"] == 3
+    assert config["data"] == content_sha256(digits()) and config["code"] == [code_version()]
+    assert not (out / ".lock").exists()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     assert all(len(row["loss"]) == 3 for row in rows)
@@ -188,8 +193,48 @@ def test_a_folder_that_is_not_writable_is_reported():
 
 def test_a_damaged_configuration_is_reported(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RunError, match="not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json, line 1: not the configuration of a run: "):
         tiny(tmp_path)
+
+
+def test_a_finished_folder_does_not_answer_for_another_experiment_or_other_data(finished, capsys):
+    config = dataclasses.replace(TINY, out=finished[0], seeds=3)
+    loaded = []
+
+    def other_data(config):
+        loaded.append(config)
+        dataset = digits()
+        train = {**dataset.train, "labels": dataset.train["labels"][::-1].copy()}
+        return ImageClassification(config, dataclasses.replace(dataset, train=train))
+
+    with pytest.raises(RunError, match="a run with experiment = 'digits', not 'mnist'"):
+        run("mnist", config, other_data)
+    assert loaded == []  # compared before anything
+    with pytest.raises(RunError, match=r"a run with data \(sha256\) = '\w+', not '\w+'"):
+        run("digits", config, other_data)
+    assert "nothing to do" not in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_left_alone(finished, tmp_path):
+    with lock_folder(tmp_path), pytest.raises(RunError, match=r"in use by process .* since"):
+        tiny(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_resumption_while_the_first_one_runs_ends_in_one_line(tmp_path):
+    first = subprocess.Popen(
+        command(*KILLED, "--out", tmp_path), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for_a_new_checkpoint(first, tmp_path, None)
+        second = call(*KILLED, "--out", tmp_path, "--resume")
+        assert second.returncode == 2
+        assert f"is in use by process {first.pid} on " in second.stderr
+        assert "Traceback" not in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
 
 
 def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -17,6 +17,7 @@ from experiments.harness.training import run
 from experiments.pictures import grids
 from experiments.real_features import RealFeatures
 from jaxnets.data import digits
+from jaxnets.tools import read_result
 
 SHORT = {
     "steps": 4,
@@ -50,7 +51,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_writes_metrics_for_every_seed_and_the_floor(finished):
     out, result = finished
-    assert json.loads((out / "result.json").read_text()) == result
+    assert read_result(out) == result
     assert result["metric"] == "classifier-feature distance"
     for name in ("precision", "recall", "class_coverage", "class_agreement", "least_class_share"):
         assert len(result[name]) == 2 and all(0 <= value <= 1 for value in result[name])

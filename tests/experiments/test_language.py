@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import sys
 
 import jax
@@ -16,6 +15,7 @@ from experiments.harness.problem import Measured, member
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
 from jaxnets.data.datasets.text import TextDataset, TranslationDataset
+from jaxnets.tools import read_result
 
 SHORT = {
     "steps": 6,
@@ -69,7 +69,7 @@ def translate(out, **changes):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_language_model_writes_result_curves_samples_and_tokenizer(model, tmp_path):
     result = model_language(tmp_path, model=model)
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert read_result(tmp_path) == result
     assert (result["metric"], result["unit"]) == ("validation loss", "nats per character")
     # Every character of the validation text but the first is predicted once.
     assert result["evaluated_tokens"] == 199

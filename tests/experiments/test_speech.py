@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import sys
 
 import jax
@@ -15,6 +14,7 @@ from experiments import digit_strings, speech
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
 from experiments.sound import SoundTransform, choose_parts
+from jaxnets.tools import read_result
 
 SHORT = {"words": "tone_words", "steps": 4, "batch_size": 8, "log_every": 2, "eval_every": 4}
 SHORT |= {"width": 4, "layers": 1, "steps_per_dispatch": 2, "checkpoint_every": 2}
@@ -54,7 +54,7 @@ def strings(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_on_words_writes_its_result_and_figures(words):
     out, result = words
-    assert json.loads((out / "result.json").read_text()) == result
+    assert read_result(out) == result
     assert (result["metric"], result["dataset"]) == ("test accuracy", "tone words")
     assert len(result["values"]) == 2 and all(0 <= value <= 1 for value in result["values"])
     # The speakers do not have equally many test recordings.
@@ -68,7 +68,7 @@ def test_a_run_on_words_writes_its_result_and_figures(words):
 @pytest.mark.slow
 def test_a_run_on_strings_writes_its_result_and_transcripts(strings):
     out, result = strings
-    assert json.loads((out / "result.json").read_text()) == result
+    assert read_result(out) == result
     assert (result["metric"], result["dataset"]) == (
         "test word error rate",
         "strings of tone words",

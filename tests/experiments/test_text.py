@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 
 import jax
@@ -18,6 +17,7 @@ from experiments.harness.problem import Measured
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import main, run
 from jaxnets.data.datasets.text import SentenceDataset, Sentences
+from jaxnets.tools import read_result
 
 SHORT = {
     "steps": 6,
@@ -72,7 +72,7 @@ def added(tmp_path_factory):
 @pytest.mark.slow
 def test_an_addition_run_writes_result_curves_and_mistakes(added):
     out, result = added
-    assert json.loads((out / "result.json").read_text()) == result
+    assert read_result(out) == result
     assert result["metric"] == "exact sums" and len(result["values"]) == 2
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     # After six steps nearly all of the 2,000 sums are wrong; each is listed with the right one.

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -112,11 +113,45 @@ def test_the_command_shows_table_and_verdict(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["differences"][0]["holds_up"] is True
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (["0.9"], r'values\[0\] is "0.9", not a finite number or null'),
+        ([True], r"values\[0\] is true"),
+        ([10**400], r"values\[0\] is 10* \.\.\."),
+        ({}, "values is {}, not a list"),
+        ([], "it has no value"),
+    ],
+)
+def test_values_that_are_no_numbers_are_refused_with_file_and_line(
+    values, reason, tmp_path, capsys
+):
+    bad, good = write(tmp_path / "bad", values), write(tmp_path / "good", [0.9, 0.8])
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", good, bad])
+    assert stopped.value.code == 2
+    message = rf"error: .*bad/result\.json, line 1: not the result of a run: {reason}"
+    assert re.match(message, capsys.readouterr().err)
+
+
+def test_a_network_that_diverged_is_named_and_does_not_count(tmp_path, capsys):
+    folders = [write(tmp_path / "a", [0.9, None, 0.8]), write(tmp_path / "b", [0.9, 0.8])]
+    assert main(["compare", *folders]) == 0
+    out = capsys.readouterr().out
+    assert f"{folders[0]}: 1 of 3 networks diverged and do not count" in out
+    assert "p = 1: may be chance" in out
+
+
+def test_values_that_are_nearly_equal_are_compared_without_a_warning():
+    found = compare([run("a", 0.9, 0.9, 0.9), run("b", 0.9, 0.9, 0.9 + 1e-16)]).differences
+    assert found[0].p_value > 0.05
+
+
 def test_folders_without_a_result_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", str(tmp_path), "elsewhere"])
     assert stopped.value.code == 2
     assert "has no result.json (No such file or directory)" in capsys.readouterr().err
     (tmp_path / "result.json").write_text('{"metric": 1}')
-    with pytest.raises(ValueError, match=r"is not the result of a run \(KeyError: 'dataset'\)"):
+    with pytest.raises(ValueError, match=r"json, line 1: not the result of a run: it has no 'dat"):
         read_run(tmp_path)

@@ -165,7 +165,7 @@ def test_processes_compute_one_at_a_time(tmp_path, monkeypatch):
         **{"rounds": 2, "seconds": 0.01, "tiny": True, "out": out, "threads": 1},
     )
     result = command.run(config)
-    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "result.json").read_text()).items() >= result.items()
     assert (out / "chart.png").read_bytes().startswith(b"\x89PNG")
     measured = result["workloads"]["cnn"]
     assert measured["left_out"] == {

@@ -119,7 +119,8 @@ def test_rows_are_run_and_read_again(tmp_path, monkeypatch, capsys):
     script = (
         "import json, pathlib, sys; out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]); "
         "out.mkdir(parents=True, exist_ok=True); (out / 'result.json').write_text(json.dumps("
-        "{'value': 0.8, 'ci95': None, 'train_seconds': 2.0}))"
+        "{'dataset': 'd', 'metric': 'm', 'unit': '%', 'values': [0.8], 'value': 0.8, 'ci95': None, "
+        "'train_seconds': 2.0}))"
     )
     row = entry(command=f"python -c {json.dumps(script)}")
     monkeypatch.setattr(registry, "load", lambda: [row])
