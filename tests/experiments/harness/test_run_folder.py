@@ -109,7 +109,7 @@ def test_a_folder_without_its_configuration_is_refused(start, tmp_path):
     ("name", "changes", "message"),
     [
         ("config.json", {"options": {"batch_size": 7}}, None),
-        ("config.json", {"code": []}, "has no version of the code"),
+        ("config.json", {"code": []}, "it has no version of the code"),
         ("config.json", {"code": [1]}, r"code\[0\] is 1, not an object"),
         ("config.json", {"options": None}, "options is null"),
         ("result.json", {"values": "0.9"}, r'values is "0\.9", not a list'),
