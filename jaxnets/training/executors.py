@@ -10,13 +10,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxnets.core import DATA_AXIS, Batch, Executor, Metrics, StepFn, TrainState
+from jaxnets.core import DATA_AXIS, Batch, Executor, Mean, Metrics, StepFn, TrainState
 
 # Step transforms: a step in, a step out. They nest in each other and in every executor.
 
@@ -45,7 +45,11 @@ def scan_steps(step: StepFn) -> StepFn:
 
 
 def population_step(
-    step: StepFn, *, shared_batch: bool = True, strategy: Literal["vmap", "map"] = "vmap"
+    step: StepFn,
+    *,
+    shared_batch: bool = True,
+    strategy: Literal["vmap", "map"] = "vmap",
+    on_non_finite: Literal["stop", "freeze"] = "stop",
 ) -> StepFn:
     """Run a step for every member of a population: an array axis of seeds and hyper-parameters.
 
@@ -57,32 +61,96 @@ def population_step(
             small networks. "map" computes them sequentially inside the program (`jax.lax.map`):
             on CPU faster than "vmap" for convolutional and large networks, and it needs less
             memory. `PopulationExecutor` has two more, of several programs or threads.
+        on_non_finite: "stop" changes nothing: a member that is NaN or infinite ends `fit`.
+            "freeze" lets the other members go on. A call that makes a metric or any array of a
+            member's state NaN or infinite is not applied to that member. From then on it keeps
+            its state, whose `step` falls behind, and its metrics have weight 0. Another metric,
+            "frozen", is 1 for it and 0 for the others. The checks read the whole state once a
+            call. Not for an evaluation step.
 
     Returns:
         A step of a state whose leaves have a leading member axis, as from
         `jax.vmap(create)(keys, ...)`. Its metrics have that axis too.
 
     Raises:
-        ValueError: an unknown `strategy`.
+        ValueError: an unknown `strategy` or `on_non_finite`.
     """
     if strategy not in ("vmap", "map"):
         raise ValueError(f"strategy is {strategy!r}; choose 'vmap' or 'map'")
+    check_on_non_finite(on_non_finite)
 
     def population(
         state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
+        member = member_step(step, newest_step(state, on_non_finite), axis_name)
         if strategy == "vmap":
-            return jax.vmap(
-                lambda member, batch: _call(step, member, batch, axis_name),
-                in_axes=(0, None if shared_batch else 0),
-            )(state, batch)
-        if shared_batch:
-            return jax.lax.map(lambda member: _call(step, member, batch, axis_name), state)
-        return jax.lax.map(
-            lambda pair: _call(step, pair[0], pair[1], axis_name), (state, dict(batch))
-        )
+            return jax.vmap(member, in_axes=(0, None if shared_batch else 0))(state, batch)
+        return map_members(member, state, batch, shared_batch=shared_batch)
 
     return population
+
+
+# The members of a population, also for `PopulationExecutor`.
+
+#: A step of one member without `axis_name`.
+MemberStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def check_on_non_finite(on_non_finite: str) -> None:
+    """Check what is done about members that are not finite.
+
+    Raises:
+        ValueError: it is neither "stop" nor "freeze".
+    """
+    if on_non_finite not in ("stop", "freeze"):
+        raise ValueError(f"on_non_finite is {on_non_finite!r}; choose 'stop' or 'freeze'")
+
+
+def newest_step(state: TrainState, on_non_finite: str) -> jax.Array | None:
+    """Return the step of the members that are not frozen; None where none can be."""
+    return jnp.max(state.step) if on_non_finite == "freeze" else None
+
+
+def member_step(step: StepFn, newest: jax.Array | None, axis_name: str | None = None) -> MemberStep:
+    """Return the step of one member, which freezes it unless `newest` is None."""
+
+    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        after, metrics = _call(step, state, batch, axis_name)
+        if "frozen" in metrics:
+            raise ValueError("a metric of the step is named frozen; give it another name")
+        goes_on = (state.step == newest) & _stays_finite(state, after, metrics)
+        after, metrics = jax.tree.map(
+            lambda new, old: jnp.where(goes_on, new, old),
+            (after, metrics),
+            (state, jax.tree.map(jnp.zeros_like, metrics)),
+        )
+        frozen = jnp.where(goes_on, 0.0, 1.0)
+        return after, {**metrics, "frozen": Mean(frozen, jnp.ones_like(frozen))}
+
+    if newest is None:
+        return lambda state, batch: _call(step, state, batch, axis_name)
+    return advance
+
+
+def map_members(
+    member: MemberStep, state: TrainState, batch: Batch, *, shared_batch: bool
+) -> tuple[TrainState, Metrics]:
+    """Call the step of a member sequentially for each of them."""
+    if shared_batch:
+        return jax.lax.map(lambda state: member(state, batch), state)
+    return jax.lax.map(lambda pair: member(*pair), (state, dict(batch)))
+
+
+def _stays_finite(before: TrainState, after: TrainState, metrics: Metrics) -> jax.Array:
+    """Return whether a call made nothing NaN or infinite that was not so before it.
+
+    A state may hold infinities from the start, such as the best value of a schedule.
+    """
+    finite = [jnp.all(jnp.isfinite(mean.total)) for mean in metrics.values()]
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            finite.append(jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)))
+    return jnp.all(jnp.stack(finite))
 
 
 # Executors: a step in, a compiled `(state, batch) -> (state, metrics)` out.

@@ -157,12 +157,24 @@ class History:
         while self._queue and (until is None or self._queue[0].last <= until):
             self._add(self._queue.popleft())
 
+    def _report_frozen(self, frozen: np.ndarray, step: int) -> None:
+        if np.all(frozen):
+            raise NonFiniteError(f"every member of the population at step {step}")
+        for member in np.flatnonzero(frozen):
+            self._warn_once(
+                f"frozen/{member}",
+                f"at step {step} member {member} is frozen, because a metric or its state became "
+                "NaN or infinite; the others go on",
+            )
+
     def _warn_once(self, name: str, message: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _add(self, call: _Call) -> None:
+        if "frozen" in call.metrics:
+            self._report_frozen(np.asarray(call.metrics["frozen"].total) > 0, call.last)
         for name, metric in sorted(call.metrics.items()):
             mean = _double(metric.total, metric.count)
             if not np.all(np.isfinite(mean.total)):

@@ -92,7 +92,8 @@ def fit(
     Args:
         step: a compiled step from any executor, `(state, batch) -> (state, metrics)`.
         state: `TrainState` (or any pytree with `step`) to start from; in a population `step` and
-            all metrics have a leading member axis.
+            all metrics have a leading member axis. Members whose step is behind are frozen, see
+            `population_step`; their values in the rows are NaN.
         batches: batch source, called with the first step. With a `ChunkedBatchSource` the last
             batch is cut to end at `num_steps`, and the step is compiled once more for it.
         num_steps: total number of steps of the run, so calling `fit` on a finished run trains
@@ -108,7 +109,8 @@ def fit(
         The state after the last step, and the history.
 
     Raises:
-        NonFiniteError: the total of a metric is NaN or infinite; the rows before it are written.
+        NonFiniteError: the total of a metric is NaN or infinite, or all members of a population
+            are frozen; the rows before it are written.
             A metric whose weights sum to 0 is no error, see `History.rows`.
         Interrupted: Ctrl-C, in the main thread and without `Checkpointing`: the call of the step
             is finished, and the exception has the state and the history, which continue the run.
@@ -120,7 +122,7 @@ def fit(
     """
     check_source(batches)
     check_sizes(log_every=log_every)
-    first = current_step(state)
+    first, steps_before = current_step(state), np.asarray(state.step)
     writers = writers if jax.process_index() == 0 else ()
     history = History() if history is None else history
     history.begin(first, writers)
@@ -168,7 +170,7 @@ def fit(
                 bar.compiling_rest(now - previous)
             state, metrics = step(state, batch)
             if previous == first:
-                _check_advance(current_step(state) - first, now - first)
+                _check_advance(steps_before, np.asarray(state.step), now - first, metrics)
                 history.first_call_seconds = time.perf_counter() - began
                 began += history.first_call_seconds
                 bar.compiled(history.first_call_seconds)
@@ -278,15 +280,8 @@ def check_evaluation(batches: Any, num_batches: int | None) -> None:
 
 
 def current_step(state: Any) -> int:
-    """Return `state.step` as an int; all members of a population must be at the same step.
-
-    Raises:
-        ValueError: the members are at different steps.
-    """
-    steps = np.unique(np.asarray(state.step))
-    if steps.size != 1:
-        raise ValueError(f"members are at different steps {steps.tolist()}; train them separately")
-    return int(steps[0])
+    """Return `state.step` as an int; in a population that of the members that are not frozen."""
+    return int(np.max(state.step))
 
 
 def first_nonfinite(tree: Any) -> str | None:
@@ -382,8 +377,16 @@ def _run_hooks(
     return values
 
 
-def _check_advance(made: int, expected: int) -> None:
-    if made != expected:
+def _check_advance(before: np.ndarray, after: np.ndarray, expected: int, metrics: Metrics) -> None:
+    """Check that the first call made the steps of its batch, and that no frozen member moved."""
+    if np.any((before < np.max(before)) & (before != after)):
+        raise ValueError(
+            f"members are at different steps {np.unique(before).tolist()}; train them separately, "
+            "or if some are frozen, with population_step(..., on_non_finite='freeze')"
+        )
+    made = np.max(after) - np.max(before)
+    all_frozen = "frozen" in metrics and np.all(np.asarray(metrics["frozen"].total) > 0)
+    if made != expected and not all_frozen:
         raise ValueError(
             f"one call made {made} steps, but a batch of the source holds {expected}; use "
             "scan_steps and data.chunked together, or neither"

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jaxnets.core import Batch, Executor, Metrics, StepFn, TrainState
 from jaxnets.host import usable_cores
 from jaxnets.storage import read_json, write_json
-from jaxnets.training.executors import jit_step, population_step
+from jaxnets.training.executors import (
+    check_on_non_finite,
+    jit_step,
+    map_members,
+    member_step,
+    newest_step,
+    population_step,
+)
 
 #: How the members of a population are computed: vectorized, sequentially inside one program,
 #: with one call per member, or in threads with one group of members per core.
@@ -50,6 +57,7 @@ class PopulationExecutor:
             "threads" only on CPU.
         remember: JSON file with the chosen strategy and the times of all of them; read if it
             exists, otherwise written by the first call.
+        on_non_finite: "stop" or "freeze", as for `population_step`.
         donate: donate the buffers of the input state, which the caller cannot use afterwards.
 
     Attributes:
@@ -57,7 +65,7 @@ class PopulationExecutor:
         milliseconds: the time of a call with each strategy, {} if none was measured.
 
     Raises:
-        ValueError: `strategy` is unknown, or the file names none.
+        ValueError: `strategy` or `on_non_finite` is unknown, or the file names no strategy.
 
     Example:
         >>> import optax
@@ -82,11 +90,15 @@ class PopulationExecutor:
         shared_batch: bool = True,
         strategy: PopulationStrategy | None = None,
         remember: str | os.PathLike[str] | None = None,
+        on_non_finite: Literal["stop", "freeze"] = "stop",
         donate: bool = False,
     ) -> None:
+        check_on_non_finite(on_non_finite)
         self.milliseconds: dict[PopulationStrategy, float] = {}
         self._remember = None if remember is None else Path(remember)
-        self._make = functools.partial(_compile, step, shared_batch=shared_batch, donate=donate)
+        self._make = functools.partial(
+            _compile, step, shared_batch=shared_batch, on_non_finite=on_non_finite, donate=donate
+        )
         self._run: Executor | None = None
         if strategy is None and self._remember is not None and self._remember.exists():
             strategy = _read(self._remember)
@@ -148,66 +160,88 @@ def _read(path: Path) -> PopulationStrategy:
     return document.check(_Remembered)["strategy"]
 
 
-def _compile(step: StepFn, strategy: str, *, shared_batch: bool, donate: bool) -> Executor:
-    if strategy == "members":
-        return _one_call_per_member(step, shared_batch=shared_batch, donate=donate)
-    if strategy == "threads":
-        return _groups_in_threads(step, shared_batch=shared_batch, donate=donate)
+def _compile(
+    step: StepFn,
+    strategy: str,
+    *,
+    shared_batch: bool,
+    on_non_finite: Literal["stop", "freeze"],
+    donate: bool,
+) -> Executor:
+    if strategy in ("members", "threads"):
+        make = _one_call_per_member if strategy == "members" else _groups_in_threads
+        return make(step, shared_batch=shared_batch, on_non_finite=on_non_finite, donate=donate)
     in_one_program: dict[str, Literal["vmap", "map"]] = {"vmap": "vmap", "map": "map"}
-    return jit_step(
-        population_step(step, shared_batch=shared_batch, strategy=in_one_program[strategy]),
-        donate=donate,
+    population = population_step(
+        step,
+        shared_batch=shared_batch,
+        strategy=in_one_program[strategy],
+        on_non_finite=on_non_finite,
     )
+    return jit_step(population, donate=donate)
 
 
-def _one_call_per_member(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
+def _one_call_per_member(
+    step: StepFn, *, shared_batch: bool, on_non_finite: str, donate: bool
+) -> Executor:
     @functools.partial(jax.jit, donate_argnums=(0,))
-    def advance(states: TrainState, batch: Batch, index: jax.Array) -> tuple[TrainState, Metrics]:
+    def advance(
+        states: TrainState, batch: Batch, index: jax.Array, newest: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
         own = batch if shared_batch else _member(dict(batch), index)
-        after, metrics = step(_member(states, index), own)
+        after, metrics = member_step(step, newest)(_member(states, index), own)
         # The states are donated, so only the row of this member is written.
         return jax.tree.map(lambda all, new: all.at[index].set(new), states, after), metrics
 
     stack = jax.jit(lambda rows: jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
 
     def run(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        newest = newest_step(states, on_non_finite)
         states = states if donate else _copied(states)
         rows = []
         for index in range(len(jax.tree.leaves(states)[0])):
-            states, metrics = advance(states, batch, jnp.int32(index))
+            states, metrics = advance(states, batch, jnp.int32(index), newest)
             rows.append(metrics)
         return states, stack(rows)
 
     return run
 
 
-def _groups_in_threads(step: StepFn, *, shared_batch: bool, donate: bool) -> Executor:
-    population = population_step(step, shared_batch=shared_batch, strategy="map")
-    jitted, cores = jax.jit(population, donate_argnums=(0,)), usable_cores()
-    workers = ThreadPoolExecutor(cores, thread_name_prefix="population")
-    programs: dict[Any, Executor] = {}
+def _groups_in_threads(
+    step: StepFn, *, shared_batch: bool, on_non_finite: str, donate: bool
+) -> Executor:
+    @functools.partial(jax.jit, donate_argnums=(0,))
+    def group_step(
+        states: TrainState, batch: Batch, newest: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
+        return map_members(member_step(step, newest), states, batch, shared_batch=shared_batch)
 
-    def program(states: TrainState, batch: Batch) -> Executor:
+    cores = usable_cores()
+    workers = ThreadPoolExecutor(cores, thread_name_prefix="population")
+    programs: dict[Any, Callable[..., tuple[TrainState, Metrics]]] = {}
+
+    def program(*arguments: Any) -> Callable[..., tuple[TrainState, Metrics]]:
         # Compiled in the caller's thread, because JAX's context managers are local to a thread.
-        leaves, structure = jax.tree.flatten((states, batch))
+        leaves, structure = jax.tree.flatten(arguments)
         key = structure, *map(jax.typeof, leaves)
         if key not in programs:
-            programs[key] = jitted.lower(states, batch).compile()
+            programs[key] = group_step.lower(*arguments).compile()
         return programs[key]
 
     def run(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = jax.device_put(dict(batch))
+        batch, newest = jax.device_put(dict(batch)), newest_step(states, on_non_finite)
         bounds = _bounds(len(jax.tree.leaves(states)[0]), cores)
         groups = _split(states, bounds)
         batches = [batch] * len(groups) if shared_batch else _split(batch, bounds)
-        advances = list(map(program, groups, batches))
+        newests = [newest] * len(groups)
+        advances = list(map(program, groups, batches, newests))
         if donate:
             jax.block_until_ready(groups)
             for leaf in jax.tree.leaves(states):
                 leaf.delete()
         done = workers.map(
             lambda advance, *group: jax.block_until_ready(advance(*group)),
-            *(advances, groups, batches),
+            *(advances, groups, batches, newests),
         )
         return _joined(list(done))
 

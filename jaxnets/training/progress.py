@@ -77,9 +77,11 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         self._bar.update(step - self._bar.n)
         if history and history.rows and not self._hidden:
             rate = self._examples / (time.perf_counter() - self._began)
-            losses = history.column("loss")[1] or [math.nan]
+            losses = np.atleast_1d((history.column("loss")[1] or [math.nan])[-1])
+            trained = losses[np.isfinite(losses)]  # those of frozen members are NaN
+            loss = np.mean(trained) if trained.size else math.nan
             self._bar.set_postfix_str(
-                f"loss {np.mean(losses[-1]):.4g}, {self._bar.format_sizeof(rate)} examples/s"
+                f"loss {loss:.4g}, {self._bar.format_sizeof(rate)} examples/s"
             )
 
     def __exit__(self, *exception: object) -> None:

@@ -387,6 +387,31 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_remedy():
             run(state, batch)
 
 
+@pytest.mark.four_devices
+def test_a_member_that_fails_in_the_part_of_one_device_freezes_on_all_of_them():
+    def objective(params, model_state, batch, rng, *, train):
+        fails = (batch["inputs"] > 6) & (model_state["fails"]["flag"] > 0)
+        losses = jnp.where(fails, jnp.inf, batch["inputs"] * params["w"] ** 2)
+        return ObjectiveOutput(Mean.of(losses), model_state, {})
+
+    update = Update(objective, optax.sgd(0.01))
+    state = create_train_state(
+        {"params": {"w": jnp.ones(())}, "fails": {"flag": jnp.zeros(())}},
+        update,
+        rng=jax.random.key(0),
+    )
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), state)
+    states.model_state["fails"]["flag"] = jnp.array([0.0, 1.0, 0.0])
+    step = population_step(make_train_step(update), on_non_finite="freeze")
+    batch = {"inputs": np.arange(8, dtype=np.float32)}
+    for run in (jit_step(step), pmap_step(step), sharded_step(step, data_mesh())):
+        after, metrics = run(*run(states, batch)[:1], batch)
+        assert after.step.tolist() == [2, 0, 2] and after.params["w"][1] == 1
+        assert metrics["frozen"].compute().tolist() == [0, 1, 0]
+        # The gradient of the mean loss is 2 w mean(inputs) = 7 w.
+        np.testing.assert_allclose(after.params["w"][::2], (1 - 0.07) ** 2, rtol=1e-6)
+
+
 def dropout_problem():
     module = feedforward.MLP((8,), num_outputs=3, dropout_rate=0.5)
     update = Update(classification(module), optax.sgd(0.1))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,11 @@ import pytest
 from jaxnets.core import Mean, TrainState
 from jaxnets.training import population
 from jaxnets.training.executors import jit_step, population_step, scan_steps
+from jaxnets.training.history import NonFiniteError
+from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.loop import fit
 from jaxnets.training.population import PopulationExecutor
+from jaxnets.training.writers import jsonl_writer
 
 RANDOM = np.random.default_rng(0)
 BATCH = {"inputs": RANDOM.standard_normal((6, 5), np.float32)}
@@ -206,3 +212,146 @@ def test_a_step_that_cannot_be_compiled_does_not_delete_the_states(states):
     with pytest.raises(RuntimeError, match="a step that fails"):
         PopulationExecutor(failing, strategy="threads", donate=True)(states, BATCH)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states))
+
+
+# Members that are not finite
+
+
+def failing(state, batch, *, axis_name=None):
+    """`step`, which makes a member NaN at the step in its model state."""
+    after, metrics = step(state, batch)
+    fails = state.step == state.model_state["fails"]
+    return dataclasses.replace(after, params=jnp.where(fails, jnp.nan, after.params)), metrics
+
+
+def failing_at(states, *steps):
+    return dataclasses.replace(states, model_state={"fails": jnp.array(steps)})
+
+
+def batches(first):
+    return itertools.repeat(BATCH)
+
+
+@functools.cache
+def freezing():
+    return jit_step(population_step(failing, on_non_finite="freeze"))
+
+
+def solo(states, index, num_steps):
+    state, losses = jax.tree.map(lambda leaf: leaf[index], states), []
+    for _ in range(num_steps):
+        state, metrics = jitted()(state, BATCH)
+        losses.append(float(metrics["loss"].compute()))
+    return state, losses
+
+
+@functools.cache
+def jitted():
+    return jax.jit(step)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "map", "members", "threads"])
+def test_a_member_that_fails_keeps_its_last_state_and_the_others_go_on(
+    strategy, states, monkeypatch
+):
+    monkeypatch.setattr(population, "usable_cores", lambda: 2)  # member 0 is a group of its own
+    executor = PopulationExecutor(failing, strategy=strategy, on_non_finite="freeze")
+    after = failing_at(states, 2, 9, 9)
+    frozen = []
+    for _ in range(4):
+        after, metrics = executor(after, BATCH)
+        frozen.append(metrics["frozen"].total.tolist())
+    assert after.step.tolist() == [2, 4, 4]
+    assert frozen == [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert metrics["loss"].count.tolist() == [0, 6, 6]
+    assert metrics["loss"].total[0] == 0
+    for member, num_steps in enumerate((2, 4, 4)):
+        expected, _ = solo(states, member, num_steps)
+        np.testing.assert_allclose(after.params[member], expected.params, atol=1e-6)
+        np.testing.assert_allclose(after.opt_state[member], expected.opt_state, atol=1e-6)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_member_freezes_within_a_call_of_several_steps_or_before_it(several, states):
+    """A step inside the scan stops at once; a scan inside the population is undone whole."""
+    own = jax.tree.map(lambda x: np.stack([x] * 3), BATCH)
+    freeze = functools.partial(population_step, on_non_finite="freeze")
+    executor = jit_step(freeze(scan_steps(failing)) if several else scan_steps(freeze(failing)))
+    after, metrics = executor(failing_at(states, 9, 4, 9), own)
+    after, metrics = executor(after, own)
+    assert after.step.tolist() == [6, 3 if several else 4, 6]
+    assert metrics["frozen"].compute()[1] == pytest.approx(1 if several else 2 / 3)
+    expected, _ = solo(states, 1, 3 if several else 4)
+    np.testing.assert_allclose(after.params[1], expected.params, atol=1e-6)
+
+
+def test_the_rows_and_the_resumed_run_of_a_frozen_member(states, tmp_path):
+    start = failing_at(states, 9, 3, 9)
+    options = {"log_every": 2, "writers": [jsonl_writer(tmp_path / "metrics.jsonl")]}
+    with pytest.warns(RuntimeWarning, match="at step 4 member 1 is frozen") as caught:
+        after, history = fit(freezing(), start, batches, num_steps=6, **options)
+    assert len(caught) == 1 and after.step.tolist() == [6, 3, 6]
+    assert history.column("frozen") == ([2, 4, 6], [[0, 0, 0], [0, 0.5, 0], [0, 1, 0]])
+    for member, num_steps in enumerate((6, 3, 6)):
+        losses = solo(states, member, num_steps)[1]
+        expected = [np.mean(losses[i : i + 2]) if losses[i : i + 2] else np.nan for i in (0, 2, 4)]
+        values = [row[member] for row in history.column("loss")[1]]
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+    saving = [Checkpointing(tmp_path / "run", every=5)]
+    with pytest.warns(RuntimeWarning, match="member 1 is frozen"):
+        fit(freezing(), start, batches, num_steps=4, hooks=saving, log_every=2)
+    again, history_again = resume(tmp_path / "run", start)
+    with pytest.warns(RuntimeWarning, match="member 1 is frozen"):
+        again, _ = fit(freezing(), again, batches, num_steps=6, history=history_again, log_every=2)
+    assert_close(again, after)
+    np.testing.assert_equal(history_again.rows, history.rows)
+
+
+def test_a_population_without_a_member_that_goes_on_ends(states):
+    for fails in ((1, 1, 1), (1, 2, 2)):
+        match = f"every member of the population at step {max(fails) + 1} is not finite"
+        with pytest.raises(NonFiniteError, match=match), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(freezing(), failing_at(states, *fails), batches, num_steps=9, log_every=1)
+    with pytest.raises(NonFiniteError, match="every member of the population at step 1"):
+        fit(freezing(), failing_at(states, 0, 0, 0), batches, num_steps=1)
+
+
+def test_a_frozen_member_stays_frozen_only_where_members_freeze(states):
+    start = dataclasses.replace(failing_at(states, 9, 9, 9), step=jnp.array([4, 2, 4]))
+    with pytest.warns(RuntimeWarning, match="at step 5 member 1 is frozen"):
+        after, _ = fit(freezing(), start, batches, num_steps=6)
+    assert after.step.tolist() == [6, 2, 6]
+    with pytest.raises(ValueError, match=r"different steps \[2, 4\].* on_non_finite='freeze'"):
+        fit(reference(), start, batches, num_steps=6)
+
+
+def test_an_infinity_from_the_start_and_an_infinite_metric_differ(states):
+    def watching(state, batch, *, axis_name=None):
+        after, metrics = step(dataclasses.replace(state, opt_state=state.opt_state[0]), batch)
+        best = state.opt_state[1]  # infinite until the third step, as the best value of a schedule
+        best = jnp.where(state.step == 2, 1.0, best)
+        ratio = jnp.where(state.step == state.model_state["fails"], jnp.inf, 1.0)
+        metrics["ratio"] = Mean(ratio, jnp.ones_like(ratio))
+        return dataclasses.replace(after, opt_state=(after.opt_state, best)), metrics
+
+    start = dataclasses.replace(
+        failing_at(states, 9, 1, 9), opt_state=(states.opt_state, jnp.full(3, jnp.inf))
+    )
+    executor = jit_step(population_step(watching, on_non_finite="freeze"))
+    with pytest.warns(RuntimeWarning, match="member 1 is frozen"):
+        after, _ = fit(executor, start, batches, num_steps=4)
+    assert after.step.tolist() == [4, 1, 4]
+
+
+def test_what_is_done_about_members_that_are_not_finite_is_stop_or_freeze():
+    for make in (population_step, PopulationExecutor):
+        with pytest.raises(ValueError, match=r"on_non_finite is 'skip'; choose 'stop' or 'freeze'"):
+            make(step, on_non_finite="skip")
+
+    def taken(state, batch):
+        return state, {"frozen": Mean.of(batch["inputs"])}
+
+    state = TrainState(jnp.zeros(1, jnp.int32), None, jnp.zeros(1), {}, ())
+    with pytest.raises(ValueError, match="a metric of the step is named frozen"):
+        population_step(taken, on_non_finite="freeze")(state, BATCH)
