@@ -270,10 +270,7 @@ class ImageAutoencoder(Problem):
             **{name: round(float(values.mean()), 6) for name, values in means.items()},
         }
         if self.config.kind == "vq-vae":
-            perplexities = [
-                jn.metrics.codebook_perplexity(jn.Mean(usage, 1.0))
-                for usage in measured["code_usage"]
-            ]
+            perplexities = jn.metrics.codebook_perplexity(measured["code_usage"])
             perplexity = round(float(np.mean(perplexities)), 4)
             details |= {"perplexity": perplexity, "codebook": self.config.codebook}
         if self.config.kind in VARIATIONAL:

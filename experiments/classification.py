@@ -188,14 +188,8 @@ class ImageClassification(Problem):
         # Shares of all examples, [seeds, true class, predicted class], to counts.
         shares = measured["confusion"].mean(axis=0)
         self.confusion = (shares * len(self.dataset.test["labels"])).round(3)
-        macro_f1 = [
-            jn.metrics.precision_recall_f1(jn.Mean(shares, 1.0))["macro_f1"]
-            for shares in measured["confusion"]
-        ]
-        calibration_error = [
-            jn.metrics.expected_calibration_error(jn.Mean(bins, 1.0))
-            for bins in measured["calibration"]
-        ]
+        macro_f1 = jn.metrics.precision_recall_f1(measured["confusion"])["macro_f1"]
+        calibration_error = jn.metrics.expected_calibration_error(measured["calibration"])
         return Measured(
             "test accuracy" + self._views(),
             np.array(measured["accuracy"]),

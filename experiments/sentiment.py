@@ -143,10 +143,7 @@ class Sentiment(SentenceProblem):
         validation = jn.evaluate(eval_step, states, self.eval_batches)
         # Shares of all sentences, [seeds, true class, predicted class], to counts.
         self.confusion = (test["confusion"].mean(axis=0) * len(self.dataset.test)).round(3)
-        calibration_error = [
-            jn.metrics.expected_calibration_error(jn.Mean(bins, 1.0))
-            for bins in test["calibration"]
-        ]
+        calibration_error = jn.metrics.expected_calibration_error(test["calibration"])
         return Measured(
             "test accuracy",
             np.array(test["accuracy"]),

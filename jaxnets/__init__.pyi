@@ -123,7 +123,7 @@ from .training.executors import (
 from .training.histograms import gradient_histograms, parameter_histograms
 from .training.history import History, NonFiniteError
 from .training.hooks import Checkpointing, EarlyStopping, every, resume, validation
-from .training.loop import Hook, Interrupted, StopTraining, evaluate, fit
+from .training.loop import Hook, Interrupted, StopTraining, evaluate, evaluate_sums, fit
 from .training.media import Histogram, Image
 from .training.optimizers import (
     averaged_parameters,
@@ -233,6 +233,7 @@ __all__ = [
     "decay_mask",
     "denoising",
     "evaluate",
+    "evaluate_sums",
     "every",
     "feedforward",
     "find_learning_rate",

@@ -168,6 +168,9 @@ class Update:
         objective: the loss to minimize.
         optimizer: any Optax transformation.
         wrt: top-level key of `params` to train, that is one network of several; None trains all.
+        float32_masters: for parameters of 16 bits: the optimizer updates copies of them in float32,
+            which are part of its state, and the parameters are those rounded. So small updates
+            add up, and moments and norms of gradients are float32 too.
 
     Raises:
         TypeError: the objective is a module or no function, or the optimizer is none of Optax.
@@ -176,6 +179,7 @@ class Update:
     objective: Objective
     optimizer: optax.GradientTransformation
     wrt: str | None = None
+    float32_masters: bool = False
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
@@ -352,6 +356,17 @@ def at_least_int32(values: Any) -> Any:
     if size >= wide.itemsize:
         values = jnp.minimum(values, jnp.asarray(limits.max, values.dtype))
     return values.astype(wide)
+
+
+def is_narrow(array: Any) -> bool:
+    """Return whether an array is floating and narrower than float32, such as bfloat16."""
+    dtype = getattr(array, "dtype", jnp.float32)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def widened(tree: Any) -> Any:
+    """Apply `at_least_float32` to the narrow leaves of a tree, and leave the others as they are."""
+    return jax.tree.map(lambda leaf: at_least_float32(leaf) if is_narrow(leaf) else leaf, tree)
 
 
 def rng_streams(rng: jax.Array, *names: str) -> dict[str, jax.Array]:

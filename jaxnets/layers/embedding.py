@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxnets import functional
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, at_least_int32, known_values
+from jaxnets.core import Precision, at_least_float32, at_least_int32, known_values
 from jaxnets.layers.linear import Initializer
 
 
@@ -78,10 +78,12 @@ class Embedding(nn.Module):
             ValueError: ids that are no integers, or concrete ids outside the vocabulary.
         """
         check_tokens(tokens, self.vocabulary_size)
-        table = self.embedding.astype(self.precision.compute)
+        # Gathered in float32, because the gradient of a gather adds up in its dtype: in bfloat16 a
+        # token that occurs 10,000 times would get a gradient of 256.
+        table = at_least_float32(self.embedding)
         tokens = at_least_int32(jnp.asarray(tokens))
         outside = (tokens < 0) | (tokens >= self.vocabulary_size)
-        vectors = table[jnp.where(outside, 0, tokens)]
+        vectors = table[jnp.where(outside, 0, tokens)].astype(self.precision.compute)
         return jnp.where(outside[..., None], jnp.asarray(jnp.nan, vectors.dtype), vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -86,7 +86,8 @@ def confusion_matrix(
         weights: [batch], 0 = ignore.
 
     Returns:
-        Mean with `total` [true class, predicted class], the input of `precision_recall_f1`.
+        Mean with `total` [true class, predicted class], in numbers of examples; its `compute()` is
+        their shares of all examples. Both are inputs of `precision_recall_f1`.
     """
     num_classes = logits.shape[-1]
     dtype = at_least_float32(logits).dtype
@@ -98,27 +99,34 @@ def confusion_matrix(
     return Mean((true * weights[:, None]).T @ predicted, jnp.sum(weights))
 
 
-def precision_recall_f1(confusion: Mean) -> dict[str, jax.Array]:
+def precision_recall_f1(confusion: Mean | jax.Array) -> dict[str, jax.Array]:
     """Compute precision, recall and F1 of every class from a confusion matrix.
 
     `sklearn.metrics.precision_recall_fscore_support` with `zero_division=0`.
 
     Args:
-        confusion: from `confusion_matrix`, summed over all batches.
+        confusion: from `confusion_matrix`, summed over all batches; or its shares, as `evaluate`
+            returns them, or its counts: [..., true class, predicted class].
 
     Returns:
-        "precision", "recall" and "f1", each [num_classes], and "macro_f1", the unweighted mean of
-        "f1". A class that is never predicted has precision 0, one that never occurs has recall 0.
+        "precision", "recall" and "f1", each [..., num_classes], and "macro_f1", the unweighted mean
+        of "f1", [...]. A class that is never predicted has precision 0, one that never occurs has
+        recall 0.
+
+    Example:
+        >>> scores = precision_recall_f1(jnp.array([[3, 1], [0, 4]]))
+        >>> scores["precision"].tolist(), scores["recall"].tolist()
+        ([1.0, 0.800000011920929], [0.75, 1.0])
     """
-    counts = confusion.total
-    hits = jnp.diagonal(counts)
-    predicted, true = jnp.sum(counts, axis=0), jnp.sum(counts, axis=1)
+    counts = _totals(confusion)
+    hits = jnp.diagonal(counts, axis1=-2, axis2=-1)
+    predicted, true = jnp.sum(counts, axis=-2), jnp.sum(counts, axis=-1)
     f1 = _ratio(2 * hits, predicted + true)
     return {
         "precision": _ratio(hits, predicted),
         "recall": _ratio(hits, true),
         "f1": f1,
-        "macro_f1": jnp.mean(f1),
+        "macro_f1": jnp.mean(f1, axis=-1),
     }
 
 
@@ -155,57 +163,61 @@ def calibration(
     return Mean(in_bin.T @ columns, jnp.sum(weights))
 
 
-def expected_calibration_error(bins: Mean) -> jax.Array:
+def expected_calibration_error(bins: Mean | jax.Array) -> jax.Array:
     """Average the gap between confidence and accuracy over the bins, weighted by bin weight.
 
     Args:
-        bins: from `calibration`, summed over all batches.
+        bins: from `calibration`, summed over all batches; or [..., num_bins, 3] as `evaluate`
+            returns it.
 
     Returns:
-        Scalar in [0, 1].
+        [...] in [0, 1].
 
     References:
         Guo et al., 2017, arXiv:1706.04599, equation 3.
     """
-    weight, confidence, hits = jnp.moveaxis(bins.total, -1, 0)  # each [num_bins]
-    return Mean(jnp.sum(jnp.abs(hits - confidence)), jnp.sum(weight)).compute()
+    weight, confidence, hits = jnp.moveaxis(_totals(bins), -1, 0)  # each [..., num_bins]
+    gaps = jnp.sum(jnp.abs(hits - confidence), axis=-1)
+    return Mean(gaps, jnp.sum(weight, axis=-1)).compute()
 
 
-def perplexity(loss: Mean) -> jax.Array:
+def perplexity(loss: Mean | jax.Array | float) -> jax.Array:
     """Return exp(mean loss), the perplexity of a language model.
 
     It is the number of equally likely tokens with the same loss.
 
     Args:
-        loss: of a language model, in nats per token, summed over all batches.
+        loss: of a language model, in nats per token: summed over all batches, or its mean as
+            `evaluate` returns it.
 
     Returns:
-        Scalar, 1 or more.
+        Scalar, 1 or more; [members] for a population.
 
     Example:
         >>> round(float(perplexity(Mean.of(jnp.log(jnp.array([2.0, 8.0]))))), 4)
         4.0
     """
-    return jnp.exp(loss.compute())
+    return jnp.exp(_means(loss))
 
 
-def codebook_perplexity(usage: Mean) -> jax.Array:
+def codebook_perplexity(usage: Mean | jax.Array) -> jax.Array:
     """Return exp(entropy) of the code usage, the perplexity of a codebook.
 
     It is the number of equally used codes with the same entropy.
 
     Args:
-        usage: the metric "code_usage" of `vq_vae`: sums [codebook_size], added up over batches.
+        usage: the metric "code_usage" of `vq_vae`: sums [codebook_size], added up over batches; or
+            shares [..., codebook_size], as `evaluate` returns them.
 
     Returns:
-        Scalar between 1 and the codebook's size.
+        [...] between 1 and the codebook's size.
 
     Example:
         >>> usage = Mean(jnp.array([2.0, 2.0, 0.0]), jnp.array(4.0))
         >>> round(float(codebook_perplexity(usage)), 4)
         2.0
     """
-    return jnp.exp(jnp.sum(jax.scipy.special.entr(usage.compute())))
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(_means(usage)), axis=-1))
 
 
 def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
@@ -296,6 +308,20 @@ def confidence_interval(
         return float(np.mean(array)), None
     t = scipy.stats.t.ppf((1 + level) / 2, array.size - 1)
     return float(np.mean(array)), float(t * np.std(array, ddof=1) / np.sqrt(array.size))
+
+
+def _totals(sums: Mean | jax.Array) -> jax.Array:
+    """Return the totals of a metric whose scale does not matter, such as counts or shares."""
+    return _floating(sums.total if isinstance(sums, Mean) else sums)
+
+
+def _means(sums: Mean | jax.Array | float) -> jax.Array:
+    return _floating(sums.compute() if isinstance(sums, Mean) else sums)
+
+
+def _floating(values: jax.typing.ArrayLike) -> jax.Array:
+    array = jnp.asarray(values)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jaxnets.training.executors import (
 from jaxnets.training.histograms import gradient_histograms, parameter_histograms
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, EarlyStopping, every, resume, validation
-from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, fit
+from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, evaluate_sums, fit
 from jaxnets.training.media import Histogram, Image
 from jaxnets.training.optimizers import (
     ParameterAverageState,
@@ -59,6 +59,7 @@ __all__ = [
     "data_mesh",
     "decay_mask",
     "evaluate",
+    "evaluate_sums",
     "every",
     "find_learning_rate",
     "fit",

@@ -116,7 +116,8 @@ def restore(
     Raises:
         FileNotFoundError: there is no such checkpoint.
         CheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
-        ValueError: the structure, or shape or dtype of a leaf, differs from the template.
+        ValueError: the structure, or shape or dtype of a leaf, differs from the template. Floats of
+            16 bits may become wider ones, such as a parameter average that was bfloat16.
     """
     steps = all_steps(directory)
     if not steps or step not in (None, *steps):
@@ -302,6 +303,8 @@ def _read_arrays(folder: Path, manifest: Mapping[str, Any], template: Any) -> An
     leaves = []
     for path, target in targets.items():
         array = arrays.get(path, np.zeros(target.shape, None if path in keys else target.dtype))
+        if path not in keys and array.dtype != target.dtype:
+            array = array.astype(target.dtype)
         if not isinstance(target, np.ndarray):
             # Uncommitted if the template is, so that jit can place it on any mesh.
             array = jnp.asarray(array)
@@ -326,11 +329,18 @@ def _check_template(targets: Mapping[str, Any], saved: list[dict[str, Any]], whe
             raise ValueError(f"{path} is in {place}; {where} holds a different kind of state")
         shapes = tuple(known[path]["shape"]), tuple(targets[path].shape)
         dtypes = known[path]["dtype"], str(targets[path].dtype)
-        if shapes[0] != shapes[1] or dtypes[0] != dtypes[1]:
+        if shapes[0] != shapes[1] or not (dtypes[0] == dtypes[1] or _widens(*dtypes)):
             raise ValueError(
                 f"{path} is {dtypes[0]}{list(shapes[0])} in {where} but {dtypes[1]}"
                 f"{list(shapes[1])} in the template; restore with the same configuration as saved"
             )
+
+
+def _widens(saved: str, wanted: str) -> bool:
+    """Return whether floats of 16 bits are restored as wider ones, which changes no value."""
+    if saved not in ("bfloat16", "float16"):
+        return False
+    return wanted in ("float32", "float64")
 
 
 def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

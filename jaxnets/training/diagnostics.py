@@ -78,9 +78,10 @@ def find_learning_rate(
     rates = np.geomspace(1e-5, 1e-1, 17) if learning_rates is None else np.sort(learning_rates)
     if rates.size == 0 or np.min(rates) <= 0:
         raise ValueError(f"learning_rates is {learning_rates}; give rates above 0")
-    update = Update(
-        objective, optax.inject_hyperparams(make_optimizer)(learning_rate=float(rates[0]))
-    )
+    # By default Optax rounds the hyper-parameters to the dtype of the parameters: in bfloat16 the
+    # decay 0.999 of Adam's second moment is 1, which divides by 0.
+    injected = optax.inject_hyperparams(make_optimizer, hyperparam_dtype=jnp.float32)
+    update = Update(objective, injected(learning_rate=float(rates[0])))
 
     def create(rate: jax.Array) -> Any:
         state = create_train_state(variables, update, rng=rng)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_batch, check_sizes, check_source
-from jaxnets.core import Batch, BatchSource, Metrics, is_endless, steps_per_batch, tree_path
+from jaxnets.core import Batch, BatchSource, Mean, Metrics, is_endless, steps_per_batch, tree_path
 from jaxnets.training.history import History, NonFiniteError, Writer
 from jaxnets.training.progress import ProgressBar
 from jaxnets.training.watched import WatchedValues
@@ -226,8 +226,9 @@ def evaluate(
             `endless` that is true.
 
     Returns:
-        {name: mean}: a float, a list with one per member, or an array if the total is one (such
-        as a confusion matrix). NaN if the weights of a metric sum to 0.
+        {name: mean}: a float, a list with one per member, or an array if the total is one: a
+        confusion matrix as shares of all examples, whose counts `evaluate_sums` returns. NaN if
+        the weights of a metric sum to 0.
 
     Raises:
         ValueError: there are no batches, or no end of them.
@@ -241,6 +242,46 @@ def evaluate(
         >>> evaluate(scaled, state, [{"inputs": jnp.ones(3)}, {"inputs": jnp.full(1, 5.0)}])
         {'mean': 4.0}
     """
+    rank = np.ndim(state.step)
+    means = {
+        name: np.asarray(sums.compute())
+        for name, sums in evaluate_sums(eval_step, state, batches, num_batches=num_batches).items()
+    }
+    return {name: mean.tolist() if mean.ndim == rank else mean for name, mean in means.items()}
+
+
+def evaluate_sums(
+    eval_step: Callable[[Any, Batch], Metrics],
+    state: Any,
+    batches: BatchSource | Iterable[Batch],
+    *,
+    num_batches: int | None = None,
+) -> dict[str, Mean]:
+    """Sum the metrics of a state over all batches: `evaluate` before its division.
+
+    For totals that are counts, such as those of `metrics.confusion_matrix`.
+
+    Args:
+        eval_step: as for `evaluate`.
+        state: as for `evaluate`.
+        batches: as for `evaluate`.
+        num_batches: as for `evaluate`.
+
+    Returns:
+        {name: Mean} of NumPy arrays in float64; in a population with a leading member axis.
+
+    Raises:
+        ValueError: there are no batches, or no end of them.
+        TypeError: `batches` is the data, not a source of batches.
+
+    Example:
+        >>> def hits(state, batch):
+        ...     return {"confusion": metrics.confusion_matrix(batch["inputs"], batch["labels"])}
+        >>> from jaxnets import metrics
+        >>> batch = {"inputs": jnp.eye(2)[jnp.array([0, 1, 1])], "labels": jnp.array([0, 0, 1])}
+        >>> evaluate_sums(hits, None, [batch, batch])["confusion"].total.tolist()
+        [[2.0, 2.0], [0.0, 2.0]]
+    """
     check_evaluation(batches, num_batches)
     with contextlib.ExitStack() as stack:
         source = iter(batches(0) if callable(batches) else batches)
@@ -249,16 +290,13 @@ def evaluate(
         measured = [eval_step(state, batch) for batch in itertools.islice(source, num_batches)]
     if not measured:
         raise ValueError("no batches to evaluate; give a source or a list, not a used iterator")
-    rank = np.ndim(state.step)
-    result = {}
-    for name in measured[0]:
-        sums = jax.tree.map(
+    return {
+        name: jax.tree.map(
             lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0),
             *jax.device_get([metrics[name] for metrics in measured]),
         )
-        mean = np.asarray(sums.compute())
-        result[name] = mean.tolist() if mean.ndim == rank else mean
-    return result
+        for name in measured[0]
+    }
 
 
 def check_evaluation(batches: Any, num_batches: int | None) -> None:

@@ -14,24 +14,34 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxnets.core import Params, TrainState
+from jaxnets.core import Params, TrainState, Update, at_least_float32, is_narrow, tree_path
 
 
 def decay_mask(params: Params) -> Any:
-    """Select the parameters for weight decay: kernels, but not biases and norm scales.
+    """Select the parameters for weight decay: kernels and embeddings, not biases and norm scales.
+
+    A parameter called "bias" or "scale", or whose name ends with "_bias" or "_scale", is never
+    decayed, also where layers in a loop (`nn.scan`, `BlockConfig(scan_layers=True)`) or heads give
+    it further axes.
 
     Args:
         params: nested dict of arrays.
 
     Returns:
-        A tree of bools, True for arrays with two axes or more. Pass the function itself:
+        A tree of bools, True for the other arrays with two axes or more. Pass the function itself:
         `optax.adamw(..., mask=decay_mask)`.
 
     Example:
         >>> decay_mask({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
         {'bias': False, 'kernel': True}
+        >>> decay_mask({"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((4, 3))})  # four layers
+        {'bias': False, 'kernel': True}
     """
-    return jax.tree.map(lambda array: jnp.ndim(array) > 1, params)
+
+    def decays(path: Any, array: jax.Array) -> bool:
+        return jnp.ndim(array) > 1 and _name(path).rsplit("_", 1)[-1] not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def muon_dimensions(params: Params) -> Any:
@@ -56,12 +66,19 @@ def muon_dimensions(params: Params) -> Any:
     """
 
     def dimensions(path: Any, array: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if path[-1].key != "kernel" or jnp.ndim(array) not in (2, 4):
+        if _name(path) != "kernel" or jnp.ndim(array) not in (2, 4):
             return None
         last = jnp.ndim(array) - 1
         return optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Return the name of a parameter; a box such as `nn.Partitioned` has it around its value."""
+    names = [tree_path((key,)) for key in path if not isinstance(key, jax.tree_util.SequenceKey)]
+    boxed = len(names) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return names[-2 if boxed else -1] if names else ""
 
 
 #: Name -> optimizer, a function of the learning rate (a number or a schedule) and of the options
@@ -97,7 +114,8 @@ def with_parameter_average(
     average <- d average + (1 - d) params after every update, with
     d = min(decay, (1 + t) / (10 + t)) at update t, so that early averages forget the initial
     parameters. The updates are those of `optimizer`. Differs from `optax.ema`, which averages the
-    updates.
+    updates. The average is kept in float32 or wider: in 16 bits it would stand still, because
+    (1 - d) times the difference is less than the spacing of the numbers around it.
 
     The running statistics of batch norms are not averaged; see `averaged_parameters`.
 
@@ -121,7 +139,7 @@ def with_parameter_average(
 
     def init(params: Params) -> ParameterAverageState:
         # A copy: a step that donates its state must not get the same buffer twice.
-        average = jax.tree.map(jnp.copy, params)
+        average = jax.tree.map(lambda array: jnp.copy(at_least_float32(array)), params)
         return ParameterAverageState(average, jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(
@@ -155,8 +173,8 @@ def averaged_parameters(state: TrainState) -> Params:
     last parameters, and without it `evaluate` uses them for the average too.
 
     Returns:
-        A tree like `state.params`. If the update has `wrt`, such as the generator of a GAN, a tree
-        like `state.params[wrt]`.
+        A tree like `state.params`, in float32 or wider. If the update has `wrt`, such as the
+        generator of a GAN, a tree like `state.params[wrt]`.
 
     Raises:
         ValueError: `state.opt_state` has no average, or several.
@@ -171,3 +189,48 @@ def averaged_parameters(state: TrainState) -> Params:
             "wrap the optimizer in with_parameter_average once"
         )
     return averages[0]
+
+
+class Float32Masters(NamedTuple):
+    """Optimizer state of an update with `float32_masters`: the masters, and the optimizer's."""
+
+    masters: Params
+    inner: Any
+
+    def current(self, params: Params) -> Params:
+        """Return the masters; where parameters were set from outside, those in float32."""
+        return jax.tree.map(
+            lambda master, array: jnp.where(
+                master.astype(array.dtype) == array, master, array.astype(master.dtype)
+            ),
+            self.masters,
+            params,
+        )
+
+
+def initial_state(update: Update, params: Params) -> Any:
+    """Return the optimizer state of an update for the parameters that it trains."""
+    if not update.float32_masters:
+        return update.optimizer.init(params)
+    # A copy: a step that donates its state must not get the same buffer twice.
+    masters = jax.tree.map(lambda array: jnp.copy(at_least_float32(array)), params)
+    return Float32Masters(masters, update.optimizer.init(masters))
+
+
+def narrow_states(opt_state: Any) -> list[str]:
+    """Name the parts of an optimizer state that have leaves of 16 bits, "ScaleByAdamState.nu"."""
+    fields = getattr(opt_state, "_fields", None)
+    if fields is None:
+        children = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "_fields"))
+        names = [
+            name for child in children if hasattr(child, "_fields") for name in narrow_states(child)
+        ]
+    else:
+        names = []
+        for field in fields:
+            value = getattr(opt_state, field)
+            inside = narrow_states(value)
+            if not inside and any(map(is_narrow, jax.tree.leaves(value))):
+                inside = [f"{type(opt_state).__name__}.{field}"]
+            names += inside
+    return list(dict.fromkeys(names))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,10 @@ from jaxnets.core import (
     TrainState,
     Update,
     check_objective,
+    is_narrow,
+    widened,
 )
+from jaxnets.training.optimizers import Float32Masters, initial_state, narrow_states
 
 
 def create_train_state(
@@ -39,6 +44,9 @@ def create_train_state(
         TrainState at step 0. Call it under `jax.vmap` over keys (and hyper-parameters) for the
         state of a population.
 
+    Warns:
+        UserWarning: the optimizer keeps its state in 16 bits; it names the state and the remedy.
+
     Raises:
         ValueError: `variables` has no "params", or an update does not fit its networks.
         TypeError: `rng` is not a key.
@@ -53,11 +61,20 @@ def create_train_state(
     params = variables["params"]
     owners = _check_updates(_as_tuple(updates), params)
     if None in owners:
-        opt_state = owners[None].optimizer.init(params)
+        opt_state = initial_state(owners[None], params)
     else:
         opt_state = {
-            name: update.optimizer.init(params[name]) for name, update in owners.items() if name
+            name: initial_state(update, params[name]) for name, update in owners.items() if name
         }
+    narrow = narrow_states(opt_state) if any(map(is_narrow, jax.tree.leaves(params))) else []
+    if narrow:
+        warnings.warn(
+            f"the optimizer keeps {', '.join(narrow)} in 16 bits, as the parameters are; there an "
+            "average over many steps stands still (Adam's second moment with b2=0.999 never "
+            "decays). Give Update(..., float32_masters=True), or keep the parameters in float32: "
+            "Precision(compute=jnp.bfloat16)",
+            stacklevel=2,
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=jnp.copy(rng),  # donating the state must not delete the caller's key
@@ -107,6 +124,7 @@ class TrainStep:
             if axis_name is not None:
                 rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
             gradients, output = self._gradient_sums(update, params, model_state, batch, rng)
+            gradients = widened(gradients)
             loss, new_metrics, new_model_state = output.loss, output.metrics, output.model_state
             if axis_name is not None:
                 # Outside the differentiated function: a psum inside it would be transposed and
@@ -148,7 +166,8 @@ class TrainStep:
         for index, update in enumerate(self.updates):
             rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), index)
             sums, output = self._gradient_sums(update, state.params, state.model_state, batch, rng)
-            gradients[update.wrt] = _divide(sums, output.loss.count)
+            trained = state.params if update.wrt is None else state.params[update.wrt]
+            gradients[update.wrt] = _cast_like(_divide(sums, output.loss.count), trained)
         return gradients.get(None, gradients)
 
     def _gradient_sums(
@@ -168,7 +187,8 @@ class TrainStep:
                 all_params = trained if update.wrt is None else {**params, update.wrt: trained}
                 output = update.objective(all_params, model_state, batch, rng, train=True)
                 _check_output(output, model_state)
-                return output.loss.total, output
+                loss, metrics = widened((output.loss, output.metrics))
+                return loss.total, dataclasses.replace(output, loss=loss, metrics=metrics)
 
             trained = params if update.wrt is None else params[update.wrt]
             return jax.grad(total_loss, has_aux=True)(trained)
@@ -189,7 +209,7 @@ class TrainStep:
         one = jax.tree.map(lambda x: x[0], microbatches)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(sums, model_state, one, rng),
+            jax.eval_shape(lambda *inputs: widened(sums(*inputs)), model_state, one, rng),
         )
         carry = (zeros[0], zeros[1].loss, zeros[1].metrics, model_state)
         indices = jnp.arange(self.num_microbatches)
@@ -259,7 +279,7 @@ def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metric
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         rng = jax.random.fold_in(state.rng, zlib.crc32(b"evaluation"))
         output = objective(state.params, state.model_state, batch, rng, train=False)
-        return {"loss": output.loss, **output.metrics}
+        return widened({"loss": output.loss, **output.metrics})
 
     return eval_step
 
@@ -280,6 +300,11 @@ def _check_updates(updates: tuple[Update, ...], params: Params) -> dict[str | No
                 f"two updates with wrt={update.wrt!r} have different optimizers; "
                 "give both the same optimizer object"
             )
+        if first.float32_masters != update.float32_masters:
+            raise ValueError(
+                f"two updates with wrt={update.wrt!r} have float32_masters={first.float32_masters} "
+                f"and {update.float32_masters}; they share one optimizer state, give both the same"
+            )
     if None in owners and len(owners) > 1:
         raise ValueError(
             "some updates have wrt=None and train all of params, others name a network; set wrt "
@@ -291,7 +316,9 @@ def _check_updates(updates: tuple[Update, ...], params: Params) -> dict[str | No
 def _check_opt_state(owners: Mapping[str | None, Update], params: Params, opt_state: Any) -> None:
     """Check that the state has the structure that its optimizers give it; while tracing."""
     expected = {
-        wrt: jax.eval_shape(update.optimizer.init, params if wrt is None else params[wrt])
+        wrt: jax.eval_shape(
+            functools.partial(initial_state, update), params if wrt is None else params[wrt]
+        )
         for wrt, update in owners.items()
     }
     needed, held = expected.get(None, expected), opt_state
@@ -333,20 +360,39 @@ def _apply(
     update: Update, gradients: Params, params: Params, opt_state: Any, loss: Any
 ) -> tuple[Params, Any]:
     """Apply one optimizer update; return params and opt_state with only `wrt` replaced."""
-    optimizer = optax.with_extra_args_support(update.optimizer)
     trained = params if update.wrt is None else params[update.wrt]
     own_state = opt_state if update.wrt is None else opt_state[update.wrt]
-    changes, own_state = optimizer.update(gradients, own_state, trained, value=loss.compute())
-    trained = optax.apply_updates(trained, changes)
+    if update.float32_masters:
+        masters = own_state.current(trained)
+        masters, inner = _updated(update, gradients, masters, own_state.inner, loss)
+        trained, own_state = _cast_like(masters, trained), Float32Masters(masters, inner)
+    else:
+        gradients = _cast_like(gradients, trained)
+        trained, own_state = _updated(update, gradients, trained, own_state, loss)
     if update.wrt is None:
         return trained, own_state
     return {**params, update.wrt: trained}, {**opt_state, update.wrt: own_state}
 
 
+def _updated(
+    update: Update, gradients: Params, params: Params, opt_state: Any, loss: Any
+) -> tuple[Params, Any]:
+    optimizer = optax.with_extra_args_support(update.optimizer)
+    changes, opt_state = optimizer.update(gradients, opt_state, params, value=loss.compute())
+    return optax.apply_updates(params, changes), opt_state
+
+
+def _cast_like(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
 def _divide(gradients: Params, count: jax.Array) -> Params:
     # The gradient of a batch of padding only is 0; 0 / 0 would make the parameters NaN.
     scale = 1.0 / jnp.where(count == 0, jnp.ones_like(count), count)
-    return jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
+    # In float32 or wider: float16 has no 1 / count for a count above 16 million.
+    return jax.tree.map(
+        lambda gradient: gradient * scale.astype(gradient.dtype), widened(gradients)
+    )
 
 
 def _mean_of_floats(tree: Any, axis_name: str) -> Any:

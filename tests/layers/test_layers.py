@@ -16,7 +16,7 @@ from jaxnets import core
 from jaxnets.core import DATA_AXIS, Precision
 from jaxnets.functional import activations
 from jaxnets.functional.activations import ACTIVATIONS
-from jaxnets.layers import dropout, linear, normalization
+from jaxnets.layers import dropout, embedding, linear, normalization
 
 
 def normal(shape, seed=0, dtype=np.float32):
@@ -351,3 +351,18 @@ def test_a_batch_norm_network_trains_under_a_scan():
     # The loss is 1 at the start, where y has mean 0 and variance 1, plus that variance.
     np.testing.assert_allclose(first, 2, rtol=1e-3)
     assert last < 0.2 * first
+
+
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_a_token_that_occurs_often_is_summed_in_float32(stored):
+    table = embedding.Embedding(3, 2, precision=Precision(parameter=stored, compute=jnp.bfloat16))
+    params = {"embedding": jnp.ones((3, 2), stored)}
+    tokens = jnp.concatenate([jnp.zeros(4096, jnp.int32), jnp.array([2])])
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(table.apply({"params": params}, tokens).astype(jnp.float32))
+
+    found = gradient(params)["embedding"]
+    np.testing.assert_array_equal(found.astype(jnp.float32), [[4096] * 2, [0] * 2, [1] * 2])

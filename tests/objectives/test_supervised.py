@@ -1,6 +1,7 @@
 """Supervised losses, objectives and metrics against SciPy, scikit-learn and values by hand."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -10,11 +11,12 @@ import pytest
 import scipy.stats
 from scipy.special import log_softmax
 
-from jaxnets.core import rng_streams
+from jaxnets.core import Mean, rng_streams
 from jaxnets.data.arrays import pad_batch
 from jaxnets.metrics import supervised
 from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_loss, squared_error
 from jaxnets.objectives.supervised import classification, regression, with_batch_transform
+from jaxnets.training.loop import evaluate, evaluate_sums
 
 
 class Identity(nn.Module):
@@ -173,6 +175,53 @@ def test_metrics_equal_scikit_learn():
     np.testing.assert_allclose(found["f1"], f1, rtol=1e-5)
     macro = f1_score(labels, predicted, sample_weight=weights, labels=range(5), average="macro")
     np.testing.assert_allclose(found["macro_f1"], macro, rtol=1e-5)
+
+
+def test_scores_take_what_evaluate_returns_and_the_counts_are_its_sums():
+    state = types.SimpleNamespace(step=np.zeros((), np.int32))
+    batches = [
+        {"inputs": jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]]), "labels": jnp.array([0, 1, 1])},
+        {"inputs": jnp.array([[0.0, 9.0]]), "labels": jnp.array([0])},
+    ]
+
+    def measure(state, batch):
+        metrics = {"confusion": supervised.confusion_matrix, "bins": supervised.calibration}
+        found = {k: m(batch["inputs"], batch["labels"]) for k, m in metrics.items()}
+        loss = Mean.of(cross_entropy(batch["inputs"], batch["labels"]))
+        return {**found, "loss": loss, "usage": Mean(jnp.array([2.0, 2.0, 0.0]), jnp.array(4.0))}
+
+    means, sums = evaluate(measure, state, batches), evaluate_sums(measure, state, batches)
+    np.testing.assert_array_equal(sums["confusion"].total, [[1, 1], [1, 1]])
+    np.testing.assert_array_equal(means["confusion"], np.full((2, 2), 0.25))
+    for confusion in (means["confusion"], sums["confusion"], np.ones((2, 2), int)):
+        found = supervised.precision_recall_f1(confusion)
+        np.testing.assert_allclose(found["precision"], [0.5, 0.5])
+        assert found["macro_f1"] == 0.5
+    for name, score in [
+        ("bins", supervised.expected_calibration_error),
+        ("loss", supervised.perplexity),
+        ("usage", supervised.codebook_perplexity),
+    ]:
+        np.testing.assert_allclose(score(means[name]), score(sums[name]), rtol=1e-6)
+    np.testing.assert_allclose(supervised.codebook_perplexity(means["usage"]), 2.0, rtol=1e-6)
+
+
+def test_scores_of_a_population_have_a_member_axis():
+    state = types.SimpleNamespace(step=np.zeros(2, np.int32))
+    members = jnp.array([[[1, 0], [0, 1]], [[1, 1], [0, 0]]], jnp.float32)  # [members, 2, 2]
+
+    def measure(state, batch):
+        count = jnp.full(2, 2.0)
+        loss = jnp.log(jnp.array([4.0, 16.0]))
+        return {"confusion": Mean(members, count), "loss": Mean(loss, count)}
+
+    means = evaluate(measure, state, [{}, {}])
+    scores = supervised.precision_recall_f1(means["confusion"])
+    np.testing.assert_allclose(scores["precision"], [[1, 1], [1, 0]])
+    np.testing.assert_allclose(scores["macro_f1"], [1, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(supervised.perplexity(means["loss"]), [2, 4], rtol=1e-6)
+    bins = np.stack([[[2.0, 1.5, 2.0]], [[2.0, 2.0, 1.0]]])  # [members, bins, 3]
+    np.testing.assert_allclose(supervised.expected_calibration_error(bins), [0.25, 0.5])
 
 
 def test_top_k_accuracy_equals_scikit_learn(logits):

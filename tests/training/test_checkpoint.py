@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from checkpoint_problem import (
     abstract,
@@ -33,6 +34,7 @@ from jaxnets.training.checkpoint import (
     verify,
 )
 from jaxnets.training.hooks import resume
+from jaxnets.training.optimizers import with_parameter_average
 
 
 def test_every_kind_of_leaf_comes_back_bit_for_bit_with_the_metadata(tmp_path):
@@ -114,6 +116,17 @@ def test_a_restored_state_is_uncommitted_if_its_template_is(tmp_path):
 def test_a_template_of_another_kind_is_refused_naming_the_leaf(two_checkpoints, change, message):
     with pytest.raises(ValueError, match=message):
         restore(two_checkpoints, dataclasses.replace(make_state(), **change))
+
+
+def test_averages_that_were_saved_in_16_bits_are_restored_as_float32(tmp_path):
+    optimizer = with_parameter_average(optax.sgd(0.1), 0.9)
+    params = {"w": jnp.full(3, 1.5, jnp.bfloat16), "b": jnp.ones((), jnp.float16)}
+    wide = optimizer.init(params)
+    narrow = wide._replace(average=params)  # as before float32 averages
+    save(tmp_path, {"opt_state": narrow}, step=1)
+    for template in ({"opt_state": wide}, jax.eval_shape(lambda: {"opt_state": wide})):
+        restored, _ = restore(tmp_path, template)
+        assert_bitwise_equal(restored, {"opt_state": wide})
 
 
 @pytest.fixture(scope="module")

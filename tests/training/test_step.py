@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnets.core import Mean, ObjectiveOutput, TrainState, Update
+from jaxnets.core import Mean, ObjectiveOutput, Update
 from jaxnets.objectives.supervised import regression
-from jaxnets.training.optimizers import averaged_parameters, decay_mask, with_parameter_average
+from jaxnets.training.optimizers import decay_mask, with_parameter_average
 from jaxnets.training.step import create_train_state, make_eval_step, make_train_step
 
 
@@ -282,29 +282,3 @@ def test_a_donated_state_leaves_the_callers_key_alone(batch):
     state = create_train_state(variables, update, rng=key)
     jax.jit(make_train_step(update), donate_argnums=0)(state, batch)
     jax.random.normal(key)
-
-
-def test_parameter_average_follows_its_formula():
-    optimizer = with_parameter_average(optax.sgd(1.0), decay=0.5)
-    params = {"w": jnp.array(0.0)}
-    opt_state, average = optimizer.init(params), 0.0
-    for t in range(5):
-        changes, opt_state = optimizer.update({"w": jnp.array(-1.0)}, opt_state, params)
-        params = optax.apply_updates(params, changes)
-        decay = min(0.5, (1 + t) / (10 + t))
-        average = decay * average + (1 - decay) * (t + 1)
-    state = TrainState(jnp.zeros(()), jax.random.key(0), params, {}, opt_state)
-    np.testing.assert_allclose(averaged_parameters(state)["w"], average, rtol=1e-6)
-    with pytest.raises(ValueError, match="0 parameter averages"):
-        averaged_parameters(dataclasses.replace(state, opt_state=()))
-    with pytest.raises(ValueError, match="decay is 1"):
-        with_parameter_average(optax.sgd(1.0), decay=1.0)
-
-
-def test_weight_decay_spares_biases_and_norms(batch):
-    optimizer = optax.adamw(1.0, weight_decay=0.1, mask=decay_mask)
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    changes, _ = optimizer.update(zeros, optimizer.init(params), params)
-    np.testing.assert_allclose(changes["kernel"], -0.1, rtol=1e-6)
-    assert not changes["bias"].any() and not changes["scale"].any()

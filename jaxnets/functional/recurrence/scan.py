@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, widened
 from jaxnets.functional.channels import along_channels
 from jaxnets.functional.lengths import check_lengths, padding_mask
 from jaxnets.functional.matmul import linear
@@ -256,6 +256,8 @@ def _scan_forward(
     def run(
         rest: Weights, gates: Gates, carry: Carry, perturbations: Sequence[jax.Array]
     ) -> tuple[tuple[jax.Array, Carry], list[jax.Array]]:
+        rest = widened(rest)  # their gradients add up over time, in their dtype
+
         # Residuals are the carry and the products. The cell's elementwise operations are cheaper to
         # recompute than to save, each in a stack over time.
         @functools.partial(

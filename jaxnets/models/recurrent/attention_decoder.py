@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.core import Precision, at_least_float32
+from jaxnets.core import Precision, at_least_float32, is_narrow, widened
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.recurrence import scan
 from jaxnets.functional.recurrence.scan import Carry, Cell
@@ -322,10 +322,19 @@ class LuongDecoder(nn.Module):
 def _masked_scan(
     step: Callable[..., Any], carry: Any, projected: jax.Array, valid: jax.Array | None
 ) -> Any:
-    """Scan a step over time, leaving the carry unchanged where a step is not valid."""
+    """Scan a step over time, leaving the carry unchanged where a step is not valid.
+
+    The gradients of what a step closes over, its weights and the memory, add up over time in their
+    dtype, so narrow arrays enter the loop in float32.
+    """
+    constants: list[jax.Array] = []
+    if is_narrow(projected):
+        step, constants = jax.closure_convert(step, carry, projected[0])
+    wide = widened(constants)
 
     def masked_step(carry: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, Any]:
-        after, outputs = step(carry, inputs[0])
+        narrow = [array.astype(one.dtype) for array, one in zip(wide, constants, strict=True)]
+        after, outputs = step(carry, inputs[0], *narrow)
         return scan.select_valid(inputs[1], after, carry), outputs
 
     return lax.scan(masked_step, carry, (projected, valid))

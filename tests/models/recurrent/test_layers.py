@@ -300,6 +300,25 @@ def test_bfloat16_arithmetic_is_close_to_float32_and_the_carry_stays_float32(nam
     assert np.abs(half_outputs - outputs).max() < 0.05 * np.abs(outputs).max()
 
 
+@pytest.mark.parametrize("cell", mostly_slow(["gru", "lstm", "mingru"], ["gru"]))
+def test_gradients_of_a_long_sequence_are_summed_in_float32_by_bfloat16_arithmetic(cell):
+    x = sequences(batch=2, time=2048)
+
+    def gradients(compute):
+        module = Recurrent(4, cell=cell, precision=Precision(compute=compute))
+        params = module.init(jax.random.key(0), x)["params"]
+
+        def total(params):
+            return jnp.sum(module.apply({"params": params}, x)[0].astype(jnp.float32))
+
+        return jax.jit(jax.grad(total))(params)
+
+    def check(narrow, wide):
+        assert jnp.linalg.norm(narrow - wide) < 0.03 * jnp.linalg.norm(wide)
+
+    jax.tree.map(check, gradients(jnp.bfloat16), gradients(jnp.float32))
+
+
 def test_a_length_out_of_range_in_a_compiled_program_gives_nan_for_its_sequence_only():
     for wrong in (-1, 7):
         lengths = np.array([6, wrong, 2], np.int32)

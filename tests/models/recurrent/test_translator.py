@@ -10,11 +10,12 @@ from checks import (
     check_module,
     check_precision,
     count_parameters,
+    mostly_exhaustive,
     random_variables,
     shapes_of,
 )
 
-from jaxnets.core import capture
+from jaxnets.core import Precision, capture
 from jaxnets.models.recurrent import RecurrentTranslator
 from jaxnets.models.recurrent.attention_decoder import cross_attention
 
@@ -242,6 +243,34 @@ def test_decoding_in_ragged_pieces_equals_the_full_forward(name, fields):
             start = position[row]
             assert_trees_near(logits[row, :length], full[row, start : start + length])
         position += lengths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", mostly_exhaustive(["bahdanau", "luong"], ["luong"]))
+def test_gradients_of_a_long_target_are_summed_in_float32_by_bfloat16_arithmetic(attention):
+    rng = np.random.default_rng(0)
+    source, target = rng.integers(1, 9, (2, 5)), rng.integers(1, 9, (2, 1024))
+
+    def gradients(compute):
+        module = RecurrentTranslator(
+            9,
+            embedding_size=4,
+            hidden_size=4,
+            attention=attention,
+            precision=Precision(compute=compute),
+        )
+        params = jax.jit(module.init)(jax.random.key(0), source[:, :1], target[:, :1])["params"]
+
+        def likelihood(params):
+            logits = module.apply({"params": params}, source, target)
+            return jnp.sum(jax.nn.log_softmax(logits)[..., 3])
+
+        return jax.jit(jax.grad(likelihood))(params)
+
+    def check(narrow, wide):
+        assert jnp.linalg.norm(narrow - wide) < 0.1 * jnp.linalg.norm(wide)
+
+    jax.tree.map(check, gradients(jnp.bfloat16), gradients(jnp.float32))
 
 
 def test_an_empty_source_gets_no_attention_and_finite_logits_and_gradients():
