@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,15 +53,52 @@ def parse(name: str, recipes: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def errors_without_traceback() -> Iterator[None]:
-    """Turn errors that the user can correct into one line on standard error and exit code 2."""
+def errors_without_traceback(*, if_stopped: str = "run it again") -> Iterator[None]:
+    """Turn errors that the user can correct into one line on standard error and exit code 2.
+
+    Ctrl-C and the signals SIGTERM and SIGHUP become one line too, and exit code 3. Inside of `fit`
+    `jaxnets.Checkpointing` handles them.
+
+    Args:
+        if_stopped: what the line about a signal advises.
+    """
+    handlers = _raise_on_signals()
     try:
         yield
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(3)
+        _stop(str(stopped))
+    except KeyboardInterrupt as interrupt:
+        _stop(f"stopped by {str(interrupt) or 'SIGINT'}; {if_stopped}")
     except (RunError, ValueError, OSError, jn.NonFiniteError, jn.CheckpointError) as error:
         fail(str(error))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _raise_on_signals() -> dict[int, Any]:
+    """Let SIGTERM and SIGHUP raise as Ctrl-C does; return the handlers before.
+
+    A signal that the process ignores stays ignored, such as SIGHUP under `nohup`.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {
+        number: signal.signal(number, interrupt)
+        for number in numbers
+        if signal.getsignal(number) is signal.SIG_DFL
+    }
+
+
+def _stop(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(3)
 
 
 def print_result(run: Callable[[], Any]) -> None:
@@ -75,5 +114,6 @@ def print_result(run: Callable[[], Any]) -> None:
 
 def fail(message: str) -> None:
     """Print an error and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

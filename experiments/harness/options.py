@@ -50,6 +50,8 @@ class Options:
     average_decay: float = 0.0
     """Decay of the moving average of the parameters; 0 disables it. The average is evaluated, with
     the running statistics that batch norms have for the last parameters."""
+    on_non_finite: Literal["stop", "freeze"] = "stop"
+    """A network that diverges stops the run, or freezes: it has no result, the others go on."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations."""
     keep_freed_memory: bool = True

@@ -22,7 +22,7 @@ class Measured:
 
     Attributes:
         metric: name of the metric, such as "test accuracy".
-        values: one per seed.
+        values: one per seed; NaN for a network that diverged.
         unit: "%" if the values are fractions, else a unit such as "nats per character".
         details: further entries of `result.json`.
     """
@@ -155,7 +155,10 @@ class Problem(abc.ABC):
     def executor(self) -> jn.Executor:
         """Build the executor of the options."""
         step = jn.population_step(
-            self.train_step(), shared_batch=False, strategy=self.population_strategy
+            self.train_step(),
+            shared_batch=False,
+            strategy=self.population_strategy,
+            on_non_finite=self.options.on_non_finite,
         )
         if self.options.executor == "scan":
             if self.resident is not None:

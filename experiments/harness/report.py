@@ -14,6 +14,7 @@ import numpy as np
 from experiments.harness import registry
 from experiments.pictures.svg_chart import NUM_COLORS, Series, line_chart
 from jaxnets.tools.comparison import show_number
+from jaxnets.tools.results import diverged
 
 _MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}
 # Images that the report shows as charts.
@@ -102,11 +103,12 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
 def _head(result: Mapping[str, Any]) -> str:
     names = filter(None, (result["experiment"], result["dataset"], result["model"]))
     what = ", ".join(dict.fromkeys(names))  # experiment and data set may have one name
-    value = show_number(result["value"], result["unit"])
+    value = _show(result["value"], result["unit"])
     spread = ""
     if result["ci95"] is not None:
         half = show_number(result["ci95"], result["unit"])
-        spread = f" <small>&plusmn; {half} (95%, {result['seeds']} seeds)</small>"
+        num_values = sum(value is not None for value in result["values"])
+        spread = f" <small>&plusmn; {half} (95%, {num_values} seeds)</small>"
     unit = "" if result["unit"] == "%" else f" <small>{html.escape(result['unit'])}</small>"
     lines = [
         f"<h1>{html.escape(what)}</h1>",
@@ -115,10 +117,17 @@ def _head(result: Mapping[str, Any]) -> str:
         f"{result['steps']:,} steps</div>",
     ]
     if result["seeds"] > 1:
-        each = ", ".join(show_number(value, result["unit"]) for value in result["values"])
+        each = ", ".join(_show(value, result["unit"]) for value in result["values"])
         lines.append(f'<div class="soft">each seed: {each}</div>')
+    lost = diverged(result["values"])
+    if lost:
+        lines.append(f"<div>{lost}</div>")
     lines += [f'<div class="soft">{html.escape(line)}</div>' for line in _references(result)]
     return "".join(lines)
+
+
+def _show(value: float | None, unit: str) -> str:
+    return "none" if value is None else show_number(value, unit)
 
 
 def _references(result: Mapping[str, Any]) -> Iterable[str]:

@@ -29,7 +29,7 @@ from jaxnets.storage import FolderInUseError, lock_folder, read_json, write_json
 #: Options that do not affect the result; a run may be resumed with other values.
 NOT_PART_OF_THE_RUN = (
     *("out", "resume", "data", "checkpoint_every", "keep_freed_memory", "tensorboard", "workers"),
-    "other_code",
+    *("other_code", "on_non_finite"),
 )
 _REMEDY = "remove the folder, or choose another with --out"
 

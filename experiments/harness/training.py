@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxnets as jn
 from experiments.harness import command_line, report
@@ -42,7 +43,7 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
     options = command_line.parse(name, recipes)
     if options.keep_freed_memory:  # a setting of the process, which belongs to the experiment
         jn.keep_freed_memory()
-    with command_line.errors_without_traceback():
+    with command_line.errors_without_traceback(if_stopped="continue with --resume"):
         result = run(name, options, make_problem)
     if not sys.stdout.isatty():
         print(json.dumps(result))
@@ -96,7 +97,7 @@ def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
         file=sys.stderr,
     )
     trained = time.perf_counter()
-    measured = problem.measure(states)
+    measured = _without_frozen(problem.measure(states), states)
     result = summarize(name, problem, states, history, measured)
     problem.draw(folder, states, history, measured)
     if events is not None:
@@ -137,7 +138,7 @@ def _train(
         message = problem.prepare(folder, stage, states)
         if message:
             print(message, file=sys.stderr)
-        if last_step < min(int(states.step[0]) + 1, problem.num_steps):
+        if last_step <= int(states.step.max()):
             continue  # finished before the run was resumed
         states, history = jn.fit(
             problem.executor(),
@@ -154,6 +155,12 @@ def _train(
         if history.stopped is not None:
             break
     return states, history
+
+
+def _without_frozen(measured: Measured, states: jn.TrainState) -> Measured:
+    """Leave out the values of the networks that froze before the end."""
+    goes_on = np.asarray(states.step == states.step.max())
+    return dataclasses.replace(measured, values=np.where(goes_on, measured.values, np.nan))
 
 
 def summarize(
@@ -180,7 +187,10 @@ def summarize(
 
 def describe(measured: Measured) -> str:
     """Return the outcome as text, with its confidence interval over the seeds."""
-    value, interval = jn.metrics.confidence_interval(measured.values)
+    finite = measured.values[np.isfinite(measured.values)]
+    if not finite.size:
+        return f"{measured.metric} none, because every network diverged"
+    value, interval = jn.metrics.confidence_interval(finite)
     shown = show_number(value, measured.unit)
     spread = ""
     if interval is not None:

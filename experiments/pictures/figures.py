@@ -31,7 +31,8 @@ def curves(history: History, panels: dict[str, Sequence[str]], path: Path) -> No
             steps, values = history.column(name)
             if not steps:
                 continue
-            table = np.asarray(values, np.float64).reshape(len(steps), -1)
+            # Seeds that diverged have no values.
+            table = np.ma.masked_invalid(np.array(values, np.float64).reshape(len(steps), -1))
             (line,) = axis.plot(steps, table.mean(1), label=name, linewidth=1.5)
             if table.shape[1] > 1:
                 band = table.min(1), table.max(1)

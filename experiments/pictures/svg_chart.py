@@ -34,7 +34,8 @@ def line_chart(title: str, series: Mapping[str, Series]) -> str:
 
     Args:
         title: of the chart, for screen readers.
-        series: {name: points}; non-finite points are omitted.
+        series: {name: points}; values that are not finite are omitted, such as those of seeds
+            that diverged.
 
     Returns:
         An <svg> element, or "" if there is no finite point.
@@ -43,7 +44,7 @@ def line_chart(title: str, series: Mapping[str, Series]) -> str:
     drawn = {name: points for name, points in drawn.items() if len(points.steps)}
     if not drawn:
         return ""
-    every = np.concatenate([points.values.ravel() for points in drawn.values()])
+    every = np.ma.concatenate([points.values.ravel() for points in drawn.values()])
     last = max(points.steps[-1] for points in drawn.values())
     ticks = nice_ticks(float(every.min()), float(every.max()))
     low, high = min(ticks[0], every.min()), max(ticks[-1], every.max())
@@ -110,8 +111,8 @@ def nice_ticks(low: float, high: float, *, max_ticks: int = 6) -> list[float]:
 
 
 def _finite(points: Series) -> Series:
-    finite = np.isfinite(points.values).all(axis=1)
-    return Series(points.steps[finite], points.values[finite])
+    shown = np.isfinite(points.values).any(axis=1)
+    return Series(points.steps[shown], np.ma.masked_invalid(points.values[shown]))
 
 
 def _downsampled(points: Series) -> Series:
@@ -121,4 +122,4 @@ def _downsampled(points: Series) -> Series:
         return points
     groups: Sequence[np.ndarray] = np.array_split(np.arange(count), _MAX_POINTS)
     steps = np.array([points.steps[group[-1]] for group in groups])
-    return Series(steps, np.stack([points.values[group].mean(axis=0) for group in groups]))
+    return Series(steps, np.ma.stack([points.values[group].mean(axis=0) for group in groups]))

@@ -1,11 +1,14 @@
 """A whole experiment: command line, run folder, resume, kills."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import pty
 import random
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import jaxnets as jn
 from experiments import classification, mnist
 from experiments import digits as experiment
 from experiments.classification import Config, ImageClassification
-from experiments.harness import command_line
+from experiments.harness import command_line, training
 from experiments.harness.identity import code_version, content_sha256
 from experiments.harness.problem import Measured
 from experiments.harness.run_folder import RunError
@@ -28,6 +31,7 @@ from experiments.harness.training import run
 from jaxnets import data
 from jaxnets.data import digits
 from jaxnets.storage import lock_folder, read_json
+from jaxnets.tools.comparison import compare, read_run
 from jaxnets.training.checkpoint import latest_step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -244,6 +248,123 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         tiny(tmp_path, seeds=2, optimizer="nesterov", learning_rate=1e30, steps=200)
     assert not (tmp_path / "result.json").exists()
     assert latest_step(tmp_path / "checkpoints") in (None, 10)
+
+
+def test_a_frozen_network_has_no_result_and_the_others_are_those_without_it(
+    finished, tmp_path, monkeypatch
+):
+    """The first layer of the second network overflows."""
+    create = ImageClassification.create_states
+
+    def one_diverges(self):
+        states = create(self)
+        kernel = states.params["hidden_0"]["kernel"].at[1].set(3e38)
+        hidden = {**states.params["hidden_0"], "kernel": kernel}
+        return dataclasses.replace(states, params={**states.params, "hidden_0": hidden})
+
+    monkeypatch.setattr(ImageClassification, "create_states", one_diverges)
+    with pytest.raises(jn.NonFiniteError, match="loss of member 1 at steps 1 to 5"):
+        tiny(tmp_path, seeds=3)
+    frozen = pytest.warns(RuntimeWarning, match="at step 5 member 1 is frozen")
+    with frozen, pytest.warns(RuntimeWarning, match="test/loss of member 1 at step 10"):
+        result = tiny(tmp_path, seeds=3, on_non_finite="freeze")
+    expected = finished[1]["values"]
+    assert result["values"] == [expected[0], None, expected[2]]
+    assert result["value"] == pytest.approx((expected[0] + expected[2]) / 2, abs=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["frozen"] for row in rows] == [[0, 1, 0]] * 4
+    assert [row["loss"][1] for row in rows] == [None] * 4
+    page = (tmp_path / "report.html").read_text()
+    assert "1 of 3 networks diverged and do not count" in page and "(95%, 2 seeds)" in page
+    assert "loss over the steps" in page
+    assert "1 of 3 networks diverged" in str(compare([read_run(finished[0]), read_run(tmp_path)]))
+
+
+class Signalled(ImageClassification):
+    """Sends itself signals before, after or during the training."""
+
+    moment: str
+    number: signal.Signals
+
+    def send(self, moment):
+        if moment == self.moment:
+            os.kill(os.getpid(), self.number)
+
+    def create_states(self):
+        self.send("before")
+        return super().create_states()
+
+    def measure(self, states):
+        self.send("after")
+        return super().measure(states)
+
+    def hooks(self, folder):
+        def twice(step, state, metrics):
+            if step == 15:
+                self.send("twice")
+                self.send("twice")
+
+        return [twice]
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("before", signal.SIGHUP), ("twice", signal.SIGINT), ("after", signal.SIGTERM)],
+)
+def test_a_signal_at_any_moment_ends_in_one_line_and_a_folder_that_goes_on(
+    moment, number, finished, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("jaxnets.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(Signalled, "moment", moment, raising=False)
+    monkeypatch.setattr(Signalled, "number", number, raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+
+    def main():
+        make = lambda config: Signalled(config, digits())  # noqa: E731
+        training.main("digits", make, {"mlp": dataclasses.replace(TINY, seeds=3)})
+
+    try:
+        assert exit_code(monkeypatch, main, "--out", tmp_path) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == f"stopped by {number.name}; continue with --resume"
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+    result = tiny(tmp_path, seeds=3, resume=True)
+    assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
+
+
+def test_an_error_and_a_stop_end_quietly_where_the_terminal_is_gone(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    for error, code in ((RunError("no"), 2), (KeyboardInterrupt(), 3)):
+        with pytest.raises(SystemExit) as stopped, command_line.errors_without_traceback():
+            raise error
+        assert stopped.value.code == code
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_leaves_a_folder_that_goes_on(tmp_path):
+    """With a progress line on the terminal, to which nothing can be written any more."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(
+            sys.executable,
+            [str(word) for word in command(*KILLED, "--out", tmp_path)],
+            environment(),
+        )
+    step = None
+    while step is None:
+        select.select([terminal], [], [], 0.05)
+        step = latest_step(tmp_path / "checkpoints")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 3
+    assert latest_step(tmp_path / "checkpoints") >= step
+    assert call(*KILLED, "--out", tmp_path, "--resume").returncode == 0
 
 
 def environment():

@@ -50,7 +50,7 @@ RESULT = {
 def folder(tmp_path):
     rows = [
         {"step": 20, "loss": [1.0, 2.0, 3.0], "test/loss": [1.5, 1.5, 1.5]},
-        {"step": 40, "loss": [0.5, None, 0.7], "test/loss": [0.9, 0.8, 0.7]},
+        {"step": 40, "loss": [None, None, None], "test/loss": [0.9, 0.8, 0.7]},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text(json.dumps({"learning_rate": 0.001, "resume": False}))
@@ -110,6 +110,19 @@ def test_a_chart_of_many_points_is_downsampled_and_one_of_none_is_empty():
     (line,) = re.findall(r'<polyline points="([^"]*)"', chart)
     assert len(line.split()) == 300
     assert line_chart("loss", {"loss": Series(np.array([1]), np.array([[np.nan]]))}) == ""
+
+
+def test_a_chart_goes_on_without_the_seed_that_diverged():
+    values = np.array([[1.0, 3.0, 9.0], [2.0, 4.0, np.nan], [3.0, np.nan, np.nan]])
+    steps = np.array([1, 2, 3])
+    drawn = line_chart("loss", {"loss": Series(steps, values)})
+    (line,) = re.findall(r'<polyline points="([^"]*)"', drawn)
+    heights = [float(corner.split(",")[1]) for corner in line.split()]
+    # Means 13 / 3, 3 and 3, in the same range.
+    same = np.array([[1.0, 3.0, 9.0], [2.0, 4.0, 3.0], [3.0, 3.0, 3.0]])
+    expected = line_chart("loss", {"loss": Series(steps, same)})
+    (line,) = re.findall(r'<polyline points="([^"]*)"', expected)
+    assert heights == [float(corner.split(",")[1]) for corner in line.split()]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
