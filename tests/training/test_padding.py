@@ -192,6 +192,7 @@ def problem(name):
     module, make_objective, batch = {**BATCH_NORMS, **OTHERS}[name]
     objective, optimizer = make_objective(module), optax.sgd(1.0)  # the change is the gradient
     if isinstance(module, gan.GAN):
+        optimizer = optax.sgd(0.1)  # a longer step would let rounding grow in the second update
         updates = [
             Update(objective.discriminator, optimizer, wrt="discriminator"),
             Update(objective.generator, optimizer, wrt="generator"),
@@ -241,7 +242,7 @@ def stacked(tree, count):
 
 
 @pytest.mark.four_devices
-@pytest.mark.parametrize("name", mostly_slow(["mlp", "convnet", "vq_vae"], ["mlp"]))
+@pytest.mark.parametrize("name", mostly_slow(["mlp", "convnet", "vq_vae", "dcgan"], ["mlp"]))
 def test_padding_does_not_count_in_batch_norms_under_any_executor(name):
     step, state, batch = problem(name)
     padded = pad_batch(batch, PADDED)  # of four devices one has padding only
