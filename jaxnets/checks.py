@@ -97,13 +97,17 @@ def check_same_shape(**arrays: Any) -> None:
         >>> check_same_shape(predictions=np.ones((4, 1)), labels=np.ones(4))
         Traceback (most recent call last):
         ...
-        ValueError: predictions (4, 1), labels (4,) differ in shape; give all the same shape
+        ValueError: predictions (4, 1), labels (4,) differ in shape; give all the same shape, such \
+as labels[..., None]
     """
     try:
         chex.assert_equal_shape(list(arrays.values()))
     except AssertionError:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise ValueError(f"{shapes} differ in shape; give all the same shape") from None
+        longest = max((array.shape for array in arrays.values()), key=len)
+        short = [name for name, array in arrays.items() if (*array.shape, 1) == longest]
+        remedy = f", such as {short[0]}[..., None]" if short else ""
+        raise ValueError(f"{shapes} differ in shape; give all the same shape{remedy}") from None
 
 
 def check_rank(inputs: Any, caller: object, *, layouts: Sequence[str]) -> None:
@@ -117,12 +121,16 @@ def check_rank(inputs: Any, caller: object, *, layouts: Sequence[str]) -> None:
     Raises:
         ValueError: the rank is different; the message has the shape, the layouts and the remedy.
     """
-    if inputs.ndim not in [layout.count(",") + 1 for layout in layouts]:
+    ranks = [layout.count(",") + 1 for layout in layouts]
+    if inputs.ndim not in ranks:
         name = caller if isinstance(caller, str) else type(caller).__name__
+        remedy = ""
+        if inputs.ndim + 1 in ranks:
+            remedy = ". Add a missing batch axis with inputs[None]"
+            if any("channels" in layout for layout in layouts):
+                remedy += ", a missing channel axis with inputs[..., None]"
         raise ValueError(
-            f"{name} got inputs of shape {inputs.shape}; give "
-            f"{' or '.join(layouts)}. Add a missing batch axis with inputs[None], a missing "
-            "channel axis with inputs[..., None]"
+            f"{name} got inputs of shape {inputs.shape}; give {' or '.join(layouts)}{remedy}"
         )
 
 

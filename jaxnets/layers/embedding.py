@@ -22,9 +22,7 @@ def check_tokens(tokens: jax.Array, vocabulary_size: int) -> None:
     Raises:
         ValueError: another dtype, or the first id outside the vocabulary.
     """
-    dtype = jnp.result_type(tokens)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise ValueError(f"tokens have type {dtype}; give integers, such as a tokenizer's ids")
+    check_token_type(tokens)
     ids = known_values(tokens)
     if ids is None:
         return
@@ -33,6 +31,21 @@ def check_tokens(tokens: jax.Array, vocabulary_size: int) -> None:
         raise ValueError(
             f"token id {wrong[0]} is outside the vocabulary of {vocabulary_size}; "
             "encode the text with the tokenizer that the network was built for"
+        )
+
+
+def check_token_type(tokens: jax.Array) -> None:
+    """Refuse tokens that are no integers.
+
+    Raises:
+        ValueError: naming shape and type, and what takes floats.
+    """
+    shape, dtype = jnp.shape(tokens), jnp.result_type(tokens)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"tokens of shape {shape} have type {dtype}; give integers, such as a tokenizer's ids. "
+            "Networks of floats [batch, time, channels] are AudioTransformer, SequenceClassifier "
+            "and SpeechRecognizer, and the layers transformer.Stack and recurrent.Recurrent"
         )
 
 

@@ -15,6 +15,7 @@ import jax
 from jaxnets import functional
 from jaxnets.core import Precision
 from jaxnets.functional.channels import along_channels
+from jaxnets.layers.parameters import parameter
 
 Initializer: TypeAlias = Callable[..., jax.Array]
 
@@ -42,9 +43,15 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., channels] to [..., features] in the compute dtype."""
+        """Map [..., channels] to [..., features] in the compute dtype.
+
+        Raises:
+            ValueError: other channels than the layer was initialized with.
+        """
         shape, policy = (x.shape[-1], self.features), self.precision
-        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
+        kernel = parameter(
+            self, "kernel", self.kernel_init, shape, policy.parameter, inputs=x.shape
+        )
         y = functional.linear(x.astype(policy.compute), kernel.astype(policy.compute))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
@@ -87,7 +94,12 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, ..., features] in the compute dtype."""
+        """Map [batch, ..., channels] to [batch, ..., features] in the compute dtype.
+
+        Raises:
+            ValueError: other channels than the layer was initialized with, groups that do not
+                divide them, or inputs that are too small.
+        """
         size, channels, policy = self.kernel_size, x.shape[-1], self.precision
         kernel_size = (size,) * (x.ndim - 2) if isinstance(size, int) else tuple(size)
         if channels % self.groups:
@@ -96,7 +108,9 @@ class Convolution(nn.Module):
                 "choose groups that divide the channels"
             )
         shape = (*kernel_size, channels // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
+        kernel = parameter(
+            self, "kernel", self.kernel_init, shape, policy.parameter, inputs=x.shape
+        )
         y = functional.convolution(
             x.astype(policy.compute),
             kernel.astype(policy.compute),

@@ -10,6 +10,7 @@ from jaxnets.core import Precision, at_least_float32, bound_data_axis
 from jaxnets.functional.channels import along_channels
 from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
 from jaxnets.layers.linear import Initializer
+from jaxnets.layers.parameters import parameter
 
 
 class BatchNorm(nn.Module):
@@ -55,7 +56,7 @@ class BatchNorm(nn.Module):
                 running averages stay as they are.
         """
         shape, policy = x.shape[-1:], self.precision
-        scale = self.param("scale", self.scale_init, shape, policy.parameter)
+        scale = parameter(self, "scale", self.scale_init, shape, policy.parameter, inputs=x.shape)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
         dtype = jnp.promote_types(policy.parameter, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
@@ -105,7 +106,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize the last axis of [..., channels]; the result has the compute dtype."""
         shape, policy = x.shape[-1:], self.precision
-        scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
+        ones = nn.initializers.ones
+        scale = parameter(self, "scale", ones, shape, policy.parameter, inputs=x.shape)
         bias = self.param("bias", nn.initializers.zeros, shape, policy.parameter)
         return layer_norm(x, scale, bias, epsilon=self.epsilon).astype(policy.compute)
 
@@ -131,7 +133,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize the last axis of [..., channels]; the result has the compute dtype."""
         shape, policy = x.shape[-1:], self.precision
-        scale = self.param("scale", nn.initializers.ones, shape, policy.parameter)
+        ones = nn.initializers.ones
+        scale = parameter(self, "scale", ones, shape, policy.parameter, inputs=x.shape)
         return rms_norm(x, scale, epsilon=self.epsilon).astype(policy.compute)
 
 

@@ -13,6 +13,7 @@ from jaxnets import functional
 from jaxnets.core import Precision
 from jaxnets.functional.channels import along_channels
 from jaxnets.layers.linear import Convolution, Initializer
+from jaxnets.layers.parameters import parameter
 
 UpsamplingMethod: TypeAlias = Literal["resize", "subpixel", "transposed"]
 
@@ -126,7 +127,9 @@ class EnlargedConvolution(nn.Module):
         """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
         policy = self.precision
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, policy.parameter)
+        kernel = parameter(
+            self, "kernel", self.kernel_init, shape, policy.parameter, inputs=x.shape
+        )
         y = enlarged_convolution(x.astype(policy.compute), kernel)
         return _biased(self, y)
 
@@ -175,7 +178,9 @@ class TransposedConvolution(nn.Module):
         """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
         policy, (batch, height, width, channels) = self.precision, x.shape
         shape = (self.kernel_size, self.kernel_size, channels, self.features)
-        kernel = self.param("kernel", self._interleaved, shape, policy.parameter)
+        kernel = parameter(
+            self, "kernel", self._interleaved, shape, policy.parameter, inputs=x.shape
+        )
         x, kernel = x.astype(policy.compute), jnp.swapaxes(kernel, 2, 3).astype(policy.compute)
         zeros = jnp.zeros((batch, 2 * height, 2 * width, self.features), x.dtype)
         # The transpose is the input gradient of the convolution, with its CPU algorithms.

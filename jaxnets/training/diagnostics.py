@@ -15,6 +15,7 @@ import optax
 from jaxnets.checks import check_source
 from jaxnets.core import Batch, BatchSource, Objective, Update
 from jaxnets.training.executors import jit_step, population_step
+from jaxnets.training.loop import value_ranges
 from jaxnets.training.step import create_train_state, make_train_step
 
 
@@ -99,7 +100,8 @@ def find_learning_rate(
     if not np.isfinite(last).any():
         raise ValueError(
             f"the loss is not finite at any learning rate from {rates[0]:g} to {rates[-1]:g}; "
-            "look for NaN inputs or labels out of range, or try lower rates"
+            "look for labels out of range, for n classes 0 to n - 1, and for NaN in the inputs; "
+            f"the last batch has {value_ranges(batch)}. If the data are right, try lower rates"
         )
     return LearningRateSearch(rates, table, float(rates[np.nanargmin(last)]))
 

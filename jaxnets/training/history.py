@@ -28,19 +28,23 @@ class NonFiniteError(FloatingPointError):
     Attributes:
         where: the metric and its steps, or the state.
         parameter: path of the first parameter that is not finite, None if all are finite.
+        batch: the ranges of the values of a training batch, None if they are unknown.
     """
 
     def __init__(self, where: str, *, parameter: str | None = None) -> None:
         super().__init__(where)
         self.where = where
         self.parameter = parameter
+        self.batch: str | None = None
 
     def __str__(self) -> str:
         parameter = f"parameter {self.parameter} is" if self.parameter else "no parameter is yet"
+        batch = f"; {self.batch}" if self.batch else ""
         return (
-            f"{self.where} is not finite ({parameter} NaN or infinite); lower the learning rate, "
-            "clip the gradients (optax.clip_by_global_norm), and look for NaN in the inputs and "
-            "labels out of range"
+            f"{self.where} is not finite ({parameter} NaN or infinite). Look for labels out of "
+            "range, for n classes 0 to n - 1, and for NaN in the inputs"
+            f"{batch}. If the data are right, lower the learning rate or clip the gradients "
+            "(optax.clip_by_global_norm)"
         )
 
 

@@ -22,7 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_batch, check_sizes, check_source
-from jaxnets.core import Batch, BatchSource, Mean, Metrics, is_endless, steps_per_batch, tree_path
+from jaxnets.core import (
+    Batch,
+    BatchSource,
+    Mean,
+    Metrics,
+    is_endless,
+    known_values,
+    steps_per_batch,
+    tree_path,
+)
 from jaxnets.training.history import History, NonFiniteError, Writer
 from jaxnets.training.progress import ProgressBar
 from jaxnets.training.watched import WatchedValues
@@ -196,6 +205,7 @@ def fit(
                 bar.update(now, _num_examples(batch, size), history if logged else None)
             except NonFiniteError as error:
                 error.parameter = error.parameter or first_nonfinite(state.params)
+                error.batch = f"the training batch of step {now} has {value_ranges(batch)}"
                 raise
         history.seconds = earlier + time.perf_counter() - began
         ctrl_c.state = state
@@ -329,6 +339,23 @@ def first_nonfinite(tree: Any) -> str | None:
     return next(
         (tree_path(path) for (path, _), ok in zip(pairs, finite, strict=True) if not ok), None
     )
+
+
+def value_ranges(batch: Batch) -> str:
+    """Describe the values of each array of a batch, such as "labels from 1 to 10"."""
+    parts = []
+    for name, array in batch.items():
+        dtype = getattr(array, "dtype", np.dtype(object))
+        real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+        known = known_values(array) if real else None
+        if known is None or not known.size:
+            continue
+        known = known.astype(np.float64)
+        if not np.all(np.isfinite(known)):
+            parts.append(f"{name} with NaN or infinity")
+        else:
+            parts.append(f"{name} from {known.min():g} to {known.max():g}")
+    return ", ".join(parts) or "no known values"
 
 
 @jax.jit

@@ -77,6 +77,13 @@ def test_regression_losses_by_hand():
     np.testing.assert_allclose(huber_loss(predictions, labels), [0.125, 2.5])
 
 
+def test_labels_without_the_last_axis_of_the_predictions_are_refused_with_the_remedy():
+    batch = {"inputs": np.ones((6, 1), np.float32), "labels": np.ones(6, np.float32)}
+    params = {"scale": jnp.ones(())}
+    with pytest.raises(ValueError, match=r"labels \(6,\) differ .* such as labels\[\.\.\., None\]"):
+        regression(Identity())(params, {}, batch, jax.random.key(0), train=False)
+
+
 def test_losses_refuse_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match=r"predictions \(4, 1\), labels \(4,\) differ in shape"):
         squared_error(jnp.ones((4, 1)), jnp.ones(4))

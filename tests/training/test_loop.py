@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from loop_problem import (
     Chunked,
@@ -23,7 +24,7 @@ from loop_problem import (
     train_step,
 )
 
-from jaxnets.core import Mean, is_endless
+from jaxnets.core import Mean, Update, is_endless
 from jaxnets.data.batches.bucketing import bucketed_batches
 from jaxnets.data.batches.prefetching import prefetch
 from jaxnets.data.batches.sources import (
@@ -35,9 +36,13 @@ from jaxnets.data.batches.sources import (
     with_epochs,
 )
 from jaxnets.data.batches.windows import token_streams, token_windows
+from jaxnets.models.feedforward import MLP
+from jaxnets.objectives.supervised import classification
+from jaxnets.training.executors import jit_step
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, every, validation
-from jaxnets.training.loop import evaluate, first_nonfinite, fit
+from jaxnets.training.loop import evaluate, first_nonfinite, fit, value_ranges
+from jaxnets.training.step import create_train_state, make_train_step
 from jaxnets.training.writers import jsonl_writer
 
 
@@ -331,8 +336,30 @@ def test_a_non_finite_loss_names_step_metric_and_parameter_and_keeps_the_rows_be
     message = str(caught.value)
     assert message.startswith("loss at step 7 is not finite")
     assert "parameter linear/kernel is NaN" in message and "learning rate" in message
+    assert "inputs with NaN or infinity" in message or "inputs from" in message
+    assert message.index("NaN in the inputs") < message.index("lower the learning rate")
     assert isinstance(caught.value, FloatingPointError)
     assert [row["step"] for row in written] == [2, 4, 6]
+
+
+def test_labels_from_one_on_are_named_before_the_learning_rate():
+    module = MLP(features=(), num_outputs=10)
+    batch = {
+        "inputs": np.ones((10, 3), np.float32),
+        "labels": np.arange(1, 11, dtype=np.uint8),
+        "weights": np.ones(10, jnp.bfloat16),
+        "names": np.array(["a"] * 10),
+    }
+    arrays = {name: array for name, array in batch.items() if name != "names"}
+    update = Update(classification(module), optax.sgd(0.1))
+    variables = module.init(jax.random.key(0), batch["inputs"])
+    state = create_train_state(variables, update, rng=jax.random.key(0))
+    with pytest.raises(NonFiniteError) as caught:
+        fit(jit_step(make_train_step(update)), state, lambda _: iter([arrays]), num_steps=1)
+    message = str(caught.value)
+    assert "the training batch of step 1 has inputs from 1 to 1, labels from 1 to 10" in message
+    assert message.index("for n classes 0 to n - 1") < message.index("learning rate")
+    assert value_ranges(batch) == "inputs from 1 to 1, labels from 1 to 10, weights from 1 to 1"
 
 
 def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():

@@ -117,7 +117,7 @@ class DecoderStack(nn.Module):
         for index in range(self.num_layers):
             channels = size if index else inputs.shape[-1]
             weights = CellWeights(cell, channels, size, precision=policy, name=f"layer_{index}")
-            layers.append(weights())
+            layers.append(weights(inputs.shape))
             if index:
                 ones = jnp.ones((inputs.shape[1], size), policy.compute)
                 dropout = Dropout(self.dropout_rate, name=f"dropout_{index}")
@@ -154,11 +154,10 @@ class CellWeights(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self) -> dict[str, jax.Array]:
-        """Return {name: array of the compute dtype}."""
-        return cell_weights(
-            self, self.cell, self.num_channels, self.hidden_size, precision=self.precision
-        )
+    def __call__(self, inputs: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Return {name: array of the compute dtype}; the shape of the inputs is for an error."""
+        sizes, policy = (self.num_channels, self.hidden_size), self.precision
+        return cell_weights(self, self.cell, *sizes, precision=policy, inputs=inputs)
 
 
 class BahdanauDecoder(nn.Module):

@@ -18,6 +18,7 @@ from jaxnets.core import Precision, record
 from jaxnets.functional.lengths import clear_tokens, mean_over_time
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
+from jaxnets.layers.embedding import check_token_type
 from jaxnets.models.recurrent.layers import Recurrent, find_cell
 
 _POOLS = ("last", "mean", "max")
@@ -190,6 +191,7 @@ class TextClassifier(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values of the arguments are invalid.
         """
+        check_token_type(tokens)
         check_rank(tokens, self, layouts=["[batch, time]"])
         vectors = self.embedding(clear_tokens(tokens, lengths))
         x = self.dropout_embedding(vectors, train=train)

@@ -15,6 +15,7 @@ from jaxnets.core import Precision
 from jaxnets.functional.lengths import clear_tokens
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
+from jaxnets.layers.embedding import check_token_type
 from jaxnets.models.recurrent.layers import Recurrent, StackCarry, find_cell
 
 
@@ -173,6 +174,7 @@ class RecurrentLM(nn.Module):
         *,
         train: bool,
     ) -> tuple[jax.Array, StackCarry]:
+        check_token_type(tokens)
         check_rank(tokens, self, layouts=["[batch, time]"])
         x = self.embedding(clear_tokens(tokens, lengths))  # [batch, time, embedding_size]
         x = self.dropout_embedding(x, train=train)

@@ -20,6 +20,7 @@ from jaxnets.functional.recurrence.associative import MinGRUCell, MinLSTMCell
 from jaxnets.functional.recurrence.cells import ElmanCell, GRUCell, LSTMCell, MinimalGatedCell
 from jaxnets.functional.recurrence.scan import Carry, Cell
 from jaxnets.layers import Dropout
+from jaxnets.layers.parameters import parameter
 
 _CELLS: dict[str, Cell] = {
     "rnn": ElmanCell(),
@@ -63,7 +64,13 @@ StackCarry: TypeAlias = Mapping[str, Carry]
 
 
 def cell_weights(
-    module: nn.Module, cell: Cell, num_channels: int, hidden_size: int, *, precision: Precision
+    module: nn.Module,
+    cell: Cell,
+    num_channels: int,
+    hidden_size: int,
+    *,
+    precision: Precision,
+    inputs: tuple[int, ...],
 ) -> dict[str, jax.Array]:
     """Declare the weights of a cell as parameters of a module, inside its compact method.
 
@@ -73,14 +80,18 @@ def cell_weights(
         num_channels: number of input channels.
         hidden_size: size of the state.
         precision: dtypes of the parameters and of the result.
+        inputs: shape of the inputs, for the error.
 
     Returns:
         {name: array of the compute dtype}, the argument `weights` of `recurrent_scan`.
+
+    Raises:
+        ValueError: the network was initialized for other inputs.
     """
-    listed = cell.parameters(num_channels, hidden_size)
+    listed, dtype = cell.parameters(num_channels, hidden_size), precision.parameter
     return {
-        name: module.param(name, initializer, shape, precision.parameter).astype(precision.compute)
-        for name, (initializer, shape) in listed.items()
+        name: parameter(module, name, *declared, dtype, inputs=inputs).astype(precision.compute)
+        for name, declared in listed.items()
     }
 
 
@@ -115,7 +126,7 @@ class RecurrentLayer(nn.Module):
             valid: bool [time, batch], as in `recurrent_scan`.
         """
         policy, size = self.precision, self.hidden_size
-        weights = cell_weights(self, self.cell, x.shape[-1], size, precision=policy)
+        weights = cell_weights(self, self.cell, x.shape[-1], size, precision=policy, inputs=x.shape)
         zeros, dtype = nn.initializers.zeros, jnp.promote_types(policy.compute, jnp.float32)
         initial = [jnp.zeros(size, dtype) for _ in self.cell.states]
         if self.learned_carry:

@@ -18,6 +18,7 @@ from jaxnets.core import Precision, at_least_float32, record
 from jaxnets.functional.lengths import clear_tokens, padding_mask
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
+from jaxnets.layers.embedding import check_token_type
 from jaxnets.models.recurrent.attention_decoder import BahdanauDecoder, DecoderCarry, LuongDecoder
 from jaxnets.models.recurrent.layers import Recurrent, find_cell
 
@@ -232,6 +233,7 @@ class RecurrentTranslator(nn.Module):
         *,
         train: bool,
     ) -> tuple[jax.Array, DecoderCarry]:
+        check_token_type(tokens)
         check_rank(tokens, self, layouts=["[batch, target]"])
         if len(tokens) != len(carry["memory"]):
             raise ValueError(

@@ -11,6 +11,8 @@ from jaxnets.core import Precision, at_least_int32
 from jaxnets.functional.attention.positions import sinusoidal_positions
 from jaxnets.functional.lengths import clear_padding, clear_tokens
 from jaxnets.layers import Dropout, Embedding
+from jaxnets.layers.embedding import check_token_type
+from jaxnets.layers.parameters import parameter
 from jaxnets.models.transformer.block import make_norm
 from jaxnets.models.transformer.config import BlockConfig
 
@@ -71,6 +73,7 @@ class InputEmbedding(nn.Module):
         Raises:
             ValueError: tokens, segments or lengths that do not fit.
         """
+        check_token_type(tokens)
         check_rank(tokens, self, layouts=["[batch, time]"])
         if not tokens.shape[1]:
             raise ValueError(f"tokens of shape {tokens.shape} have no token; give at least 1")
@@ -149,7 +152,7 @@ class PositionEmbedding(nn.Module):
         elif self.config.positions == "learned":
             shape = (self.max_length, self.config.features)
             init = nn.initializers.normal(self.config.init_std or 0.02)
-            table = self.param("embedding", init, shape, policy.parameter)
+            table = parameter(self, "embedding", init, shape, policy.parameter, inputs=x.shape)
             if time > self.max_length:
                 raise ValueError(
                     f"a sequence of {time} steps is longer than the {self.max_length} learned "

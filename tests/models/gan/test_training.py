@@ -1,6 +1,7 @@
 """Two updates on one state: separate networks, all executors, populations, resume."""
 
 import dataclasses
+import pathlib
 import sys
 
 import jax
@@ -12,7 +13,8 @@ from checkpoint_problem import assert_bitwise_equal
 from checks import slow_or_exhaustive
 from gan_problem import BATCH, DOUBLE, LARGER, RANDOM, TINY, as_double, plain, problem, without
 
-from jaxnets.core import Precision
+import jaxnets
+from jaxnets.core import Precision, Update
 from jaxnets.models.gan import dcgan
 from jaxnets.objectives.adversarial import adversarial
 from jaxnets.training.equivalence import check_equivalence
@@ -20,7 +22,7 @@ from jaxnets.training.executors import jit_step, population_step, scan_steps
 from jaxnets.training.hooks import Checkpointing, resume
 from jaxnets.training.loop import fit
 from jaxnets.training.optimizers import averaged_parameters, with_parameter_average
-from jaxnets.training.step import make_train_step
+from jaxnets.training.step import create_train_state, make_train_step
 
 
 @pytest.mark.parametrize(
@@ -262,3 +264,28 @@ def test_a_generator_learns_a_point():
     before = distance(state.variables)
     state, _ = run(state, jax.tree.map(lambda x: np.stack([x] * 300), batch))
     assert distance(state.variables) < 0.3 * before
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3), (64, 64, 3)])
+def test_the_recipe_of_the_page_with_r1_fits_images_of_the_usual_sizes(shape):
+    page = pathlib.Path(__file__).parents[3] / "docs/families/gan.md"
+    lines = [
+        line
+        for line in page.read_text().splitlines()
+        if line.startswith(("module = jn.dcgan(", "objectives = jn.adversarial("))
+    ]
+    assert len(lines) == 2 and "(8, 8, 1)" in lines[0] and "r1=" in lines[1]
+    names = {"jn": jaxnets}
+    exec("\n".join(lines).replace("(8, 8, 1)", str(shape)), names)
+    updates = [
+        Update(objective, optax.sgd(0.1), wrt=name)
+        for name, objective in names["objectives"]._asdict().items()
+    ]
+
+    def train(key, images):
+        variables = names["module"].init(key, jnp.zeros((1, 16)))
+        state = create_train_state(variables, updates, rng=key)
+        return make_train_step(updates)(state, {"inputs": images})[1]
+
+    metrics = jax.eval_shape(train, jax.random.key(0), jnp.zeros((2, *shape)))
+    assert "discriminator/penalty" in metrics

@@ -151,3 +151,22 @@ def apply(module, *inputs, **keywords):
 def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 5)])
+def test_floats_in_place_of_tokens_are_refused_with_what_takes_them(shape):
+    module = TransformerEncoder(11, 1, config())
+    message = r"have type float32; give integers.*Networks of floats .* are AudioTransformer"
+    for lengths in (None, np.array([5, 2])):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(module.init, jax.random.key(0), np.ones(shape, np.float32), lengths)
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [((3,), r"\. Add a missing batch axis with inputs\[None\]"), ((1, 2, 3), "")],
+)
+def test_tokens_of_another_rank_are_told_what_is_missing_and_nothing_else(shape, remedy):
+    module = TransformerEncoder(11, 1, config())
+    with pytest.raises(ValueError, match=rf"give \[batch, time\]{remedy}(\n|$)"):
+        jax.eval_shape(module.init, jax.random.key(0), np.zeros(shape, int))
