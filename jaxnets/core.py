@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -31,6 +31,8 @@ ModelState: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = Mapping[str, Any]
 #: Weighted sums by name.
 Metrics: TypeAlias = dict[str, "Mean"]
+#: Key, shape and dtype to random numbers: a function of `jax.random`, or an initializer.
+Sampler: TypeAlias = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -304,6 +306,31 @@ def at_least_float32(array: jax.Array) -> jax.Array:
         [...], float32 or wider.
     """
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def drawn_in_float32(sampler: Sampler) -> Sampler:
+    """Draw random numbers in float32 or wider, whatever their dtype is in the end.
+
+    Drawn in bfloat16 itself, `jax.random.normal` takes 128 values, none of them beyond 2.9, and in
+    float16 1024: a random number has as many random bits as the dtype has digits.
+
+    Args:
+        sampler: a function of key, shape and dtype: of `jax.random`, or an initializer.
+
+    Returns:
+        The function whose numbers are rounded to the dtype afterwards; unchanged for float32 and
+        float64.
+
+    Example:
+        >>> normal = drawn_in_float32(jax.random.normal)
+        >>> bool(jnp.max(normal(jax.random.key(0), (100_000,), jnp.bfloat16)) > 4)
+        True
+    """
+
+    def draw(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        return sampler(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+    return draw
 
 
 def known_values(array: Any) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from jaxnets.core import (
     at_least_float32,
     at_least_int32,
     bound_data_axis,
+    drawn_in_float32,
     rng_streams,
     steps_per_batch,
 )
@@ -138,3 +139,20 @@ def test_a_weight_below_zero_is_refused_or_nan():
     with pytest.raises(ValueError, match=r"weights hold -1\.0; give 0 or more"):
         Mean.of(jnp.ones(2), weights)
     assert np.isnan(jax.jit(lambda w: Mean.of(jnp.ones(2), w).compute())(weights))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_random_numbers_of_16_bits_have_the_tails_and_the_mean_of_the_distribution(dtype):
+    normal = drawn_in_float32(jax.random.normal)
+    numbers = normal(jax.random.key(0), (100_000,), dtype)
+    assert numbers.dtype == dtype
+    exact = np.asarray(numbers, np.float64)
+    assert np.sum(np.abs(exact) > 3.5) == pytest.approx(46.5, abs=25)  # 2 (1 - cdf(3.5)) of them
+    assert abs(exact.mean()) < 0.01 and exact.std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("sampler", [jax.random.uniform, jax.nn.initializers.he_normal()])
+def test_random_numbers_of_32_bits_are_those_of_the_sampler(sampler):
+    key, shape = jax.random.key(0), (3, 4)
+    expected = sampler(key, shape, jnp.float32)
+    np.testing.assert_array_equal(drawn_in_float32(sampler)(key, shape, jnp.float32), expected)

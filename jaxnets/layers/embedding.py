@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from jaxnets import functional
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, at_least_float32, at_least_int32, known_values
+from jaxnets.core import (
+    Precision,
+    at_least_float32,
+    at_least_int32,
+    drawn_in_float32,
+    known_values,
+)
 from jaxnets.layers.linear import Initializer
 
 
@@ -78,7 +84,7 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         shape = (self.vocabulary_size, self.features)
         self.embedding = self.param(
-            "embedding", self.embedding_init, shape, self.precision.parameter
+            "embedding", drawn_in_float32(self.embedding_init), shape, self.precision.parameter
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

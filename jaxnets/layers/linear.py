@@ -54,7 +54,9 @@ class Dense(nn.Module):
         )
         y = functional.linear(x.astype(policy.compute), kernel.astype(policy.compute))
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
+            bias = parameter(
+                self, "bias", self.bias_init, (self.features,), policy.parameter, inputs=x.shape
+            )
             y = y + along_channels(bias.astype(policy.compute), y)
         return y
 
@@ -120,6 +122,8 @@ class Convolution(nn.Module):
             groups=self.groups,
         )
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), policy.parameter)
+            bias = parameter(
+                self, "bias", self.bias_init, (self.features,), policy.parameter, inputs=x.shape
+            )
             y = y + along_channels(bias.astype(policy.compute), y)
         return y

@@ -8,6 +8,8 @@ import flax.errors
 import flax.linen as nn
 import jax
 
+from jaxnets.core import drawn_in_float32
+
 
 def parameter(
     module: nn.Module,
@@ -18,7 +20,7 @@ def parameter(
     *,
     inputs: tuple[int, ...],
 ) -> jax.Array:
-    """Declare a parameter of a module, as `module.param` does.
+    """Declare a parameter of a module, as `module.param` does, drawn in float32 or wider.
 
     Args:
         module: in its compact method or `setup`.
@@ -35,7 +37,7 @@ def parameter(
         ValueError: the network was initialized for inputs of another size.
     """
     try:
-        return module.param(name, initializer, shape, dtype)
+        return module.param(name, drawn_in_float32(initializer), shape, dtype)
     except flax.errors.ScopeParamShapeError:
         variable: Any = module.get_variable("params", name)
         own = f"has shape {variable.shape}"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, at_least_float32
+from jaxnets.core import Precision, at_least_float32, drawn_in_float32
 from jaxnets.functional.channels import along_channels
 from jaxnets.layers.linear import Convolution, Dense, Initializer
 
@@ -115,12 +115,16 @@ class SpectralNorm(nn.Module):
         # The layer is linear in its kernel, so dividing its output is equivalent.
         y = y / value.astype(y.dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, y.shape[-1:], policy.parameter)
+            bias = self.param(
+                "bias", drawn_in_float32(self.bias_init), y.shape[-1:], policy.parameter
+            )
             y = y + along_channels(bias.astype(y.dtype), y)
         return y.astype(policy.compute)
 
     def _initial_vector(self, matrix: jax.Array) -> jax.Array:
-        vector = jax.random.normal(self.make_rng("params"), matrix.shape[-1:], matrix.dtype)
+        vector = drawn_in_float32(jax.random.normal)(
+            self.make_rng("params"), matrix.shape[-1:], matrix.dtype
+        )
         return _unit(vector)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import flax.linen as nn
@@ -188,12 +189,12 @@ class TransposedConvolution(nn.Module):
         (y,) = transpose(x)
         return _biased(self, y)
 
-    def _interleaved(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def _interleaved(self, key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
         kernel, size = jnp.zeros(shape, dtype), self.kernel_size
         for index in range(4):
             row, column = divmod(index, 2)
             sizes = (len(range(row, size, 2)), len(range(column, size, 2)))
-            part = self.kernel_init(jax.random.fold_in(key, index), sizes + shape[2:], dtype)
+            part = self.kernel_init(jax.random.fold_in(key, index), (*sizes, *shape[2:]), dtype)
             kernel = kernel.at[row::2, column::2].set(part)
         return kernel
 

@@ -15,6 +15,7 @@ from jaxnets.core import (
     ObjectiveOutput,
     Params,
     apply_module,
+    drawn_in_float32,
     rng_streams,
 )
 from jaxnets.objectives.adversarial_losses import (
@@ -226,7 +227,7 @@ def _generate(
     else:
         images = batch["inputs"]
         shape = (images.shape[0], module.latent_size)
-        latents = jax.random.normal(streams.pop("latent"), shape, images.dtype)
+        latents = drawn_in_float32(jax.random.normal)(streams.pop("latent"), shape, images.dtype)
     return apply_module(
         module,
         params,

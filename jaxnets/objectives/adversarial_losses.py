@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import check_same_shape
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, drawn_in_float32
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 Aux = TypeVar("Aux")
@@ -289,7 +289,7 @@ def mix(real: jax.Array, fake: jax.Array, rng: jax.Array) -> jax.Array:
     """
     check_same_shape(real=real, fake=fake)
     shape = (real.shape[0],) + (1,) * (real.ndim - 1)  # [batch, 1, ...]
-    fraction = jax.random.uniform(rng, shape, real.dtype)
+    fraction = drawn_in_float32(jax.random.uniform)(rng, shape, real.dtype)
     return fraction * real + (1 - fraction) * fake
 
 

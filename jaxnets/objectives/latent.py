@@ -18,6 +18,7 @@ from jaxnets.core import (
     Params,
     apply_module,
     at_least_float32,
+    drawn_in_float32,
     rng_streams,
 )
 from jaxnets.functional.gaussian import draw_code, log_prior_ratio, normal_divergence
@@ -255,7 +256,9 @@ def importance_weighted_bound(
     def add_chunk(total: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
         index = first + jnp.arange(chunk_size)
         keys = jax.vmap(lambda k: jax.random.fold_in(rng, k))(index)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape, mean.dtype))(keys)
+        noise = jax.vmap(
+            lambda key: drawn_in_float32(jax.random.normal)(key, mean.shape, mean.dtype)
+        )(keys)
         code = draw_code(mean[None], log_variance[None], noise)  # [chunk, batch, latent_size]
         flat = code.reshape(-1, code.shape[-1])  # [chunk * batch, latent_size]
         outputs = module.apply(variables, flat, classes, method="decode")
@@ -272,7 +275,9 @@ def importance_weighted_bound(
 
 def latent_noise(key: jax.Array, num_images: int, module: Any) -> jax.Array:
     """Draw the standard normal latent noise of each image, [num_images, latent_size]."""
-    return jax.random.normal(key, (num_images, module.latent_size), module.precision.output)
+    return drawn_in_float32(jax.random.normal)(
+        key, (num_images, module.latent_size), module.precision.output
+    )
 
 
 def _check_counts(num_samples: int, chunk_size: int) -> None:

@@ -18,6 +18,7 @@ from jaxnets.core import (
     Params,
     apply_module,
     at_least_float32,
+    drawn_in_float32,
     rng_streams,
 )
 from jaxnets.functional.patches import normalize_patches, patchify
@@ -274,7 +275,7 @@ def corrupted(
     if noise == "masking":
         masked = jax.random.bernoulli(rng, amount, (*images.shape[:-1], 1))
         return jnp.where(masked, jnp.asarray(low, images.dtype), images)
-    noisy = images + amount * jax.random.normal(rng, images.shape, images.dtype)
+    noisy = images + amount * drawn_in_float32(jax.random.normal)(rng, images.shape, images.dtype)
     return jnp.clip(noisy, low, high)
 
 

@@ -7,11 +7,13 @@ zero in the result.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from jaxnets.core import drawn_in_float32
 from jaxnets.functional.lengths import clear_padding
 
 _SPEED_STEPS = 1024  # speeds are multiples of 1 / 1024, so positions are exact integers
@@ -141,7 +143,7 @@ def add_noise(
     _check_range("signal-to-noise ratio", min_snr, max_snr)
     samples, valid = clear_padding(samples, lengths)
     noise_key, ratio_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, samples.shape, samples.dtype)
+    noise = drawn_in_float32(jax.random.normal)(noise_key, samples.shape, samples.dtype)
     noise = jnp.where(valid, noise, jnp.zeros((), samples.dtype))
     decibels = _uniform(ratio_key, samples, min_snr, max_snr)
 
@@ -310,4 +312,5 @@ def _check_range(name: str, least: float, greatest: float) -> None:
 
 def _uniform(key: jax.Array, samples: jax.Array, least: float, greatest: float) -> jax.Array:
     """Draw one value per example, [batch, 1]."""
-    return jax.random.uniform(key, (len(samples), 1), samples.dtype, least, greatest)
+    uniform = functools.partial(jax.random.uniform, minval=least, maxval=greatest)
+    return drawn_in_float32(uniform)(key, (len(samples), 1), samples.dtype)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import check_key, check_same_shape
+from jaxnets.core import drawn_in_float32
 from jaxnets.objectives.image_range import check_images
 
 
@@ -108,7 +109,9 @@ def sample(
             "interpolate between images"
         )
     check_key(rng)
-    code = jax.random.normal(rng, (num_images, module.latent_size), module.precision.output)
+    code = drawn_in_float32(jax.random.normal)(
+        rng, (num_images, module.latent_size), module.precision.output
+    )
     return decode(module, variables, code, labels)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, at_least_int32, known_values, record
+from jaxnets.core import Precision, at_least_int32, drawn_in_float32, known_values, record
 from jaxnets.functional.gaussian import draw_code, normal_divergence
 from jaxnets.layers import Dense
 from jaxnets.models.autoencoder.encoder_decoder import (
@@ -117,7 +117,9 @@ class VAE(nn.Module):
         mean, log_variance = self.posterior(inputs, labels, train=train, weights=weights)
         record(self, "features", mean)
         if noise is None and train:
-            noise = jax.random.normal(self.make_rng("latent"), mean.shape, mean.dtype)
+            noise = drawn_in_float32(jax.random.normal)(
+                self.make_rng("latent"), mean.shape, mean.dtype
+            )
         code = mean
         if noise is not None:
             code = draw_code(mean, log_variance, noise)

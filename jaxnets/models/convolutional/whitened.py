@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import IMAGES, check_rank, check_sizes
-from jaxnets.core import Precision, record
+from jaxnets.core import Precision, drawn_in_float32, record
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.functional.channels import along_channels
 from jaxnets.functional.conv.convolution import convolution
@@ -162,9 +162,10 @@ class WhitenedConvNet(nn.Module):
     def _whiten(self, x: jax.Array) -> jax.Array:
         policy, side, channels = self.precision, self.patch, x.shape[-1]
         shape = (side, side, channels, 2 * side**2 * channels)
+        initializer = nn.initializers.lecun_normal()
 
         def random_kernel() -> jax.Array:
-            return nn.initializers.lecun_normal()(self.make_rng("params"), shape, policy.parameter)
+            return drawn_in_float32(initializer)(self.make_rng("params"), shape, policy.parameter)
 
         kernel = self.variable("whitening", "kernel", random_kernel).value
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], policy.parameter)

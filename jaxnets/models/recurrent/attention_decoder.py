@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnets.core import Precision, at_least_float32, is_narrow, widened
+from jaxnets.core import (
+    Precision,
+    at_least_float32,
+    drawn_in_float32,
+    is_narrow,
+    widened,
+)
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.recurrence import scan
 from jaxnets.functional.recurrence.scan import Carry, Cell
@@ -350,4 +356,6 @@ def _batch_major(x: jax.Array) -> jax.Array:
 
 def _kernel(module: Any, name: str, shape: tuple[int, int]) -> jax.Array:
     policy, initializer = module.precision, nn.initializers.lecun_normal()
-    return module.param(name, initializer, shape, policy.parameter).astype(policy.compute)
+    return module.param(name, drawn_in_float32(initializer), shape, policy.parameter).astype(
+        policy.compute
+    )

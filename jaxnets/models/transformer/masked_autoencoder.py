@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, at_least_float32, record
+from jaxnets.core import Precision, at_least_float32, drawn_in_float32, record
 from jaxnets.functional.patches import normalize_patches, patchify, unpatchify
 from jaxnets.layers import Dense
 from jaxnets.models.transformer.config import BlockConfig, build_preset
@@ -207,7 +207,7 @@ class _PatchDecoder(nn.Module):
         shared: dict[str, Any] = {"kernel_init": config.kernel_init(), "precision": policy}
         x = Dense(config.features, name="embed", **shared)(encoded)
         shape, init = (config.features,), nn.initializers.normal(0.02)
-        mask = self.param("mask", init, shape, policy.parameter).astype(x.dtype)
+        mask = self.param("mask", drawn_in_float32(init), shape, policy.parameter).astype(x.dtype)
         num_masked = rank.shape[1] + 1 - x.shape[1]
         masked = jnp.broadcast_to(mask[None, None], (x.shape[0], num_masked, config.features))
         patches = jnp.concatenate([x[:, 1:], masked], axis=1)  # [batch, patches, features]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision
+from jaxnets.core import Precision, drawn_in_float32
 from jaxnets.functional.attention.masks import causal_mask
 from jaxnets.functional.attention.positions import alibi_bias, relative_buckets
 from jaxnets.functional.lengths import clear_padding, padding_mask
@@ -68,7 +68,9 @@ class Stack(nn.Module):
             ]
         if config.positions == "relative":
             shape, init = (_NUM_BUCKETS, config.num_heads), nn.initializers.normal(0.02)
-            self.relative_bias = self.param("relative_bias", init, shape, self.precision.parameter)
+            self.relative_bias = self.param(
+                "relative_bias", drawn_in_float32(init), shape, self.precision.parameter
+            )
         if config.norm_first:
             self.norm = make_norm(config, self.precision)
 

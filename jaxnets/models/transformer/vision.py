@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import IMAGES, check_rank, check_sizes
-from jaxnets.core import Precision, record
+from jaxnets.core import Precision, drawn_in_float32, record
 from jaxnets.functional.patches import patchify
 from jaxnets.functional.pooling import global_average_pool
 from jaxnets.layers import Dense, Dropout
@@ -71,7 +71,9 @@ class PatchEncoder(nn.Module):
         num_tokens = int(self.use_token)
         if self.use_token:
             shape, init = (config.features,), nn.initializers.normal(0.02)
-            token = self.param("token", init, shape, policy.parameter).astype(x.dtype)
+            token = self.param("token", drawn_in_float32(init), shape, policy.parameter).astype(
+                x.dtype
+            )
             token = jnp.broadcast_to(token[None, None], (x.shape[0], 1, config.features))
             x = jnp.concatenate([token, x], axis=1)
         x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
