@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare", help=contrast, description=contrast, parents=[as_json], allow_abbrev=False
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run")
-    describe = "layers, parameters, FLOPs and memory of a network, without allocating it"
+    describe = "layers, parameters, FLOPs and, on request, memory of a network"
     summarize = commands.add_parser(
         "summary",
         help=describe,
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--depth", type=int, default=1, help="levels of modules shown (default %(default)s)"
     )
     summarize.add_argument("--shapes", action="store_true", help="show the shape of each parameter")
-    summarize.add_argument("--no-compile", action="store_true", help="skip FLOPs and memory")
+    summarize.add_argument(
+        "--memory", action="store_true", help="compile for the memory: seconds to minutes"
+    )
 
     options = parser.parse_args(arguments)
     if options.command == "doctor":
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch,
             num_outputs=options.outputs,
             optimizer=options.optimizer,
-            compiled=not options.no_compile,
+            memory=options.memory,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from jaxnets.tools.comparison import Comparison, compare, read_run
 from jaxnets.tools.doctor import examine
+from jaxnets.tools.flops import count_flops
 from jaxnets.tools.results import read_result, write_result
 from jaxnets.tools.saliency import input_gradient, visual_backprop
 from jaxnets.tools.summary import Summary, summarize, summarize_model
@@ -10,6 +11,7 @@ __all__ = [
     "Comparison",
     "Summary",
     "compare",
+    "count_flops",
     "examine",
     "input_gradient",
     "read_result",

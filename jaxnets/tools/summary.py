@@ -1,9 +1,11 @@
-"""Summary of a network: layers, parameters, FLOPs and memory, without allocating any array."""
+"""Summary of a network: layers, parameters, FLOPs and memory, without allocating any array.
+
+FLOPs are counted in the traced program; only memory needs a compilation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jaxnets.checks import check_sizes
 from jaxnets.core import Batch, Update, tree_path
 from jaxnets.models.registry import MODELS
+from jaxnets.tools.flops import count_flops
 from jaxnets.training.optimizers import OPTIMIZERS
 from jaxnets.training.step import create_train_state, make_train_step
 
@@ -47,12 +50,10 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Cost of a compiled program, from XLA's analyses for the default device.
+class Memory:
+    """Memory of a compiled program, from XLA's analysis for the default device.
 
     Attributes:
-        flops: floating point operations, two per multiply-add. The body of a loop counts once,
-            whatever its trip count. NaN if the backend has no cost analysis.
         argument_bytes: of the arguments: parameters, optimizer state, batch.
         temporary_bytes: of the temporary buffers: activations, gradients.
         output_bytes: of the outputs.
@@ -60,7 +61,6 @@ class Program:
         compile_seconds: time to trace and compile, shorter with a compilation cache.
     """
 
-    flops: float
     argument_bytes: int
     temporary_bytes: int
     output_bytes: int
@@ -75,6 +75,19 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
+class Program:
+    """Cost of a forward pass or of a training step.
+
+    Attributes:
+        flops: floating point operations of the definition, as `tools.count_flops` counts them.
+        memory: None if it was not asked for.
+    """
+
+    flops: float
+    memory: Memory | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """Layers, parameters and cost of a network; prints as a table.
 
@@ -86,8 +99,8 @@ class Summary:
         parameter_bytes: their size.
         num_state: number of elements in other collections, such as running averages.
         state_bytes: their size.
-        forward: forward pass of one batch in evaluation; None if not compiled.
-        train_step: one training step with a donated state; None if not compiled.
+        forward: forward pass of one batch in evaluation.
+        train_step: one training step with a donated state; None without an update.
     """
 
     model: str
@@ -97,7 +110,7 @@ class Summary:
     parameter_bytes: int
     num_state: int
     state_bytes: int
-    forward: Program | None = None
+    forward: Program
     train_step: Program | None = None
 
     def table(self, *, depth: int | None = None, shapes: bool = False) -> str:
@@ -130,24 +143,21 @@ class Summary:
             totals += f"; {self.num_state:,} in other state, {_binary(self.state_bytes)}"
         lines += ["", f"parameters  {totals}"]
         programs = {"forward": self.forward, "train step": self.train_step}
-        measured = {name: program for name, program in programs.items() if program}
-        if measured:
-            costs = [_costs(program) for program in measured.values()]
-            rows = [
-                ("", *measured),
-                *((name, *(cost[name] for cost in costs)) for name in costs[0]),
-            ]
-            lines += ["", *_aligned(rows, right={1, 2})]
+        costs = {name: _costs(program) for name, program in programs.items() if program}
+        rows = [
+            ("", *costs),
+            *((name, *(cost[name] for cost in costs.values())) for name in costs["forward"]),
+        ]
+        lines += ["", *_aligned(rows, right={1, 2})]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as a dict that `json.dumps` takes; unknown FLOPs are None."""
+        """Return everything as a dict that `json.dumps` takes."""
         content = dataclasses.asdict(self)
         for name in ("forward", "train_step"):
             program = getattr(self, name)
-            if program is not None:
-                content[name]["peak_bytes"] = program.peak_bytes
-                content[name]["flops"] = None if math.isnan(program.flops) else program.flops
+            if program is not None and program.memory is not None:
+                content[name]["memory"]["peak_bytes"] = program.memory.peak_bytes
         return content
 
     def __str__(self) -> str:
@@ -163,13 +173,13 @@ def summarize(
     *inputs: Any,
     update: Update | None = None,
     batch: Batch | None = None,
-    compiled: bool = True,
+    memory: bool = False,
     **keywords: Any,
 ) -> Summary:
     """Summarize layers, parameters and cost of a network, without allocating any array.
 
-    Corresponds to `flax.linen.tabulate`. Differs from it: FLOPs and memory are those of the
-    compiled forward pass and training step.
+    Corresponds to `flax.linen.tabulate`. Differs from it: FLOPs are those of the forward pass and
+    of a training step, counted without a compilation, and memory is that of the compiled ones.
 
     Args:
         module: any Linen module.
@@ -178,8 +188,8 @@ def summarize(
         update: objective and optimizer of the training step; None skips it.
         batch: batch of that step, of the same types as `inputs`; by default the first input as
             "inputs" and int32 "labels" [batch].
-        compiled: whether to compile the forward pass and the training step for their FLOPs and
-            memory, which takes seconds to minutes for deep networks.
+        memory: compile the forward pass and the training step for their memory, which takes
+            seconds to minutes for deep networks.
         keywords: further keyword inputs of the module, which are constants of the program.
 
     Returns:
@@ -187,7 +197,7 @@ def summarize(
 
     Example:
         >>> from jaxnets.models.feedforward import MLP
-        >>> print(summarize(MLP(features=(64,)), (32, 28, 28, 1), compiled=False))
+        >>> print(summarize(MLP(features=(64,)), (32, 28, 28, 1)))
         MLP of float32[32, 28, 28, 1]
         <BLANKLINE>
         layer          kind     output    parameters
@@ -198,19 +208,22 @@ def summarize(
           head         Dense    [32, 10]         650
         <BLANKLINE>
         parameters  50,890 trainable, 198.8 KiB
+        <BLANKLINE>
+                        forward
+        operations  3.257 MFLOP
     """
     shapes = tuple(_abstract(value) for value in inputs)
     variables, calls = _trace(module, shapes, keywords)
     params = jax.tree.leaves(variables.get("params", {}))
     state = jax.tree.leaves({name: tree for name, tree in variables.items() if name != "params"})
-    forward = train_step = None
-    if compiled:
-        forward = _measure(
-            lambda variables, *values: module.apply(variables, *values, **keywords),
-            variables,
-            *shapes,
-        )
-    if compiled and update is not None:
+
+    def apply(variables: Any, *values: Any) -> Any:
+        rngs = {"params": jax.random.key(0)}  # for every stream
+        return module.apply(variables, *values, rngs=rngs, **keywords)
+
+    forward = _program(apply, variables, *shapes, memory=memory)
+    train_step = None
+    if update is not None:
         if batch is None:
             labels = jax.ShapeDtypeStruct(shapes[0].shape[:1], jnp.int32)
             batch = {"inputs": shapes[0], "labels": labels}
@@ -218,12 +231,9 @@ def summarize(
             lambda variables: create_train_state(variables, update, rng=jax.random.key(0)),
             variables,
         )
-        train_step = _measure(
-            make_train_step(update),
-            train_state,
-            {name: _abstract(value) for name, value in batch.items()},
-            donate=(0,),
-        )
+        batch = {name: _abstract(value) for name, value in batch.items()}
+        step = make_train_step(update)
+        train_step = _program(step, train_state, batch, donate=(0,), memory=memory)
     return Summary(
         model=type(module).__name__,
         inputs=tuple(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(shapes)),
@@ -244,7 +254,7 @@ def summarize_model(
     batch_size: int = 32,
     num_outputs: int | None = None,
     optimizer: str = "adamw",
-    compiled: bool = True,
+    memory: bool = False,
 ) -> Summary:
     """Summarize a named architecture and one step of its usual training.
 
@@ -254,7 +264,7 @@ def summarize_model(
         batch_size: number of examples.
         num_outputs: number of classes or tokens; by default the usual one of the model.
         optimizer: key of `training.optimizers.OPTIMIZERS`.
-        compiled: as for `summarize`.
+        memory: as for `summarize`.
 
     Returns:
         Summary.
@@ -263,8 +273,8 @@ def summarize_model(
         ValueError: an unknown name, a size below 1, or an input shape that does not fit.
 
     Example:
-        >>> summarize_model("resnet50", compiled=False).num_parameters
-        25557032
+        >>> summarize_model("lenet5").num_parameters
+        61706
     """
     model = _look_up(MODELS, name, "model")
     make_optimizer = _look_up(OPTIMIZERS, optimizer, "optimizer")
@@ -277,7 +287,7 @@ def summarize_model(
         *(batch[entry] for entry in task.inputs),
         update=Update(task.objective(module), make_optimizer(_LEARNING_RATE)),
         batch=batch,
-        compiled=compiled,
+        memory=memory,
     )
 
 
@@ -336,15 +346,19 @@ def _layers(params: Any, calls: Mapping[tuple[str, ...], Any]) -> tuple[Layer, .
     )
 
 
-def _measure(
-    function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+def _program(
+    function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = (), memory: bool
 ) -> Program:
+    flops = count_flops(function, *arguments)
+    return Program(flops, _memory(function, *arguments, donate=donate) if memory else None)
+
+
+def _memory(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...]) -> Memory:
     began = time.perf_counter()
-    program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     seconds = time.perf_counter() - began
-    memory: Any = program.memory_analysis()
-    return Program(
-        flops=float((program.cost_analysis() or {}).get("flops", math.nan)),
+    memory: Any = compiled.memory_analysis()
+    return Memory(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -362,16 +376,17 @@ def _num_bytes(leaves: list[Any]) -> int:
 
 
 def _costs(program: Program) -> dict[str, str]:
-    unknown = math.isnan(program.flops)
-    return {
-        "operations": "unknown" if unknown else _decimal(program.flops, "FLOP"),
-        "peak memory": _binary(program.peak_bytes),
-        "  arguments": _binary(program.argument_bytes),
-        "  temporaries": _binary(program.temporary_bytes),
-        "  output": _binary(program.output_bytes),
-        "  of it donated": _binary(program.alias_bytes),
-        "compiled in": f"{program.compile_seconds:.1f} s",
-    }
+    costs, memory = {"operations": _decimal(program.flops, "FLOP")}, program.memory
+    if memory is not None:
+        costs |= {
+            "peak memory": _binary(memory.peak_bytes),
+            "  arguments": _binary(memory.argument_bytes),
+            "  temporaries": _binary(memory.temporary_bytes),
+            "  output": _binary(memory.output_bytes),
+            "  of it donated": _binary(memory.alias_bytes),
+            "compiled in": f"{memory.compile_seconds:.1f} s",
+        }
+    return costs
 
 
 def _decimal(value: float, unit: str) -> str:
