@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -223,7 +224,8 @@ class Checkpointing:
     A state with a parameter that is NaN or infinite is not saved, so the last checkpoint is
     usable. On a signal the current call is finished and saved, and `fit` returns with
     `history.interrupted`; a second SIGINT raises KeyboardInterrupt at once. A signal that the
-    process ignores stays ignored, such as SIGHUP under `nohup`. Continue with `resume`.
+    process ignores stays ignored, such as SIGHUP under `nohup`. A save that has begun is finished
+    before the second SIGINT; only a third one cuts it off. Continue with `resume`.
 
     Args:
         directory: folder of the run's checkpoints.
@@ -266,6 +268,7 @@ class Checkpointing:
         self._step = 0
         self._measured = False
         self._signal: int | None = None
+        self._saving = self._postponed = False
         self._handlers: dict[int, Any] = {}
 
     def start(self, history: History, step: int) -> None:
@@ -305,7 +308,7 @@ class Checkpointing:
         bad = first_nonfinite(state.params)
         if bad is not None:
             raise NonFiniteError(f"the state at step {step}", parameter=bad)
-        with self._history.spending("checkpoints"):
+        with self._history.spending("checkpoints"), self._uninterrupted():
             checkpoint.save(self._directory, state, metadata={"history": history}, step=step)
             checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
 
@@ -332,8 +335,24 @@ class Checkpointing:
         )
         return [step for cost, step in ranked if not math.isnan(cost)][: self._keep_best]
 
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """Postpone the second Ctrl-C, because threads of a save that is cut off fail at exit."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+        if self._postponed:
+            self._signal, self._postponed = None, False
+            raise KeyboardInterrupt
+
     def _listen(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
+            if self._saving and not self._postponed:
+                self._postponed = True
+                return
+            self._signal = None  # for `close`: it is not passed on a second time
             raise KeyboardInterrupt
         self._signal = number
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

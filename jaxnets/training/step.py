@@ -49,7 +49,7 @@ def create_train_state(
 
     Raises:
         ValueError: `variables` has no "params", or an update does not fit its networks.
-        TypeError: `rng` is not a key.
+        TypeError: `rng` is not a key, or an update is something else, such as an optimizer.
     """
     check_key(rng)
     if "params" not in variables:
@@ -238,6 +238,7 @@ def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int
 
     Raises:
         ValueError: there is no update, or `num_microbatches` is below 1.
+        TypeError: an update is something else, such as an objective.
 
     Example:
         >>> from jaxnets.core import Mean, ObjectiveOutput
@@ -285,7 +286,13 @@ def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metric
 
 
 def _as_tuple(updates: Update | Sequence[Update]) -> tuple[Update, ...]:
-    return (updates,) if isinstance(updates, Update) else tuple(updates)
+    several = isinstance(updates, Sequence)
+    found = tuple(updates) if isinstance(updates, Sequence) else (updates,)
+    for update in found:
+        if not isinstance(update, Update):
+            name = "an element of updates" if several else "updates"
+            raise TypeError(f"{name} is {update!r}; give Update(objective, optimizer)")
+    return found
 
 
 def _check_updates(updates: tuple[Update, ...], params: Params) -> dict[str | None, Update]:

@@ -250,6 +250,7 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
     assert latest_step(tmp_path / "checkpoints") in (None, 10)
 
 
+@pytest.mark.slow
 def test_a_frozen_network_has_no_result_and_the_others_are_those_without_it(
     finished, tmp_path, monkeypatch
 ):
@@ -309,7 +310,11 @@ class Signalled(ImageClassification):
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [("before", signal.SIGHUP), ("twice", signal.SIGINT), ("after", signal.SIGTERM)],
+    [
+        ("twice", signal.SIGINT),
+        pytest.param("before", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param("after", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_at_any_moment_ends_in_one_line_and_a_folder_that_goes_on(
     moment, number, finished, tmp_path, monkeypatch, capfd

@@ -19,6 +19,7 @@ from loop_problem import (
 
 from jaxnets.core import Mean
 from jaxnets.data.batches.sources import index_batches
+from jaxnets.training import checkpoint
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, EarlyStopping, every, resume, validation
 from jaxnets.training.loop import Interrupted, StopTraining, fit
@@ -338,6 +339,30 @@ def test_a_second_interrupt_stops_at_once(tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt) as stop:
         fit(train_step, make_state(), source, num_steps=9, hooks=[twice])
     assert type(stop.value) is KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_interrupt_during_a_save_waits_for_it(tmp_path, capfd, monkeypatch):
+    save, calls = checkpoint.save, []
+
+    def interrupted(*args, **keywords):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        calls.append("begun")
+        folder = save(*args, **keywords)
+        calls.append("done")
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    hooks = [Checkpointing(tmp_path, every=3)]
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fit(train_step, make_state(), source, num_steps=9, hooks=hooks)
+    assert type(stop.value) is KeyboardInterrupt and calls == ["begun", "done"]
+    assert resume(tmp_path, make_state())[1].step == 3
+    assert capfd.readouterr().err.count("at the end of this step") == 1
+    monkeypatch.setattr(checkpoint, "save", save)
+    fit(train_step, *resume(tmp_path, make_state())[:1], source, num_steps=6, hooks=hooks)
+    assert resume(tmp_path, make_state())[1].step == 6
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -261,6 +261,14 @@ def test_a_number_is_no_key_and_a_module_no_objective(batch):
         create_train_state(initialize(Linear()), update, rng=0)
     with pytest.raises(TypeError, match="is the module Linear"):
         make_eval_step(Linear())
+    with pytest.raises(
+        TypeError, match=r"updates is <function .*give Update\(objective, optimizer"
+    ):
+        make_train_step(update.objective)
+    with pytest.raises(TypeError, match=r"an element of updates is .*give Update\("):
+        make_train_step([update, update.objective])
+    with pytest.raises(TypeError, match=r"updates is \(?GradientTransformation|an element of up"):
+        create_train_state(initialize(Linear()), optax.sgd(0.1), rng=jax.random.key(0))
 
 
 def test_evaluation_is_reproducible_and_without_noise(batch):
