@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnets.checks import check_source
+from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Objective, Update
 from jaxnets.training.executors import jit_step, population_step
 from jaxnets.training.loop import value_ranges
@@ -72,10 +72,12 @@ def find_learning_rate(
         LearningRateSearch; `print` it.
 
     Raises:
-        ValueError: there is no rate, or the loss is finite with none of them.
+        ValueError: there is no rate, the loss is finite with none of them, the source ends early,
+            or `num_steps` is below 1.
         TypeError: `batches` is no source, such as a list.
     """
     check_source(batches)
+    check_sizes(num_steps=num_steps)
     rates = np.geomspace(1e-5, 1e-1, 17) if learning_rates is None else np.sort(learning_rates)
     if rates.size == 0 or np.min(rates) <= 0:
         raise ValueError(f"learning_rates is {learning_rates}; give rates above 0")
@@ -95,6 +97,11 @@ def find_learning_rate(
     for batch in itertools.islice(batches(0), num_steps):
         states, metrics = step(states, batch)
         losses.append(metrics["loss"].compute())
+    if len(losses) < num_steps:
+        raise ValueError(
+            f"the batch source ended at step {len(losses)} of {num_steps}; use a source that "
+            "repeats, or fewer steps"
+        )
     table = np.stack(jax.device_get(losses))
     last = _last_tenth(table)
     if not np.isfinite(last).any():
@@ -152,7 +159,11 @@ def overfit_one_batch(
 
     Returns:
         OverfitReport; `print` it.
+
+    Raises:
+        ValueError: `num_steps` is below 1.
     """
+    check_sizes(num_steps=num_steps)
     step = make_train_step(update)
     state = create_train_state(variables, update, rng=rng)
     name = "loss" if step.updates[0].wrt is None else f"{step.updates[0].wrt}/loss"

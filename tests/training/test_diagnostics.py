@@ -113,3 +113,19 @@ def test_nan_inputs_and_impossible_rates_are_named(batch):
         find_learning_rate(
             *arguments, source(batch), rng=jax.random.key(0), learning_rates=[0.0, 0.1]
         )
+
+
+def test_a_source_that_ends_early_and_no_steps_are_refused(batch):
+    objective, variables = classification(Network()), initialize(Network(), 16, 6)
+    search = functools.partial(
+        find_learning_rate, objective, optax.sgd, variables, rng=jax.random.key(0)
+    )
+    with pytest.raises(ValueError, match="source ended at step 2 of 5; use a source that repeats"):
+        search(lambda first: iter([batch] * 2), num_steps=5, learning_rates=[0.1])
+    with pytest.raises(ValueError, match="num_steps=0 must be a positive integer"):
+        search(source(batch), num_steps=0)
+    with pytest.raises(ValueError, match="num_steps=0 must be a positive integer"):
+        update = Update(objective, optax.sgd(0.1))
+        overfit_one_batch(update, variables, batch, rng=jax.random.key(0), num_steps=0)
+    with pytest.raises(TypeError, match="batches is a list"):
+        search([batch])
