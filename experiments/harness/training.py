@@ -77,7 +77,8 @@ def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
     """Train from the latest checkpoint on, evaluate, and write the result."""
     options = problem.options
     states, history = jn.resume(folder.checkpoints, problem.create_states())
-    writers = [jn.jsonl_writer(folder.metrics)]
+    log: Any = jn.jsonl_writer(folder.metrics)
+    writers = [log]
     events: Any = None
     image_hooks: list[jn.Hook] = []
     if options.tensorboard:
@@ -91,6 +92,9 @@ def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
     states, history = _train(problem, folder, states, history, writers, image_hooks)
     if history.interrupted:
         raise command_line.Stopped(f"stopped by {history.stopped}; continue with --resume")
+    # If nothing was left to train, no writer was started; the log may have been cut or removed.
+    log.start(history, problem.num_steps)
+    log.close()
     print(
         f"trained {options.seeds} network(s) for {problem.num_steps} steps: first call "
         f"{history.first_call_seconds:.1f} s (compilation), the others {history.seconds:.1f} s",

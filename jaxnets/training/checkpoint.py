@@ -1,25 +1,29 @@
 """Save and restore training states: atomic, with checksums. The only module that imports Orbax.
 
 A checkpoint is a folder `step_00000100` with the arrays in Orbax's format (`state_0/`) and a
-`manifest.json` with the path of every leaf and the sha256 of every file. The manifest is renamed
-into place last, atomically, and a folder without a manifest is not a checkpoint. So a save that is
-killed at any moment leaves the earlier checkpoints intact and no partial one.
+`manifest.json` with the path of every leaf and the sha256 of every file. The rows of its history
+are in `history_0.jsonl`, which the checkpoints of a run share and which only grows. The manifest is
+renamed into place last, atomically: until then, and again while a checkpoint is removed, it is
+called `manifest.json.new`. So a save that is killed at any moment leaves the earlier checkpoints
+intact and no partial one, and its remains differ from a checkpoint that has lost its manifest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import itertools
 import json
 import logging
 import os
-import re
 import shutil
+import sys
+import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +31,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxnets.core import tree_path
-
-_MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"step_(\d+)")
-
-
-class CheckpointError(OSError):
-    """A checkpoint cannot be written, or its files are damaged."""
+from jaxnets.training import row_files
+from jaxnets.training.checkpoint_folder import (
+    CheckpointError,
+    begin,
+    complete_steps,
+    digest,
+    folder_of,
+    load_manifest,
+    read_manifest,
+    remove,
+    remove_leftovers,
+    remove_unused_rows,
+    write_manifest,
+)
+from jaxnets.training.history import History, Mode, rank
 
 
 def save(
@@ -41,6 +53,7 @@ def save(
     state: Any,
     *,
     metadata: Mapping[str, Any] | None = None,
+    history: History | None = None,
     step: int | None = None,
 ) -> Path:
     """Write one checkpoint atomically.
@@ -48,10 +61,14 @@ def save(
     Replaces a checkpoint of the same step, and removes the remains of killed saves. With several
     processes, all of them call this, with a directory on a file system that they share.
 
+    While it saves, at most one copy of the state is alive beyond the state, in the memory of the
+    host; afterwards none. Of the history only the rows since the last checkpoint are written.
+
     Args:
         directory: folder of the run's checkpoints, created if missing; one run per folder.
         state: pytree of arrays, such as a `TrainState`; typed random keys are allowed.
         metadata: any JSON value; `restore` returns it.
+        history: of the run, for `resume`; `restore` returns it as `metadata["history"]`.
         step: step of the checkpoint; `state.step` by default.
 
     Returns:
@@ -59,82 +76,119 @@ def save(
 
     Raises:
         TypeError: a leaf is not an array, or the metadata is not JSON-serializable.
+        ValueError: there is a history besides one in the metadata.
         CheckpointError: the disk is full, read-only or not writable; older checkpoints are intact.
+            Or a folder was changed by hand, see `all_steps`; nothing is removed.
     """
     leaves = _named_leaves(state)
     step = int(np.max(np.asarray(state.step))) if step is None else step
     description = {
-        "format": 1,
         "step": step,
         "leaves": [_describe(path, leaf) for path, leaf in leaves.items()],
         "metadata": json.loads(json.dumps(metadata or {})),
     }
-    folder = _folder(directory, step)
+    if history is not None:
+        if "history" in description["metadata"]:
+            raise ValueError("metadata has a 'history' and history= is given; give one of them")
+        description["history"] = history.summary()
+    folder = folder_of(directory, step)
     payload = None
+    steps = all_steps(directory)
     try:
         if jax.process_index() == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(Path(directory))
-            folder.mkdir(exist_ok=True)
+            remove_leftovers(Path(directory))
+            begin(folder)
         multihost_utils.sync_global_devices("checkpoint folder is made")
         payload = next(p for n in itertools.count() if not (p := folder / f"state_{n}").exists())
         _write_arrays(payload, leaves)
         if jax.process_index() == 0:
-            files = {str(f.relative_to(folder)): _digest(f, sync=True) for f in _files(payload)}
-            _write_manifest(folder, {**description, "payload": payload.name, "files": files})
+            files = {str(f.relative_to(folder)): digest(f, sync=True) for f in _files(payload)}
+            if history is not None:
+                known = _row_parts(directory, [known for known in steps if known < step])
+                description["rows"] = row_files.extend(folder.parent, history.rows, known)
+            write_manifest(folder, {**description, "payload": payload.name, "files": files})
             for stale in folder.glob("state_*"):
                 if stale != payload:
                     shutil.rmtree(stale)
+            if step in steps:
+                remove_unused_rows(folder.parent)
         multihost_utils.sync_global_devices("checkpoint is complete")
     # TensorStore reports a failed write, a full disk for one, as ValueError.
     except (OSError, ValueError) as error:
         for partial in folder.glob(f"{payload.name}*") if payload else ():
             shutil.rmtree(partial, ignore_errors=True)
+        file = "" if str(folder.parent) in str(error) else f"{payload or folder}: "
         raise CheckpointError(
             f"cannot save step {step} in {directory}: free some space or choose a writable "
-            f"directory; earlier checkpoints are intact; {error}"
-        ) from error
+            f"directory; earlier checkpoints are intact; {file}{error}"
+        ) from None  # what is behind it are the threads of Orbax
     return folder
 
 
 def restore(
-    directory: str | os.PathLike[str], template: Any, *, step: int | None = None
+    directory: str | os.PathLike[str],
+    template: Any,
+    *,
+    step: int | None = None,
+    best: tuple[str, Mode] | None = None,
+    cast: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Read a checkpoint, bit for bit, with the structure and the shardings of a template.
 
     Args:
         directory: folder of the run's checkpoints.
-        template: pytree with the structure of the saved state. Leaves are arrays or
-            `jax.ShapeDtypeStruct` (from `jax.eval_shape`); each leaf is restored with the sharding
-            of its template. Devices, and their number, may differ from those of the save.
+        template: pytree with the structure of the saved state, or a dictionary with some of its
+            parts, such as `{"params": params}`: the other parts are not read. Leaves are arrays
+            or `jax.ShapeDtypeStruct` (from `jax.eval_shape`); each leaf is restored with the
+            sharding of its template. Devices, and their number, may differ from those of the save.
         step: the checkpoint to read; None: the newest intact one, with a warning for each damaged
             one that is skipped.
+        best: (metric, "min" or "max"), as in `Checkpointing`: read the checkpoint with the best
+            value of a metric; a damaged one is skipped with a warning.
+        cast: convert floating leaves to the dtype of the template; otherwise another dtype is an
+            error.
 
     Returns:
-        State with the structure of `template`, and the metadata given to `save`.
+        State with the structure of `template`, and the metadata given to `save`; if it was given
+        a history, `metadata["history"]` is that of `History.to_json`. Where the rows of a history
+        are damaged, an earlier checkpoint with an intact history is preferred; without one there
+        is a warning, and the history has the rows in front of the damage.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        CheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
-        ValueError: the structure, or shape or dtype of a leaf, differs from the template. Floats of
-            16 bits may become wider ones, such as a parameter average that was bfloat16.
+        CheckpointError: the checkpoint of `step`, or every checkpoint, is damaged; or a folder was
+            changed by hand, see `all_steps`.
+        ValueError: the structure, or shape or dtype of a leaf, differs from the template; no
+            checkpoint has a value of `best`; a value is too large for the dtype of the template;
+            or a later version of this library wrote the checkpoint. Floats of 16 bits may become
+            wider ones without `cast`, such as a parameter average that was bfloat16.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> state = {"params": {"w": jnp.ones(2)}, "opt_state": {"nu": jnp.zeros(2)}}
+        >>> path = save(folder, state, step=3)
+        >>> halves = {"params": {"w": jnp.zeros(2, jnp.bfloat16)}}
+        >>> restore(folder, halves, cast=True)[0]
+        {'params': {'w': Array([1, 1], dtype=bfloat16)}}
     """
-    steps = all_steps(directory)
+    steps = verify_names(directory)
     if not steps or step not in (None, *steps):
         available = f"there are steps {steps}" if steps else "there is none"
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"no {wanted} in {directory}: {available}")
-    for candidate in reversed(steps) if step is None else [step]:
-        try:
-            manifest = _read_manifest(_folder(directory, candidate))
-        except CheckpointError as error:
-            if step is not None or candidate == steps[0]:
-                raise
-            warnings.warn(f"{error}; trying the previous checkpoint", stacklevel=2)
-            continue
-        break
-    _check_template(_named_leaves(template), manifest["leaves"], _folder(directory, candidate))
-    return _read_arrays(_folder(directory, candidate), manifest, template), manifest["metadata"]
+    if step is not None and best is not None:
+        raise ValueError(f"step={step} and best={best} are given; give one of them")
+    candidates = steps[::-1] if step is None else [step]
+    if best is not None:
+        candidates = best_steps(directory, *best)
+    other = "previous" if best is None else "next best"
+    content = _first_intact(Path(directory), candidates, other)
+    where = folder_of(directory, content.manifest["step"])
+    targets = _named_leaves(template)
+    _check_template(template, targets, content.manifest["leaves"], where, cast=cast)
+    return _read_arrays(where, content.manifest, template, targets), content.metadata
 
 
 def all_steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -145,10 +199,12 @@ def all_steps(directory: str | os.PathLike[str]) -> list[int]:
 
     Returns:
         Steps in ascending order; [] if there are none.
+
+    Raises:
+        CheckpointError: a folder has the arrays of a checkpoint but no manifest, or a name that
+            `save` does not give.
     """
-    folders = Path(directory).glob("step_*") if Path(directory).is_dir() else ()
-    matches = (_FOLDER.fullmatch(folder.name) for folder in folders if _exists(folder))
-    return sorted(int(match[1]) for match in matches if match)
+    return complete_steps(Path(directory))
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -163,13 +219,74 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     return max(all_steps(directory), default=None)
 
 
+def best_steps(directory: str | os.PathLike[str], metric: str, mode: Mode) -> list[int]:
+    """Return the steps of the checkpoints by a metric, best first.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        metric: name of a value in the history, such as "validation/accuracy"; of a population
+            its mean counts.
+        mode: "min" if lower is better, "max" if higher is better.
+
+    Returns:
+        Steps of the checkpoints that have a value; of equal values the earlier one is first, and
+        NaN is left out.
+
+    Raises:
+        ValueError: there are checkpoints, but none has a value of the metric.
+    """
+    steps = all_steps(directory)
+    if not steps:
+        return []
+    history = History(rows=_rows(Path(directory), steps))
+    values = dict(zip(*history.column(metric), strict=True))
+    ranked = rank({step: values[step] for step in steps if step in values}, mode)
+    if not ranked:
+        names = sorted({name for row in history.rows for name in row} - {"step"})
+        near = difflib.get_close_matches(metric, names, n=len(names), cutoff=0)
+        raise ValueError(
+            f"no checkpoint in {directory} has a value of {metric}; there are values of "
+            f"{', '.join(near) or 'nothing'}"
+        )
+    return ranked
+
+
 def verify(directory: str | os.PathLike[str], step: int) -> None:
-    """Check the sha256 of every file of a checkpoint.
+    """Check the sha256 of every file of a checkpoint, and of the rows of its history.
 
     Raises:
         CheckpointError: a file is missing or damaged; the message has its name.
     """
-    _read_manifest(_folder(directory, step))
+    manifest = read_manifest(folder_of(directory, step))
+    damaged = row_files.read(Path(directory), manifest.get("rows", ()))[1]
+    if damaged is not None:
+        raise CheckpointError(f"damaged checkpoint: {damaged} is truncated or altered")
+
+
+def verify_names(directory: str | os.PathLike[str]) -> list[int]:
+    """Check that every checkpoint is of the step that its folder is named after.
+
+    Args:
+        directory: folder of the run's checkpoints; it need not exist.
+
+    Returns:
+        The result of `all_steps`.
+
+    Raises:
+        CheckpointError: a folder was renamed; or as for `all_steps`.
+    """
+    steps = all_steps(directory)
+    for step in steps:
+        try:
+            saved = load_manifest(folder_of(directory, step))["step"]
+        except CheckpointError:
+            continue  # which step it is of cannot be told; reading it reports the damage
+        if saved != step:
+            raise CheckpointError(
+                f"{folder_of(directory, step)} was renamed: it holds step {saved}; name it "
+                f"{folder_of(directory, saved).name} again, or move it away"
+            )
+    return steps
 
 
 def prune(
@@ -189,10 +306,7 @@ def prune(
     removed = [step for step in steps[: max(len(steps) - keep, 0)] if step not in protect]
     multihost_utils.sync_global_devices("checkpoints are listed")
     for step in removed if jax.process_index() == 0 else ():
-        folder = _folder(directory, step)
-        # Without its manifest it is not a checkpoint, so a kill from here on leaves no partial one.
-        (folder / _MANIFEST).unlink()
-        shutil.rmtree(folder)
+        remove(folder_of(directory, step))
     multihost_utils.sync_global_devices("checkpoints are pruned")
     return removed
 
@@ -218,29 +332,8 @@ def parameters_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def _folder(directory: str | os.PathLike[str], step: int) -> Path:
-    return Path(directory).absolute() / f"step_{step:08d}"
-
-
-def _exists(folder: Path) -> bool:
-    return (folder / _MANIFEST).is_file()
-
-
-def _remove_leftovers(directory: Path) -> None:
-    for folder in directory.glob("step_*"):
-        if _FOLDER.fullmatch(folder.name) and not _exists(folder):
-            shutil.rmtree(folder)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(path: Path, *, sync: bool = False) -> str:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -268,48 +361,94 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Silence Orbax's threads, which log a traceback each besides the error that is raised."""
-    logger = logging.getLogger("absl")
-    level = logger.level
+def _quiet_orbax() -> Iterator[None]:
+    """Silence Orbax's threads, which print tracebacks besides the error that is raised.
+
+    After a failed write Orbax closes the event loop of the other writes, and each of them reports
+    that as it ends.
+    """
+    logger, report = logging.getLogger("absl"), sys.unraisablehook
+    level, last = logger.level, 0.0
+
+    def keep_quiet(unraisable: Any) -> None:
+        nonlocal last
+        if str(unraisable.exc_value) == "Event loop is closed":
+            last = time.monotonic()
+        else:
+            report(unraisable)
+
     logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = keep_quiet
     try:
         yield
+    except (OSError, ValueError):
+        last = time.monotonic()
+        while time.monotonic() < last + 0.2:  # until the other writes have ended
+            time.sleep(0.02)
+        raise
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = report
 
 
 def _write_arrays(payload: Path, leaves: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     # Orbax does not accept arrays without elements; the manifest has their shape and dtype.
-    stored = {path: _key_data(leaf) for path, leaf in leaves.items() if leaf.size}
-    with _quiet_absl(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    stored = {path: _to_host(_key_data(leaf)) for path, leaf in leaves.items() if leaf.size}
+    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(payload, args=ocp.args.PyTreeSave(stored))
 
 
-def _read_arrays(folder: Path, manifest: Mapping[str, Any], template: Any) -> Any:
+def _to_host(leaf: Any) -> Any:
+    """Return an array on one device as a NumPy array; others as they are.
+
+    Orbax reads `addressable_shards`, which ties an array on one device into a reference cycle: it
+    would stay alive until Python's cyclic collector runs. See findings/addressable_shards_cycle.sh.
+    """
+    one_device = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1
+    return np.asarray(leaf) if one_device else leaf
+
+
+def _read_arrays(
+    folder: Path, manifest: Mapping[str, Any], template: Any, targets: Mapping[str, Any]
+) -> Any:
     import orbax.checkpoint as ocp
 
-    targets = _named_leaves(template)
     stored = {path: leaf for path, leaf in targets.items() if np.prod(leaf.shape, dtype=int)}
     arguments = {path: _restore_argument(leaf) for path, leaf in stored.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        arrays = checkpointer.restore(
-            folder / manifest["payload"],
-            args=ocp.args.PyTreeRestore(item=stored, restore_args=arguments),
-        )
+    arrays = {}
+    if stored:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(
+                folder / manifest["payload"],
+                args=ocp.args.PyTreeRestore(
+                    item=stored, restore_args=arguments, partial_restore=True
+                ),
+            )
     keys = {leaf["path"]: leaf["key"] for leaf in manifest["leaves"] if "key" in leaf}
     leaves = []
     for path, target in targets.items():
         array = arrays.get(path, np.zeros(target.shape, None if path in keys else target.dtype))
-        if path not in keys and array.dtype != target.dtype:
-            array = array.astype(target.dtype)
+        if path not in keys:
+            array = _cast(path, array, target.dtype)
         if not isinstance(target, np.ndarray):
             # Uncommitted if the template is, so that jit can place it on any mesh.
             array = jnp.asarray(array)
         leaves.append(jax.random.wrap_key_data(array, impl=keys[path]) if path in keys else array)
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _cast(path: str, array: Any, dtype: Any) -> Any:
+    if array.dtype == dtype:
+        return array
+    xp = jnp if isinstance(array, jax.Array) else np
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if xp.any(xp.isfinite(array) & ~xp.isfinite(converted)):
+        largest = float(xp.max(xp.where(xp.isfinite(array), xp.abs(array), 0)))
+        raise ValueError(f"{path} has values up to {largest:.3g}, which {dtype} cannot hold")
+    return converted
 
 
 def _restore_argument(leaf: Any) -> Any:
@@ -321,18 +460,41 @@ def _restore_argument(leaf: Any) -> Any:
     return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
 
 
-def _check_template(targets: Mapping[str, Any], saved: list[dict[str, Any]], where: Path) -> None:
-    known = {leaf["path"]: leaf for leaf in saved}
+def _check_template(
+    template: Any,
+    targets: Mapping[str, Any],
+    saved: list[dict[str, Any]],
+    where: Path,
+    *,
+    cast: bool,
+) -> None:
+    parts = jax.tree_util.tree_flatten_with_path(template, is_leaf=lambda x: x is not template)[0]
+    names = [tree_path(path) for path, _ in parts]
+    known = {
+        leaf["path"]: leaf
+        for leaf in saved
+        if any(leaf["path"] == name or leaf["path"].startswith(f"{name}/") for name in names)
+    }
     for path in [*known, *targets]:
         if path not in targets or path not in known:
             place = "the checkpoint only" if path in known else "the template only"
-            raise ValueError(f"{path} is in {place}; {where} holds a different kind of state")
+            raise ValueError(
+                f"{path} is in {place}; {where} holds a different kind of state; to restore some "
+                'parts of it, such as the parameters, give only these: {"params": params}'
+            )
         shapes = tuple(known[path]["shape"]), tuple(targets[path].shape)
         dtypes = known[path]["dtype"], str(targets[path].dtype)
-        if shapes[0] != shapes[1] or not (dtypes[0] == dtypes[1] or _widens(*dtypes)):
+        both_float = "key" not in known[path] and all(
+            jnp.issubdtype(dtype, jnp.floating) for dtype in (dtypes[0], targets[path].dtype)
+        )
+        same = dtypes[0] == dtypes[1] or _widens(*dtypes) or (cast and both_float)
+        if shapes[0] != shapes[1] or not same:
+            remedy = "restore with the same configuration as saved"
+            if shapes[0] == shapes[1] and both_float:
+                remedy = "give cast=True to convert it"
             raise ValueError(
                 f"{path} is {dtypes[0]}{list(shapes[0])} in {where} but {dtypes[1]}"
-                f"{list(shapes[1])} in the template; restore with the same configuration as saved"
+                f"{list(shapes[1])} in the template; {remedy}"
             )
 
 
@@ -343,34 +505,63 @@ def _widens(saved: str, wanted: str) -> bool:
     return wanted in ("float32", "float64")
 
 
-def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    body = json.dumps(content)
-    temporary = folder / f"{_MANIFEST}.new"
-    with temporary.open("w") as file:
-        # The first line is the digest of every byte after it.
-        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / _MANIFEST)
-    for path in (folder, folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+class _Content(NamedTuple):
+    manifest: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
+def _first_intact(directory: Path, candidates: Sequence[int], other: str) -> _Content:
+    """Return the first checkpoint that is intact, else the first whose history alone is damaged."""
+    fallback = None
+    for step in candidates:
+        last = step == candidates[-1]
+        try:
+            manifest = read_manifest(folder_of(directory, step))
+        except CheckpointError as error:
+            if last and fallback is None:
+                raise
+            problem = str(error)
+        else:
+            metadata = manifest["metadata"]
+            rows, damaged = row_files.read(directory, manifest.get("rows", ()))
+            if "history" in manifest:
+                metadata = {**metadata, "history": {**manifest["history"], "rows": rows}}
+            content = _Content(manifest, metadata)
+            if damaged is None:
+                return content
+            fallback = fallback or content
+            problem = f"damaged history of step {step}: {damaged} is truncated or altered"
+        if last:
+            break
+        warnings.warn(f"{problem}; trying the {other} checkpoint", stacklevel=3)
+    assert fallback is not None
+    rows = fallback.metadata["history"]["rows"]
+    warnings.warn(
+        f"{problem}; no checkpoint has a whole history, so step {fallback.manifest['step']} is "
+        f"restored with the {len(rows)} rows in front of the damage",
+        stacklevel=3,
+    )
+    return fallback
+
+
+def _row_parts(directory: str | os.PathLike[str], steps: Sequence[int]) -> list[row_files.Part]:
+    """Return what is on disk of the history of the last of these checkpoints."""
     try:
-        digest, _, body = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
-        manifest: dict[str, Any] = json.loads(body)
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            if _digest(path) != expected:
-                raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"damaged checkpoint: cannot read {path}: {error}") from error
-    return manifest
+        manifest = load_manifest(folder_of(directory, steps[-1])) if steps else {}
+    except CheckpointError:  # it is overwritten, or an earlier one was resumed from
+        return []
+    return manifest.get("rows", [])
+
+
+def _rows(directory: Path, steps: Sequence[int]) -> list[Any]:
+    """Return the rows of the newest history, which has those of all checkpoints."""
+    for step in reversed(steps):
+        try:
+            manifest = load_manifest(folder_of(directory, step))
+        except CheckpointError:
+            continue
+        if "history" in manifest:
+            return row_files.read(directory, manifest["rows"])[0]
+        if "history" in manifest["metadata"]:
+            return manifest["metadata"]["history"]["rows"]
+    return []

@@ -8,7 +8,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from jaxnets.training.media import Histogram, Image
 
 #: {"step": int, name: float}; in a population a list with one float per member.
 Row: TypeAlias = dict[str, Any]
+#: Whether lower or higher values of a metric are better.
+Mode: TypeAlias = Literal["min", "max"]
 #: Called with every row. Optional methods: start(history, step), close(), and
 #: show(step, name, medium) for an `Image` or `Histogram`.
 Writer: TypeAlias = Callable[[Row], None]
@@ -111,9 +113,13 @@ class History:
 
     def to_json(self) -> dict[str, Any]:
         """Flush, and return everything that a resumed run needs, exactly, for JSON."""
+        summary = self.summary()
+        return {"rows": list(self.rows), **summary}
+
+    def summary(self) -> dict[str, Any]:
+        """Flush, and return what `to_json` does without the rows, which grow with the run."""
         self.flush()
         return {
-            "rows": list(self.rows),
             "sums": {
                 name: [_number(mean.total), _number(mean.count)] for name, mean in self.sums.items()
             },
@@ -219,6 +225,32 @@ class History:
             for show in (getattr(writer, "show", None) for writer in self._writers):
                 if show is not None:
                     show(call.last, name, medium)
+
+
+def sign(mode: Mode) -> float:
+    """Return the factor that makes lower values of a metric better.
+
+    Raises:
+        ValueError: the mode is another one.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode is {mode!r}; give 'min' if lower is better, 'max' if higher is")
+    return 1.0 if mode == "min" else -1.0
+
+
+def rank(values: Mapping[int, Any], mode: Mode) -> list[int]:
+    """Return the steps of {step: value}, best first, of equal values the earlier one.
+
+    The value of a population is the mean of its members; those that are NaN, such as frozen ones,
+    are left out.
+    """
+    arrays = {step: np.asarray(value, np.float64) for step, value in values.items()}
+    costs = [
+        (sign(mode) * float(np.nanmean(array)), step)
+        for step, array in arrays.items()
+        if not np.all(np.isnan(array))
+    ]
+    return [step for _, step in sorted(costs)]
 
 
 def _double(total: Any, count: Any) -> Mean:

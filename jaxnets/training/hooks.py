@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import threading
@@ -16,18 +15,17 @@ import numpy as np
 from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Mean, Metrics
 from jaxnets.training import checkpoint
-from jaxnets.training.history import History, NonFiniteError
+from jaxnets.training.history import History, Mode, NonFiniteError, rank, sign
 from jaxnets.training.loop import (
     Hook,
     Interrupted,
     StopTraining,
     check_evaluation,
+    current_step,
     evaluate,
     first_nonfinite,
     write_from_handler,
 )
-
-Mode = Literal["min", "max"]
 
 #: Ctrl-C, the end of a time limit, the end of a terminal; Windows lacks the last.
 _SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -189,7 +187,7 @@ class EarlyStopping:
     ) -> None:
         check_sizes(patience=patience)
         self.watches = (metric,)
-        self._metric, self._sign = metric, _sign(mode)
+        self._metric, self._sign = metric, sign(mode)
         self._patience, self._min_delta = patience, min_delta
         self._best: Any = np.inf
         self._stale = 0
@@ -232,14 +230,15 @@ class Checkpointing:
         every: steps between checkpoints.
         keep: number of the newest checkpoints to keep.
         best: (metric, "min" or "max"), a value that an earlier hook returns: the `keep_best`
-            best states are saved too, when they occur, and kept. A population is ranked by its
-            mean.
+            best states are saved too, when they occur, and kept. A population is ranked by
+            the mean of its members that are not frozen.
         keep_best: number of the best checkpoints to keep.
         on_signal: handle signals; only in the main thread, where Python allows it.
 
     Raises:
         NonFiniteError: (from `fit`) the state to save is not finite.
         CheckpointError: (from `fit`) the disk is full or not writable.
+            Or a folder was changed by hand, see `checkpoint.all_steps`; nothing is removed.
         ValueError: (from `fit`) the folder has a checkpoint of a later step than the run starts
             from.
     """
@@ -260,20 +259,23 @@ class Checkpointing:
             )
         self._directory = directory
         self._every, self._keep, self._keep_best = every, keep, keep_best
-        self._metric = best[0] if best else None
-        self.watches = (best[0],) if best else ()
-        self._sign = _sign(best[1]) if best else 1.0
+        if best is not None:
+            sign(best[1])
+        self._best = best
+        self.watches = best[:1] if best else ()
         self._on_signal = on_signal
         self._history = History()
         self._step = 0
         self._measured = False
+        self._values: dict[int, Any] = {}  # of the metric, at the steps that have a checkpoint
         self._signal: int | None = None
         self._saving = self._postponed = False
         self._handlers: dict[int, Any] = {}
 
     def start(self, history: History, step: int) -> None:
         """Check that the folder has no later checkpoint, and install the signal handlers."""
-        for later in (s for s in checkpoint.all_steps(self._directory) if s > step):
+        steps = checkpoint.verify_names(self._directory)
+        for later in (s for s in steps if s > step):
             try:
                 checkpoint.verify(self._directory, later)
             except checkpoint.CheckpointError:
@@ -283,13 +285,18 @@ class Checkpointing:
                 f"{step}; resume from it, or choose another directory"
             )
         self._history, self._step, self._signal = history, step, None
+        if self._best is not None:
+            self._values = dict(zip(*history.column(self._best[0]), strict=True))
         if self._on_signal and threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._handlers[number] = signal.signal(number, self._listen)
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        self._measured = self._metric is not None and _read(metrics, self._metric) is not None
+        value = None if self._best is None else _read(metrics, self._best[0])
+        self._measured = value is not None
+        if self._measured:
+            self._values[step] = value
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             self._signal = None
@@ -301,15 +308,17 @@ class Checkpointing:
         self._step = step
         if not (due or self._measured):
             return
-        history = self._history.to_json()
-        best = self._best_among({*checkpoint.all_steps(self._directory), step})
+        self._history.flush()
+        known = {*checkpoint.all_steps(self._directory), step}
+        self._values = {at: value for at, value in self._values.items() if at in known}
+        best = rank(self._values, self._best[1])[: self._keep_best] if self._best else []
         if not (due or step in best):
             return
         bad = first_nonfinite(state.params)
         if bad is not None:
             raise NonFiniteError(f"the state at step {step}", parameter=bad)
         with self._history.spending("checkpoints"), self._uninterrupted():
-            checkpoint.save(self._directory, state, metadata={"history": history}, step=step)
+            checkpoint.save(self._directory, state, history=self._history, step=step)
             checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
 
     def close(self) -> None:
@@ -323,17 +332,14 @@ class Checkpointing:
             signal.raise_signal(late)
 
     def best_steps(self) -> list[int]:
-        """Return the steps of the best checkpoints, best first."""
-        return self._best_among(set(checkpoint.all_steps(self._directory)))
+        """Return the steps of the best checkpoints in the folder, best first.
 
-    def _best_among(self, steps: set[int]) -> list[int]:
-        if self._metric is None:
+        They are known before and after a run too; see `checkpoint.best_steps`. To read the best
+        one: `checkpoint.restore(directory, state, best=("validation/accuracy", "max"))`.
+        """
+        if self._best is None:
             return []
-        values = zip(*self._history.column(self._metric), strict=True)
-        ranked = sorted(
-            (self._sign * float(np.mean(value)), step) for step, value in values if step in steps
-        )
-        return [step for cost, step in ranked if not math.isnan(cost)][: self._keep_best]
+        return checkpoint.best_steps(self._directory, *self._best)[: self._keep_best]
 
     @contextlib.contextmanager
     def _uninterrupted(self) -> Iterator[None]:
@@ -368,18 +374,16 @@ def resume(directory: str | os.PathLike[str], state: State) -> tuple[State, Hist
         state: the initial state; also the template for `checkpoint.restore`.
 
     Returns:
-        State and history for `fit`.
+        State and history for `fit`. A checkpoint that was saved without a history has none: its
+        rows begin after it.
     """
     if checkpoint.latest_step(directory) is None:
         return state, History()
     restored, metadata = checkpoint.restore(directory, state)
-    return restored, History.from_json(metadata["history"])
-
-
-def _sign(mode: Mode) -> float:
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode is {mode!r}; give 'min' if lower is better, 'max' if higher is")
-    return 1.0 if mode == "min" else -1.0
+    content = metadata.get("history")
+    if isinstance(content, dict) and content.keys() >= {"rows", "sums", "step"}:
+        return restored, History.from_json(content)
+    return restored, History(step=current_step(restored))
 
 
 def _read(metrics: Mapping[str, Any], name: str) -> Any:

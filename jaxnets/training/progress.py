@@ -77,7 +77,9 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         self._bar.update(step - self._bar.n)
         if history and history.rows and not self._hidden:
             rate = self._examples / (time.perf_counter() - self._began)
-            losses = np.atleast_1d((history.column("loss")[1] or [math.nan])[-1])
+            # Of the last rows only: a step costs the same however many there are.
+            logged = [row["loss"] for row in history.rows[-100:] if "loss" in row]
+            losses = np.atleast_1d((logged or [math.nan])[-1])
             trained = losses[np.isfinite(losses)]  # those of frozen members are NaN
             loss = np.mean(trained) if trained.size else math.nan
             self._bar.set_postfix_str(

@@ -372,6 +372,17 @@ def test_a_terminal_that_closes_leaves_a_folder_that_goes_on(tmp_path):
     assert call(*KILLED, "--out", tmp_path, "--resume").returncode == 0
 
 
+def test_a_finished_training_gets_its_log_back_and_is_finished(tmp_path):
+    tiny(tmp_path)
+    log, result = tmp_path / "metrics.jsonl", tmp_path / "result.json"
+    whole = log.read_bytes()
+    for damage in (log.unlink, lambda: log.write_bytes(whole[:-7]), lambda: log.write_text("{")):
+        result.unlink()
+        damage()
+        tiny(tmp_path, resume=True)
+        assert log.read_bytes() == whole and result.exists()
+
+
 def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
 

@@ -3,10 +3,12 @@
 import asyncio
 import dataclasses
 import errno
+import gc
 import hashlib
 import os
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -199,10 +201,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("victim", "step"),
     [
-        *[("_write_arrays", 1), ("_digest", 2), ("_write_manifest", 1), ("replace", 2)],
+        *[("_write_arrays", 1), ("digest", 2), ("write_manifest", 1), ("replace", 2)],
         *[("_write_arrays", 2), ("replace", 1)],
-        pytest.param("_digest", 1, marks=pytest.mark.slow),
-        pytest.param("_write_manifest", 2, marks=pytest.mark.slow),
+        pytest.param("digest", 1, marks=pytest.mark.slow),
+        pytest.param("write_manifest", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_save_killed_at_any_point_leaves_the_checkpoints_before(
@@ -308,3 +310,170 @@ def test_the_parameter_digest_depends_on_path_dtype_shape_and_bits_only():
         {"d": params["b"], "a": params["a"]},
     ):
         assert checkpoint.parameters_sha256(other) != digest
+
+
+def live_bytes():
+    """Return the size of all buffers; several arrays may be views of one."""
+    buffers = {}
+    for array in jax.live_arrays():
+        split = len(array.sharding.device_set) > 1
+        for part in [shard.data for shard in array.addressable_shards] if split else [array]:
+            buffers[part.unsafe_buffer_pointer()] = part.nbytes
+    return sum(buffers.values())
+
+
+@pytest.fixture
+def no_collector():
+    """Keep Python's cyclic garbage collector from hiding what is tied into cycles."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(
+    "placed", ["uncommitted", "on one device", "on a mesh of one", "sharded", "replicated"]
+)
+def test_saving_keeps_one_copy_of_the_state_alive_at_most_and_none_afterwards(
+    tmp_path, monkeypatch, placed
+):
+    devices = jax.devices() if placed in ("sharded", "replicated") else jax.devices()[:1]
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
+    sharding = {
+        "uncommitted": None,
+        "on one device": jax.devices()[-1],
+        "replicated": NamedSharding(mesh, PartitionSpec()),
+    }.get(placed, NamedSharding(mesh, PartitionSpec("data")))
+
+    def make():
+        state = {"large": jnp.ones((512, 512)), "half": jnp.ones((512, 512), jnp.bfloat16)}
+        return jax.device_put({**state, "keys": jax.random.split(jax.random.key(0), 8)}, sharding)
+
+    after_writing = []
+
+    def measured(path, sync):
+        after_writing.append(live_bytes())
+        return original(path, sync=sync)
+
+    original = checkpoint.digest
+    monkeypatch.setattr(checkpoint, "digest", measured)
+    before = live_bytes()
+    state = make()
+    size = live_bytes() - before
+    for step in range(3):
+        save(tmp_path, state, step=step)
+        assert max(after_writing) <= before + 2 * size
+        assert live_bytes() <= before + size
+    restored, _ = restore(tmp_path, state)
+    assert_bitwise_equal(restored, state)
+    del state, restored
+    assert live_bytes() <= before
+
+
+def test_dtypes_of_few_bits_come_back_bit_for_bit(tmp_path):
+    state = {
+        "float8": jnp.arange(-4, 4).astype(jnp.float8_e4m3fn),
+        "int4": jnp.arange(-8, 8).astype(jnp.int4),
+        "complex": jnp.arange(3) * (1 + 2j),
+        "nan": jnp.array([jnp.nan, -0.0, jnp.inf], jnp.float16),
+    }
+    save(tmp_path, state, step=1)
+    assert_bitwise_equal(restore(tmp_path, state)[0], state)
+
+
+def test_a_full_disk_is_one_error_with_the_file_and_nothing_on_standard_error(
+    tmp_path, monkeypatch, capfd
+):
+    """Also if it is the write of many arrays at once that fails."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    names = [f"layer_{index}" for index in range(30)]
+    state = {name: np.random.default_rng(0).normal(size=(64, 512)) for name in names}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            save(tmp_path, state, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(caught.value)
+    assert f"cannot save step 2 in {tmp_path}" in message and "step_00000002/state_0" in message
+    assert "\n" not in message and caught.value.__suppress_context__
+    assert unraisable == [] and capfd.readouterr().err == ""
+
+
+def test_the_error_of_a_full_disk_has_a_file_where_the_system_gives_none(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint, "_write_arrays", full)
+    with pytest.raises(CheckpointError, match=r"step_00000002/state_0: .*Disk quota exceeded"):
+        save(tmp_path, at_step(2))
+
+
+def trained(state):
+    """Return a state whose optimizer is another one."""
+    return dataclasses.replace(state, opt_state={"trace": state.params})
+
+
+def test_parameters_are_restored_alone_and_into_a_state_of_another_optimizer(tmp_path):
+    saved = at_step(3, seed=3)
+    save(tmp_path, saved)
+    other = trained(make_state(9))
+    with pytest.raises(ValueError, match=r'to restore some parts of it, .*\{"params": params\}'):
+        restore(tmp_path, other)
+    with pytest.raises(ValueError, match="to restore some parts of it"):
+        resume(tmp_path, other)
+    parts, _ = restore(tmp_path, {"params": other.params})
+    assert_bitwise_equal(parts, {"params": saved.params})
+    names = ("step", "params", "model_state")
+    parts, _ = restore(tmp_path, {name: getattr(other, name) for name in names})
+    mixed = dataclasses.replace(other, **parts)
+    assert int(mixed.step) == 3 and mixed.opt_state is other.opt_state
+    assert_bitwise_equal(mixed.model_state, saved.model_state)
+
+
+def test_some_parts_of_a_state_are_as_strict_as_a_whole_one(tmp_path):
+    save(tmp_path, {"a": {"b": jnp.ones(1), "c": jnp.ones(1)}, "ab": {}, "d": jnp.ones(1)}, step=1)
+    assert_bitwise_equal(restore(tmp_path, {"ab": {}})[0], {"ab": {}})
+    for template, message in (
+        ({"a": {"b": jnp.ones(1)}}, "a/c is in the checkpoint only"),
+        ({"a": {}}, "a/b is in the checkpoint only"),
+        ({"d": jnp.ones(1), "e": jnp.ones(1)}, "e is in the template only"),
+        ({"d": jnp.ones(2)}, r"d is float32\[1\] in .* but float32\[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            restore(tmp_path, template)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_floating_leaves_are_converted_to_the_dtype_of_the_template_on_request(tmp_path, dtype):
+    saved = at_step(3, seed=3)
+    save(tmp_path, saved)
+    templates = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), saved.params)}
+    with pytest.raises(ValueError, match=rf"but {dtype.__name__}.*; give cast=True to convert it"):
+        restore(tmp_path, templates)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+    for template in (
+        templates,
+        jax.tree.map(np.asarray, templates),
+        jax.device_put(templates, NamedSharding(mesh, PartitionSpec())),
+    ):
+        restored, _ = restore(tmp_path, template, cast=True)
+        assert_bitwise_equal(restored, templates)
+        for leaf, target in zip(*map(jax.tree.leaves, (restored, template)), strict=True):
+            assert type(leaf) is type(target)
+            assert not isinstance(leaf, jax.Array) or leaf.sharding == target.sharding
+    widened, _ = restore(tmp_path, jax.eval_shape(lambda: saved), cast=True)
+    assert_bitwise_equal(widened, saved)
+    with pytest.raises(ValueError, match=r"step is int32\[\] in .* but float16"):
+        restore(tmp_path, {"step": jnp.float16(1)}, cast=True)
+
+
+def test_a_conversion_that_would_make_infinities_is_refused(tmp_path):
+    save(tmp_path, {"w": jnp.array([1.0, -1e6, jnp.inf])}, step=1)
+    with pytest.raises(ValueError, match=r"w has values up to 1e\+06, which float16 cannot hold"):
+        restore(tmp_path, {"w": jnp.zeros(3, jnp.float16)}, cast=True)
+    restored, _ = restore(tmp_path, {"w": jnp.zeros(3, jnp.bfloat16)}, cast=True)
+    assert restored["w"].tolist() == [1.0, float(jnp.bfloat16(-1e6)), float("inf")]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,9 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_problem import assert_bitwise_equal, flip, make_state, source, train_step
+from checkpoint_problem import (
+    assert_bitwise_equal,
+    at_step,
+    flip,
+    make_state,
+    source,
+    train_step,
+)
 
-from jaxnets.training.checkpoint import all_steps, latest_step, restore
+from jaxnets.training.checkpoint import (
+    CheckpointError,
+    all_steps,
+    best_steps,
+    latest_step,
+    restore,
+    save,
+    verify,
+)
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, resume
 from jaxnets.training.loop import fit
@@ -93,6 +110,155 @@ def test_best_checkpoints_are_remembered_after_a_resume(tmp_path):
     assert all_steps(tmp_path) == [3, 6]
 
 
+def test_the_best_checkpoints_are_known_before_after_and_without_a_run(tmp_path):
+    values = [0.5, 0.1, 0.7, 0.2]
+    best = ("validation/accuracy", "max")
+
+    def checkpointing(**options):
+        return Checkpointing(tmp_path, every=1, keep=9, best=best, **options)
+
+    assert checkpointing().best_steps() == []
+    state, history = fit(
+        train_step, make_state(), source, num_steps=4, hooks=[scripted(values), checkpointing()]
+    )
+    again = checkpointing(keep_best=2)
+    fit(
+        train_step,
+        state,
+        source,
+        num_steps=4,
+        hooks=[scripted(values), again],
+        history=history,
+    )
+    assert again.best_steps() == [3, 1]
+    assert checkpointing(keep_best=9).best_steps() == [3, 1, 4, 2]
+    assert best_steps(tmp_path, "validation/accuracy", "min") == [2, 4, 1, 3]
+    flip(tmp_path / "step_00000004" / "manifest.json")  # the history of step 3 has them too
+    assert checkpointing().best_steps() == [3]
+
+
+@pytest.mark.filterwarnings("ignore:validation/accuracy .*is NaN:RuntimeWarning")
+def test_the_best_checkpoint_is_restored_by_asking_for_it(tmp_path):
+    best = ("validation/accuracy", "max")
+    # Of a population the mean of its members that are not frozen counts.
+    values = [[0.5], [0.1, math.nan], [0.6, 0.8], math.nan]
+    hooks = [scripted(values), Checkpointing(tmp_path, every=1, keep=9)]
+    fit(train_step, make_state(), source, num_steps=4, hooks=hooks)
+    state, metadata = restore(tmp_path, make_state(), best=best)
+    assert int(state.step) == 3 and metadata["history"]["step"] == 3
+    assert int(restore(tmp_path, make_state(), best=(best[0], "min"))[0].step) == 2
+    flip(tmp_path / "step_00000003" / "manifest.json")
+    with pytest.warns(UserWarning, match="step_00000003.*trying the next best checkpoint"):
+        state, _ = restore(tmp_path, make_state(), best=best)
+    assert int(state.step) == 1
+    for wrong, message in (
+        (("validation/acuracy", "max"), r"no checkpoint .* values of validation/accuracy, loss"),
+        (("validation/accuracy", "highest"), "mode is 'highest'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            restore(tmp_path, make_state(), best=wrong)
+    with pytest.raises(ValueError, match="step=1 and best="):
+        restore(tmp_path, make_state(), step=1, best=best)
+
+
+def test_a_checkpoint_of_format_1_is_restored_with_its_history_and_continued(tmp_path):
+    shutil.copytree(Path(__file__).parent / "checkpoint_format_1", tmp_path, dirs_exist_ok=True)
+    expected, whole = fit(train_step, make_state(), source, num_steps=6, log_every=2)
+    state, history = resume(tmp_path, make_state())
+    assert history.column("loss")[1] == pytest.approx(whole.column("loss")[1][:2])
+    assert history.step == 4
+    before = list(history.rows)
+    hooks = [Checkpointing(tmp_path, every=2, keep=1)]
+    fit(train_step, state, source, num_steps=6, log_every=2, hooks=hooks, history=history)
+    assert all_steps(tmp_path) == [6]
+    state, history = resume(tmp_path, make_state())
+    assert [row["step"] for row in history.rows] == [2, 4, 6] and history.rows[:2] == before
+    np.testing.assert_allclose(
+        state.params["linear"]["kernel"], expected.params["linear"]["kernel"], rtol=1e-5
+    )
+
+
+def test_a_checkpoint_saved_without_a_history_is_resumed_without_one(tmp_path):
+    for step, metadata in ((1, None), (2, {"history": "told by hand"})):
+        save(tmp_path, at_step(step), metadata=metadata)
+        state, history = resume(tmp_path, make_state())
+        assert int(state.step) == history.step == step and history.rows == []
+        fit(train_step, state, source, num_steps=step + 1, history=history)
+        assert [row["step"] for row in history.rows] == [step + 1]
+    with pytest.raises(ValueError, match="metadata has a 'history' and history= is given"):
+        save(tmp_path, at_step(3), metadata={"history": 1}, history=history)
+
+
+def test_a_history_given_to_a_plain_save_is_resumed(tmp_path):
+    state, history = fit(train_step, make_state(), source, num_steps=3, log_every=2)
+    save(tmp_path, state, history=history, metadata={"note": 1})
+    _, metadata = restore(tmp_path, make_state())
+    assert metadata == {"note": 1, "history": history.to_json()}
+    _, resumed = resume(tmp_path, make_state())
+    assert resumed.to_json() == history.to_json()
+    for _ in range(2):
+        save(tmp_path, state, history=history)
+    assert len(list(tmp_path.glob("history_*.jsonl"))) == 1
+    assert resume(tmp_path, make_state())[1].to_json() == history.to_json()
+
+
+def size_of_the_files(folder):
+    return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_save_writes_as_much_after_many_rows_as_after_few(tmp_path):
+    sizes = []
+    for count in (10, 5_000):
+        folder = tmp_path / str(count)
+        rows = [{"step": step, "loss": 0.5} for step in range(1, count + 1)]
+        history = History(rows=rows, step=count)
+        state = at_step(count)
+        hooks = [Checkpointing(folder, every=1)]
+        for last in (count + 1, count + 2):
+            before = size_of_the_files(folder)
+            state, history = fit(
+                train_step,
+                state,
+                source,
+                num_steps=last,
+                log_every=1,
+                hooks=hooks,
+                history=history,
+            )
+        new = size_of_the_files(folder)
+        sizes.append(sum(size - before.get(path, 0) for path, size in new.items()))
+        assert len(resume(folder, make_state())[1].rows) == count + 2
+    assert abs(sizes[0] - sizes[1]) < 1000  # of 100,000 bytes of rows
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "altered"])
+def test_a_damaged_history_costs_neither_the_state_nor_a_finished_training(tmp_path, damage):
+    hooks = [Checkpointing(tmp_path, every=2)]
+    options = {"num_steps": 6, "log_every": 1, "hooks": hooks}
+    expected, whole = fit(train_step, make_state(), source, **options)
+    path = tmp_path / "history_0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(b"".join(lines[:-1]))
+    else:
+        flip(path)
+    with pytest.raises(CheckpointError, match=r"history_0.jsonl is truncated or altered"):
+        verify(tmp_path, 6)
+    with pytest.warns(UserWarning, match="history_0.jsonl"):
+        state, history = resume(tmp_path, make_state())
+    # The newest checkpoint in front of the damage has its whole history; step 6 if none has.
+    found = {"gone": (6, 0), "cut": (4, 4), "altered": (2, 2)}[damage]
+    assert (int(state.step), len(history.rows)) == found
+    state, history = fit(train_step, state, source, **options, history=history)
+    assert_bitwise_equal(state, expected)
+    if damage != "gone":
+        assert history.rows == whole.rows
+        resume(tmp_path, make_state())  # without a warning
+    assert history.step == 6
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     @jax.jit
     def exploding(state, batch):
@@ -166,10 +332,11 @@ mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 split = NamedSharding(mesh, PartitionSpec("data"))
 for step in (1, 2):
     state = jax.jit(lambda: {"w": step * jnp.arange(8.0)}, out_shardings=split)()
+    state["own"] = jnp.float32(step)  # every process has one
     save(sys.argv[3], state, step=step)
 assert prune(sys.argv[3], keep=1) == [1]
 restored, _ = restore(sys.argv[3], state)
-assert restored["w"].sharding == split
+assert restored["w"].sharding == split and restored["own"] == 2
 for shard in restored["w"].addressable_shards:
     assert shard.data.tolist() == (2.0 * jnp.arange(8.0))[shard.index].tolist()
 """
@@ -193,7 +360,7 @@ def test_several_processes_save_and_restore_one_sharded_state(tmp_path):
         for index in range(2)
     ]
     assert [process.wait(timeout=100) for process in processes] == [0, 0]
-    state, _ = restore(tmp_path, {"w": jnp.zeros(8)})
+    state, _ = restore(tmp_path, {"w": jnp.zeros(8), "own": jnp.zeros(())})
     assert state["w"].tolist() == (2.0 * jnp.arange(8.0)).tolist()
 
 
