@@ -1,1 +1,1 @@
-"""Reproducible results: each experiment is one module, run as `python -m experiments.NAME`."""
+"""Reproducible results: `python -m experiments` lists them, `python -m experiments.NAME` runs one."""

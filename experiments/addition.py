@@ -24,7 +24,7 @@ from experiments.harness import training
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured, Problem, member
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import figures
+from jaxnets.tools.pictures import figures
 
 BEGIN, END = jn.data.BEGIN, jn.data.END
 SYMBOLS = "0123456789+"
@@ -150,13 +150,14 @@ class Addition(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         panels = {
             "nats per digit": ("loss", "test/loss"),
             "accuracy": ("accuracy", "test/accuracy"),
         }
         figures.curves(history, panels, folder.path / "curves.png")
         (folder.path / "mistakes.txt").write_text("".join(f"{m}\n" for m in self.mistakes))
+        return {}
 
 
 def draw_pairs(

@@ -27,7 +27,8 @@ from experiments.harness import training
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured, Problem, member, thousands
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import code_pictures, figures
+from experiments.pictures import code_pictures
+from jaxnets.tools.pictures import figures
 
 LIKELIHOODS = {
     "squared": jn.SquaredError,
@@ -312,7 +313,7 @@ class ImageAutoencoder(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         panels: dict[str, Sequence[str]] = {"loss": ("loss", "test/loss")}
         panels["squared error"] = ("squared_error", "test/squared_error")
         if self.config.kind in VARIATIONAL:
@@ -322,6 +323,17 @@ class ImageAutoencoder(Problem):
             panels["perplexity of the codebook"] = ("perplexity",)
         figures.curves(history, panels, folder.path / "curves.png")
         code_pictures.draw(self, member(self.evaluated(states), 0), folder.path)
+        noisy = ", with noise" if self.config.kind == "denoising" else ""
+        return {
+            "reconstructions": f"Test images{noisy}, and below them what the first network makes "
+            "of their codes.",
+            "codes": "The code of each test image, a point whose color is the class.",
+            "interpolations": "Decoded from codes between those of two test images.",
+            "samples": "Decoded from random codes.",
+            "latent_walk": "The code of one test image, with one number of it changed in each row.",
+            "anomalies": "Test images that the first network finds most unusual, and least.",
+            "progress": "The same codes or images during the training of the first network.",
+        }
 
 
 def binarized(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

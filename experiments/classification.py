@@ -17,7 +17,7 @@ from experiments.harness.models import ModelName, make_model, prefers_map
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured, Problem
 from experiments.harness.run_folder import RunFolder
-from experiments.pictures import figures
+from jaxnets.tools.pictures import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +202,17 @@ class ImageClassification(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         names, test = self.dataset.class_names, self.dataset.test
         panels = {"loss": ("loss", "test/loss"), "accuracy": ("accuracy", "test/accuracy")}
         figures.curves(history, panels, folder.path / "curves.png")
-        figures.confusion(self.confusion, names, folder.path / "confusion.png")
-        mistakes = folder.path / "mistakes.png"
-        probabilities = self.probabilities(states)
-        figures.mistakes(test["inputs"], test["labels"], probabilities, names, mistakes)
+        seeds = self.config.seeds
+        place = folder.path / "confusion.png"
+        figures.confusion(self.confusion, names, place, num_networks=seeds)
+        images, labels, probabilities = test["inputs"], test["labels"], self.probabilities(states)
+        place = folder.path / "mistakes.png"
+        figures.mistakes(images, labels, probabilities, names, place, num_networks=seeds)
+        return {}
 
     def probabilities(self, states: jn.TrainState) -> np.ndarray:
         """Return class probabilities [test examples, num_classes], averaged over the networks."""

@@ -25,10 +25,10 @@ import jaxnets as jn
 from experiments.harness import training
 from experiments.harness.problem import Measured, Problem
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import figures
 from experiments.sound import SoundOptions, SoundTransform, choose_parts
 from jaxnets.generation.ctc import ctc_beam_search, ctc_greedy
 from jaxnets.objectives.sequence import check_ctc_batch
+from jaxnets.tools.pictures import figures
 
 #: Seed of the test strings, and batch size of the evaluation.
 TEST_SEED, EVAL_BATCH = 2018, 50
@@ -171,7 +171,7 @@ class DigitStrings(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         panels = {"nats per string": ("loss", "test/loss")}
         figures.curves(history, panels, folder.path / "curves.png")
         lines = [
@@ -179,6 +179,7 @@ class DigitStrings(Problem):
             for said, heard in self.recognized
         ]
         (folder.path / "recognized.txt").write_text("\n".join(lines), encoding="utf-8")
+        return {}
         print("\n".join(lines[:5]), file=sys.stderr)
 
 

@@ -45,9 +45,10 @@ from experiments.harness import training
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured, Problem, member
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import driving_pictures, figures
+from experiments.pictures import driving_pictures
 from jaxnets.data import driving
 from jaxnets.data.files import cache_folder
+from jaxnets.tools.pictures import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,7 @@ class Driving(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         panels = {"loss": ("loss", "validation/loss")}
         panels |= {name: (f"{name}_error", f"validation/{name}_error") for name in CONTROL_NAMES}
         figures.curves(history, panels, folder.path / "curves.png")
@@ -242,6 +243,12 @@ class Driving(Problem):
         driving_pictures.saliency(driver, lap, folder.path / "saliency.png")
         seconds = self.config.frames_per_decision / driving.FRAMES_PER_SECOND
         driving_pictures.film(driver, lap, folder.path / "lap.gif", seconds=seconds)
+        return {
+            "scores": "Points on each track, sorted; a full lap has about 900.",
+            "saliency": "What the camera sees; below, in pink, the pixels that the steering of the "
+            "first network depends on.",
+            "lap": "A drive of the first network, with the pixels that its steering depends on.",
+        }
 
     def _recordings(self, name: str, seeds: Sequence[int], noise: float) -> dict[str, np.ndarray]:
         """Read the drives of the expert; record them if they do not exist."""

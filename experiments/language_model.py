@@ -25,7 +25,7 @@ from experiments.harness import training
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured, Problem, member
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import figures
+from jaxnets.tools.pictures import figures
 
 RECURRENT = ("rnn", "lstm", "gru", "mgu", "mingru", "minlstm")
 
@@ -168,13 +168,14 @@ class LanguageModel(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         panels = {"nats per token": ("loss", "validation/loss")}
         figures.curves(history, panels, folder.path / "curves.png")
         self.tokenizer.save(folder.path / "tokenizer.json")
         samples = self.sample(member(self.evaluated(states), 0))
         text = "\n\n---\n\n".join(samples) + "\n"
         (folder.path / "samples.txt").write_text(text, encoding="utf-8")
+        return {}
         print(samples[0], file=sys.stderr)
 
     def sample(self, state: jn.TrainState, num_samples: int = 3) -> list[str]:

@@ -1,4 +1,4 @@
-"""Run registered results again and report which hold.
+"""Run the results of docs/results.md again, and report which hold.
 
     python -m experiments.reproduce digits fashion_mnist_mlp
     python -m experiments.reproduce --table           # write the table of docs/results.md
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Config,
         args=arguments,
         prog="python -m experiments.reproduce",
-        description=f"Run registered results again and report which hold. Rows: {rows}.",
+        description=f"Run results of docs/results.md again, and report which hold. Rows: {rows}.",
     )
     with errors_without_traceback():
         unknown = [name for name in config.names if name not in entries]

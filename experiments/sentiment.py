@@ -19,8 +19,8 @@ from experiments.harness import training
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import figures
 from experiments.sentences import SentenceProblem
+from jaxnets.tools.pictures import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,18 +157,20 @@ class Sentiment(SentenceProblem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         names, test = self.dataset.class_names, self.dataset.test
         panels = {
             "loss": ("loss", "validation/loss"),
             "accuracy": ("accuracy", "validation/accuracy"),
         }
         figures.curves(history, panels, folder.path / "curves.png")
-        figures.confusion(self.confusion, names, folder.path / "confusion.png")
+        place = folder.path / "confusion.png"
+        figures.confusion(self.confusion, names, place, num_networks=self.config.seeds)
         self.tokenizer.save(folder.path / "tokenizer.json")
         probabilities = self.probabilities(states, test)
         lines = mistakes(test.texts, test.labels, probabilities, names)
         (folder.path / "mistakes.txt").write_text("".join(lines), encoding="utf-8")
+        return {}
 
     def probabilities(self, states: jn.TrainState, sentences: Any) -> np.ndarray:
         """Return class probabilities [sentences, classes], averaged over the networks."""

@@ -23,8 +23,8 @@ import jaxnets as jn
 from experiments.harness import training
 from experiments.harness.problem import Measured, Problem
 from experiments.harness.run_folder import RunFolder
-from experiments.pictures import figures
 from experiments.sound import SoundOptions, SoundTransform, choose_parts
+from jaxnets.tools.pictures import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,17 +155,21 @@ class SpokenWords(Problem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         names, labels = self.dataset.class_names, self.test["labels"]
         panels = {"loss": ("loss", "test/loss"), "accuracy": ("accuracy", "test/accuracy")}
         figures.curves(history, panels, folder.path / "curves.png")
-        figures.confusion(self.confusion, names, folder.path / "confusion.png")
+        seeds = self.config.seeds
+        place = folder.path / "confusion.png"
+        figures.confusion(self.confusion, names, place, num_networks=seeds)
         # Without the lengths, so that the padding is as dark as silence within a word.
         log_mels = np.asarray(jax.jit(self.sound.log_mel)(self.test["inputs"]))
         # [examples, mels, frames, 1], low frequencies at the bottom
         images = np.swapaxes(log_mels, 1, 2)[:, ::-1, :, None]
         probabilities = self.probabilities.mean(axis=0)
-        figures.mistakes(images, labels, probabilities, names, folder.path / "mistakes.png")
+        place = folder.path / "mistakes.png"
+        figures.mistakes(images, labels, probabilities, names, place, num_networks=seeds)
+        return {"mistakes": "Spectrograms: time to the right, frequency up."}
 
 
 def load(config: Config) -> jn.data.SpeechDataset:

@@ -25,8 +25,8 @@ from experiments.harness import training
 from experiments.harness.options import Options
 from experiments.harness.problem import Measured, member
 from experiments.harness.run_folder import RunError, RunFolder
-from experiments.pictures import figures
 from experiments.sentences import SentenceProblem
+from jaxnets.tools.pictures import figures
 
 BEGIN, END = jn.data.BEGIN, jn.data.END
 
@@ -198,7 +198,7 @@ class Translation(SentenceProblem):
 
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
+    ) -> dict[str, str]:
         panels = {
             "nats per token": ("loss", "validation/loss"),
             "accuracy": ("accuracy", "validation/accuracy"),
@@ -214,6 +214,8 @@ class Translation(SentenceProblem):
         source, _, translation = self.samples[0]
         weights, labels = self.attention(member(self.evaluated(states), 0), source, translation)
         figures.attention(weights, *labels, folder.path / "attention.png")
+        words = "For each word of the translation (rows), the words of the source it looks at."
+        return {"attention": words}
 
     def attention(
         self, state: jn.TrainState, source: str, translation: str

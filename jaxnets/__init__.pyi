@@ -103,6 +103,8 @@ from .objectives.reconstruction import (
     sparse_reconstruction,
 )
 from .objectives.sequence import ctc, language_modeling, sequence_to_sequence, with_carry
+from .tools.report import write_report
+from .tools.results import write_result
 from .tools.saliency import input_gradient, visual_backprop
 from .tools.summary import Summary, summarize, summarize_model
 from .training import checkpoint
@@ -298,4 +300,6 @@ __all__ = [
     "with_carry",
     "with_hyperparameters",
     "with_parameter_average",
+    "write_report",
+    "write_result",
 ]

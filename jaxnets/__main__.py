@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxnets doctor`, `summary MODEL` and `compare RUN RUN ...`."""
+"""The commands of `python -m jaxnets`: doctor, summary MODEL, compare RUN ..., report RUN."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from jaxnets.models import registry
 from jaxnets.tools import comparison, doctor, summary
+from jaxnets.tools.report import write_report
 from jaxnets.training.optimizers import OPTIMIZERS
 
 
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare", help=contrast, description=contrast, parents=[as_json], allow_abbrev=False
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run")
+    show = "write report.html from the log, the result and the pictures of a run"
+    report = commands.add_parser("report", help=show, description=show, allow_abbrev=False)
+    report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     describe = "layers, parameters, FLOPs and, on request, memory of a network"
     summarize = commands.add_parser(
         "summary",
@@ -74,13 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     if options.command == "doctor":
-        report = doctor.examine()
-        print(json.dumps(report.to_json()) if options.json else report)
-        return 0 if report.healthy else 1
+        found = doctor.examine()
+        print(json.dumps(found.to_json()) if options.json else found)
+        return 0 if found.healthy else 1
     try:
         if options.command == "compare":
             compared = comparison.compare([comparison.read_run(run) for run in options.runs])
             print(json.dumps(compared.to_json()) if options.json else compared)
+            return 0
+        if options.command == "report":
+            print(write_report(options.run))
             return 0
         result = summary.summarize_model(
             options.model,
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             optimizer=options.optimizer,
             memory=options.memory,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     if options.json:

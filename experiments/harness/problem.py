@@ -78,8 +78,12 @@ class Problem(abc.ABC):
     @abc.abstractmethod
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
-    ) -> None:
-        """Write figures and samples into the run folder."""
+    ) -> Mapping[str, str]:
+        """Write figures and samples into the run folder.
+
+        Returns:
+            {name of a picture, without its suffix: sentence that explains it in the report}.
+        """
 
     def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
         """Initialize one network."""

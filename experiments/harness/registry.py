@@ -136,6 +136,19 @@ def load(path: Path = RESULTS) -> list[Entry]:
     return entries
 
 
+def notes(command: str) -> list[str]:
+    """Return sentences on the known and the published results of a command, whatever its --out."""
+    words = command.split(" --out ")[0]
+    sentences = []
+    for entry in load():
+        if entry.command == words:
+            shown = entry.show(entry.value, entry.ci95)
+            sentences.append(f"the same command in docs/results.md: {shown}")
+            if entry.reference:
+                sentences.append(f"published elsewhere: {entry.reference}")
+    return sentences
+
+
 def full_table(entries: Sequence[Entry]) -> str:
     """Return the table of docs/results.md: every row with its command, in Markdown."""
     rows = [

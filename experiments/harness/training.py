@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import jaxnets as jn
-from experiments.harness import command_line, report
+from experiments.harness import command_line, registry
 from experiments.harness.identity import content_sha256
 from experiments.harness.options import Options, check
 from experiments.harness.problem import Measured, Problem
@@ -103,12 +103,12 @@ def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
     trained = time.perf_counter()
     measured = _without_frozen(problem.measure(states), states)
     result = summarize(name, problem, states, history, measured)
-    problem.draw(folder, states, history, measured)
+    result["captions"] = dict(problem.draw(folder, states, history, measured))
     if events is not None:
         event_pictures.show_last(events, folder.path, history, problem.num_steps)
     result["measure_seconds"] = round(time.perf_counter() - trained, 2)
     result["wall_seconds"] = round(time.perf_counter() - started, 2)
-    page = report.write(folder.path, result)
+    page = jn.write_report(folder.path, result)
     folder.write("result.json", result)
     print(f"{describe(measured)}; see {page}", file=sys.stderr)
     return result
@@ -171,7 +171,7 @@ def summarize(
     name: str, problem: Problem, states: jn.TrainState, history: jn.History, measured: Measured
 ) -> dict[str, Any]:
     """Return the content of `result.json`."""
-    options = problem.options
+    options, run_with = problem.options, environment()
     return {
         "experiment": name,
         "model": getattr(options, "model", None),
@@ -185,7 +185,8 @@ def summarize(
         "parameters": sum(x.size for x in jax.tree.leaves(states.params)) // options.seeds,
         **measured.details,
         "parameters_sha256": jn.parameters_sha256(states.params),
-        **environment(),
+        **run_with,
+        "notes": registry.notes(run_with["command"]),
     }
 
 

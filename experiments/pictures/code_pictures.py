@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxnets as jn
 from experiments.harness.problem import member, thousands
-from experiments.pictures import grids
+from jaxnets.tools.pictures import figures, grids
 
 _NUM_COLUMNS = 10
 
@@ -65,7 +65,7 @@ def draw(problem: Any, state: jn.TrainState, folder: Path) -> None:
     _reconstructions(problem, state, images[:_NUM_COLUMNS], labels[:_NUM_COLUMNS], folder)
     codes = problem.codes(state, test)
     names = problem.dataset.class_names
-    grids.code_map(codes, labels, names, folder / "codes.png")
+    figures.code_map(codes, labels, names, folder / "codes.png")
     rows = _interpolations(problem, state, images, labels)
     grids.grid(problem.shown(rows), folder / "interpolations.png")
     if hasattr(module, "posterior"):

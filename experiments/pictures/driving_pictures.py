@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 import jaxnets as jn
 from experiments.driving_networks import NetworkDriver, to_inputs
-from experiments.pictures import grids
 from jaxnets.data import driving
 from jaxnets.models.convolutional.pilotnet import CONVOLUTIONS
+from jaxnets.tools.pictures import grids
 
 _ENLARGED = 4
 _NUM_SHOWN = 8

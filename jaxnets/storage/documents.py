@@ -74,23 +74,20 @@ def read_json(path: str | os.PathLike[str], *, what: str, remedy: str) -> Docume
     return dataclasses.replace(document, content=content)
 
 
-def read_json_lines(
-    path: str | os.PathLike[str], kind: type[T], *, what: str, remedy: str
-) -> list[T]:
+def read_json_lines(path: str | os.PathLike[str], *, what: str, remedy: str) -> list[Document]:
     """Read a file with one JSON object a line.
 
     Args:
         path: the file.
-        kind: type of every object, as for `Document.check`.
         what: what the file should be, such as "the metrics of a run".
         remedy: what the user can do otherwise, as a clause for the errors.
 
     Returns:
-        The objects.
+        The objects; their `check` tests the entries.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is not an object of this kind; the message has the file and the line.
+        ValueError: a line is not an object; the message has the file and the line.
     """
     rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
@@ -102,8 +99,7 @@ def read_json_lines(
         except UnicodeDecodeError as error:
             raise document.error("it is not text in UTF-8") from error
         document = dataclasses.replace(document, text=text)
-        row = dataclasses.replace(document, content=_parse(document, text))
-        rows.append(row.check(kind))
+        rows.append(dataclasses.replace(document, content=_parse(document, text)))
     return rows
 
 
@@ -131,7 +127,8 @@ class Document:
         """Return the content if it has the entries of a type.
 
         Args:
-            kind: class with annotations, such as a `TypedDict`. They may be made of `str`, `int`,
+            kind: `dict[str, ...]` for all entries, or a class with annotations, such as a
+                `TypedDict`. They may be made of `str`, `int`,
                 `float` (finite; integers too), `bool`, `None`, `Any`, `Literal[...]`, `list[...]`,
                 `tuple[..., ...]` (a list), `dict[str, ...]`, other such classes, unions, and
                 `NotRequired[...]`.
@@ -228,6 +225,12 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 def _mismatches(content: Mapping[str, Any], kind: type[Any]) -> Iterator[tuple[str, str]]:
     """Yield (entry, reason) of every entry that does not have the type of its annotation."""
+    if typing.get_origin(kind) is dict:
+        for name, value in content.items():
+            reason = _mismatch(value, typing.get_args(kind)[1], name)
+            if reason:
+                yield name, reason
+        return
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if typing.get_origin(hint) is ClassVar:
             continue

@@ -3,6 +3,7 @@
 from jaxnets.tools.comparison import Comparison, compare, read_run
 from jaxnets.tools.doctor import examine
 from jaxnets.tools.flops import count_flops
+from jaxnets.tools.report import write_report
 from jaxnets.tools.results import read_result, write_result
 from jaxnets.tools.saliency import input_gradient, visual_backprop
 from jaxnets.tools.summary import Summary, summarize, summarize_model
@@ -19,5 +20,6 @@ __all__ = [
     "summarize",
     "summarize_model",
     "visual_backprop",
+    "write_report",
     "write_result",
 ]

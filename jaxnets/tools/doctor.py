@@ -31,7 +31,8 @@ _PACKAGES = ("jaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 #: Extra of this project -> the optional packages that it installs.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "experiments": ("tyro", "matplotlib", "pillow", "jiwer", "sacrebleu"),
+    "pictures": ("matplotlib", "pillow"),
+    "experiments": ("tyro", "jiwer", "sacrebleu"),
     "driving": ("gymnasium", "box2d", "pygame"),
     "docs": ("mkdocs-material", "mkdocstrings", "mkdocs-jupyter", "latex2mathml", "ruff"),
     "grain": ("grain",),

@@ -35,6 +35,7 @@ class Result(TypedDict):
         train_seconds: of the training of all networks.
         command: that repeats the run.
         notes: sentences on what to compare the value with.
+        captions: {name of a picture, without its suffix: sentence}.
     """
 
     dataset: str
@@ -51,6 +52,7 @@ class Result(TypedDict):
     train_seconds: NotRequired[float | None]
     command: NotRequired[str]
     notes: NotRequired[list[str]]
+    captions: NotRequired[dict[str, str]]
 
 
 def make_result(
@@ -71,7 +73,8 @@ def make_result(
         unit: "%" if the values are fractions, else a unit such as "nats per character".
         history: of the training, for steps and times.
         details: further entries, such as parameters=21_482, command="python train.py",
-            model="convnet", notes=["published: 99.2%"], or any of your own.
+            model="convnet", notes=["published: 99.2%"], captions={"kernels": "first layer"}, or
+            any of your own.
 
     Raises:
         ValueError: no value, or more than one axis.
@@ -121,7 +124,8 @@ def write_result(
         unit: "%" if the values are fractions, else a unit such as "nats per character".
         history: of the training, for steps and times.
         details: further entries, such as parameters=21_482, command="python train.py",
-            model="convnet", notes=["published: 99.2%"], or any of your own.
+            model="convnet", notes=["published: 99.2%"], captions={"kernels": "first layer"}, or
+            any of your own.
 
     Returns:
         The file, `result.json`; see `jaxnets.tools.results.Result`.

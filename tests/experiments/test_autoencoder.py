@@ -17,9 +17,9 @@ from experiments.autoencoder import RECIPES, Config, ImageAutoencoder
 from experiments.harness.problem import member
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
-from experiments.pictures import grids
 from jaxnets.data.datasets.images import ImageDataset
 from jaxnets.tools import read_result
+from jaxnets.tools.pictures import grids
 
 SHORT = {
     "steps": 6,

@@ -138,7 +138,7 @@ def test_an_unfinished_run_needs_resume_and_then_ends_bitwise_the_same(
 ):
     # The final evaluation and the figures do not matter here, and take longest.
     monkeypatch.setattr(ImageClassification, "measure", lambda *_: Measured("none", np.zeros(1)))
-    monkeypatch.setattr(ImageClassification, "draw", lambda *_: None)
+    monkeypatch.setattr(ImageClassification, "draw", lambda *_: {})
 
     def stop_at_ten(step, state, metrics):
         if step == 10:

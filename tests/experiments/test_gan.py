@@ -14,10 +14,10 @@ from experiments.harness.command_line import Stopped
 from experiments.harness.problem import member
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
-from experiments.pictures import grids
 from experiments.real_features import RealFeatures
 from jaxnets.data import digits
 from jaxnets.tools import read_result
+from jaxnets.tools.pictures import grids
 
 SHORT = {
     "steps": 4,

@@ -155,7 +155,7 @@ def test_a_stopped_run_ends_bitwise_as_one_that_was_not(make, model, tmp_path, m
     # What is measured and drawn at the end does not matter here, and takes longest.
     for kind in (language_model.LanguageModel, translation.Translation):
         monkeypatch.setattr(kind, "measure", lambda *_: Measured("nothing", np.zeros(1)))
-        monkeypatch.setattr(kind, "draw", lambda *_: None)
+        monkeypatch.setattr(kind, "draw", lambda *_: {})
     whole = make(tmp_path / "whole", model=model, executor="jit")
     with stopped_at_three(monkeypatch):
         make(tmp_path / "stopped", model=model, executor="jit")

@@ -206,7 +206,7 @@ def test_words_that_determine_the_class_are_learned(reviews, tmp_path):
 def test_a_stopped_sentiment_run_ends_bitwise_as_one_that_was_not(reviews, tmp_path, monkeypatch):
     # What is measured and drawn at the end does not matter here, and takes longest.
     monkeypatch.setattr(sentiment.Sentiment, "measure", lambda *_: Measured("nothing", np.zeros(1)))
-    monkeypatch.setattr(sentiment.Sentiment, "draw", lambda *_: None)
+    monkeypatch.setattr(sentiment.Sentiment, "draw", lambda *_: {})
     whole = judge(tmp_path / "whole", executor="jit")
     with stopped_at_three(monkeypatch):
         judge(tmp_path / "stopped", executor="jit")

@@ -146,18 +146,17 @@ class Row(TypedDict):
 def test_lines_are_read_and_faults_have_their_number(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": null}\n{"step": 2}\n')
-    rows = read_json_lines(path, Row, **WORDS)
+    rows = [row.check(Row) for row in read_json_lines(path, **WORDS)]
     assert rows == [{"step": 1, "loss": None}, {"step": 2}]
+    with pytest.raises(ValueError, match=r"jsonl, line 1: .*loss is null, not a finite number"):
+        read_json_lines(path, **WORDS)[0].check(dict[str, float])
     for bad in (b'{"ste', b"\xff", b'{"step": 1.5}', b"[]", b'{"step": 1, "step": 1}'):
         path.write_bytes(b'{"step": 1}\n\n' + bad)
         with pytest.raises(ValueError, match=r"log\.jsonl, line 3: not the shopping"):
-            read_json_lines(path, Row, **WORDS)
+            read_json_lines(path, **WORDS)[-1].check(Row)
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
-    for reader in (
-        lambda path: read_json(path, **WORDS),
-        lambda path: read_json_lines(path, Row, **WORDS),
-    ):
+    for reader in (read_json, read_json_lines):
         with pytest.raises(FileNotFoundError):
-            reader(tmp_path / "none")
+            reader(tmp_path / "none", **WORDS)

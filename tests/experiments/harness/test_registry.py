@@ -104,6 +104,14 @@ def test_a_table_is_written_between_the_markers_of_its_page(tmp_path, monkeypatc
         assert error in capsys.readouterr().err
 
 
+def test_a_known_command_has_its_results_whatever_its_folder():
+    known = next(entry for entry in registry.load() if entry.reference)
+    first, second = registry.notes(f"{known.command} --out elsewhere")
+    assert first == f"the same command in docs/results.md: {known.show(known.value, known.ci95)}"
+    assert second == f"published elsewhere: {known.reference}"
+    assert registry.notes("python -m experiments.digits --seeds 77") == []
+
+
 def test_a_registry_with_errors_names_the_row(tmp_path):
     path = tmp_path / "results.toml"
     settings = '[settings.here]\ncores = "c"\npython = "3"\njax = "0"\nmark = ""\n'

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("tyro")
 pytest.importorskip("PIL")
 
 from PIL import Image
 
-from experiments.harness import registry, report
-from experiments.pictures.svg_chart import Series, line_chart, nice_ticks
+import jaxnets as jn
+from jaxnets.__main__ import main
+from jaxnets.tools.report.svg_chart import Series, line_chart, nice_ticks
 
 RESULT = {
     "experiment": "digits",
@@ -36,6 +36,8 @@ RESULT = {
     "compile_seconds": 1.0,
     "step_seconds": 2.5,
     "batches_seconds": 0.02,
+    "notes": ["published: 97% <somewhere>"],
+    "captions": {"mistakes": "the <worst>"},
     "command": "python -m experiments.digits --seeds 3 --out <here>",
     "python": "3.11",
     "jax": "0.10",
@@ -53,15 +55,18 @@ def folder(tmp_path):
         {"step": 40, "loss": [None, None, None], "test/loss": [0.9, 0.8, 0.7]},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "config.json").write_text(json.dumps({"learning_rate": 0.001, "resume": False}))
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"learning_rate": 0.001}}))
     for name in ("mistakes", "curves"):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / f"{name}.png")
     return tmp_path
 
 
 def test_a_report_contains_result_curves_images_and_the_command(folder):
-    page = report.write(folder, RESULT).read_text()
-    assert "95.00%" in page and "1.00% (95%, 3 seeds)" in page
+    page = jn.write_report(folder, RESULT).read_text()
+    assert "95.00%" in page and "1.00% (95% confidence interval of the mean of 3 networks" in page
+    assert "each network: 94.00%, 95.00%, 96.00%" in page
+    assert "line: mean of 3 networks; band: from the lowest to the highest" in page
+    assert "published: 97% &lt;somewhere&gt;" in page and "the &lt;worst&gt;" in page
     assert "digits &lt;small&gt;" in page and "--out &lt;here&gt;" in page
     assert page.count("<svg") == 1  # one chart for both losses
     assert page.count("<polyline") == 1 and page.count("<circle") == 1  # one point is not finite
@@ -87,12 +92,75 @@ def test_a_report_contains_result_curves_images_and_the_command(folder):
     assert opened == []
 
 
-def test_a_registered_run_shows_its_reference_whatever_its_folder(folder):
-    entry = next(entry for entry in registry.load() if entry.reference)
-    command = f"{entry.command} --out elsewhere"
-    page = report.write(folder, {**RESULT, "command": command}).read_text()
-    assert f"registered: {entry.show(entry.value, entry.ci95)}" in page
-    assert f"reference: {entry.reference}" in page.replace("&lt;", "<").replace("&#x27;", "'")
+def test_a_run_of_ones_own_has_a_report_and_can_be_compared(tmp_path, capsys):
+    write = jn.jsonl_writer(tmp_path / "metrics.jsonl")
+    history = jn.History(rows=[{"step": 0, "loss": 2.0}], step=10, seconds=3.0)
+    write.start(history, 0)
+    write({"step": 10, "loss": 1.0})
+    write.close()
+    assert "2</text>" in jn.write_report(tmp_path).read_text()  # of a run that is not finished
+    jn.write_result(
+        tmp_path, dataset="mine", metric="error", unit="meters", values=[1.5], history=history
+    )
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert "<h1>mine</h1>" in page and "1.5 <small>meters</small>" in page
+    assert "error; 10 training steps" in page and "confidence" not in page
+    other = tmp_path / "other"
+    jn.write_result(other, dataset="mine", metric="error", unit="meters", values=[1.0, 1.2])
+    assert main(["compare", str(tmp_path), str(other)]) == 0
+    assert "1.5" in capsys.readouterr().out
+
+
+def test_networks_that_diverged_are_named(folder):
+    values = {"values": [0.9, None, None], "value": 0.9, "ci95": None}
+    page = jn.write_report(folder, {**RESULT, **values}).read_text()
+    assert "2 of 3 networks diverged and do not count" in page and "90.00%" in page
+    values = {"values": [None], "value": None, "ci95": None}
+    assert "no value" in jn.write_report(folder, {**RESULT, **values}).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": 1, "lo', r"line 1: not the metrics of a run: it is cut"),
+        ("metrics.jsonl", '{"step": 1}\n{"loss": 1}', "line 2: .* it has no 'step'"),
+        ("metrics.jsonl", '{"step": 1, "loss": "1"}', r'line 1: .* loss is "1"'),
+        ("metrics.jsonl", '{"step": 1, "loss": [[1]]}', r"line 1: .* loss\[0\] is \[1\]"),
+        ("metrics.jsonl", f'{{"step": {10**400}}}', "line 1: .* step is 10*"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": [1, 2]}\n{"step": 2, "loss": [1]}',
+            "line 2: .* loss has 1 values, not 2",
+        ),
+        ("config.json", "[1]", "line 1: not the configuration of a run: .*; mend or remove it"),
+        ("result.json", '{"dataset": 1}', "line 1: not the result of a run: dataset is 1"),
+        ("result.json", "[" * 100_000, "line 1: not the result of a run: it is nested"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line_and_ends_with_code_2(
+    name, content, message, folder, capsys
+):
+    (folder / name).write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(folder)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"error: .*{name}, {message}", line)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_folder_that_does_not_exist_ends_with_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(tmp_path / "none")])
+    assert stopped.value.code == 2 and "none" in capsys.readouterr().err
+
+
+def test_values_beyond_every_scale_are_not_drawn(folder):
+    rows = [{"step": 0, "loss": 1e300}, {"step": 0, "loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<circle" in jn.write_report(folder, RESULT).read_text()
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
@@ -137,7 +205,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def test_a_browser_shows_every_image_without_errors_or_horizontal_scrolling(
     folder, width, scheme, background
 ):
-    path = report.write(folder, RESULT)
+    path = jn.write_report(folder, RESULT)
     # Headless windows are at least 500 pixels wide; a frame can be as narrow as a phone.
     probe = f"""<iframe src="report.html" width="{width}" height="800"></iframe><p></p><script>
       onload = () => {{ const page = document.querySelector("iframe").contentDocument;

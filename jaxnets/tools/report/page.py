@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import base64
 import html
-import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from experiments.harness import registry
-from experiments.pictures.svg_chart import NUM_COLORS, Series, line_chart
+from jaxnets.storage import atomic_file, read_json, read_json_lines
 from jaxnets.tools.comparison import show_number
-from jaxnets.tools.results import diverged
+from jaxnets.tools.report.svg_chart import NUM_COLORS, Series, line_chart
+from jaxnets.tools.results import RESULT_FILE, diverged, read_result
 
 _MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}
 # Images that the report shows as charts.
 _DRAWN_AS_CHARTS = frozenset({"curves"})
-_HEADLINE = ("value", "ci95", "values", "unit", "metric", "experiment", "dataset", "model")
-_ENVIRONMENT = ("command", "python", "jax", "flax", "optax", "devices", "cpu_cores")
+_HEADLINE = (
+    *("value", "ci95", "values", "unit", "metric", "experiment", "dataset", "model", "seeds"),
+    *("steps", "parameters", "notes", "captions"),
+)
+_ENVIRONMENT = (
+    *("command", "python", "jaxnets", "sources", "jax", "jaxlib", "flax", "optax"),
+    *("devices", "cpu_cores"),
+)
 _TIMES = {
     "compile_seconds": "first call, compilation",
     "step_seconds": "steps, progress images",
@@ -29,6 +35,11 @@ _TIMES = {
     "batches_seconds": "waiting for batches",
     "measure_seconds": "final evaluation, images",
 }
+
+
+class _Row(TypedDict):
+    step: int
+
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5d6673; --page: #fbfbf9; --card: #fff;
@@ -68,79 +79,133 @@ pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
 """
 
 
-def write(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write `report.html` from the files of a run.
+def write_report(folder: str | os.PathLike[str], result: Mapping[str, Any] | None = None) -> Path:
+    """Write `report.html` from the files of a run; any browser shows it, without a network.
+
+    It shows what is there: the result with its interval (`result.json`, see
+    `jaxnets.write_result`), curves of the log (`metrics.jsonl`, see `jaxnets.jsonl_writer`), every
+    PNG and GIF file of the folder, where the time went, and the options (`config.json`, any JSON
+    object).
 
     Args:
-        folder: with `config.json`, `metrics.jsonl` and images.
-        result: content of `result.json`.
+        folder: of the run.
+        result: content of `result.json`; by default it is read, if there is one.
 
     Returns:
         Path of the report.
+
+    Raises:
+        ValueError: a file is cut or not what it should be; the message has the file and the line.
+        FileNotFoundError: the folder does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxnets.tools.results import write_result
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = write_result(folder, dataset="digits", metric="accuracy", values=[0.9, 0.94])
+        ...     write_report(folder).name
+        'report.html'
     """
-    config = json.loads((folder / "config.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    folder = Path(folder)
+    files = sorted(folder.iterdir())
+    if result is None:
+        result = dict(read_result(folder)) if (folder / RESULT_FILE).exists() else {}
+    captions = result.get("captions") or {}
     sections = [
-        _head(result),
-        _section("Curves", _cards(_curves(rows))),
-        _section("Images", _cards(_images(folder))),
+        _head(result, folder),
+        _section("Curves", _cards(_curves(_rows(folder / "metrics.jsonl")))),
+        _section("Images", _cards(_images(files, captions))),
         _section("Metrics", _metrics(result)),
         _section("Time", _time(result)),
-        _section("Reproduce", _again(result, config)),
+        _section("Reproduce", _again(result, _options(folder / "config.json"))),
     ]
-    title = f"{result['experiment']}, {result['dataset']}"
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{html.escape(_title(result, folder))}</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with atomic_file(path) as stream:
+        stream.write(page.encode())
     return path
 
 
-def _head(result: Mapping[str, Any]) -> str:
-    names = filter(None, (result["experiment"], result["dataset"], result["model"]))
-    what = ", ".join(dict.fromkeys(names))  # experiment and data set may have one name
-    value = _show(result["value"], result["unit"])
-    spread = ""
-    if result["ci95"] is not None:
-        half = show_number(result["ci95"], result["unit"])
-        num_values = sum(value is not None for value in result["values"])
-        spread = f" <small>&plusmn; {half} (95%, {num_values} seeds)</small>"
-    unit = "" if result["unit"] == "%" else f" <small>{html.escape(result['unit'])}</small>"
-    lines = [
-        f"<h1>{html.escape(what)}</h1>",
-        f'<div class="value">{value}{unit}{spread}</div>',
-        f"<div>{html.escape(result['metric'])}; {result['parameters']:,} parameters, "
-        f"{result['steps']:,} steps</div>",
-    ]
-    if result["seeds"] > 1:
-        each = ", ".join(_show(value, result["unit"]) for value in result["values"])
-        lines.append(f'<div class="soft">each seed: {each}</div>')
-    lost = diverged(result["values"])
-    if lost:
-        lines.append(f"<div>{lost}</div>")
-    lines += [f'<div class="soft">{html.escape(line)}</div>' for line in _references(result)]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of the log, whose values are numbers, or one number per network."""
+    remedy = "mend or remove the line, or resume the run, which writes the log anew"
+    rows, members = [], 0
+    try:
+        documents = read_json_lines(path, what="the metrics of a run", remedy=remedy)
+    except FileNotFoundError:
+        return []
+    for document in documents:
+        document.check(_Row)
+        row = document.check(dict[str, float | list[float | None] | None])
+        for name, value in row.items():
+            if isinstance(value, list):
+                members = members or len(value)
+                if len(value) != members or name == "step":
+                    reason = f"{name} has {len(value)} values, not {members}"
+                    raise document.error(reason, key=name)
+        rows.append(row)
+    return rows
+
+
+def _options(path: Path) -> dict[str, Any]:
+    try:
+        config = read_json(path, what="the configuration of a run", remedy="mend or remove it")
+    except FileNotFoundError:
+        return {}
+    options = config.content.get("options")
+    return options if isinstance(options, dict) else config.content
+
+
+def _title(result: Mapping[str, Any], folder: Path) -> str:
+    names = filter(None, map(result.get, ("experiment", "dataset", "model")))
+    # Experiment and data set may have one name.
+    return ", ".join(dict.fromkeys(names)) or folder.absolute().name
+
+
+def _head(result: Mapping[str, Any], folder: Path) -> str:
+    lines = [f"<h1>{html.escape(_title(result, folder))}</h1>"]
+    if result:
+        lines += _headline(result)
     return "".join(lines)
 
 
-def _show(value: float | None, unit: str) -> str:
-    return "none" if value is None else show_number(value, unit)
-
-
-def _references(result: Mapping[str, Any]) -> Iterable[str]:
-    """Return the registered value and reference of the same command, whatever its --out."""
-    words = result["command"].split(" --out ")[0]
-    for entry in registry.load():
-        if entry.command == words:
-            yield f"registered: {entry.show(entry.value, entry.ci95)}"
-            if entry.reference:
-                yield f"reference: {entry.reference}"
+def _headline(result: Mapping[str, Any]) -> Iterable[str]:
+    shown = {
+        name: show_number(result[name], result["unit"])
+        for name in ("value", "ci95")
+        if result.get(name) is not None
+    }
+    finite = [value for value in result["values"] if value is not None]
+    spread = ""
+    if "ci95" in shown:
+        spread = (
+            f" <small>&plusmn; {shown['ci95']} (95% confidence interval of the mean of "
+            f"{len(finite)} networks with different seeds)</small>"
+        )
+    unit = "" if result["unit"] == "%" else f" <small>{html.escape(result['unit'])}</small>"
+    yield f'<div class="value">{shown.get("value", "no value")}{unit}{spread}</div>'
+    parts = [html.escape(result["metric"])]
+    counts = (("parameters", "parameters"), ("steps", "training steps"))
+    parts += [f"{result[name]:,} {label}" for name, label in counts if result.get(name) is not None]
+    yield f"<div>{'; '.join(parts)}</div>"
+    lines = list(result.get("notes") or ())
+    if len(finite) > 1:
+        each = ", ".join(show_number(value, result["unit"]) for value in finite)
+        lines.insert(0, f"each network: {each}")
+    lost = diverged(result["values"])
+    for line in [*lines, *([lost] if lost else [])]:
+        yield f'<div class="soft">{html.escape(line)}</div>'
 
 
 def _curves(rows: list[dict[str, Any]]) -> Iterable[str]:
+    members = max((len(v) for row in rows for v in row.values() if isinstance(v, list)), default=1)
+    note = f"line: mean of {members} networks; band: from the lowest to the highest"
+    soft = f'<div class="soft">{note}</div>' if members > 1 else ""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
         groups.setdefault(name.rsplit("/", 1)[-1], []).append(name)
@@ -149,7 +214,8 @@ def _curves(rows: list[dict[str, Any]]) -> Iterable[str]:
         chart = line_chart(f"{base} over the steps", series)
         if chart:
             shown = (("train" if name == base else name) for name in names)
-            yield f"<figure><strong>{html.escape(base)}</strong>{chart}{_legend(shown)}</figure>"
+            title = f"<strong>{html.escape(base)}</strong>"
+            yield f"<figure>{title}{chart}{_legend(shown)}{soft}</figure>"
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> Series:
@@ -168,15 +234,16 @@ def _legend(names: Iterable[str]) -> str:
     return f'<div class="legend">{"".join(keys)}</div>'
 
 
-def _images(folder: Path) -> Iterable[str]:
-    for path in sorted(folder.iterdir()):
+def _images(files: Iterable[Path], captions: Mapping[str, str]) -> Iterable[str]:
+    for path in files:
         if path.suffix in _MEDIA_TYPES and path.stem not in _DRAWN_AS_CHARTS:
             content = base64.b64encode(path.read_bytes()).decode()
             name = html.escape(path.stem.replace("_", " "))
+            caption = html.escape(captions.get(path.stem, ""))
             yield (
                 f'<figure class="wide"><img alt="{name}" '
                 f'src="data:{_MEDIA_TYPES[path.suffix]};base64,{content}">'
-                f"<figcaption>{name}</figcaption></figure>"
+                f"<figcaption><strong>{name}</strong> {caption}</figcaption></figure>"
             )
 
 
@@ -188,6 +255,8 @@ def _metrics(result: Mapping[str, Any]) -> str:
 def _time(result: Mapping[str, Any]) -> str:
     parts = {label: result.get(name) or 0.0 for name, label in _TIMES.items()}
     parts = {label: seconds for label, seconds in parts.items() if seconds > 0}
+    if not parts or not result.get("train_seconds"):
+        return ""
     bar = "".join(
         f'<div style="flex:{seconds:.4f};background:var(--series-{index % NUM_COLORS})"></div>'
         for index, seconds in enumerate(parts.values())
@@ -200,11 +269,13 @@ def _time(result: Mapping[str, Any]) -> str:
     )
 
 
-def _again(result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    versions = {name: result[name] for name in _ENVIRONMENT if name != "command"}
+def _again(result: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    command = result.get("command")
+    versions = {name: result.get(name) for name in _ENVIRONMENT if name != "command"}
     return (
-        f"<pre>{html.escape(result['command'])}</pre>{_table(versions)}"
-        f"<details><summary>all options</summary>{_table(config)}</details>"
+        (f"<pre>{html.escape(command)}</pre>" if command else "")
+        + _table(versions)
+        + (f"<details><summary>all options</summary>{_table(options)}</details>" if options else "")
     )
 
 
@@ -218,13 +289,13 @@ def _cards(figures: Iterable[str]) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = (
+    rows = "".join(
         f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_format(value))}</td>"
         "</tr>"
         for name, value in values.items()
         if value is not None
     )
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table>{rows}</table>" if rows else ""
 
 
 def _format(value: Any) -> str:

@@ -1,15 +1,11 @@
-"""Figures of generated images in [0, 1]: grids, animations, scatter plots of codes."""
+"""Sheets and animations of images."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -23,7 +19,7 @@ def to_pixels(images: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8)
 
 
-def grid(images: np.ndarray, path: Path) -> None:
+def grid(images: np.ndarray, path: str | os.PathLike[str]) -> None:
     """Draw images in rows and columns.
 
     Args:
@@ -41,7 +37,7 @@ def grid(images: np.ndarray, path: Path) -> None:
     sheet = pixels.swapaxes(1, 2).reshape(
         rows * (height * factor + 2), columns * (width * factor + 2), channels
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(path)
 
 
@@ -60,7 +56,9 @@ def arrange(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return images[: rows * columns].reshape(rows, columns, *images.shape[1:])
 
 
-def film(frames: Sequence[Path], path: Path, *, seconds: float = 0.25) -> None:
+def film(
+    frames: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, seconds: float = 0.25
+) -> None:
     """Join frames to an animation that loops, with a pause at the end.
 
     Args:
@@ -79,32 +77,3 @@ def film(frames: Sequence[Path], path: Path, *, seconds: float = 0.25) -> None:
     pictures[0].save(
         path, save_all=True, append_images=pictures[1:], duration=lengths, loop=0, disposal=2
     )
-
-
-def code_map(codes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw a scatter plot of codes, colored by class.
-
-    Codes of other than two dimensions are projected to their first two principal components.
-
-    Args:
-        codes: [examples, features].
-        labels: integer [examples].
-        class_names: names in the order of the classes.
-        path: PNG file.
-    """
-    names = ("first dimension", "second dimension")
-    if codes.shape[1] != 2:
-        centered = codes - codes.mean(axis=0)
-        _, _, components = np.linalg.svd(centered, full_matrices=False)
-        flat = centered @ components[:2].T
-        codes = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
-        names = ("first principal component", "second principal component")
-    figure, axis = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    colors = plt.get_cmap("tab10" if len(class_names) <= 10 else "tab20")
-    for index, name in enumerate(class_names):
-        points = codes[labels == index]
-        axis.scatter(points[:, 0], points[:, 1], s=4, color=colors(index % colors.N), label=name)
-    axis.set(xlabel=names[0], ylabel=names[1], title="codes of the test images")
-    axis.legend(frameon=False, markerscale=4, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -15,6 +15,7 @@ NUM_COLORS = 6
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 30
 _MAX_POINTS = 300
+_LARGEST = 1e100  # beyond this a value is not shown
 
 
 class Series(NamedTuple):
@@ -34,8 +35,8 @@ def line_chart(title: str, series: Mapping[str, Series]) -> str:
 
     Args:
         title: of the chart, for screen readers.
-        series: {name: points}; values that are not finite are omitted, such as those of seeds
-            that diverged.
+        series: {name: points}; values that are not finite, or beyond 1e100, are omitted, such as
+            those of networks that diverged.
 
     Returns:
         An <svg> element, or "" if there is no finite point.
@@ -45,7 +46,7 @@ def line_chart(title: str, series: Mapping[str, Series]) -> str:
     if not drawn:
         return ""
     every = np.ma.concatenate([points.values.ravel() for points in drawn.values()])
-    last = max(points.steps[-1] for points in drawn.values())
+    last = max(points.steps[-1] for points in drawn.values()) or 1
     ticks = nice_ticks(float(every.min()), float(every.max()))
     low, high = min(ticks[0], every.min()), max(ticks[-1], every.max())
 
@@ -111,8 +112,9 @@ def nice_ticks(low: float, high: float, *, max_ticks: int = 6) -> list[float]:
 
 
 def _finite(points: Series) -> Series:
-    shown = np.isfinite(points.values).any(axis=1)
-    return Series(points.steps[shown], np.ma.masked_invalid(points.values[shown]))
+    values = np.ma.masked_where(~(np.abs(points.values) < _LARGEST), points.values)
+    shown = values.count(axis=1) > 0
+    return Series(points.steps[shown], values[shown])
 
 
 def _downsampled(points: Series) -> Series:
