@@ -1,1 +1,1 @@
-"""Reproducible results: `python -m experiments` lists them, `python -m experiments.NAME` runs one."""
+"""Results that can be repeated: `python -m experiments` lists what there is."""

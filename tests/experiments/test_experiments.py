@@ -276,7 +276,7 @@ def test_a_frozen_network_has_no_result_and_the_others_are_those_without_it(
     assert [row["frozen"] for row in rows] == [[0, 1, 0]] * 4
     assert [row["loss"][1] for row in rows] == [None] * 4
     page = (tmp_path / "report.html").read_text()
-    assert "1 of 3 networks diverged and do not count" in page and "(95%, 2 seeds)" in page
+    assert "1 of 3 networks diverged and do not count" in page and "mean of 2 networks" in page
     assert "loss over the steps" in page
     assert "1 of 3 networks diverged" in str(compare([read_run(finished[0]), read_run(tmp_path)]))
 
