@@ -251,7 +251,7 @@ class Driving(Problem):
         }
 
     def _recordings(self, name: str, seeds: Sequence[int], noise: float) -> dict[str, np.ndarray]:
-        """Read the drives of the expert; record them if they do not exist."""
+        """Read the drives of the expert; record them if they do not exist or are damaged."""
         started = time.perf_counter()
         settings = {
             "seeds": [int(seeds[0]), len(seeds)],
@@ -264,7 +264,10 @@ class Driving(Problem):
         base = cache_folder() if self.config.data is None else self.config.data
         folder = base / "driving" / f"{name}_{digest}"
         if driving.has_recordings(folder):
-            return driving.read_recordings(folder, settings)
+            try:
+                return driving.read_recordings(folder, settings)
+            except (ValueError, FileNotFoundError) as error:
+                print(f"{error}: this is done now", file=sys.stderr)
         drives = driving.drive(driving.ExpertDriver(noise), seeds, self._fleet())
         arrays = driving.write_recordings(folder, drives, settings)
         self.seconds["recording_seconds"] += time.perf_counter() - started

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,12 @@ def _train(
     example = jnp.zeros((1, *dataset.image_shape))
     variables = jax.jit(module.init)(jax.random.key(0), example)
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
-    state, history = jn.resume(folder, state)
+    try:
+        state, history = jn.resume(folder, state)
+    except jn.checkpoint.CheckpointError as error:
+        warnings.warn(f"{error}; the classifier is trained again", stacklevel=3)
+        shutil.rmtree(folder)
+        history = jn.History()
     indices = jn.data.index_batches(num_examples, batch_size, seed=0)
     state, _ = jn.fit(
         jn.resident_steps(jn.make_train_step(update), dataset.train),

@@ -11,14 +11,14 @@ import gzip
 import io
 import lzma
 import os
-import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
+
+from jaxnets.storage import atomic_folder
 
 _COMPRESSED = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
 _USTAR = slice(257, 262)  # place of b"ustar" in the first header of a tar archive
@@ -130,7 +130,8 @@ def safe_extract(
         members = list(iterator)
         _check_members(members, archive)
         try:
-            _write_members(members, directory)
+            with atomic_folder(directory) as temporary:
+                _write_members(members, temporary)
         except OSError as error:
             raise OSError(
                 f"cannot extract {archive} to {directory} ({error}); check the disk"
@@ -175,23 +176,16 @@ def _refuse_name(name: str, path: PurePosixPath, is_folder: bool) -> str:
     return "a path outside the folder" if outside or name.startswith(("/", "\\")) else ""
 
 
-def _write_members(members: list[Member], directory: Path) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        for member in members:
-            target = temporary / member.name
-            if member.is_folder:
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as stream:
-                for chunk in member.chunks():
-                    stream.write(chunk)
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private to the user
-        os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _write_members(members: list[Member], folder: Path) -> None:
+    for member in members:
+        target = folder / member.name
+        if member.is_folder:
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "xb") as stream:
+            for chunk in member.chunks():
+                stream.write(chunk)
 
 
 class _TooLargeError(Exception):
@@ -258,6 +252,8 @@ def _zip_members(archive: zipfile.ZipFile, name: str) -> Iterator[Member]:
             refusal = "encrypted"
         elif info.compress_type not in _ZIP_METHODS or info.flag_bits & _PATCHED:
             refusal = f"compressed by method {info.compress_type}, which is not read"
+        elif info.is_dir() and info.file_size:
+            refusal = "a folder with content"
         chunks = _content(functools.partial(archive.open, info), info.file_size, name)
         yield Member(info.filename, info.file_size, refusal, info.is_dir(), chunks)
 

@@ -1,6 +1,6 @@
 """Files that survive kills: written atomically, held by one process, read with checks."""
 
-from jaxnets.storage.atomic import atomic_file
+from jaxnets.storage.atomic import atomic_file, atomic_folder
 from jaxnets.storage.documents import Document, read_json, read_json_lines, write_json
 from jaxnets.storage.lock import FolderInUseError, lock_folder
 
@@ -8,6 +8,7 @@ __all__ = [
     "Document",
     "FolderInUseError",
     "atomic_file",
+    "atomic_folder",
     "lock_folder",
     "read_json",
     "read_json_lines",

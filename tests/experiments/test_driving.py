@@ -106,6 +106,17 @@ def test_recordings_are_made_once(data):
     assert len(problem.resident["speeds"]) == 20
 
 
+@pytest.mark.parametrize("damaged", ["drives_000.npz", "recordings.json"])
+def test_damaged_recordings_are_made_again(data, capsys, damaged):
+    (path,) = data.glob(f"driving/expert_*/{damaged}")
+    before = path.read_bytes()
+    path.write_bytes(before[:50] + b"!" + before[51:])
+    problem = experiment.Driving(config(data=data))
+    assert path.read_bytes() == before
+    assert len(problem.resident["speeds"]) == 20
+    assert f"{damaged}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["nothing", "rounds"])
 def test_a_run_that_was_killed_in_its_second_stage_ends_bitwise_the_same(

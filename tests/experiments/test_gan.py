@@ -186,6 +186,17 @@ def test_a_classifier_with_a_checkpoint_is_restored_and_not_trained_again(tmp_pa
     np.testing.assert_array_equal(first.of(images).features, first.test.features)
 
 
+@pytest.mark.slow
+def test_a_classifier_with_a_damaged_checkpoint_is_trained_again(tmp_path):
+    first = RealFeatures.load(digits(), tmp_path, num_images=30, epochs=1)
+    (manifest,) = tmp_path.glob("step_*/manifest.json")
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=r"manifest\.json .*; the classifier is trained again"):
+        again = RealFeatures.load(digits(), tmp_path, num_images=30, epochs=1)
+    np.testing.assert_array_equal(first.test.features, again.test.features)
+    assert RealFeatures.load(digits(), tmp_path, num_images=30, epochs=1).floor() == first.floor()
+
+
 def test_generated_images_are_mapped_back_to_the_pixels_of_training():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     np.testing.assert_array_equal(grids.to_pixels(np.asarray(gan.centered(levels)), -1, 1), levels)

@@ -1,4 +1,4 @@
-"""Atomic files: permissions, interruptions, and what killed processes leave."""
+"""Atomic files and folders: permissions, interruptions, and what killed processes leave."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxnets.storage import atomic_file
+from jaxnets.storage import atomic_file, atomic_folder
 from jaxnets.storage.atomic import _remove_leftovers
 
 
@@ -55,8 +55,8 @@ with atomic_file(pathlib.Path(sys.argv[1])) as stream:
 """
 
 
-def start_writing(path):
-    process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE)
+def start_writing(path, writer=WRITER):
+    process = subprocess.Popen([sys.executable, "-c", writer, path], stdout=subprocess.PIPE)
     process.stdout.readline()
     return process
 
@@ -99,3 +99,49 @@ def test_a_file_that_was_taken_for_a_leftover_is_created_anew(tmp_path, monkeypa
     monkeypatch.setattr("jaxnets.storage.atomic.try_lock", taken_once)
     write(tmp_path / "file")
     assert taken and below(tmp_path) == ["file"]
+
+
+# Folders
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_a_folder_appears_whole_with_the_permissions_that_the_umask_leaves(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "new" / "folder") as temporary:
+            (temporary / "file").write_text("whole")
+            assert not (tmp_path / "new" / "folder").exists()
+    finally:
+        os.umask(before)
+    assert below(tmp_path / "new") == ["folder"] and below(tmp_path / "new/folder") == ["file"]
+    assert (tmp_path / "new" / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_an_interrupted_folder_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert below(tmp_path) == []
+
+
+FOLDER_WRITER = """
+import pathlib, sys, time
+from jaxnets.storage import atomic_folder
+with atomic_folder(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("half")
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_next_start_removes_the_folder_of_a_killed_process_but_of_no_other(tmp_path):
+    process = start_writing(tmp_path / "folder", FOLDER_WRITER)
+    try:
+        (half,) = below(tmp_path)
+        write(tmp_path / "file")
+        assert below(tmp_path) == [half, "file"]
+    finally:
+        end(process)
+    _remove_leftovers.cache_clear()
+    write(tmp_path / "file")
+    assert below(tmp_path) == ["file"]
