@@ -27,7 +27,7 @@ DATA_AXIS = "data"
 Params: TypeAlias = Any
 #: Other variable collections: "batch_stats", "hyperparameters", ...; {} if none.
 ModelState: TypeAlias = Mapping[str, Any]
-#: Arrays whose leading axis is examples; optional "weights" [batch], 0 = padding.
+#: Arrays whose leading axis is examples; optional "weights" [batch], 0 or more, 0 = padding.
 Batch: TypeAlias = Mapping[str, Any]
 #: Weighted sums by name.
 Metrics: TypeAlias = dict[str, "Mean"]
@@ -62,10 +62,10 @@ class Mean:
 
         Args:
             values: [batch, ...], any numeric dtype; summed in float32 or wider.
-            weights: [batch] or any other leading part of the shape of `values`, 0 = ignore; by
-                default every element of `values` has weight 1. A value of weight 0 is ignored
-                even if it is NaN or infinite, and its gradient is 0. But 0 times NaN is NaN in
-                the chain rule: the operations that produced the value have to be finite too.
+            weights: 0 or more, [batch] or any other leading part of the shape of `values`,
+                0 = ignore; by default every element of `values` has weight 1. A value of weight 0
+                is ignored even if it is NaN or infinite, and its gradient is 0. But 0 times NaN is
+                NaN in the chain rule: the operations that produced the value have to be finite too.
 
         Returns:
             Mean whose `total` has the remaining axes of `values`, and a scalar `count`; both are
@@ -132,7 +132,8 @@ class Objective(Protocol):
     Args:
         params: trainable parameters.
         model_state: other collections; returned with the same tree structure.
-        batch: arrays [batch, ...]; "weights" [batch] are the examples' weights, 0 = padding.
+        batch: arrays [batch, ...]; "weights" [batch] are the examples' weights, 0 or more,
+            0 = padding.
         rng: key of this step; `rng_streams` derives one key per stream from it.
         train: training mode: noise is drawn and running averages are updated.
 

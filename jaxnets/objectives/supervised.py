@@ -47,8 +47,9 @@ def classification(
 ) -> Objective:
     """Build the objective of a classifier.
 
-    Batches hold "inputs" [batch, ...], "labels" (integer [batch], or class probabilities
-    [batch, num_classes]) and optionally "weights" [batch]. The loss is `cross_entropy`, in nats per
+    Batches hold "inputs" [batch, ...], "labels" (integer [batch] in [0, num_classes), or class
+    probabilities [batch, num_classes], which sum to 1) and optionally "weights" [batch], 0 or more.
+    Labels out of range give NaN, which stops training. The loss is `cross_entropy`, in nats per
     example. With `train`, the module gets a "dropout" stream. If the batch has "lengths" [batch],
     the module gets them as a keyword.
 

@@ -7,16 +7,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 from scipy.special import log_softmax
 
-from jaxnets.core import Mean, rng_streams
+from jaxnets.core import Mean, Update, rng_streams
 from jaxnets.data.arrays import pad_batch
 from jaxnets.metrics import supervised
+from jaxnets.models.feedforward import MLP
 from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_loss, squared_error
 from jaxnets.objectives.supervised import classification, regression, with_batch_transform
+from jaxnets.training.executors import (
+    data_mesh,
+    jit_step,
+    pmap_step,
+    population_step,
+    scan_steps,
+    sharded_step,
+)
 from jaxnets.training.loop import evaluate, evaluate_sums
+from jaxnets.training.step import create_train_state, make_train_step
 
 
 class Identity(nn.Module):
@@ -337,3 +348,29 @@ def test_weights_below_zero_stop_a_classifier(logits):
     with pytest.raises(ValueError, match=r"weights hold -1\.0"):
         objective(batch)
     assert np.isnan(jax.jit(lambda batch: objective(batch).loss.compute())(batch))
+
+
+def test_bytes_as_labels_train_alike_under_every_executor():
+    random = np.random.default_rng(0)
+    module = MLP(features=(), num_outputs=256)
+    update = Update(classification(module), optax.sgd(0.1))
+    step = make_train_step(update)
+    batch = {
+        "inputs": random.normal(size=(4, 3)).astype(np.float32),
+        "labels": np.array([0, 100, 200, 255], np.uint8),
+    }
+    wide = {**batch, "labels": batch["labels"].astype(np.int32)}
+    variables = module.init(jax.random.key(0), batch["inputs"])
+    state = create_train_state(variables, update, rng=jax.random.key(0))
+    expected = jit_step(step)(state, wide)[1]["loss"].compute()
+    assert np.isfinite(expected)
+    add_axis = functools.partial(jax.tree.map, lambda leaf: leaf[None])
+    losses = [
+        jit_step(step)(state, batch),
+        pmap_step(step)(state, batch),
+        sharded_step(step, data_mesh())(state, batch),
+        jit_step(scan_steps(step))(state, add_axis(batch)),
+        jit_step(population_step(step))(add_axis(state), batch),
+    ]
+    for _, metrics in losses:
+        np.testing.assert_allclose(metrics["loss"].compute(), expected, rtol=1e-5)

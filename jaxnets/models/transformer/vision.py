@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import IMAGES, check_rank, check_sizes
-from jaxnets.core import Precision, drawn_in_float32, record
+from jaxnets.core import Precision, at_least_int32, drawn_in_float32, known_values, record
 from jaxnets.functional.patches import patchify
 from jaxnets.functional.pooling import global_average_pool
 from jaxnets.layers import Dense, Dropout
@@ -54,14 +54,15 @@ class PatchEncoder(nn.Module):
         Args:
             inputs: images of the size that the network was initialized with.
             visible: integer [batch, num_visible], indices of the patches to encode, in the order in
-                which they are returned; by default all of them, row by row.
+                which they are returned; by default all of them, row by row. An index out of range
+                that is known only at run time gives NaN.
             train: training mode.
 
         Returns:
             Features in the compute dtype; with `use_token` those of the token come first.
 
         Raises:
-            ValueError: images that do not split into patches.
+            ValueError: images that do not split into patches, or indices that do not fit.
         """
         check_rank(inputs, self, layouts=IMAGES)
         config, policy = self.config, self.precision
@@ -78,11 +79,29 @@ class PatchEncoder(nn.Module):
             x = jnp.concatenate([token, x], axis=1)
         x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
         if visible is not None:
-            patches = jnp.take_along_axis(x[:, num_tokens:], visible[..., None], axis=1)
+            patches = _take(x[:, num_tokens:], visible)
             x = jnp.concatenate([x[:, :num_tokens], patches], axis=1)
             # [batch, num_tokens + num_visible, features]
         x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
         return Stack(config, self.num_layers, precision=policy, name="stack")(x, train=train)
+
+
+def _take(patches: jax.Array, indices: jax.Array) -> jax.Array:
+    """Take patches [batch, indices, features] from [batch, patches, features]."""
+    batch, num_patches = patches.shape[:2]
+    shape, known = jnp.shape(indices), known_values(indices)
+    integers = len(shape) == 2 and jnp.issubdtype(jnp.result_type(indices), jnp.integer)
+    if not integers or shape[0] != batch:
+        raise ValueError(
+            f"visible of shape {shape} and type {jnp.result_type(indices)} does not fit {batch} "
+            "images; give integers [batch, num_visible]"
+        )
+    indices = at_least_int32(indices if known is None else known)
+    outside = (indices < 0) | (indices >= num_patches)
+    if known is not None and outside.any():
+        raise ValueError(f"visible holds {known[outside][0]}; give indices in [0, {num_patches})")
+    taken = jnp.take_along_axis(patches, jnp.where(outside, 0, indices)[..., None], axis=1)
+    return jnp.where(outside[..., None], jnp.asarray(jnp.nan, taken.dtype), taken)
 
 
 class VisionTransformer(nn.Module):

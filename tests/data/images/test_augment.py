@@ -248,26 +248,6 @@ def test_pixels_whose_greatest_gray_level_is_unknown_are_refused(images, message
     ("call", "message"),
     [
         (lambda key, x: normalize(x, (0.5,), (0.5,)), "1 means and 1 standard deviations"),
-        (
-            lambda key, x: normalize(x.astype(int), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]),
-            "images have type int32; give gray",
-        ),
-        (
-            lambda key, x: normalize(
-                x.astype(jnp.uint16), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]
-            ),
-            "images have type uint16",
-        ),
-        (
-            lambda key, x: normalize(
-                255 * jnp.ones_like(x), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]
-            ),
-            "images hold 255 to 255",
-        ),
-        (
-            lambda key, x: normalize(-jnp.ones_like(x), (0.5,) * x.shape[-1], (0.5,) * x.shape[-1]),
-            "images hold -1 to -1",
-        ),
         (lambda key, x: random_crop(key, x, -1), "cannot move by -1 pixels"),
         (lambda key, x: random_crop(key, x, 1, mode="wrap"), "unknown mode 'wrap'"),
         (lambda key, x: random_crop(key, x, 5, mode="reflect"), "cannot reflect 5 pixels"),

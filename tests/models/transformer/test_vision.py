@@ -15,7 +15,7 @@ from transformer_problem import (
 )
 
 from jaxnets import transformer
-from jaxnets.models.transformer import VisionTransformer
+from jaxnets.models.transformer import PatchEncoder, VisionTransformer
 
 IMAGES = floats(2, 4, 6, 3)
 TOKEN = VisionTransformer(3, patch_size=2, num_layers=1, config=config(**DROPPING))
@@ -68,3 +68,16 @@ def apply(images):
 def test_a_wrong_field_or_input_is_refused_with_its_value(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_visible_patches_out_of_range_are_refused_or_nan():
+    module = PatchEncoder(4, 1, config(), use_token=False)
+    images = np.ones((1, 8, 8, 1), np.float32)
+    variables = made(module, images)
+    with pytest.raises(ValueError, match=r"visible holds 4; give indices in \[0, 4\)"):
+        module.apply(variables, images, np.array([[0, 4]]))
+    with pytest.raises(ValueError, match="give integers"):
+        module.apply(variables, images, np.array([[0.0, 1.0]]))
+    chosen = forward(module, variables, images, np.array([[3, 0]], np.uint8))
+    assert np.isfinite(chosen).all()
+    assert np.isnan(forward(module, variables, images, np.array([[-1, 0]], np.int8))).all()
