@@ -3,7 +3,7 @@
 #
 # Guess: it is a property, which changes nothing: an array that goes out of scope is freed at once, by
 # its reference count, as when nothing was read.
-# Behavior (jax 0.10.1 and 0.12.0.1): reading it ties an array on one device into a reference cycle, so
+# Behavior (jax 0.10.1; 0.12.0.1 frees it at once, so the script fails there): reading it ties an array on one device into a reference cycle, so
 # it and its buffer stay alive until Python's cyclic garbage collector runs, which counts objects and
 # not bytes. np.asarray, jax.device_get, sharding and is_fully_addressable tie nothing, and neither
 # does addressable_shards of an array on several devices. Whoever saves states by their shards, as

@@ -25,26 +25,38 @@ Writer: TypeAlias = Callable[[Row], None]
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a metric or a parameter is NaN or infinite.
+    """A loss, a metric or an array of the state is NaN or infinite.
 
     Attributes:
         where: the metric and its steps, or the state.
-        parameter: path of the first parameter that is not finite, None if all are finite.
+        parameter: the first array of the state that is not finite, in the order of the network: the
+            path of a parameter, or such as "model_state/batch_stats/norm/var"; None if all are.
+        cause: the steps among which the one is that made it so.
         batch: the ranges of the values of a training batch, None if they are unknown.
     """
 
-    def __init__(self, where: str, *, parameter: str | None = None) -> None:
+    def __init__(
+        self,
+        where: str,
+        *,
+        parameter: str | None = None,
+        cause: str = "this step or the one before",
+    ) -> None:
         super().__init__(where)
         self.where = where
         self.parameter = parameter
+        self.cause = cause
         self.batch: str | None = None
 
     def __str__(self) -> str:
-        parameter = f"parameter {self.parameter} is" if self.parameter else "no parameter is yet"
+        array = "the state is not yet"
+        if self.parameter is not None:
+            part = self.parameter.startswith(("model_state/", "opt_state/"))
+            array = f"{'' if part else 'parameter '}{self.parameter} is"
         batch = f"; {self.batch}" if self.batch else ""
         return (
-            f"{self.where} is not finite ({parameter} NaN or infinite). Look for labels out of "
-            "range, for n classes 0 to n - 1, and for NaN in the inputs"
+            f"{self.where} is not finite ({array} NaN or infinite): {self.cause} made it so. Look "
+            "for labels out of range, for n classes 0 to n - 1, and for NaN in the inputs"
             f"{batch}. If the data are right, lower the learning rate or clip the gradients "
             "(optax.clip_by_global_norm)"
         )
@@ -190,7 +202,10 @@ class History:
             if not np.all(np.isfinite(mean.total)):
                 steps = f"{call.first + 1} to {call.last}"
                 one = call.last - call.first == 1
-                raise NonFiniteError(_where(name, call.last if one else steps, mean.total))
+                raise NonFiniteError(
+                    _where(name, call.last if one else steps, mean.total),
+                    cause=f"{'this step' if one else 'one of these steps'} or the one before",
+                )
             self.sums[name] = self.sums[name] + mean if name in self.sums else mean
         self.step = call.last
         row: Row = {"step": call.last}

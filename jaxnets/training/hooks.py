@@ -23,9 +23,9 @@ from jaxnets.training.loop import (
     check_evaluation,
     current_step,
     evaluate,
-    first_nonfinite,
     write_from_handler,
 )
+from jaxnets.training.nonfinite import first_nonfinite
 
 #: Ctrl-C, the end of a time limit, the end of a terminal; Windows lacks the last.
 _SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -219,11 +219,12 @@ class EarlyStopping:
 class Checkpointing:
     """Save state and history at regular steps, at the end, and on SIGINT, SIGTERM and SIGHUP.
 
-    A state with a parameter that is NaN or infinite is not saved, so the last checkpoint is
-    usable. On a signal the current call is finished and saved, and `fit` returns with
-    `history.interrupted`; a second SIGINT raises KeyboardInterrupt at once. A signal that the
-    process ignores stays ignored, such as SIGHUP under `nohup`. A save that has begun is finished
-    before the second SIGINT; only a third one cuts it off. Continue with `resume`.
+    A state with a NaN or an infinity in its parameters, its model state (such as the statistics of
+    batch norms) or its optimizer state is not saved, so the last checkpoint is usable. On a signal
+    the current call is finished and saved, and `fit` returns with `history.interrupted`; a second
+    SIGINT raises KeyboardInterrupt at once. A signal that the process ignores stays ignored, such
+    as SIGHUP under `nohup`. A save that has begun is finished before the second SIGINT; only a
+    third one cuts it off. Continue with `resume`.
 
     Args:
         directory: folder of the run's checkpoints.
@@ -265,7 +266,7 @@ class Checkpointing:
         self.watches = best[:1] if best else ()
         self._on_signal = on_signal
         self._history = History()
-        self._step = 0
+        self._step = self._saved = 0
         self._measured = False
         self._values: dict[int, Any] = {}  # of the metric, at the steps that have a checkpoint
         self._signal: int | None = None
@@ -285,6 +286,7 @@ class Checkpointing:
                 f"{step}; resume from it, or choose another directory"
             )
         self._history, self._step, self._signal = history, step, None
+        self._saved = step
         if self._best is not None:
             self._values = dict(zip(*history.column(self._best[0]), strict=True))
         if self._on_signal and threading.current_thread() is threading.main_thread():
@@ -314,12 +316,14 @@ class Checkpointing:
         best = rank(self._values, self._best[1])[: self._keep_best] if self._best else []
         if not (due or step in best):
             return
-        bad = first_nonfinite(state.params)
+        bad = first_nonfinite(state)
         if bad is not None:
-            raise NonFiniteError(f"the state at step {step}", parameter=bad)
+            cause = f"a step after {self._saved}"
+            raise NonFiniteError(f"the state at step {step}", parameter=bad, cause=cause)
         with self._history.spending("checkpoints"), self._uninterrupted():
             checkpoint.save(self._directory, state, history=self._history, step=step)
             checkpoint.prune(self._directory, keep=self._keep, protect={step, *best})
+        self._saved = step
 
     def close(self) -> None:
         """Restore the signal handlers."""

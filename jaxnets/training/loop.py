@@ -30,9 +30,9 @@ from jaxnets.core import (
     is_endless,
     known_values,
     steps_per_batch,
-    tree_path,
 )
 from jaxnets.training.history import History, NonFiniteError, Writer
+from jaxnets.training.nonfinite import first_nonfinite, order_of_use
 from jaxnets.training.progress import ProgressBar
 from jaxnets.training.watched import WatchedValues
 
@@ -204,7 +204,9 @@ def fit(
                     watched.finish(history)
                 bar.update(now, _num_examples(batch, size), history if logged else None)
             except NonFiniteError as error:
-                error.parameter = error.parameter or first_nonfinite(state.params)
+                if first_nonfinite(state) is not None:
+                    order = order_of_use(step, state, batch)
+                    error.parameter = first_nonfinite(state, order)
                 error.batch = f"the training batch of step {now} has {value_ranges(batch)}"
                 raise
         history.seconds = earlier + time.perf_counter() - began
@@ -332,15 +334,6 @@ def current_step(state: Any) -> int:
     return int(np.max(state.step))
 
 
-def first_nonfinite(tree: Any) -> str | None:
-    """Return the path of the first leaf with a NaN or an infinity, None if there is none."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    finite = jax.device_get(_all_finite([leaf for _, leaf in pairs]))
-    return next(
-        (tree_path(path) for (path, _), ok in zip(pairs, finite, strict=True) if not ok), None
-    )
-
-
 def value_ranges(batch: Batch) -> str:
     """Describe the values of each array of a batch, such as "labels from 1 to 10"."""
     parts = []
@@ -356,14 +349,6 @@ def value_ranges(batch: Batch) -> str:
         else:
             parts.append(f"{name} from {known.min():g} to {known.max():g}")
     return ", ".join(parts) or "no known values"
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [
-        jnp.all(jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.array(True)
-        for leaf in leaves
-    ]
 
 
 def _nothing(*args: Any, **keywords: Any) -> None:

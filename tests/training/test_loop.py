@@ -41,7 +41,8 @@ from jaxnets.objectives.supervised import classification
 from jaxnets.training.executors import jit_step
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, every, validation
-from jaxnets.training.loop import evaluate, first_nonfinite, fit, value_ranges
+from jaxnets.training.loop import evaluate, fit, value_ranges
+from jaxnets.training.nonfinite import first_nonfinite
 from jaxnets.training.step import create_train_state, make_train_step
 from jaxnets.training.writers import jsonl_writer
 
@@ -370,11 +371,6 @@ def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():
     bad = dataclasses.replace(make_state(), params={"linear": {"kernel": jnp.full(3, jnp.nan)}})
     with pytest.raises(NonFiniteError, match="loss at steps 1 to 3 is not finite"):
         fit(scanned_step, bad, Chunked(3), num_steps=3)
-
-
-def test_first_nonfinite_ignores_integers():
-    assert first_nonfinite({"a": jnp.arange(3), "b": jnp.ones(2)}) is None
-    assert first_nonfinite({"a": jnp.arange(3), "b": {"c": jnp.array([1, jnp.inf])}}) == "b/c"
 
 
 def test_evaluation_is_exact_with_padding_and_uneven_batches():
