@@ -79,9 +79,12 @@ def open_archive(
         with _errors_named(name):
             start = file.read(_BLOCK_BYTES)
             file.seek(0)
-            opener = next((o for magic, o in _COMPRESSED if start.startswith(magic)), None)
-            # A tar archive may end with a member that is a zip archive itself.
-            if opener is None and start[_USTAR] != b"ustar" and zipfile.is_zipfile(file):
+            # The name of the first member may start as a compressed file does, and the last member
+            # may be a zip archive itself.
+            is_tar = start[_USTAR] == b"ustar"
+            openers = [opener for magic, opener in _COMPRESSED if start.startswith(magic)]
+            opener = openers[0] if openers and not is_tar else None
+            if opener is None and not is_tar and zipfile.is_zipfile(file):
                 members = _zip_members(stack.enter_context(zipfile.ZipFile(file)), name)
             else:
                 file.seek(0)

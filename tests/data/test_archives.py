@@ -136,6 +136,12 @@ def test_a_tar_archive_that_ends_with_a_zip_archive_is_a_tar_archive(tmp_path):
     assert (tmp_path / "folder" / "inner.zip").read_bytes() == inner
 
 
+def test_a_tar_archive_whose_first_name_starts_like_a_compressed_file_is_extracted(tmp_path):
+    make_tar(tmp_path / "x.tar", tar_member("BZh91AY"), mode="w")
+    safe_extract(tmp_path / "x.tar", tmp_path / "folder")
+    assert (tmp_path / "folder" / "BZh91AY").read_bytes() == CONTENT
+
+
 # Members that cannot be files of their own
 
 CONFLICTS = [
