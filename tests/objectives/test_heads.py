@@ -55,6 +55,19 @@ def test_a_discretized_head_gives_the_cross_entropy_computed_by_hand():
     np.testing.assert_allclose(HEAD.mean(outputs)[0], [-0.25, 0.7], rtol=1e-6)
 
 
+def test_a_bin_of_logit_minus_infinity_counts_nothing_where_its_label_is_zero():
+    head = DiscretizedHead(ranges=((0.0, 1.0),), num_bins=3)
+    outputs, labels = jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.array([[0.25]])
+
+    def loss(outputs):
+        return head.losses(outputs, labels, train=True).sum()
+
+    for compiled in (lambda f: f, jax.jit):
+        value, gradient = compiled(jax.value_and_grad(loss))(outputs)
+        np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+        np.testing.assert_allclose(gradient, np.zeros((1, 3)), atol=1e-7)
+
+
 def test_the_mean_of_a_two_hot_label_is_the_label():
     labels = jnp.array([[-0.31, 0.77]])
     outputs = jnp.log(HEAD.probabilities(labels) + 1e-12).reshape(1, -1)
