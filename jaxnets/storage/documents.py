@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from jaxnets.storage.atomic import atomic_file
 T = TypeVar("T")
 
 _DIGEST = "sha256"
+_MAX_DEPTH = 100  # deeper values end in a RecursionError, here or where they are used
+_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -176,6 +179,11 @@ def _parse(document: Document, text: str) -> dict[str, Any]:
         raise document.error(reason, line=_line(text, None)) from error
     if not isinstance(content, dict):
         raise document.error("it is no JSON object")
+    depth = 0
+    for bracket in re.finditer(r"[\[{\]}]", _TEXT.sub("", text)):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > _MAX_DEPTH:
+            raise document.error("it is nested too deeply", line=_line(text, None))
     return content
 
 

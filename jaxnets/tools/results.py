@@ -32,7 +32,8 @@ class Result(TypedDict):
         model: name of the network.
         steps: of the training.
         parameters: number of parameters of one network.
-        train_seconds: of the training of all networks.
+        train_seconds: of the training of all networks; the other times are parts of it, or of the
+            final evaluation.
         command: that repeats the run.
         notes: sentences on what to compare the value with.
         captions: {name of a picture, without its suffix: sentence}.
@@ -50,6 +51,12 @@ class Result(TypedDict):
     steps: NotRequired[int | None]
     parameters: NotRequired[int | None]
     train_seconds: NotRequired[float | None]
+    compile_seconds: NotRequired[float | None]
+    step_seconds: NotRequired[float | None]
+    evaluation_seconds: NotRequired[float | None]
+    checkpoints_seconds: NotRequired[float | None]
+    batches_seconds: NotRequired[float | None]
+    measure_seconds: NotRequired[float | None]
     command: NotRequired[str]
     notes: NotRequired[list[str]]
     captions: NotRequired[dict[str, str]]

@@ -61,6 +61,11 @@ def test_the_layout_of_a_file_may_change_and_its_content_may_not(tmp_path):
             read(path)
 
 
+def test_brackets_within_text_are_not_nested(tmp_path):
+    write_json(tmp_path / "a.json", {**GOOD, "shop": '[\\"' * 300})
+    assert read(tmp_path / "a.json")["shop"] == '[\\"' * 300
+
+
 def test_a_file_without_a_digest_is_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(GOOD))
     assert read(tmp_path / "a.json") == GOOD
@@ -104,6 +109,7 @@ TEXT = """{
         ('"open"', '"count"', 8, "'count' occurs twice"),
         ('"price"', '"name"', 4, "'name' occurs twice"),
         ("true", "[" * 100_000 + "]" * 100_000, 8, "nested too deeply"),
+        ("true", "[" * 200 + "]" * 200, 1, "nested too deeply"),
         ("true", '1, "discounts": {"a": "b"}', 8, "open is 1, not true or false"),
         ("true", 'true,\n "discounts": {"a": []}', 9, r"discounts\['a'\] is \[\], not a finite"),
         ("corner", "c\udc80", 2, "not text in UTF-8"),

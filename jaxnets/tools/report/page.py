@@ -127,14 +127,15 @@ def write_report(folder: str | os.PathLike[str], result: Mapping[str, Any] | Non
     )
     path = folder / "report.html"
     with atomic_file(path) as stream:
-        stream.write(page.encode())
+        stream.write(page.encode(errors="replace"))  # halves of surrogate pairs
     return path
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of the log, whose values are numbers, or one number per network."""
     remedy = "mend or remove the line, or resume the run, which writes the log anew"
-    rows, members = [], 0
+    rows: list[dict[str, Any]] = []
+    members, several = None, dict[str, bool]()
     try:
         documents = read_json_lines(path, what="the metrics of a run", remedy=remedy)
     except FileNotFoundError:
@@ -143,10 +144,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         document.check(_Row)
         row = document.check(dict[str, float | list[float | None] | None])
         for name, value in row.items():
+            if several.setdefault(name, isinstance(value, list)) != isinstance(value, list):
+                reason = f"{name} is one number in some rows and a list in others"
+                raise document.error(reason, key=name)
             if isinstance(value, list):
-                members = members or len(value)
-                if len(value) != members or name == "step":
-                    reason = f"{name} has {len(value)} values, not {members}"
+                members = len(value) if members is None else members
+                if len(value) != members or not value:
+                    reason = f"{name} has {len(value)} values, not {members or 'one or more'}"
                     raise document.error(reason, key=name)
         rows.append(row)
     return rows

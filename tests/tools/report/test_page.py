@@ -134,6 +134,17 @@ def test_networks_that_diverged_are_named(folder):
             '{"step": 1, "loss": [1, 2]}\n{"step": 2, "loss": [1]}',
             "line 2: .* loss has 1 values, not 2",
         ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": [1, 2]}\n{"step": 2, "loss": 1}',
+            "line 2: .* loss is one number in some rows and a list in others",
+        ),
+        ("metrics.jsonl", '{"step": 1, "loss": []}', "line 1: .* loss has 0 values, not one or"),
+        (
+            "result.json",
+            json.dumps({**RESULT, "step_seconds": "1"}),
+            'line 1: .* step_seconds is "1"',
+        ),
         ("config.json", "[1]", "line 1: not the configuration of a run: .*; mend or remove it"),
         ("result.json", '{"dataset": 1}', "line 1: not the result of a run: dataset is 1"),
         ("result.json", "[" * 100_000, "line 1: not the result of a run: it is nested"),
@@ -155,6 +166,11 @@ def test_a_folder_that_does_not_exist_ends_with_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["report", str(tmp_path / "none")])
     assert stopped.value.code == 2 and "none" in capsys.readouterr().err
+
+
+def test_text_that_is_no_unicode_is_shown_as_far_as_possible(folder):
+    page = jn.write_report(folder, {**RESULT, "dataset": "half \ud800"}).read_text()
+    assert "half ?" in page
 
 
 def test_values_beyond_every_scale_are_not_drawn(folder):
