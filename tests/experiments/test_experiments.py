@@ -32,7 +32,7 @@ from jaxnets import data
 from jaxnets.data import digits
 from jaxnets.storage import lock_folder, read_json
 from jaxnets.tools.comparison import compare, read_run
-from jaxnets.training.checkpoint import latest_step
+from jaxnets.training.checkpoint import latest_step, verify
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -352,35 +352,32 @@ def test_an_error_and_a_stop_end_quietly_where_the_terminal_is_gone(monkeypatch)
         assert stopped.value.code == code
 
 
+# Makes standard input the terminal of this process, and becomes the program of its arguments.
+IN_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 @pytest.mark.slow
-def test_a_terminal_that_closes_leaves_a_folder_that_goes_on(tmp_path):
+def test_a_terminal_that_closes_leaves_a_checkpoint_of_that_moment(tmp_path):
     """With a progress line on the terminal, to which nothing can be written any more."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execve(
-            sys.executable,
-            [str(word) for word in command(*KILLED, "--out", tmp_path)],
-            environment(),
-        )
-    step = None
-    while step is None:
-        select.select([terminal], [], [], 0.05)
-        step = latest_step(tmp_path / "checkpoints")
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, *command(*KILLED, "--out", tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+    )
+    os.close(end)
+    wait_for_a_new_checkpoint(process, tmp_path, None)
+    assert select.select([terminal], [], [], 30)[0]  # the progress line
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 3
-    assert latest_step(tmp_path / "checkpoints") >= step
-    assert call(*KILLED, "--out", tmp_path, "--resume").returncode == 0
-
-
-def test_a_finished_training_gets_its_log_back_and_is_finished(tmp_path):
-    tiny(tmp_path)
-    log, result = tmp_path / "metrics.jsonl", tmp_path / "result.json"
-    whole = log.read_bytes()
-    for damage in (log.unlink, lambda: log.write_bytes(whole[:-7]), lambda: log.write_text("{")):
-        result.unlink()
-        damage()
-        tiny(tmp_path, resume=True)
-        assert log.read_bytes() == whole and result.exists()
+    assert process.wait(timeout=60) == 3
+    verify(tmp_path / "checkpoints", latest_step(tmp_path / "checkpoints"))
 
 
 def environment():
