@@ -117,7 +117,7 @@ def _train(
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
     try:
         state, history = jn.resume(folder, state)
-    except jn.checkpoint.CheckpointError as error:
+    except jn.CheckpointError as error:
         warnings.warn(f"{error}; the classifier is trained again", stacklevel=3)
         shutil.rmtree(folder)
         history = jn.History()

@@ -425,8 +425,11 @@ def tokenizers() -> Iterator[Reader]:
         for name, tokenizer in made.items():
             tokenizer.save(folder / name)
 
+    def check(value: list[Any], contents: dict[str, bytes]) -> None:
+        assert all(tokenizer in made.values() for tokenizer in value)  # one file may be another
+
     yield Reader(
-        _written(save), lambda folder: [data.load_tokenizer(folder / name) for name in made]
+        _written(save), lambda folder: [data.load_tokenizer(folder / name) for name in made], check
     )
 
 
