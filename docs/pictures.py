@@ -45,7 +45,9 @@ def feedforward() -> None:
         module = jn.MLP(features, num_outputs=2, activation="tanh")
         update = jn.Update(jn.classification(module), optax.adam(1e-2))
         key = jax.random.key(1)
-        state = jn.create_train_state(module.init(key, points["inputs"][:1]), update, rng=key)
+        state = jn.create_train_state(
+            jn.initialize(module, key, points["inputs"][:1]), update, rng=key
+        )
         batches = jn.data.shuffled_batches(points, 100, seed=0)
         step = jn.jit_step(jn.make_train_step(update))
         state, history = jn.fit(step, state, batches, num_steps=2000, log_every=100)
@@ -71,7 +73,9 @@ def convolutional() -> None:
     objective = jn.with_batch_transform(jn.classification(module), scaled)
     update = jn.Update(objective, optax.adamw(3e-3, weight_decay=0.05))
     key = jax.random.key(0)
-    state = jn.create_train_state(module.init(key, jnp.zeros((1, 8, 8, 1))), update, rng=key)
+    state = jn.create_train_state(
+        jn.initialize(module, key, jnp.zeros((1, 8, 8, 1))), update, rng=key
+    )
     batches = jn.data.shuffled_batches(digits.train, 64, seed=0)
     state, _ = jn.fit(jn.jit_step(jn.make_train_step(update)), state, batches, num_steps=600)
     image = digits.test["inputs"][:1] / 255
@@ -107,7 +111,7 @@ def recurrent() -> None:
     }
     for name, cell in cells.items():
         module = jn.Recurrent(hidden_size=64, cell=cell)
-        variables = module.init(key, inputs)
+        variables = jn.initialize(module, key, inputs)
 
         def last(inputs, module=module, variables=variables):
             direction = jax.random.normal(key, (64,))

@@ -4,7 +4,7 @@ import jaxnets as jn
 
 module = jn.MLP(features=(128, 128), num_outputs=10)
 update = jn.Update(jn.classification(module), optax.adamw(1e-3))
-state = jn.create_train_state(module.init(key, images[:1]), update, rng=key)
+state = jn.create_train_state(jn.initialize(module, key, images[:1]), update, rng=key)
 step = jn.jit_step(jn.make_train_step(update))
 state, history = jn.fit(step, state, batches, num_steps=1_000)
 """

@@ -125,6 +125,7 @@ from .training.executors import (
 from .training.histograms import gradient_histograms, parameter_histograms
 from .training.history import History, NonFiniteError
 from .training.hooks import Checkpointing, EarlyStopping, every, resume, validation
+from .training.initialization import initialize
 from .training.loop import Hook, Interrupted, StopTraining, evaluate, evaluate_sums, fit
 from .training.media import Histogram, Image
 from .training.optimizers import (
@@ -251,6 +252,7 @@ __all__ = [
     "huber_loss",
     "importance_weighted",
     "importance_weighted_bound",
+    "initialize",
     "input_gradient",
     "jit_step",
     "jsonl_writer",

@@ -1,9 +1,9 @@
 """The types that every other module uses, and how a Linen module becomes a pure function.
 
 Types: `Mean`, `Objective`, `Update`, `TrainState`, `StepFn`, `BatchSource`, `Precision`.
-Functions: `apply_module`, `record`, `capture`, random streams. Nothing here imports Flax: an
-objective is any function on pytrees with the signature of `Objective`, and `apply_module` calls
-anything that has Linen's `apply`.
+Functions: `apply_module`, `record`, `capture`, random streams. Nothing here imports
+Flax: an objective is any function on pytrees with the signature of `Objective`, and `apply_module`
+calls anything that has Linen's `apply`.
 """
 
 from __future__ import annotations

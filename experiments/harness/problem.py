@@ -87,7 +87,7 @@ class Problem(abc.ABC):
 
     def initial_variables(self, key: jax.Array) -> Mapping[str, Any]:
         """Initialize one network."""
-        return self.module.init(key, *self.example())
+        return jn.initialize(self.module, key, *self.example())
 
     @property
     def num_steps(self) -> int:

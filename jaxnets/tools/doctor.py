@@ -25,6 +25,7 @@ from jaxnets.host import usable_cores
 from jaxnets.models.feedforward import MLP
 from jaxnets.objectives.supervised import classification
 from jaxnets.training.executors import jit_step
+from jaxnets.training.initialization import initialize
 from jaxnets.training.step import create_train_state, make_train_step
 
 _PACKAGES = ("jaxnets", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -216,7 +217,7 @@ def _check_training() -> str | None:
     module = MLP(features=(16,), num_outputs=3)
     update = Update(classification(module), optax.adam(0.1))
     key = jax.random.key(0)
-    state = create_train_state(module.init(key, batch["inputs"]), update, rng=key)
+    state = create_train_state(initialize(module, key, batch["inputs"]), update, rng=key)
     step = jit_step(make_train_step(update))
     losses = []
     for _ in range(10):

@@ -22,6 +22,7 @@ from jaxnets.training.executors import (
 from jaxnets.training.histograms import gradient_histograms, parameter_histograms
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, EarlyStopping, every, resume, validation
+from jaxnets.training.initialization import initialize
 from jaxnets.training.loop import Hook, Interrupted, StopTraining, evaluate, evaluate_sums, fit
 from jaxnets.training.media import Histogram, Image
 from jaxnets.training.optimizers import (
@@ -65,6 +66,7 @@ __all__ = [
     "fit",
     "fsdp_sharding",
     "gradient_histograms",
+    "initialize",
     "jit_step",
     "jsonl_writer",
     "make_eval_step",
