@@ -1,6 +1,6 @@
 """The public names, each imported when it is first used; see `__init__.py`."""
 
-from . import data, functional, layers, metrics, objectives
+from . import data, functional, layers, metrics, objectives, pretrained
 from .core import (
     DATA_AXIS,
     Batch,
@@ -272,6 +272,7 @@ __all__ = [
     "pmap_step",
     "population_step",
     "precision_recall",
+    "pretrained",
     "recalibrate_batch_norm",
     "reconstruction",
     "recurrent",

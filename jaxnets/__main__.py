@@ -1,4 +1,4 @@
-"""The commands of `python -m jaxnets`: doctor, summary MODEL, compare RUN ..., report RUN."""
+"""The commands of `python -m jaxnets`: doctor, summary, compare, report, inspect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxnets.models import registry
+from jaxnets.pretrained import inspect
 from jaxnets.tools import comparison, doctor, summary
 from jaxnets.tools.report import write_report
 from jaxnets.training.optimizers import OPTIMIZERS
@@ -42,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = "write report.html from the log, the result and the pictures of a run"
     report = commands.add_parser("report", help=show, description=show, allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
+    list_tensors = "names, shapes, types and sizes of the tensors in a file or folder"
+    inspection = commands.add_parser(
+        "inspect",
+        help=list_tensors,
+        description=list_tensors,
+        parents=[as_json],
+        allow_abbrev=False,
+    )
+    inspection.add_argument(
+        "path", metavar="FILE_OR_FOLDER", help="in any format of jn.pretrained.read_tensors"
+    )
     describe = "layers, parameters, FLOPs and, on request, memory of a network"
     summarize = commands.add_parser(
         "summary",
@@ -88,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "report":
             print(write_report(options.run))
+            return 0
+        if options.command == "inspect":
+            inspected = inspect(options.path)
+            print(json.dumps(inspected.to_json()) if options.json else inspected)
             return 0
         result = summary.summarize_model(
             options.model,

@@ -15,7 +15,7 @@ LEVELS = (
     ("functional", "training", "metrics"),
     ("layers", "generation", "data", "objectives"),
     ("models",),
-    ("tools",),
+    ("pretrained", "tools"),
     ("__main__",),
 )
 FAMILIES = ("feedforward", "convolutional", "recurrent", "transformer", "autoencoder", "gan")
