@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxnets.storage import atomic_file
 from jaxnets.training.history import History, Row, Writer
 from jaxnets.training.media import Histogram, Image, Medium
 
@@ -20,13 +21,8 @@ class _JsonlWriter:
         self._path = Path(path)
 
     def start(self, history: History, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(self._path.name + ".new")
-        with temporary.open("w") as file:
-            file.writelines(_line(row) for row in history.rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
+        with atomic_file(self._path) as file:
+            file.writelines(_line(row).encode() for row in history.rows)
         self._file = self._path.open("a")
 
     def __call__(self, row: Row) -> None:
