@@ -1,6 +1,9 @@
 """Small files of every format, written by the library of the format."""
 
+import zipfile
+
 import gguf
+import h5py
 import ml_dtypes
 import numpy as np
 import onnx
@@ -61,6 +64,27 @@ def write_npz_compressed(path, tree):
 
 def write_npy(path, tree):
     np.save(path, next(array for array in tree.values() if array.size > 3))
+
+
+def write_h5(path, tree, **options):
+    """Write arrays as Keras does: groups for layers, and bfloat16 as bytes without a type."""
+    with h5py.File(path, "w") as file:
+        for name, array in tree.items():
+            name = name.replace(".", "/")
+            if array.dtype == ml_dtypes.bfloat16:
+                dataset = file.create_dataset(name, data=array.view("V2"))
+                dataset.attrs["dtype"] = "bfloat16"
+            else:
+                file.create_dataset(name, data=array, **(options if array.ndim else {}))
+
+
+def write_keras(path, tree):
+    weights = path.with_suffix(".weights.h5")
+    write_h5(weights, tree)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", '{"class_name": "Sequential"}')
+        archive.write(weights, "model.weights.h5")
+    weights.unlink()
 
 
 def write_onnx(path, tree, *, raw=True):

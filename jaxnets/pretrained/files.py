@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from jaxnets.pretrained.byte_ranges import damaged
 from jaxnets.pretrained.gguf import read_gguf
+from jaxnets.pretrained.hdf5 import read_h5, read_keras
 from jaxnets.pretrained.numpy_files import read_npy, read_npz
 from jaxnets.pretrained.onnx import read_onnx
 from jaxnets.pretrained.safetensors import read_safetensors
@@ -24,6 +25,8 @@ _READERS: Mapping[str, Callable[[Path], Tensors]] = {
     ".npz": read_npz,
     ".npy": read_npy,
     ".gguf": read_gguf,
+    ".h5": read_h5,
+    ".keras": read_keras,
     ".onnx": read_onnx,
 }
 #: Files of a Hugging Face folder, the first one that is there counts.
@@ -49,10 +52,10 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     XLA takes without a copy.
 
     Args:
-        path: a file: .safetensors, torch's .pt, .pth, .bin, .npz, .npy, .gguf, .onnx; an index of
-            shards (.index.json); or a folder with one of them. A folder of Hugging Face is read by
-            model.safetensors.index.json, model.safetensors, pytorch_model.bin.index.json or
-            pytorch_model.bin, the first one that is there.
+        path: a file: .safetensors, torch's .pt, .pth, .bin, .npz, .npy, .gguf, .weights.h5, .keras,
+            .onnx; an index of shards (.index.json); or a folder with one of them. A folder of
+            Hugging Face is read by model.safetensors.index.json, model.safetensors,
+            pytorch_model.bin.index.json or pytorch_model.bin, the first one that is there.
 
     Returns:
         {name: array}. `specs` has shapes and types without reading data, `read` reads slices.

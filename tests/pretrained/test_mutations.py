@@ -14,6 +14,9 @@ DTYPES = {name: written.DTYPES[name] for name in ("float32", "int64", "bool", "c
 SMALL = {**DTYPES, "bfloat16": written.SMALL["bfloat16"]}
 
 
+H5 = {name: dtype for name, dtype in SMALL.items() if dtype.kind != "c"}
+
+
 def write_gguf(path, tree):
     blocks = written.random_blocks(0, shape=(256,))
     written.write_gguf(path, {"a": np.ones((2, 3), np.float32)}, quantized=blocks)
@@ -28,6 +31,8 @@ WRITERS = {
     "npz": ("a.npz", written.write_npz, DTYPES),
     "npz compressed": ("a.npz", written.write_npz_compressed, DTYPES),
     "npy": ("a.npy", written.write_npy, DTYPES),
+    "h5": ("a.weights.h5", written.write_h5, H5),
+    "keras": ("a.keras", written.write_keras, H5),
     "onnx": ("a.onnx", written.write_onnx, SMALL),
     "onnx numbers": ("a.onnx", write_onnx_numbers, SMALL),
     "gguf": ("a.gguf", write_gguf, DTYPES),
