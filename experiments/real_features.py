@@ -113,7 +113,7 @@ def _train(
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(num_steps // 10, 1), num_steps + 1)
     update = jn.Update(objective, optax.adamw(rate, weight_decay=0.01, mask=jn.decay_mask))
     example = jnp.zeros((1, *dataset.image_shape))
-    variables = jax.jit(module.init)(jax.random.key(0), example)
+    variables = jn.initialize(module, jax.random.key(0), example)
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
     try:
         state, history = jn.resume(folder, state)

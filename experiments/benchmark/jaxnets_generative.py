@@ -37,6 +37,6 @@ def create(workload: Workload) -> tuple[jn.TrainState, jn.StepFn]:
         case _:
             raise TypeError(f"no generative module for {network}")
     key = jax.random.key(0)
-    variables = jax.jit(module.init)(key, example)
+    variables = jn.initialize(module, key, example)
     state = jn.create_train_state(variables, updates, rng=key)
     return state, jn.make_train_step(updates)

@@ -122,7 +122,7 @@ def _update(workload: Workload, module: Any) -> jn.Update:
 
 def _create(workload: Workload, module: Any, update: jn.Update, seed: Any) -> jn.TrainState:
     key = jax.random.key(seed)
-    variables = jax.jit(module.init)(key, workload.inputs()[:1])
+    variables = jn.initialize(module, key, workload.inputs()[:1])
     return jn.create_train_state(variables, update, rng=key)
 
 
@@ -197,7 +197,7 @@ def infer(workload: Workload) -> Prepared:
     """Logits of a batch."""
     module = _module(workload)
     inputs = jax.device_put(workload.inputs())
-    variables = jax.jit(module.init)(jax.random.key(0), inputs[:1])
+    variables = jn.initialize(module, jax.random.key(0), inputs[:1])
     predict = jax.jit(module.apply)
 
     def run(num_steps: int) -> None:
@@ -238,7 +238,7 @@ def train_epoch(workload: Workload, folder: Path) -> Prepared:
 def _language_model(workload: Workload) -> tuple[Any, Mapping[str, Any], jax.Array]:
     module = _module(workload)
     prompts = jnp.asarray(workload.prompts())
-    variables = jax.jit(module.init)(jax.random.key(0), prompts)
+    variables = jn.initialize(module, jax.random.key(0), prompts)
     return module, variables, prompts
 
 
