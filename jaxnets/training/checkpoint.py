@@ -45,7 +45,7 @@ from jaxnets.training.checkpoint_folder import (
     remove_unused_rows,
     write_manifest,
 )
-from jaxnets.training.history import History, Mode, rank
+from jaxnets.training.history import History, Mode, check_best, rank
 
 
 def save(
@@ -182,6 +182,7 @@ def restore(
         raise ValueError(f"step={step} and best={best} are given; give one of them")
     candidates = steps[::-1] if step is None else [step]
     if best is not None:
+        check_best(best)
         candidates = best_steps(directory, *best)
     other = "previous" if best is None else "next best"
     content = _first_intact(Path(directory), candidates, other)
@@ -480,7 +481,8 @@ def _check_template(
             place = "the checkpoint only" if path in known else "the template only"
             raise ValueError(
                 f"{path} is in {place}; {where} holds a different kind of state; to restore some "
-                'parts of it, such as the parameters, give only these: {"params": params}'
+                'parts of it, give only these: {"params": params}, and "model_state" where there '
+                "are running statistics"
             )
         shapes = tuple(known[path]["shape"]), tuple(targets[path].shape)
         dtypes = known[path]["dtype"], str(targets[path].dtype)

@@ -73,7 +73,7 @@ def population_step(
         `jax.vmap(create)(keys, ...)`. Its metrics have that axis too.
 
     Raises:
-        ValueError: an unknown `strategy` or `on_non_finite`.
+        ValueError: an unknown `strategy` or `on_non_finite`, or a state without a member axis.
     """
     if strategy not in ("vmap", "map"):
         raise ValueError(f"strategy is {strategy!r}; choose 'vmap' or 'map'")
@@ -82,6 +82,11 @@ def population_step(
     def population(
         state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
+        if jnp.ndim(state.step) == 0:
+            raise ValueError(
+                "the state holds one network and population_step needs a member axis; create "
+                "the state by jax.vmap over keys"
+            )
         member = member_step(step, newest_step(state, on_non_finite), axis_name)
         if strategy == "vmap":
             return jax.vmap(member, in_axes=(0, None if shared_batch else 0))(state, batch)

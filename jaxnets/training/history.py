@@ -54,11 +54,14 @@ class NonFiniteError(FloatingPointError):
             part = self.parameter.startswith(("model_state/", "opt_state/"))
             array = f"{'' if part else 'parameter '}{self.parameter} is"
         batch = f"; {self.batch}" if self.batch else ""
+        others = ""
+        if " of member " in self.where:
+            others = '; population_step(..., on_non_finite="freeze") lets the other members go on'
         return (
             f"{self.where} is not finite ({array} NaN or infinite): {self.cause} made it so. Look "
             "for labels out of range, for n classes 0 to n - 1, and for NaN in the inputs"
             f"{batch}. If the data are right, lower the learning rate or clip the gradients "
-            "(optax.clip_by_global_norm)"
+            f"(optax.clip_by_global_norm){others}"
         )
 
 
@@ -251,6 +254,19 @@ def sign(mode: Mode) -> float:
     if mode not in ("min", "max"):
         raise ValueError(f"mode is {mode!r}; give 'min' if lower is better, 'max' if higher is")
     return 1.0 if mode == "min" else -1.0
+
+
+def check_best(best: Any) -> None:
+    """Check a metric and its mode, such as ("validation/accuracy", "max").
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not (isinstance(best, tuple) and len(best) == 2):
+        raise ValueError(
+            f'best is {best!r}; give the metric and its mode: ("validation/loss", "min")'
+        )
+    sign(best[1])
 
 
 def rank(values: Mapping[int, Any], mode: Mode) -> list[int]:

@@ -15,7 +15,14 @@ import numpy as np
 from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Mean, Metrics
 from jaxnets.training import checkpoint
-from jaxnets.training.history import History, Mode, NonFiniteError, rank, sign
+from jaxnets.training.history import (
+    History,
+    Mode,
+    NonFiniteError,
+    check_best,
+    rank,
+    sign,
+)
 from jaxnets.training.loop import (
     Hook,
     Interrupted,
@@ -165,12 +172,13 @@ class EarlyStopping:
 
     Args:
         metric: name of a value that an earlier hook returns, such as "validation/loss".
-        mode: "min" if lower is better, "max" if higher is better.
+        mode: "min" if lower is better, "max" if higher is better; needed unless the metric is a
+            loss, of which lower is better.
         patience: number of consecutive evaluations without improvement.
         min_delta: smallest change that counts as an improvement, in units of the metric.
 
     Raises:
-        ValueError: an unknown mode, or a patience below 1.
+        ValueError: an unknown mode, none for a metric that is no loss, or a patience below 1.
 
     Example:
         >>> stopping = EarlyStopping("validation/loss", patience=2)
@@ -183,11 +191,16 @@ class EarlyStopping:
     """
 
     def __init__(
-        self, metric: str, *, mode: Mode = "min", patience: int, min_delta: float = 0.0
+        self, metric: str, *, mode: Mode | None = None, patience: int, min_delta: float = 0.0
     ) -> None:
         check_sizes(patience=patience)
+        if mode is None and not metric.endswith("loss"):
+            raise ValueError(
+                f"EarlyStopping does not know whether a lower {metric} is better; give mode='min' "
+                "or mode='max'"
+            )
         self.watches = (metric,)
-        self._metric, self._sign = metric, sign(mode)
+        self._metric, self._sign = metric, sign(mode or "min")
         self._patience, self._min_delta = patience, min_delta
         self._best: Any = np.inf
         self._stale = 0
@@ -261,7 +274,7 @@ class Checkpointing:
         self._directory = directory
         self._every, self._keep, self._keep_best = every, keep, keep_best
         if best is not None:
-            sign(best[1])
+            check_best(best)
         self._best = best
         self.watches = best[:1] if best else ()
         self._on_signal = on_signal

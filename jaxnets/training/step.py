@@ -112,9 +112,10 @@ class TrainStep:
             objective, with the prefix "wrt/" where updates name their network.
 
         Raises:
-            ValueError: an update does not fit its networks, or the optimizer state is that of
-                another optimizer.
+            ValueError: an update does not fit its networks, the optimizer state is that of
+                another optimizer, or the state is that of a population.
         """
+        _check_one_network(state)
         owners = _check_updates(self.updates, state.params)
         _check_opt_state(owners, state.params, state.opt_state)
         params, model_state, opt_state = state.params, state.model_state, state.opt_state
@@ -278,11 +279,20 @@ def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metric
     check_objective(objective)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        _check_one_network(state)
         rng = jax.random.fold_in(state.rng, zlib.crc32(b"evaluation"))
         output = objective(state.params, state.model_state, batch, rng, train=False)
         return widened({"loss": output.loss, **output.metrics})
 
     return eval_step
+
+
+def _check_one_network(state: TrainState) -> None:
+    if jnp.ndim(state.step) > 0:
+        raise ValueError(
+            f"the state holds {jnp.shape(state.step)[0]} networks and the step trains or evaluates "
+            "one; wrap the step in population_step"
+        )
 
 
 def _as_tuple(updates: Update | Sequence[Update]) -> tuple[Update, ...]:
@@ -333,9 +343,10 @@ def _check_opt_state(owners: Mapping[str | None, Update], params: Params, opt_st
         held = {wrt: opt_state[wrt] for wrt in expected if wrt in opt_state}
     structures: list[Any] = [jax.tree.structure(needed), jax.tree.structure(held)]
     if structures[0] != structures[1]:
+        same = " for parameters of other names" if _kinds(held) == _kinds(needed) else ""
         raise ValueError(
             f"opt_state holds {_kinds(held)}, but the optimizers of the step need "
-            f"{_kinds(needed)}; give create_train_state and make_train_step the same updates"
+            f"{_kinds(needed)}{same}; give create_train_state and make_train_step the same updates"
         )
 
 

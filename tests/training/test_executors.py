@@ -479,3 +479,15 @@ def test_evaluation_with_padding_is_exact_and_compiles_once():
     for name, expected in whole.items():
         found = (parts[0][name] + parts[1][name]).compute()
         np.testing.assert_allclose(found, expected.compute(), rtol=1e-6)
+
+
+def test_a_step_of_one_network_and_a_population_say_what_state_they_need():
+    step, state, batch = linear_problem()
+    states = stacked(state, state)
+    for one in (step, make_eval_step(linear_objective)):
+        with pytest.raises(
+            ValueError, match=r"holds 2 networks.* wrap the step in population_step"
+        ):
+            one(states, batch)
+        with pytest.raises(ValueError, match=r"holds one network.* by jax.vmap over keys"):
+            population_step(one)(state, batch)

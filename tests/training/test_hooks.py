@@ -141,7 +141,11 @@ STOPPING = EarlyStopping("val_loss", patience=2)
         ([every(2, STOPPING), VALIDATION], "EarlyStopping reads; did you mean validation/loss", 2),
         ([STOPPING], "put a hook that returns it in front", 1),
         ([EarlyStopping("validation/loss", patience=2), VALIDATION], "a later hook returns", 2),
-        ([EarlyStopping("validation/acuracy", patience=2), VALIDATION], "mean validation/loss", 2),
+        (
+            [EarlyStopping("validation/acuracy", mode="max", patience=2), VALIDATION],
+            "mean validation/loss",
+            2,
+        ),
     ],
 )
 def test_a_name_that_no_earlier_hook_returns_is_an_error_at_the_first_chance(hooks, message, step):
@@ -186,7 +190,7 @@ def test_a_value_that_comes_only_after_the_end_of_the_run_is_reported():
 
 def test_names_of_one_prefix_may_come_at_different_steps():
     rare = every(4, lambda *args: {"validation/distance": 1.0})
-    hooks = [VALIDATION, rare, EarlyStopping("validation/distance", patience=2)]
+    hooks = [VALIDATION, rare, EarlyStopping("validation/distance", mode="min", patience=2)]
     fit(train_step, make_state(), source, num_steps=5, hooks=hooks)
 
 
@@ -398,3 +402,14 @@ def test_checkpointing_in_another_thread_installs_no_signal_handler(tmp_path):
     thread.start()
     thread.join()
     assert failures == [] and resume(tmp_path, make_state())[1].step == 2
+
+
+def test_early_stopping_needs_the_mode_of_what_is_no_loss():
+    with pytest.raises(ValueError, match="whether a lower validation/accuracy is better"):
+        EarlyStopping("validation/accuracy", patience=2)
+
+
+@pytest.mark.parametrize("best", ["validation/accuracy", ("validation/accuracy",), ["loss", "min"]])
+def test_the_best_checkpoint_needs_a_metric_and_its_mode(best, tmp_path):
+    with pytest.raises(ValueError, match="give the metric and its mode"):
+        Checkpointing(tmp_path, every=1, best=best)

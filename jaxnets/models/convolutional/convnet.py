@@ -139,7 +139,8 @@ class ConvNet(nn.Module):
         if min(inputs.shape[1:-1]) < smallest:
             raise ValueError(
                 f"inputs of shape {inputs.shape} are too small for {len(self.features)} pools of "
-                f"{self.pool}, which need {smallest} a side; use fewer features or pool=1"
+                f"{self.pool}, which need {smallest} a side; use fewer features or pool=1, and "
+                "give channels last"
             )
         # A norm subtracts any bias of the layer before it.
         shared: dict[str, Any] = {

@@ -132,7 +132,7 @@ class WhitenedConvNet(nn.Module):
         if min(inputs.shape[1:3]) < smallest:
             raise ValueError(
                 f"images of {inputs.shape[1:3]} are too small for {len(self.features)} blocks, "
-                f"which need {smallest} a side; use fewer features"
+                f"which need {smallest} a side; use fewer features, and give channels last"
             )
         policy, act = self.precision, activation(self.activation)
 
