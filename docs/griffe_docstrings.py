@@ -1,7 +1,8 @@
 """Shows the docstrings of the library as they are meant; mkdocs.yml names this file.
 
-"Example:" is a section of doctests, `[batch] [features]` is no link, the arguments of a type of
-functions belong to its `__call__`, and the fields of a Linen module are its parameters.
+"Example:" is a section of doctests, `[batch] [features]` is no link, what is returned is a
+description with or without a colon, the arguments of a type of functions belong to its `__call__`,
+and the fields of a Linen module are its parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from griffe import (
 )
 
 _LINK = re.compile(r"\](\s?)\[")
+# The first line of what is returned, if it has a colon: the parser takes what is before for a type.
+_RETURNED = re.compile(r"^(\s*(?:Returns|Yields):\n\s*)(?=\S.*:)", re.MULTILINE)
 
 
 class Docstrings(Extension):
@@ -51,7 +54,7 @@ def _readable(text: str) -> str:
         if not line.lstrip().startswith((">>>", "...")):
             line = _LINK.sub(r"]\1\\[", line)
         lines.append("Examples:" if line == "Example:" else line)
-    return "\n".join(lines)
+    return _RETURNED.sub(r"\1:", "\n".join(lines))  # the type is that of the signature
 
 
 def _constructor(cls: Class) -> Function:

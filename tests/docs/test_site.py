@@ -4,6 +4,7 @@ import html.parser
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import urllib.parse
@@ -93,3 +94,9 @@ def test_links_to_sources_lead_to_what_documents_the_object(site):
 def test_notebooks_and_families_show_equations(site):
     for name in ("notebooks/gan.html", "families/gan.html"):
         assert named(site, name).num_equations > 0
+
+
+def test_what_is_returned_is_shown_whole_where_it_has_a_colon(site):
+    path = next(path for path in site if path.as_posix().endswith("/api/loop.html"))
+    text = re.sub(r"<[^>]+>", "", path.read_text())
+    assert "{name: mean}: a float, a list with one per member" in " ".join(text.split())
