@@ -62,7 +62,19 @@ def errors_without_traceback(*, if_stopped: str = "run it again") -> Iterator[No
     Args:
         if_stopped: what the line about a signal advises.
     """
-    handlers = _raise_on_signals()
+    handlers, report = _raise_on_signals(), sys.unraisablehook
+
+    def raise_again(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            report(unraisable)
+            return
+        # Python drops an exception of a garbage collection, and with it what the signal asked for.
+        name = str(unraisable.exc_value) or "SIGINT"
+        again = threading.Timer(0.05, signal.raise_signal, [signal.Signals[name]])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = raise_again
     try:
         yield
     except Stopped as stopped:
@@ -72,6 +84,7 @@ def errors_without_traceback(*, if_stopped: str = "run it again") -> Iterator[No
     except (RunError, ValueError, OSError, jn.NonFiniteError, jn.CheckpointError) as error:
         fail(str(error))
     finally:
+        sys.unraisablehook = report
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
