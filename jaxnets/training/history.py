@@ -198,8 +198,10 @@ class History:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _add(self, call: _Call) -> None:
+        frozen = np.zeros((), bool)
         if "frozen" in call.metrics:
-            self._report_frozen(np.asarray(call.metrics["frozen"].total) > 0, call.last)
+            frozen = np.asarray(call.metrics["frozen"].total) > 0
+            self._report_frozen(frozen, call.last)
         for name, metric in sorted(call.metrics.items()):
             mean = _double(metric.total, metric.count)
             if not np.all(np.isfinite(mean.total)):
@@ -229,10 +231,11 @@ class History:
         media = {k: v for k, v in call.values.items() if isinstance(v, Image | Histogram)}
         row |= {k: _number(value) for k, value in call.values.items() if k not in media}
         for name in call.values.keys() & row.keys():
-            if not np.all(np.isfinite(row[name])):
+            value = np.where(frozen, 0.0, row[name]) if np.ndim(row[name]) else row[name]
+            if not np.all(np.isfinite(value)):
                 self._warn_once(
                     name,
-                    f"{_where(name, call.last, row[name])} is NaN or infinite; later steps "
+                    f"{_where(name, call.last, value)} is NaN or infinite; later steps "
                     "are not reported",
                 )
         if len(row) > 1:

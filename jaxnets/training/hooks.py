@@ -117,13 +117,14 @@ class _Validation:
             measured = evaluate(
                 self._eval_step, state, self._batches, num_batches=self._num_batches
             )
+        behind = np.asarray(state.step) < current_step(state)  # frozen members of a population
         values = {
-            f"{self._prefix}/{name}": value
+            f"{self._prefix}/{name}": np.where(behind, np.nan, value).tolist()
             for name, value in measured.items()
             if not isinstance(value, np.ndarray)
         }
         for name, value in values.items():
-            if self._on_non_finite == "stop" and not np.all(np.isfinite(value)):
+            if self._on_non_finite == "stop" and not np.all(np.isfinite(value) | behind):
                 raise NonFiniteError(f"{name} at step {step}")
         return values
 
@@ -142,7 +143,7 @@ def validation(
         eval_step: `(state, batch) -> metrics`.
         batches: a source that ends after one pass, or a list of batches.
         prefix: names in the row are `prefix/name`; arrays, such as a confusion matrix, are left
-            out.
+            out. Those of frozen members are NaN, see `population_step`.
         num_batches: as for `evaluate`.
         on_non_finite: "stop" raises NonFiniteError if a value is NaN or infinite. "warn" writes
             it into the row; `fit` warns at its first step, as of every value of a hook.

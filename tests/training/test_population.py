@@ -15,7 +15,7 @@ from jaxnets.core import Mean, TrainState
 from jaxnets.training import population
 from jaxnets.training.executors import jit_step, population_step, scan_steps
 from jaxnets.training.history import NonFiniteError
-from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.hooks import Checkpointing, resume, validation
 from jaxnets.training.loop import fit
 from jaxnets.training.population import PopulationExecutor
 from jaxnets.training.writers import jsonl_writer
@@ -305,6 +305,20 @@ def test_the_rows_and_the_resumed_run_of_a_frozen_member(states, tmp_path):
         again, _ = fit(freezing(), again, batches, num_steps=6, history=history_again, log_every=2)
     assert_close(again, after)
     np.testing.assert_equal(history_again.rows, history.rows)
+
+
+def test_a_frozen_member_does_not_count_in_validation(states):
+    def eval_step(state, batch):
+        return {"loss": Mean.of(state.step.astype(float))}
+
+    start, step = failing_at(states, 9, 2, 9), population_step(eval_step)
+    hooks = [validation(step, [BATCH], on_non_finite="stop")]
+    # The one warning is that the member is frozen; its values are no warning, and no error.
+    with pytest.warns(RuntimeWarning, match="at step 3 member 1 is frozen") as caught:
+        _, history = fit(freezing(), start, batches, num_steps=4, hooks=hooks, log_every=2)
+    assert len(caught) == 1
+    values = history.column("validation/loss")[1]
+    np.testing.assert_equal(values, [[1, 1, 1], [2, 2, 2], [3, np.nan, 3], [4, np.nan, 4]])
 
 
 def test_a_population_without_a_member_that_goes_on_ends(states):
