@@ -102,7 +102,7 @@ def fit(
         step: a compiled step from any executor, `(state, batch) -> (state, metrics)`.
         state: `TrainState` (or any pytree with `step`) to start from; in a population `step` and
             all metrics have a leading member axis. Members whose step is behind are frozen, see
-            `population_step`; their training metrics in the rows are NaN.
+            `population_step`; their values in the rows are NaN.
         batches: batch source, called with the first step. With a `ChunkedBatchSource` the last
             batch is cut to end at `num_steps`, and the step is compiled once more for it.
         num_steps: total number of steps of the run, so calling `fit` on a finished run trains
