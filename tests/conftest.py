@@ -5,11 +5,15 @@ With `JAX_PLATFORMS=cuda,cpu` the tests run on a GPU; tests that need several de
 
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+# The background job of a shell ignores SIGINT, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # XLA compiling small programs takes most of the tests' time; see `optimized_processes`.
