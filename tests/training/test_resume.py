@@ -24,6 +24,7 @@ from checkpoint_problem import (
     source,
     train_step,
 )
+from killed_run import KINDS
 
 from jaxnets.training.checkpoint import (
     CheckpointError,
@@ -366,11 +367,16 @@ def test_several_processes_save_and_restore_one_sharded_state(tmp_path):
     assert state["w"].tolist() == (2.0 * jnp.arange(8.0)).tolist()
 
 
-def start_run(folder, num_steps):
+def start_run(folder, num_steps, kind):
     script = Path(__file__).parents[1] / "killed_run.py"
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(script.parents[1]),
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
-        [sys.executable, "-W", "error", str(script), str(folder), str(num_steps)],
+        [sys.executable, "-W", "error", str(script), str(folder), str(num_steps), kind],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -383,12 +389,12 @@ def finish(run):
     return output
 
 
-def check_kills(folder, num_kills, num_steps):
+def check_kills(folder, num_kills, num_steps, kind):
     """Kill a run at random moments, also during saves, and compare its final state and log."""
-    digest = finish(start_run(folder / "whole", num_steps))
+    digest = finish(start_run(folder / "whole", num_steps, kind))
     moments = random.Random(num_kills)
     for _ in range(num_kills):
-        run = start_run(folder / "killed", num_steps)
+        run = start_run(folder / "killed", num_steps, kind)
         known = latest_step(folder / "killed" / "checkpoints")
         while latest_step(folder / "killed" / "checkpoints") == known:
             assert run.poll() is None
@@ -397,7 +403,7 @@ def check_kills(folder, num_kills, num_steps):
         assert run.poll() is None
         run.kill()
         run.communicate()
-    assert finish(start_run(folder / "killed", num_steps)) == digest
+    assert finish(start_run(folder / "killed", num_steps, kind)) == digest
     logs = [(folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
     steps = [json.loads(line)["step"] for line in logs[0].splitlines()]
@@ -406,4 +412,10 @@ def check_kills(folder, num_kills, num_steps):
 
 @pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path):
-    check_kills(tmp_path, num_kills=3, num_steps=60)
+    check_kills(tmp_path, num_kills=3, num_steps=60, kind="functions")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "functions"])
+def test_networks_of_every_family_killed_thirty_times_end_as_the_uninterrupted_one(kind, tmp_path):
+    check_kills(tmp_path, num_kills=30, num_steps=1500, kind=kind)
