@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -109,9 +110,19 @@ def _raise_on_signals() -> dict[int, Any]:
 
 
 def _stop(line: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
+    _exit(line, 3)
+
+
+def _exit(line: str, code: int) -> None:
+    """Print a line on standard error and exit, with that code even if the terminal is gone."""
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
-    sys.exit(3)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again at the exit, and change the code to 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def print_result(run: Callable[[], Any]) -> None:
@@ -127,6 +138,4 @@ def print_result(run: Callable[[], Any]) -> None:
 
 def fail(message: str) -> None:
     """Print an error and exit with code 2."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    _exit(f"error: {message}", 2)

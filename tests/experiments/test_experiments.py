@@ -266,8 +266,7 @@ def test_a_frozen_network_has_no_result_and_the_others_are_those_without_it(
     monkeypatch.setattr(ImageClassification, "create_states", one_diverges)
     with pytest.raises(jn.NonFiniteError, match="loss of member 1 at steps 1 to 5"):
         tiny(tmp_path, seeds=3)
-    frozen = pytest.warns(RuntimeWarning, match="at step 5 member 1 is frozen")
-    with frozen, pytest.warns(RuntimeWarning, match="test/loss of member 1 at step 10"):
+    with pytest.warns(RuntimeWarning, match="at step 5 member 1 is frozen"):
         result = tiny(tmp_path, seeds=3, on_non_finite="freeze")
     expected = finished[1]["values"]
     assert result["values"] == [expected[0], None, expected[2]]
