@@ -85,7 +85,7 @@ class _Counter:
         name, params = equation.primitive.name, equation.params
         everything = [True] * len(equation.invars)
         if name == "scan":
-            return self._of_scan(params, live)
+            return self._of_scan(equation, live)
         if name == "cond":
             costs = [self.of_program(branch.jaxpr, live) for branch in params["branches"]]
             read = [any(each) for each in zip(*(read for _, read in costs), strict=True)]
@@ -109,17 +109,26 @@ class _Counter:
         opened = _opened(jaxpr)
         return self.of_program(opened, [True] * len(opened.outvars))[0]
 
-    def _of_scan(self, params: dict[str, Any], live: list[bool]) -> _Cost:
-        constants, states = params["num_consts"], params["num_carry"]
+    def _of_scan(self, equation: Any, live: list[bool]) -> _Cost:
+        params = equation.params
+        body = params["jaxpr"].jaxpr
+        # The parameters that count constants and states differ between versions of JAX. Both have
+        # as many axes outside as inside of the loop; what it scans has one more outside.
+        states = _num_unscanned(equation.outvars, body.outvars)
+        constants = _num_unscanned(equation.invars, body.invars) - states
         carried, outputs = live[:states], live[states:]
         while True:  # a state is live if a later step reads it
-            flops, read = self.of_program(params["jaxpr"].jaxpr, [*carried, *outputs])
+            flops, read = self.of_program(body, [*carried, *outputs])
             again = read[constants : constants + states]
             wider = [one or other for one, other in zip(carried, again, strict=True)]
             if wider == carried:
                 break
             carried = wider
         return params["length"] * flops, [*read[:constants], *carried, *read[constants + states :]]
+
+
+def _num_unscanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(len(x.aval.shape) == len(y.aval.shape) for x, y in zip(outside, inside, strict=True))
 
 
 def _opened(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
