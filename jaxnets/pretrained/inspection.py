@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from jaxnets.pretrained.files import read_tensors
-from jaxnets.pretrained.tensors import Tensors
+from jaxnets.pretrained.formats.files import read_tensors
+from jaxnets.pretrained.formats.tensors import Tensors
 from jaxnets.storage import read_json
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxnets.pretrained.byte_ranges import Cursor, FileRange, damaged
-from jaxnets.pretrained.dequantization import BLOCKS, dequantize
-from jaxnets.pretrained.tensors import (
+from jaxnets.pretrained.formats.byte_ranges import Cursor, FileRange, damaged
+from jaxnets.pretrained.formats.dequantization import BLOCKS, dequantize
+from jaxnets.pretrained.formats.tensors import (
     DTYPES,
     Tensors,
     TensorSpec,

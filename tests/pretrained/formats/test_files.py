@@ -145,6 +145,6 @@ def test_reading_imports_neither_torch_nor_the_packages_of_the_formats(tmp_path)
         capture_output=True,
         text=True,
         check=True,
-        cwd=pathlib.Path(__file__).parents[2],
+        cwd=pathlib.Path(__file__).parents[3],
     )
     assert run.stdout.strip() == "[]"

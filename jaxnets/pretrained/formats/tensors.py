@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxnets.pretrained.byte_ranges import ByteRange, damaged
+from jaxnets.pretrained.formats.byte_ranges import ByteRange, damaged
 
 #: Slices of the leading axes.
 Index = tuple[slice, ...]

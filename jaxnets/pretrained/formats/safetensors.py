@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxnets.pretrained.byte_ranges import Cursor, FileRange, damaged
-from jaxnets.pretrained.tensors import DTYPES, Tensors, TensorSpec, contiguous
+from jaxnets.pretrained.formats.byte_ranges import Cursor, FileRange, damaged
+from jaxnets.pretrained.formats.tensors import DTYPES, Tensors, TensorSpec, contiguous
 
 # The bound of the safetensors package.
 _MOST_HEADER_BYTES = 100_000_000

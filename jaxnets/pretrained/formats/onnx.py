@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxnets.pretrained.byte_ranges import Cursor, FileRange, damaged
-from jaxnets.pretrained.tensors import (
+from jaxnets.pretrained.formats.byte_ranges import Cursor, FileRange, damaged
+from jaxnets.pretrained.formats.tensors import (
     DTYPES,
     Tensors,
     TensorSpec,
