@@ -3,6 +3,7 @@
 from jaxnets.storage.atomic import atomic_file, atomic_folder
 from jaxnets.storage.documents import Document, read_json, read_json_lines, write_json
 from jaxnets.storage.lock import FolderInUseError, lock_folder
+from jaxnets.storage.safetensors import write_safetensors
 
 __all__ = [
     "Document",
@@ -13,4 +14,5 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "write_json",
+    "write_safetensors",
 ]

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from jaxnets.pretrained.formats.byte_ranges import ByteRange, Cursor, FileRange, damaged
-from jaxnets.pretrained.formats.tensors import DTYPES, Tensors, TensorSpec, contiguous
+from jaxnets.pretrained.formats.tensors import Tensors, TensorSpec, contiguous
 from jaxnets.pretrained.formats.zip_members import zip_members
+from jaxnets.storage.safetensors import DTYPES
 
 _WEIGHTS = "model.weights.h5"
 _CONFIG = "config.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxnets.pretrained.formats.byte_ranges import Cursor, FileRange, damaged
-from jaxnets.pretrained.formats.tensors import DTYPES, Tensors, TensorSpec, contiguous
+from jaxnets.pretrained.formats.tensors import Tensors, TensorSpec, contiguous
+from jaxnets.storage.safetensors import DTYPES
 
 # The bound of the safetensors package.
 _MOST_HEADER_BYTES = 100_000_000

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxnets.pretrained.formats.byte_ranges import ByteRange, damaged
@@ -276,29 +275,3 @@ def flatten(
             )
         (tensors if is_tensor(value) else others)[name] = value
     return tensors, others
-
-
-#: Types of safetensors, whose names other formats use as well.
-DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
-    {
-        "BOOL": np.dtype(np.bool_),
-        "U8": np.dtype(np.uint8),
-        "I8": np.dtype(np.int8),
-        "U16": np.dtype(np.uint16),
-        "I16": np.dtype(np.int16),
-        "U32": np.dtype(np.uint32),
-        "I32": np.dtype(np.int32),
-        "U64": np.dtype(np.uint64),
-        "I64": np.dtype(np.int64),
-        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-        "F32": np.dtype(np.float32),
-        "F64": np.dtype(np.float64),
-        "C64": np.dtype(np.complex64),
-    }
-)

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxnets.pretrained.formats.byte_ranges import ByteRange, Cursor, FileRange, damaged
 from jaxnets.pretrained.formats.pickled import Attributed, read_pickle
-from jaxnets.pretrained.formats.tensors import DTYPES, Strided, Tensors, TensorSpec, flatten
+from jaxnets.pretrained.formats.tensors import Strided, Tensors, TensorSpec, flatten
 from jaxnets.pretrained.formats.zip_members import zip_members
+from jaxnets.storage.safetensors import DTYPES
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
