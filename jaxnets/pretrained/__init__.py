@@ -1,6 +1,19 @@
-"""Weights of other libraries: tensors of their files by name, read when asked."""
+"""Pretrained networks of other libraries, read and written; the tensors of their files by name."""
 
 from jaxnets.pretrained.formats import Tensors, TensorSpec, read_tensors
 from jaxnets.pretrained.inspection import Inspection, inspect
+from jaxnets.pretrained.network import PretrainedNetwork, load
+from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.saving import save
 
-__all__ = ["Inspection", "TensorSpec", "Tensors", "inspect", "read_tensors"]
+__all__ = [
+    "Inspection",
+    "PretrainedNetwork",
+    "Rule",
+    "TensorSpec",
+    "Tensors",
+    "inspect",
+    "load",
+    "read_tensors",
+    "save",
+]

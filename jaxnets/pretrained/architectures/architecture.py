@@ -1,0 +1,44 @@
+"""What an architecture of another library is: data about its configuration and its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxnets.pretrained.config import Config
+from jaxnets.pretrained.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A `model_type` of Hugging Face as a network of this library.
+
+    Attributes:
+        model_type: as config.json names it.
+        classes: {class of transformers, as `architectures` of config.json names it: (config,
+            fields) -> network}; fields override those of the network and of its blocks. The first
+            one counts where config.json names none.
+        rules: network -> its table.
+        inputs: (network, config) -> shapes of inputs that initialize it.
+        prefix: of the tensors below the base model, such as "transformer."; a file may lack it.
+        ignored: patterns of tensors that are no parameters.
+        copies: {name of a tensor: name of another one that it equals}; of tied parameters a file
+            may hold both.
+        to_config: network -> entries of config.json, for a network that was not read from one.
+        processor: (folder, config) -> what turns data into the network's inputs; None without one.
+    """
+
+    model_type: str
+    classes: Mapping[str, Callable[[Config, Mapping[str, Any]], nn.Module]]
+    rules: Callable[[nn.Module], Sequence[Rule]]
+    inputs: Callable[[nn.Module, Config], Sequence[jax.ShapeDtypeStruct]]
+    prefix: str = ""
+    ignored: Sequence[str] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    to_config: Callable[[nn.Module], dict[str, Any]] | None = None
+    processor: Callable[[Path, Config], Any] | None = None

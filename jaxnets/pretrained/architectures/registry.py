@@ -1,0 +1,16 @@
+"""The architectures that `load` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from jaxnets.pretrained.architectures.architecture import Architecture
+from jaxnets.pretrained.architectures.gpt2 import GPT2
+
+_ALL = (GPT2,)
+
+#: {model_type of config.json: architecture}.
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {architecture.model_type: architecture for architecture in _ALL}
+)

@@ -1,0 +1,147 @@
+"""The config.json of a network, entry by entry; what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxnets.storage import Document, read_json
+
+V = TypeVar("V")
+
+_WHAT = "the configuration of a network that is supported"
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The configuration of a network as its file says it.
+
+    Attributes:
+        document: the file and its entries.
+        within: names of the entries around it, for a configuration inside another one.
+    """
+
+    document: Document
+    within: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Config:
+        """Read a config.json.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged; the message has file and line.
+        """
+        return cls(read_json(path, what=_WHAT, remedy="get the folder anew"))
+
+    @classmethod
+    def of(cls, path: Path, content: Mapping[str, Any]) -> Config:
+        """Return the configuration that another file than a config.json says."""
+        text = json.dumps(content, default=str)
+        return cls(Document(path, _WHAT, "get the file anew", dict(content), text))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The entries."""
+        content = self.document.content
+        for name in self.within:
+            content = content[name]
+        return content
+
+    def inside(self, name: str) -> Config | None:
+        """Return the configuration that an entry holds; None if it is null or missing.
+
+        Raises:
+            ValueError: the entry is no object.
+        """
+        value = self.content.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(name, "is no object")
+        return Config(self.document, (*self.within, name))
+
+    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1) -> Any:
+        """Return an integer entry of at least `least`.
+
+        Raises:
+            ValueError: missing without a default, no integer, or too small.
+        """
+        value = self._get(name, default)
+        if name in self.content and value is not None:
+            if type(value) is not int:
+                raise self.error(name, "is no integer")
+            if value < least:
+                raise self.error(name, f"is not {least} or more")
+        return value
+
+    def number(self, name: str, default: Any = _MISSING) -> Any:
+        """Return an entry that is a finite number.
+
+        Raises:
+            ValueError: missing without a default, or no finite number.
+        """
+        value = self._get(name, default)
+        if name in self.content and value is not None:
+            if type(value) not in (int, float) or not abs(value) < float("inf"):
+                raise self.error(name, "is no finite number")
+            value = float(value)
+        return value
+
+    def flag(self, name: str, default: Any = _MISSING) -> Any:
+        """Return an entry that is true or false.
+
+        Raises:
+            ValueError: missing without a default, or neither.
+        """
+        value = self._get(name, default)
+        if name in self.content and value is not None and type(value) is not bool:
+            raise self.error(name, "is neither true nor false")
+        return value
+
+    def choice(self, name: str, table: Mapping[Any, V], default: Any = _MISSING) -> V:
+        """Return what a table says for an entry.
+
+        Raises:
+            ValueError: missing without a default, or no key of the table.
+        """
+        value = self._get(name, default)
+        if isinstance(value, dict | list) or value not in table:
+            raise self.error(name, f"is not supported; supported are {_names(table)}")
+        return table[value]
+
+    def require(self, **values: Any) -> None:
+        """Check that entries have the only value that is supported, which is also their default.
+
+        Raises:
+            ValueError: another value; the message has its name.
+        """
+        for name, value in values.items():
+            if self.content.get(name, value) != value:
+                raise self.error(name, f"is not supported; supported is {json.dumps(value)}")
+
+    def error(self, name: str, reason: str) -> ValueError:
+        """Return the error for an entry.
+
+        Args:
+            name: of the entry.
+            reason: what is wrong, as a predicate.
+        """
+        text = json.dumps(self.content.get(name), default=str)
+        text = text if len(text) <= 60 else f"{text[:60]} ..."
+        full = ".".join([*self.within, name])
+        return self.document.error(f"{full}, {text}, {reason}", key=(*self.within, name)[0])
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.content.get(name, default)
+        if value is _MISSING:
+            raise self.document.error(f"it has no {'.'.join([*self.within, name])!r}")
+        return value
+
+
+def _names(table: Mapping[Any, Any] | Sequence[Any]) -> str:
+    return ", ".join(json.dumps(key) for key in table)

@@ -1,0 +1,343 @@
+"""How a tensor of a file and the arrays of a network are arranged, in both directions.
+
+A layout maps the tensors of a file to arrays of this library, and back without a rounding (`Sum`
+aside). Layouts are applied one after the other; the set is closed, so that a table of them is data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: NumPy or JAX, as the caller has them: shapes are computed on abstract arrays.
+Array = Any
+
+
+class Layout(Protocol):
+    """An arrangement of tensors, invertible."""
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Map the tensors of a file to arrays of a network.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Map arrays of a network to the tensors of a file.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+
+
+@runtime_checkable
+class AxisOrder(Protocol):
+    """A layout that only permutes axes, so that a part of an array is a part of the tensor."""
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the axis of the file that each axis of the network is."""
+
+
+class _Permutation:
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        return [array.transpose(self.axes(array.ndim)) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        return [
+            array.transpose(tuple(int(axis) for axis in np.argsort(self.axes(array.ndim))))
+            for array in arrays
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(_Permutation):
+    """A dense kernel: [out, in] in the file, [in, out] here.
+
+    Example:
+        >>> Transpose().from_file([np.zeros((3, 5))])[0].shape
+        (5, 3)
+    """
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Return (1, 0)."""
+        _check_rank(ndim, 2)
+        return (1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionKernel(_Permutation):
+    """A convolution's kernel: [out, in, *window] in the file, [*window, in, out] here.
+
+    Example:
+        >>> ConvolutionKernel().from_file([np.zeros((8, 3, 5, 5))])[0].shape
+        (5, 5, 3, 8)
+    """
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Return (2, ..., 1, 0)."""
+        if ndim < 3:
+            raise ValueError(f"{ndim} axes, and a convolution's kernel has 3 or more")
+        return (*range(2, ndim), 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One tensor of the file, several arrays here, such as joined queries, keys and values.
+
+    Attributes:
+        parts: number of equal parts, or their sizes.
+        axis: of the tensor.
+
+    Example:
+        >>> [part.shape for part in Split((4, 2, 2)).from_file([np.zeros((8, 5))])]
+        [(4, 5), (2, 5), (2, 5)]
+    """
+
+    parts: int | tuple[int, ...]
+    axis: int = 0
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Split one tensor."""
+        (array,) = arrays
+        size = array.shape[self.axis]
+        sizes = self.parts
+        if isinstance(sizes, int):
+            if size % sizes:
+                raise ValueError(f"axis {self.axis} of size {size} has no {sizes} equal parts")
+            sizes = (size // sizes,) * sizes
+        if sum(sizes) != size:
+            raise ValueError(f"axis {self.axis} of size {size} has no parts of sizes {sizes}")
+        ends = np.cumsum(sizes)
+        index: list[slice] = [slice(None)] * array.ndim
+        parts = []
+        for end, part in zip(ends, sizes, strict=True):
+            index[self.axis] = slice(int(end - part), int(end))
+            parts.append(array[tuple(index)])
+        return parts
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Concatenate the parts."""
+        return [_concatenate(arrays, self.axis)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """Several tensors of the file, one array here; the inverse of `Split`.
+
+    Attributes:
+        parts: number of equal parts, or their sizes.
+        axis: of the array.
+    """
+
+    parts: int | tuple[int, ...]
+    axis: int = 0
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Concatenate the tensors."""
+        return Split(self.parts, self.axis).to_file(arrays)
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Split the array."""
+        return Split(self.parts, self.axis).from_file(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Equal blocks along an axis in another order, such as the gates of an LSTM.
+
+    Attributes:
+        order: the block of the file that each block here is.
+        axis: of the tensor.
+
+    Example:
+        Gates in the order 0, 2, 1 of the file:
+
+        >>> Blocks((0, 2, 1)).from_file([np.arange(6)])[0].tolist()
+        [0, 1, 4, 5, 2, 3]
+    """
+
+    order: tuple[int, ...]
+    axis: int = 0
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Reorder the blocks of each tensor."""
+        return [self._take(array, self.order) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it."""
+        inverse = [self.order.index(block) for block in range(len(self.order))]
+        return [self._take(array, inverse) for array in arrays]
+
+    def _take(self, array: Array, order: Sequence[int]) -> Array:
+        parts = Split(len(order), self.axis).from_file([array])
+        return _concatenate([parts[block] for block in order], self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryPairs:
+    """Outputs of a projection that are rotated in pairs of neighbors in the file, of halves here.
+
+    GGUF permutes the queries and keys of the LLaMA family so.
+
+    Attributes:
+        num_heads: number of heads.
+        axis: of the outputs.
+
+    Example:
+        >>> RotaryPairs(1).from_file([np.arange(6)])[0].tolist()
+        [0, 2, 4, 1, 3, 5]
+    """
+
+    num_heads: int
+    axis: int = 0
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Bring each tensor to halves."""
+        return [self._swap(array, (-1, 2)) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Bring each array to pairs of neighbors."""
+        return [self._swap(array, (2, -1)) for array in arrays]
+
+    def _swap(self, array: Array, halves: tuple[int, int]) -> Array:
+        shape, axis = array.shape, self.axis
+        if shape[axis] % (2 * self.num_heads):
+            raise ValueError(
+                f"axis {axis} of size {shape[axis]} has no {self.num_heads} heads of pairs"
+            )
+        pairs = array.reshape(*shape[:axis], self.num_heads, *halves, *shape[axis + 1 :])
+        return pairs.swapaxes(axis + 1, axis + 2).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squeeze:
+    """Axes of size 1 in the file that are none here.
+
+    Attributes:
+        axes: of the tensor.
+
+    Example:
+        >>> Squeeze((0, 1)).from_file([np.zeros((1, 1, 5))])[0].shape
+        (5,)
+    """
+
+    axes: tuple[int, ...]
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Remove the axes."""
+        return [array.squeeze(self.axes) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Add the axes."""
+        results = []
+        for array in arrays:
+            shape = list(array.shape)
+            for axis in sorted(self.axes):
+                shape.insert(axis, 1)
+            results.append(array.reshape(shape))
+        return results
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchKernel:
+    """A convolution of patches: [out, in, *window] in the file, a dense kernel of patches here.
+
+    `functional.patches.patchify` flattens a patch row by row, channels last: [*window, in].
+
+    Attributes:
+        window: height and width of a patch.
+
+    Example:
+        >>> PatchKernel((4, 4)).from_file([np.zeros((8, 3, 4, 4))])[0].shape
+        (48, 8)
+    """
+
+    window: tuple[int, ...]
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Flatten each kernel."""
+        results = []
+        for array in ConvolutionKernel().from_file(arrays):
+            if array.shape[:-2] != self.window:
+                raise ValueError(f"a patch of {array.shape[:-2]}, not {self.window}")
+            results.append(array.reshape(-1, array.shape[-1]))
+        return results
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it."""
+        kernels = [array.reshape(*self.window, -1, array.shape[-1]) for array in arrays]
+        return ConvolutionKernel().to_file(kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelsFirstRows:
+    """Rows of a dense kernel after a flatten: channels first in the file, channels last here.
+
+    Attributes:
+        size: of the flattened image here, (*window, channels).
+
+    Example:
+        Two channels of three pixels:
+
+        >>> ChannelsFirstRows((3, 2)).from_file([np.arange(6)])[0].tolist()
+        [0, 3, 1, 4, 2, 5]
+    """
+
+    size: tuple[int, ...]
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Reorder the first axis of each array."""
+        *window, channels = self.size
+        return [self._swap(array, (channels, math.prod(window))) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it."""
+        *window, channels = self.size
+        return [self._swap(array, (math.prod(window), channels)) for array in arrays]
+
+    def _swap(self, array: Array, size: tuple[int, int]) -> Array:
+        if array.shape[0] != math.prod(size):
+            raise ValueError(f"{array.shape[0]} rows are no flattened image of size {self.size}")
+        return array.reshape(*size, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Several tensors of the file that are added to one array here, such as torch's two biases.
+
+    Attributes:
+        count: number of tensors. Written back, the first one is the array, the others are 0.
+    """
+
+    count: int = 2
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Add the tensors."""
+        if len({array.shape for array in arrays}) != 1:
+            raise ValueError(f"shapes {[array.shape for array in arrays]} cannot be added")
+        return [sum(arrays[1:], start=arrays[0])]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the array and zeros."""
+        (array,) = arrays
+        return [array, *[array * 0] * (self.count - 1)]
+
+
+def _check_rank(ndim: int, wanted: int) -> None:
+    if ndim != wanted:
+        raise ValueError(f"{ndim} axes, not {wanted}")
+
+
+def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
+    module: Any = jnp if any(isinstance(array, jax.Array) for array in arrays) else np
+    return module.concatenate(arrays, axis=axis)

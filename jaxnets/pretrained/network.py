@@ -1,0 +1,265 @@
+"""A pretrained network: read from a folder of another library or of this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.pretrained import rules
+from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
+from jaxnets.pretrained.config import Config
+from jaxnets.pretrained.formats import Tensors, read_tensors
+from jaxnets.pretrained.module_config import JAXNETS, own_rules, read_module
+from jaxnets.pretrained.rules import Plan, Rule
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedNetwork:
+    """A network, its variables, and what turns data into its inputs.
+
+    Attributes:
+        module: a network of this library, configured.
+        variables: of the module, {"params": ...} and further collections.
+        processor: what turns texts, images or sounds into inputs; None without one.
+        config: as read from config.json; {} without one.
+        missing: paths of arrays that the file did not have, which are newly initialized; only with
+            `strict=False`.
+        unused: names of tensors that were not used; only with `strict=False`.
+    """
+
+    module: nn.Module
+    variables: Any
+    processor: Any = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    architecture: str | None = None,
+    strict: bool = True,
+    rng: jax.Array | None = None,
+    sharding: Any = None,
+    **fields: Any,
+) -> PretrainedNetwork:
+    """Load a pretrained network from a folder of Hugging Face, or one that `save` wrote.
+
+    Args:
+        path: a folder with config.json and its tensors, or a file that has both (.gguf). A name
+            "organization/name" that is no folder is downloaded by `huggingface_hub` if that is
+            installed.
+        architecture: class of transformers to build, such as "BertForSequenceClassification"; by
+            default the one that config.json names. Tensors of another head are left out then.
+        strict: refuse tensors that are not used and arrays that are missing. False reports them in
+            the result.
+        rng: key for the arrays that are missing, such as a new head; needs `strict=False`.
+        sharding: of the arrays: a `Sharding`, or a pytree of them like the variables. Arrays are
+            read shard by shard. By default they lie on the default device.
+        fields: override those of the network and of its `BlockConfig`, such as `scan_layers=True`,
+            `num_outputs=3` or `precision`, whose `parameter` is the dtype of the arrays.
+
+    Returns:
+        The network and its variables.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json, or a missing shard.
+        ValueError: an unknown architecture, an option that is not supported, tensors that do not
+            fit; the message names the file. Nothing has been read then.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> import tempfile, jaxnets as jn
+        >>> module = jn.transformer.gpt2_small(num_layers=1, features=8, num_heads=2)
+        >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+        >>> folder = Path(tempfile.mkdtemp()) / "gpt2"
+        >>> jn.pretrained.save(folder, PretrainedNetwork(module, variables), layout="torch")
+        >>> jn.pretrained.load(folder).module.config.features
+        8
+    """
+    path = _local(path)
+    tensors = read_tensors(path)
+    config = _read_config(path, tensors)
+    if config.content.get("model_type") == JAXNETS:
+        module, shapes = read_module(config, fields)
+        leaves = rules.variable_leaves(shapes)
+        plan = rules.make_plan(own_rules(leaves), tensors.specs, leaves)
+        processor, initialize = None, _refuse_missing
+    else:
+        known, build = _architecture(config, architecture)
+        module = build(config, fields)
+        inputs = known.inputs(module, config)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        leaves = rules.variable_leaves(shapes)
+        table = list(known.rules(module))
+        tensors = _full_names(tensors, known, table)
+        plan = rules.make_plan(table, tensors.specs, leaves)
+        plan = _without_copies(plan, known, tensors, [] if architecture is None else table)
+        processor = known.processor(path, config) if known.processor and path.is_dir() else None
+        initialize = functools.partial(_initialize, module, rng, inputs)
+    problem = rules.describe_plan(plan)
+    if problem and strict:
+        raise ValueError(
+            f"{tensors.path} is not the network that {config.document.path} describes: {problem}; "
+            "name the architecture that it is, or give strict=False"
+        )
+    if plan.missing and rng is None:
+        raise ValueError(f"{tensors.path}: {problem}; give rng to initialize them")
+    rules.check_shapes(plan, tensors, leaves)
+    place = _placement(shapes, sharding)
+    flat = rules.read_variables(plan, tensors, shapes, place)
+    if plan.missing:
+        flat |= initialize(shapes, flat, sharding)
+    variables = jax.tree.unflatten(
+        jax.tree.structure(shapes), [flat[path] for path in rules.flatten_paths(shapes)]
+    )
+    return PretrainedNetwork(
+        module, variables, processor, dict(config.content), tuple(plan.missing), plan.unused
+    )
+
+
+def _full_names(tensors: Tensors, architecture: Architecture, table: list[Rule]) -> Tensors:
+    """Return the tensors under the names of the table, also of a file that lacks the prefix."""
+    patterns = [pattern for rule in table for pattern in rule.sources]
+    patterns += [*architecture.ignored, *architecture.copies]
+    plain = {pattern for pattern in patterns if "{" not in pattern}
+    numbered = [pattern for pattern in patterns if "{" in pattern]
+
+    def known(name: str) -> bool:
+        return name in plain or any(rules.matches(pattern, name) for pattern in numbered)
+
+    specs = {}
+    for name, spec in tensors.specs.items():
+        full = f"{architecture.prefix}{name}"
+        specs[full if not known(name) and known(full) else name] = spec
+    return Tensors(tensors.path, specs, tensors.metadata)
+
+
+def _without_copies(
+    plan: Plan, architecture: Architecture, tensors: Tensors, heads: list[Rule]
+) -> Plan:
+    """Take tensors that need no array out of the unused ones: buffers, copies, other heads."""
+    patterns = [*architecture.ignored, *[name for rule in heads for name in rule.sources]]
+    unused = []
+    for name in plan.unused:
+        if any(rules.matches(pattern, name) for pattern in patterns):
+            continue
+        original = architecture.copies.get(name)
+        if original and original in tensors and np.array_equal(tensors[name], tensors[original]):
+            continue
+        unused.append(name)
+    return dataclasses.replace(plan, unused=tuple(unused))
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    """Return the folder or file, downloaded if it is the name of one on the hub."""
+    name, path = os.fspath(path), Path(path)
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; give the folder of a network")
+        return path
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{path} is no folder here; to download a network of that name run "
+            "`pip install huggingface_hub`"
+        ) from error
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+
+
+def _read_config(path: Path, tensors: Tensors) -> Config:
+    if path.is_dir():
+        try:
+            return Config.read(path / "config.json")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} has no config.json; give the whole folder of a network, or read its "
+                "tensors alone by read_tensors"
+            ) from error
+    return Config.of(path, tensors.metadata)
+
+
+def _architecture(
+    config: Config, name: str | None
+) -> tuple[Architecture, Callable[[Config, Mapping[str, Any]], nn.Module]]:
+    """Return the architecture of a configuration and what builds its network."""
+    kind = str(config.content.get("model_type"))
+    if kind not in ARCHITECTURES:
+        raise config.error(
+            "model_type", f"is no known architecture; known are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    known = ARCHITECTURES[kind]
+    names = config.content.get("architectures")
+    if name is None and isinstance(names, list) and names:
+        name = names[0]
+    if name is None:
+        return known, next(iter(known.classes.values()))
+    if name not in known.classes:
+        raise ValueError(
+            f"{config.document.path}: architecture {name!r} of {kind} is not supported; give "
+            f"architecture= one of {', '.join(known.classes)}"
+        )
+    return known, known.classes[name]
+
+
+def _placement(shapes: Any, sharding: Any) -> Callable[..., jax.Array]:
+    """Return what makes an array on the device from what reads a part of it."""
+    if sharding is None:
+        return lambda path, shape, dtype, read: jnp.asarray(read())
+    shardings = _shardings(shapes, sharding)
+    return lambda path, shape, dtype, read: jax.make_array_from_callback(
+        shape, shardings[path], read
+    )
+
+
+def _shardings(shapes: Any, sharding: Any) -> dict[str, jax.sharding.Sharding]:
+    if isinstance(sharding, jax.sharding.Sharding):
+        return dict.fromkeys(rules.flatten_paths(shapes), sharding)
+    given, wanted = rules.flatten_paths(sharding), rules.flatten_paths(shapes)
+    if given.keys() != wanted.keys():
+        path = sorted(given.keys() ^ wanted.keys())[0]
+        raise ValueError(
+            f"sharding has {len(given)} leaves for {len(wanted)} arrays, and only one of both has "
+            f"{path}; give one Sharding, or a tree like the variables"
+        )
+    return given
+
+
+def _refuse_missing(shapes: Any, flat: Mapping[str, Any], sharding: Any) -> dict[str, jax.Array]:
+    missing = sorted(rules.flatten_paths(shapes).keys() - flat.keys())
+    raise ValueError(
+        f"{missing[0]} has no tensor, and the folder does not say how to initialize it; get the "
+        "folder anew"
+    )
+
+
+def _initialize(
+    module: nn.Module, rng: Any, inputs: Any, shapes: Any, flat: Mapping[str, Any], sharding: Any
+) -> dict[str, jax.Array]:
+    """Return new values for the arrays that were not read."""
+
+    def init(rng: jax.Array) -> dict[str, jax.Array]:
+        zeros = [jnp.zeros(one.shape, one.dtype) for one in inputs]
+        arrays = rules.flatten_paths(module.init(rng, *zeros))
+        return {path: array for path, array in arrays.items() if path not in flat}
+
+    arrays = jax.jit(init)(rng)
+    if sharding is None:
+        return arrays
+    shardings = _shardings(shapes, sharding)
+    return {path: jax.device_put(array, shardings[path]) for path, array in arrays.items()}

@@ -1,0 +1,161 @@
+"""Write a network: in this library's own layout, or as transformers and torch read it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import numpy as np
+
+from jaxnets.checks import check_sizes
+from jaxnets.pretrained import rules
+from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
+from jaxnets.pretrained.config import Config
+from jaxnets.pretrained.module_config import encode_module, module_to_json, own_rules
+from jaxnets.pretrained.network import PretrainedNetwork
+from jaxnets.storage import atomic_folder, write_json
+from jaxnets.storage.safetensors import write_safetensors
+
+#: Fields on which the outputs of a trained network do not depend.
+_FREE = (
+    *("precision", "init_std", "scan_layers", "remat"),
+    *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
+)
+
+
+def save(
+    path: str | os.PathLike[str],
+    network: PretrainedNetwork,
+    *,
+    layout: Literal["jaxnets", "torch"] = "jaxnets",
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a network as a folder of config.json, safetensors and the files of its processor.
+
+    The folder gets its name once it is complete. Arrays keep their values and dtypes bit for bit.
+
+    Args:
+        path: a folder that does not exist yet.
+        network: for a network that was trained here, `PretrainedNetwork(module, variables)`.
+        layout: "jaxnets" has the paths of this library, for every network; "torch" the names and
+            the configuration of Hugging Face, for the architectures that `load` reads, so that
+            transformers and torch load it.
+        max_shard_bytes: a file is split above this size.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: the network is none that the layout can express; the message names what.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jaxnets as jn
+        >>> module = jn.MLP(features=(8,), num_outputs=2)
+        >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 3)))
+        >>> folder = Path(tempfile.mkdtemp()) / "mlp"
+        >>> save(folder, PretrainedNetwork(module, variables))
+        >>> sorted(file.name for file in folder.iterdir())
+        ['config.json', 'model.safetensors']
+    """
+    path = Path(path)
+    check_sizes(max_shard_bytes=max_shard_bytes)
+    if layout not in ("jaxnets", "torch"):
+        raise ValueError(f"layout is {layout!r}; choose 'jaxnets' or 'torch'")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; give another folder, or remove it first")
+    paths = rules.variable_leaves(network.variables)
+    if layout == "jaxnets":
+        content = module_to_json(network.module, network.variables)
+        table = own_rules(paths)
+    else:
+        architecture, content = _torch_config(network)
+        table = list(architecture.rules(network.module))
+    plan = rules.file_assignments(table, paths)
+    if plan.missing:
+        raise ValueError(
+            f"{rules.describe_plan(plan)}; save with layout='jaxnets', or save the network without "
+            "them"
+        )
+    tensors = rules.write_tensors(plan.assignments, network.variables)
+    with atomic_folder(path) as folder:
+        if layout == "jaxnets":
+            write_json(folder / "config.json", content)
+        else:  # transformers takes every entry for an option, a digest too
+            (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        _write_tensors(folder, tensors, max_shard_bytes)
+        if network.processor is not None:
+            network.processor.save(folder)
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    metadata = {"format": "pt"}  # transformers refuses files without it
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards, start=1):
+        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard, metadata)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _torch_config(network: PretrainedNetwork) -> tuple[Architecture, dict[str, Any]]:
+    """Return the architecture that a network is, and its config.json."""
+    own = ARCHITECTURES.get(str(network.config.get("model_type")))
+    known = [own] if own else list(ARCHITECTURES.values())
+    for architecture in known:
+        if architecture.to_config is None:
+            continue
+        try:
+            entries = architecture.to_config(network.module)
+        except (AttributeError, KeyError):  # another class of networks
+            continue
+        content = {**network.config, **entries, "model_type": architecture.model_type}
+        for name, build in _preferred(architecture, network.config):
+            content["architectures"] = [name]
+            config = Config.of(Path("config.json"), content)
+            try:
+                same = _structure(build(config, {})) == _structure(network.module)
+            except ValueError:
+                same = False
+            if same:
+                return architecture, content
+    kinds = ", ".join(one.model_type for one in known if one.to_config)
+    raise ValueError(
+        f"{type(network.module).__name__} as it is configured is no {kinds}; save with "
+        "layout='jaxnets'"
+    )
+
+
+def _preferred(architecture: Architecture, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the classes of an architecture, the one of the configuration first."""
+    named = config.get("architectures") or []
+    return sorted(architecture.classes.items(), key=lambda item: item[0] not in named)
+
+
+def _structure(module: nn.Module) -> Any:
+    """Return a network as JSON values, without what its tensors do not depend on."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if value.get("mlp_dim", 0) is None:  # the default of a `BlockConfig`
+            value = {**value, "mlp_dim": 4 * value["features"]}
+        return {name: without(one) for name, one in value.items() if name not in _FREE}
+
+    return without(encode_module(module))
