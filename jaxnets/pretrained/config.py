@@ -12,7 +12,7 @@ from jaxnets.storage import Document, read_json
 
 V = TypeVar("V")
 
-_WHAT = "the configuration of a network that is supported"
+_WHAT = "a configuration that is supported"
 _MISSING = object()
 
 
@@ -36,13 +36,13 @@ class Config:
             FileNotFoundError: no such file.
             ValueError: damaged; the message has file and line.
         """
-        return cls(read_json(path, what=_WHAT, remedy="get the folder anew"))
+        return cls(read_json(path, what=_WHAT, remedy="load another folder"))
 
     @classmethod
     def of(cls, path: Path, content: Mapping[str, Any]) -> Config:
         """Return the configuration that another file than a config.json says."""
         text = json.dumps(content, default=str)
-        return cls(Document(path, _WHAT, "get the file anew", dict(content), text))
+        return cls(Document(path, _WHAT, "load another file", dict(content), text))
 
     @property
     def content(self) -> dict[str, Any]:
