@@ -19,7 +19,7 @@ LEVELS = (
     ("__main__",),
 )
 FAMILIES = ("feedforward", "convolutional", "recurrent", "transformer", "autoencoder", "gan")
-USE_FLAX = {"layers", "models", "tools"}
+USE_FLAX = {"layers", "models", "pretrained", "tools"}
 INIT_NAMES = {"__all__", "__dir__", "__getattr__", "__version__"}
 #: {path: syntax tree}, the path as parts without the suffix: ("jaxnets", "training", "loop").
 TREES = {
