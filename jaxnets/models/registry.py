@@ -180,6 +180,16 @@ _LM_PRESETS = (  # preset, context length of its training, vocabulary
     (transformer.llama2_7b, 4096, 32_000),
     (transformer.llama3_8b, 8192, 128_256),
 )
+_TRANSLATOR_PRESETS = (  # preset, vocabulary
+    (transformer.transformer_base, 37_000),
+    (transformer.transformer_big, 37_000),
+    (transformer.t5_small, 32_128),
+    (transformer.t5_base, 32_128),
+    (transformer.t5_large, 32_128),
+    (transformer.flan_t5_small, 32_128),
+    (transformer.flan_t5_base, 32_128),
+    (transformer.flan_t5_large, 32_128),
+)
 
 #: Name -> architecture. A preset has the name of the function that builds it.
 MODELS: dict[str, Model] = {
@@ -208,8 +218,8 @@ MODELS: dict[str, Model] = {
         recurrent.RecurrentTranslator, (64,), 8_000, _TRANSLATION, "source_vocabulary_size"
     ),
     **{
-        build.__name__: Model(build, (64,), 37_000, _TRANSLATION, "vocabulary_size")
-        for build in (transformer.transformer_base, transformer.transformer_big)
+        build.__name__: Model(build, (64,), vocabulary, _TRANSLATION, "vocabulary_size")
+        for build, vocabulary in _TRANSLATOR_PRESETS
     },
     "text_classifier": Model(
         functools.partial(recurrent.TextClassifier, 8_000), (64,), 2, _TEXT_CLASSIFICATION

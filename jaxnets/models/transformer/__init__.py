@@ -37,6 +37,12 @@ from jaxnets.models.transformer.stack import (
 )
 from jaxnets.models.transformer.translator import (
     TransformerTranslator,
+    flan_t5_base,
+    flan_t5_large,
+    flan_t5_small,
+    t5_base,
+    t5_large,
+    t5_small,
     transformer_base,
     transformer_big,
 )
@@ -72,6 +78,9 @@ __all__ = [
     "VisionTransformer",
     "bert_base",
     "bert_large",
+    "flan_t5_base",
+    "flan_t5_large",
+    "flan_t5_small",
     "gpt2_large",
     "gpt2_medium",
     "gpt2_small",
@@ -82,6 +91,9 @@ __all__ = [
     "mae_vit_base16",
     "mae_vit_large16",
     "stack_layers",
+    "t5_base",
+    "t5_large",
+    "t5_small",
     "tinyllama",
     "transformer_base",
     "transformer_big",

@@ -53,8 +53,8 @@ class Block(nn.Module):
     """Self-attention, optional cross-attention and a feed-forward network, each with a residual.
 
     Corresponds to `torch.nn.TransformerEncoderLayer`, or with `cross` to
-    `torch.nn.TransformerDecoderLayer`. Differs from them: there is no dropout between the two
-    layers of the feed-forward network.
+    `torch.nn.TransformerDecoderLayer`, whose `dropout` is `dropout_rate`,
+    `attention_dropout_rate` and `mlp_dropout_rate` here.
 
     Attributes:
         config: the block's options.
@@ -129,7 +129,8 @@ class Block(nn.Module):
         branches = [(self.attention_norm, self_attention)]
         if self.cross:
             branches.append((self.cross_attention_norm, cross_attention))
-        branches.append((self.feed_forward_norm, self.feed_forward))
+        feed_forward = functools.partial(self.feed_forward, train=train)
+        branches.append((self.feed_forward_norm, feed_forward))
         for norm, branch in branches:
             y = branch(norm(x) if self.config.norm_first else x)
             y = self._stochastic_depth(self.dropout(y, train=train), skip_rate, train=train)
@@ -182,7 +183,11 @@ class Attention(nn.Module):
         config, heads = self.config, self.config.kv_heads
         dense = functools.partial(Dense, precision=self.precision)
         inner = functools.partial(dense, kernel_init=config.kernel_init())
-        self.query = inner(config.num_heads * config.dim_per_head, use_bias=config.use_bias)
+        self.query = dense(
+            config.num_heads * config.dim_per_head,
+            use_bias=config.use_bias,
+            kernel_init=config.query_init(),
+        )
         self.key = inner(heads * config.dim_per_head, use_bias=config.key_bias)
         self.value = inner(heads * config.dim_per_head, use_bias=config.use_bias)
         self.output = dense(
@@ -239,6 +244,7 @@ class Attention(nn.Module):
         query = self._rotate(query, positions)  # [batch, time, heads, head_dim]
         key, value = kv["key"], kv["value"]  # [batch, keys, kv_heads, head_dim]
         options: dict[str, Any] = {"causal": causal, "window": window, "mask": mask, "bias": bias}
+        options["scale"] = config.attention_scale
         drops_weights = train and config.attention_dropout_rate > 0
         if drops_weights or self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, **options)  # [batch, heads, time, keys]
@@ -258,7 +264,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """A feed-forward network of two dense layers, with or without a gate.
 
-    output(activation(hidden(x))), or with a gate output(activation(gate(x)) hidden(x)).
+    output(activation(hidden(x))), or with a gate output(activation(gate(x)) hidden(x)), with
+    dropout before the output layer.
 
     Attributes:
         config: the block's options.
@@ -271,7 +278,7 @@ class FeedForward(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Map [..., features] to the same shape."""
         config = self.config
         dense = functools.partial(Dense, use_bias=config.use_bias, precision=self.precision)
@@ -280,6 +287,7 @@ class FeedForward(nn.Module):
         )
         act, hidden = activation(config.activation_name), inner(name="hidden")(x)
         hidden = act(inner(name="gate")(x)) * hidden if config.gated else act(hidden)
+        hidden = Dropout(config.mlp_dropout_rate, name="dropout")(hidden, train=train)
         kernel_init = config.kernel_init(self.residual_scale)
         return dense(config.features, kernel_init=kernel_init, name="output")(hidden)
 

@@ -16,7 +16,7 @@ from jaxnets.layers import Initializer
 #: Encoding of positions; None has none.
 Positions: TypeAlias = Literal["learned", "sinusoidal", "rotary", "alibi", "relative"] | None
 _POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "relative", None)
-_GATES = {"swiglu": "silu", "geglu": "gelu"}
+_GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class BlockConfig:
             attention); by default `num_heads`.
         head_dim: size of a head, by default features / num_heads.
         mlp_dim: hidden width of the feed-forward network, by default 4 features.
-        activation: of the feed-forward network: a name of `layers.activation`, or "swiglu" or
-            "geglu" for a gated one (Shazeer 2020, arXiv:2002.05202).
+        activation: of the feed-forward network: a name of `layers.activation`, or "swiglu",
+            "geglu" or "geglu_tanh" for a gated one (Shazeer 2020, arXiv:2002.05202).
         norm: "layer" or "rms".
         norm_epsilon: added to the variance.
         norm_first: pre-norm: normalize the input of each branch and the output of the stack.
@@ -39,19 +39,25 @@ class BlockConfig:
         positions: "learned" or "sinusoidal" vectors added to the input; "rotary", "alibi" or
             "relative" (the bias of T5, shared by all layers) inside the attention; or None.
         rope_theta: as in `positions.rotary`.
+        num_relative_buckets: of relative positions, as in `positions.relative_buckets`.
+        max_relative_distance: of relative positions, where the last bucket begins.
         window: attend to positions at a smaller distance only; by default to all.
         qk_norm: normalize queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
+        attention_scale: factor of the query-key products, by default 1 / sqrt(head_dim).
         use_bias: whether the dense layers have biases, except that of the keys.
         key_bias: whether the projection of the keys has a bias. Without rotary positions such a
             bias cancels in the softmax, so only weights trained elsewhere need it.
         dropout_rate: on the input of the stack and at the end of each branch.
         attention_dropout_rate: on the attention weights. Above 0, training materializes the
             weights [batch, heads, queries, keys] of every layer, without tiling or cuDNN's kernel.
+        mlp_dropout_rate: on the hidden units of the feed-forward network.
+        output_dropout_rate: on the output of the stack.
         stochastic_depth_rate: probability of skipping a branch of the last block for an example;
             it rises linearly from the first block on (Huang et al. 2016, arXiv:1603.09382,
             equation 4).
         init_std: standard deviation of the initial kernels, divided by sqrt(number of branches)
-            at the ends of the branches if `norm_first` (GPT-2); None is Glorot uniform.
+            at the ends of the branches if `norm_first` (GPT-2); "fan_in" is 1 / sqrt(inputs of the
+            layer), as in T5, and 1 for embeddings; None is Glorot uniform.
         scan_layers: compile one block and scan it over the layers, on stacked parameters.
         remat: recompute activations in the backward pass instead of saving them.
 
@@ -76,14 +82,19 @@ class BlockConfig:
     norm_first: bool = True
     positions: Positions = "learned"
     rope_theta: float = 10_000.0
+    num_relative_buckets: int = 32
+    max_relative_distance: int = 128
     window: int | None = None
     qk_norm: bool = False
+    attention_scale: float | None = None
     use_bias: bool = True
     key_bias: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    mlp_dropout_rate: float = 0.0
+    output_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
-    init_std: float | None = 0.02
+    init_std: float | Literal["fan_in"] | None = 0.02
     scan_layers: bool = False
     remat: bool = False
 
@@ -91,8 +102,13 @@ class BlockConfig:
         for name in ("features", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) is not None:
                 check_sizes(**{name: getattr(self, name)})
-        for rate in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
-            check_rate(getattr(self, rate))
+        for rate in ("dropout", "attention_dropout", "mlp_dropout", "output_dropout"):
+            check_rate(getattr(self, f"{rate}_rate"))
+        check_rate(self.stochastic_depth_rate)
+        check_sizes(num_relative_buckets=self.num_relative_buckets)
+        check_sizes(max_relative_distance=self.max_relative_distance)
+        if isinstance(self.init_std, str) and self.init_std != "fan_in":
+            raise ValueError(f"init_std is {self.init_std!r}; give a number, 'fan_in' or None")
         if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(
                 f"{self.features} features do not split into {self.num_heads} heads; give a "
@@ -113,9 +129,10 @@ class BlockConfig:
             raise ValueError(f"norm is {self.norm!r}; choose 'layer' or 'rms'")
         if self.window is not None:
             check_sizes(window=self.window)
-        for name in ("norm_epsilon", "rope_theta"):
-            if not 0 < getattr(self, name) < math.inf:  # NaN too
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("norm_epsilon", "rope_theta", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:  # NaN too
+                raise ValueError(f"{name} is {value}; give a positive number")
         activation(self.activation_name)
 
     @property
@@ -142,11 +159,28 @@ class BlockConfig:
         """Return the initializer of a kernel, its standard deviation multiplied by `scale`.
 
         Args:
-            scale: below 1 at the end of a branch; without effect on Glorot or post-norm.
+            scale: below 1 at the end of a branch; without effect on Glorot, "fan_in" or post-norm.
         """
         if self.init_std is None:
             return nn.initializers.glorot_uniform()
+        if self.init_std == "fan_in":
+            return nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         return nn.initializers.normal(self.init_std * (scale if self.norm_first else 1.0))
+
+    def query_init(self) -> Initializer:
+        """Return the initializer of the kernel of the queries.
+
+        It makes up for `attention_scale`, so that the initial scores do not depend on it (T5).
+        """
+        init = self.kernel_init()
+        if self.attention_scale is None:
+            return init
+        scale = self.dim_per_head**-0.5 / self.attention_scale
+        return lambda key, shape, dtype: scale * init(key, shape, dtype)
+
+    def embedding_init(self) -> Initializer:
+        """Return the initializer of an embedding."""
+        return nn.initializers.normal(1.0 if self.init_std == "fan_in" else self.init_std or 0.02)
 
 
 def build_preset(kind: Callable[..., Any], preset: dict[str, Any], fields: dict[str, Any]) -> Any:

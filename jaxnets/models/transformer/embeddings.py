@@ -42,7 +42,7 @@ class InputEmbedding(nn.Module):
 
     def setup(self) -> None:
         config, policy = self.config, self.precision
-        init = nn.initializers.normal(config.init_std or 0.02)
+        init = config.embedding_init()
         scaled = nn.initializers.normal(config.features**-0.5) if self._scale() != 1 else init
         self.token = Embedding(self.vocabulary_size, config.features, scaled, policy)
         self.position = PositionEmbedding(config, self.max_length, policy)
@@ -151,7 +151,7 @@ class PositionEmbedding(nn.Module):
             embedded = sinusoidal_positions(positions, self.config.features, dtype=wide)
         elif self.config.positions == "learned":
             shape = (self.max_length, self.config.features)
-            init = nn.initializers.normal(self.config.init_std or 0.02)
+            init = self.config.embedding_init()
             table = parameter(self, "embedding", init, shape, policy.parameter, inputs=x.shape)
             if time > self.max_length:
                 raise ValueError(

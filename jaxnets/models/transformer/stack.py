@@ -14,14 +14,13 @@ from jaxnets.core import Precision, drawn_in_float32
 from jaxnets.functional.attention.masks import causal_mask
 from jaxnets.functional.attention.positions import alibi_bias, relative_buckets
 from jaxnets.functional.lengths import clear_padding, padding_mask
+from jaxnets.layers import Dropout
 from jaxnets.models.transformer.block import Block, BlockInputs, LayerCache, make_norm
 from jaxnets.models.transformer.config import BlockConfig
 
 #: The key-value cache: "position" [batch], number of cached steps of each row; "layer_0", ... (or
 #: "layers") -> LayerCache; with a context, "context_lengths" [batch].
 StackCarry: TypeAlias = Mapping[str, Any]
-
-_NUM_BUCKETS = 32  # as in T5, with its default maximum distance of 128
 
 
 class Stack(nn.Module):
@@ -67,12 +66,14 @@ class Stack(nn.Module):
                 Block(config, self.cross, scale, self.precision) for _ in range(self.num_layers)
             ]
         if config.positions == "relative":
-            shape, init = (_NUM_BUCKETS, config.num_heads), nn.initializers.normal(0.02)
+            shape = (config.num_relative_buckets, config.num_heads)
+            init = nn.initializers.normal(0.02)
             self.relative_bias = self.param(
                 "relative_bias", drawn_in_float32(init), shape, self.precision.parameter
             )
         if config.norm_first:
             self.norm = make_norm(config, self.precision)
+        self.output_dropout = Dropout(config.output_dropout_rate)
 
     def __call__(
         self,
@@ -114,6 +115,7 @@ class Stack(nn.Module):
             context_mask=context_mask,
         )
         x, _ = self._apply_blocks(_forward(inputs, train=train), x, {})
+        x = self.output_dropout(x, train=train)
         return clear_padding(x, lengths)[0]
 
     def start(
@@ -228,7 +230,10 @@ class Stack(nn.Module):
             return alibi_bias(self.config.num_heads, queries, keys, dtype=wide)
         if kind == "relative":
             buckets = relative_buckets(
-                queries, keys, bidirectional=not self.causal, num_buckets=_NUM_BUCKETS
+                *(queries, keys),
+                bidirectional=not self.causal,
+                num_buckets=self.config.num_relative_buckets,
+                max_distance=self.config.max_relative_distance,
             )
             # From [batch or 1, queries, keys, heads] to [batch or 1, heads, queries, keys].
             return jnp.moveaxis(self.relative_bias[buckets], -1, 1).astype(wide)

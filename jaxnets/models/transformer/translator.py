@@ -1,25 +1,25 @@
-"""The encoder-decoder transformer, for sequence-to-sequence tasks such as translation."""
+"""The encoder-decoder transformer for texts, and its presets: translation, T5."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxnets.checks import check_sizes
 from jaxnets.core import Precision
+from jaxnets.layers import Dense
 from jaxnets.models.transformer.config import BlockConfig, build_preset
 from jaxnets.models.transformer.embeddings import InputEmbedding
-from jaxnets.models.transformer.stack import Stack, StackCarry, cache_capacity
+from jaxnets.models.transformer.encoder_decoder import EncoderDecoder
+from jaxnets.models.transformer.stack import Stack
 
 
-class TransformerTranslator(nn.Module):
+class TransformerTranslator(EncoderDecoder):
     """An encoder of the source and a causal decoder of the target with cross-attention.
 
-    The output layer is the transposed token embedding of the target. Corresponds to
-    `torch.nn.Transformer` with embeddings and output layer.
+    Corresponds to `torch.nn.Transformer` with embeddings and output layer.
 
     Attributes:
         vocabulary_size: number of tokens of the source.
@@ -29,12 +29,17 @@ class TransformerTranslator(nn.Module):
         num_decoder_layers: number of blocks of the decoder, by default `num_layers`.
         config: options of the blocks.
         max_length: number of learned positions, the longest sequence; no limit with other kinds.
+        tied: the output layer is the transposed token embedding of the target instead of a kernel
+            of its own.
+        output_scale: factor of the decoder's features in front of the output layer, such as
+            1 / sqrt(features) in T5, whose tied embeddings have variance 1.
         precision: dtypes.
 
     Raises:
         ValueError: a field is out of range.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> config = BlockConfig(features=16, positions="sinusoidal")
         >>> module = TransformerTranslator(50, num_layers=1, config=config)
         >>> source, target = jnp.zeros((3, 8), jnp.int32), jnp.zeros((3, 5), jnp.int32)
@@ -43,7 +48,8 @@ class TransformerTranslator(nn.Module):
         (3, 5, 50)
 
     References:
-        Vaswani et al. 2017, arXiv:1706.03762; Xiong et al. 2020, arXiv:2002.04745 (norms first).
+        Vaswani et al. 2017, arXiv:1706.03762; Xiong et al. 2020, arXiv:2002.04745 (norms first);
+        Raffel et al. 2020, arXiv:1910.10683, section 2.1 (T5).
     """
 
     vocabulary_size: int
@@ -52,6 +58,8 @@ class TransformerTranslator(nn.Module):
     num_decoder_layers: int | None = None
     config: BlockConfig = BlockConfig(positions="sinusoidal")
     max_length: int = 512
+    tied: bool = True
+    output_scale: float = 1.0
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
@@ -60,6 +68,8 @@ class TransformerTranslator(nn.Module):
         for name in ("target_vocabulary_size", "num_decoder_layers"):
             if getattr(self, name) is not None:
                 check_sizes(**{name: getattr(self, name)})
+        if not 0 < self.output_scale < math.inf:
+            raise ValueError(f"output_scale is {self.output_scale}; give a positive number")
         super().__post_init__()
 
     def setup(self) -> None:
@@ -74,95 +84,33 @@ class TransformerTranslator(nn.Module):
         self.encoder = Stack(config, self.num_layers, precision=policy)
         count = self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
         self.decoder = Stack(config, count, causal=True, cross=True, precision=policy)
-
-    def __call__(
-        self,
-        inputs: jax.Array,
-        decoder_inputs: jax.Array,
-        lengths: jax.Array | None = None,
-        *,
-        train: bool = False,
-    ) -> jax.Array:
-        """Map source and shifted target (teacher forcing) to next-token logits of the target.
-
-        `capture` records the weights of the cross-attention as
-        ["decoder"]["layer_0"]["cross_attention"]["weights"], [batch, heads, target, source].
-
-        Args:
-            inputs: the source, integer [batch, source]; ids beyond the lengths may have any value.
-            decoder_inputs: the target shifted right by one step, integer [batch, target].
-            lengths: of the source, integer [batch] in [0, source]; by default all of it counts.
-            train: training mode.
-
-        Returns:
-            [batch, target, vocabulary]; [:, t] predicts the token after decoder_inputs[:, t].
-
-        Raises:
-            ValueError: tokens or lengths that do not fit.
-        """
-        context = self._encode(inputs, lengths, train=train)
-        x = self._target_embedding(decoder_inputs, train=train)
-        x = self.decoder(x, context=context, context_lengths=lengths, train=train)
-        return self._logits(x)
-
-    def start(self, source: jax.Array, lengths: jax.Array | None, capacity: int) -> StackCarry:
-        """Encode the source and return a cache with an empty target.
-
-        Args:
-            source: integer [batch, source].
-            lengths: integer [batch] in [0, source]; None counts all of it.
-            capacity: maximum number of tokens of the target.
-
-        Returns:
-            Arrays with a leading batch axis: keys and values of the source and of the target for
-            each layer, "context_lengths" [batch] and "position" [batch].
-
-        Raises:
-            ValueError: tokens or lengths that do not fit, a capacity beyond the learned positions.
-        """
-        self._target_embedding.check_capacity(capacity)
-        context = self._encode(source, lengths, train=False)
-        return self.decoder.start(
-            source.shape[0], capacity, context=context, context_lengths=lengths
-        )
-
-    def room(self, carry: StackCarry) -> int:
-        """Return the number of tokens that a carry has room for, including those it holds."""
-        return cache_capacity(carry)
-
-    def extend(
-        self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, StackCarry]:
-        """Append tokens to each target in the cache.
-
-        Args:
-            tokens: integer [batch, time]; the first lengths[b] tokens are appended to row b.
-            carry: as returned by `start` or an earlier call.
-            lengths: integer [batch] in [0, time]; by default all tokens are appended.
-
-        Returns:
-            Next-token logits [batch, time, vocabulary], NaN beyond the capacity, and the next
-            carry.
-
-        Raises:
-            ValueError: tokens or lengths that do not fit.
-        """
-        positions = carry["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        x = self._target_embedding(tokens, lengths, positions=positions)
-        x, carry = self.decoder.extend(x, carry, lengths)
-        return self._logits(x), carry
-
-    def _encode(self, source: jax.Array, lengths: jax.Array | None, *, train: bool) -> jax.Array:
-        x = self.embedding(source, lengths, train=train)
-        return self.encoder(x, lengths, train=train)
+        if not self.tied:
+            self.head = Dense(
+                self.target_vocabulary_size or self.vocabulary_size,
+                use_bias=False,
+                kernel_init=config.kernel_init(),
+                precision=policy,
+            )
 
     @property
-    def _target_embedding(self) -> InputEmbedding:
+    def decoder_embedding(self) -> InputEmbedding:
+        """The embedding of the target, which is that of the source where they share one."""
         shared = self.target_vocabulary_size is None
         return self.embedding if shared else self.target_embedding
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        return self._target_embedding.attend(x).astype(self.precision.output)
+    def encode(
+        self, inputs: jax.Array, lengths: jax.Array | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Encode a source, integer [batch, source], as `EncoderDecoder.encode` says."""
+        x = self.embedding(inputs, lengths, train=train)
+        return self.encoder(x, lengths, train=train), lengths
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Map the decoder's features to next-token logits [batch, target, vocabulary]."""
+        if self.output_scale != 1:
+            x = x * self.output_scale
+        logits = self.decoder_embedding.attend(x) if self.tied else self.head(x)
+        return logits.astype(self.precision.output)
 
 
 def transformer_base(vocabulary_size: int = 37_000, **fields: Any) -> TransformerTranslator:
@@ -206,5 +154,91 @@ def _translator(
         "positions": "sinusoidal",
         "dropout_rate": dropout_rate,
         "init_std": None,
+    }
+    return build_preset(TransformerTranslator, preset, fields)
+
+
+def t5_small(vocabulary_size: int = 32_128, **fields: Any) -> TransformerTranslator:
+    """Build T5 small: 60,506,624 parameters.
+
+    Dropout has one rate at all places of the paper, `dropout_rate`; the fields of single places
+    override it. The decoder starts from token 0, the padding.
+
+    Args:
+        vocabulary_size: number of tokens that source and target share.
+        fields: override those of the network and of its config.
+
+    References:
+        Raffel et al. 2020, arXiv:1910.10683, sections 2.1 and 3.7, and their published code.
+    """
+    return _t5(6, 512, 8, 2048, vocabulary_size, fields)
+
+
+def t5_base(vocabulary_size: int = 32_128, **fields: Any) -> TransformerTranslator:
+    """Build T5 base: 222,903,552 parameters, as `t5_small`."""
+    return _t5(12, 768, 12, 3072, vocabulary_size, fields)
+
+
+def t5_large(vocabulary_size: int = 32_128, **fields: Any) -> TransformerTranslator:
+    """Build T5 large: 737,668,096 parameters, as `t5_small`."""
+    return _t5(24, 1024, 16, 4096, vocabulary_size, fields)
+
+
+def flan_t5_small(vocabulary_size: int = 32_128, **fields: Any) -> TransformerTranslator:
+    """Build Flan-T5 small, which is T5 1.1 small: 76,961,152 parameters.
+
+    It differs from `t5_small` in the gate of the feed-forward network, in its sizes and in an
+    output layer of its own, which is not scaled.
+
+    Args:
+        vocabulary_size: number of tokens that source and target share.
+        fields: override those of the network and of its config.
+
+    References:
+        Chung et al. 2022, arXiv:2210.11416; Shazeer 2020, arXiv:2002.05202 (the gate).
+    """
+    return _t5(8, 512, 6, 1024, vocabulary_size, _T5_1_1 | fields)
+
+
+def flan_t5_base(vocabulary_size: int = 32_128, **fields: Any) -> TransformerTranslator:
+    """Build Flan-T5 base, which is T5 1.1 base: 247,577,856 parameters, as `flan_t5_small`."""
+    return _t5(12, 768, 12, 2048, vocabulary_size, _T5_1_1 | fields)
+
+
+def flan_t5_large(vocabulary_size: int = 32_128, **fields: Any) -> TransformerTranslator:
+    """Build Flan-T5 large, which is T5 1.1 large: 783,150,080 parameters, as `flan_t5_small`."""
+    return _t5(24, 1024, 16, 2816, vocabulary_size, _T5_1_1 | fields)
+
+
+_T5_1_1 = {"activation": "geglu_tanh", "tied": False, "output_scale": 1.0}
+
+
+def _t5(
+    num_layers: int,
+    features: int,
+    num_heads: int,
+    mlp_dim: int,
+    vocabulary_size: int,
+    fields: dict[str, Any],
+) -> TransformerTranslator:
+    rate = fields.get("dropout_rate", 0.1)
+    preset = {
+        "vocabulary_size": vocabulary_size,
+        "num_layers": num_layers,
+        "features": features,
+        "num_heads": num_heads,
+        "head_dim": 64,
+        "mlp_dim": mlp_dim,
+        "activation": "relu",
+        "norm": "rms",
+        "positions": "relative",
+        "attention_scale": 1.0,
+        "use_bias": False,
+        "dropout_rate": rate,
+        "attention_dropout_rate": rate,
+        "mlp_dropout_rate": rate,
+        "output_dropout_rate": rate,
+        "init_std": "fan_in",
+        "output_scale": features**-0.5,
     }
     return build_preset(TransformerTranslator, preset, fields)

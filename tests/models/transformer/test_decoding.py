@@ -26,6 +26,15 @@ CONFIGS = {
     "alibi_window": {"positions": "alibi", "window": 4},
     "alibi_three_heads": {"positions": "alibi", "num_heads": 3, "head_dim": 5},
     "relative": {"positions": "relative", "key_bias": True},
+    "t5": {
+        "positions": "relative",
+        "num_relative_buckets": 8,
+        "max_relative_distance": 6,
+        "attention_scale": 1.0,
+        "norm": "rms",
+        "use_bias": False,
+        "activation": "geglu_tanh",
+    },
     "no_positions": {"positions": None},
     "scanned": {"positions": "rotary", "scan_layers": True, "num_kv_heads": 1},
     "scanned_relative": {"positions": "relative", "scan_layers": True, "remat": True},
@@ -75,11 +84,14 @@ def test_ragged_pieces_of_a_text_give_the_logits_of_the_whole(name):
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(["sinusoidal_multi_query", "scanned_relative"], ["sinusoidal_multi_query"]),
+    mostly_slow(
+        ["sinusoidal_multi_query", "scanned_relative", "t5"], ["sinusoidal_multi_query", "t5"]
+    ),
 )
 def test_ragged_pieces_of_a_translation_give_the_logits_of_the_whole(name):
     fields = CONFIGS[name] | {"norm_first": name != "sinusoidal_multi_query"}
-    module = TransformerTranslator(11, num_layers=1, num_decoder_layers=1, config=config(**fields))
+    options = {"tied": False, "output_scale": 0.5} if name == "t5" else {}
+    module = TransformerTranslator(11, num_layers=1, config=config(**fields), **options)
     source, sequence, lengths = tokens(time=5, seed=1), tokens(), np.array([5, 2, 0])
     variables = made(module, source, sequence)
     whole = forward(module, variables, source, sequence, lengths)

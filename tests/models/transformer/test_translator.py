@@ -89,14 +89,23 @@ def test_capture_records_the_attention_of_a_translator_without_changing_its_outp
 
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
-    [("transformer_base", 63_073_280), ("transformer_big", 214_226_944)],
+    [
+        ("transformer_base", 63_073_280),
+        ("transformer_big", 214_226_944),
+        ("t5_small", 60_506_624),
+        ("t5_base", 222_903_552),
+        ("t5_large", 737_668_096),
+        ("flan_t5_small", 76_961_152),
+        ("flan_t5_base", 247_577_856),
+        ("flan_t5_large", 783_150_080),
+    ],
 )
-def test_the_translators_of_2017_have_the_number_of_parameters_stated(name, num_parameters):
+def test_presets_have_the_number_of_parameters_stated(name, num_parameters):
     source = jax.ShapeDtypeStruct((1, 6), jnp.int32)
     module = getattr(transformer, name)(scan_layers=True)
     variables, logits = shapes_of(module, source, source)
     assert count_parameters(variables) == num_parameters
-    assert logits.shape == (1, 6, 37_000)
+    assert logits.shape == (1, 6, 32_128 if "t5" in name else 37_000)
 
 
 def apply(*inputs):
