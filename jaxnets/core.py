@@ -9,6 +9,7 @@ calls anything that has Linen's `apply`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,6 +140,9 @@ class Objective(Protocol):
 
     Returns:
         ObjectiveOutput, which holds sums, not means.
+
+    An objective that holds large arrays, such as frozen parameters, is a pytree with them as
+    leaves: executors pass them to the program as arguments; a closure would embed them in it.
     """
 
     def __call__(
@@ -163,6 +167,11 @@ def check_objective(objective: Any) -> None:
         )
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["objective"],
+    meta_fields=["optimizer", "wrt", "float32_masters"],
+)
 @dataclasses.dataclass(frozen=True)
 class Update:
     """One gradient phase of a step.

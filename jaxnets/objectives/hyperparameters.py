@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,12 +43,22 @@ def scheduled(step: StepFn, **schedules: Callable[[jax.Array], Any]) -> StepFn:
     Raises:
         ValueError: at the call, a state without these hyperparameters.
     """
+    return _Scheduled(step, schedules)
 
-    def run(
-        state: TrainState, batch: Batch, *, axis_name: str | None = None
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step"], meta_fields=["schedules"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Scheduled:
+    step: StepFn
+    schedules: Mapping[str, Callable[[jax.Array], Any]]
+
+    def __call__(
+        self, state: TrainState, batch: Batch, /, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         scalars = dict(state.model_state.get("hyperparameters", {}))
-        for name, schedule in schedules.items():
+        for name, schedule in self.schedules.items():
             if name not in scalars:
                 raise ValueError(
                     f"the model state has the hyperparameters {sorted(scalars)} and no {name!r}; "
@@ -55,6 +66,5 @@ def scheduled(step: StepFn, **schedules: Callable[[jax.Array], Any]) -> StepFn:
                 )
             scalars[name] = jnp.asarray(schedule(state.step), scalars[name].dtype)
         model_state = {**state.model_state, "hyperparameters": scalars}
-        return step(dataclasses.replace(state, model_state=model_state), batch, axis_name=axis_name)
-
-    return run
+        state = dataclasses.replace(state, model_state=model_state)
+        return self.step(state, batch, axis_name=axis_name)

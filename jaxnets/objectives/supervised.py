@@ -6,6 +6,7 @@ An objective returns the sum of its losses and the sum of their weights, never a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -124,6 +125,9 @@ def with_batch_transform(
     return _Transformed(objective, transform)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["objective"], meta_fields=["transform"]
+)
 @dataclasses.dataclass(frozen=True)
 class _Transformed:
     objective: Objective

@@ -15,6 +15,7 @@ import optax
 from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Objective, Update
 from jaxnets.training.executors import jit_step, population_step
+from jaxnets.training.held_arrays import split_arrays
 from jaxnets.training.loop import value_ranges
 from jaxnets.training.step import create_train_state, make_train_step
 
@@ -168,14 +169,16 @@ def overfit_one_batch(
     state = create_train_state(variables, update, rng=rng)
     name = "loss" if step.updates[0].wrt is None else f"{step.updates[0].wrt}/loss"
 
-    def run(state: Any, batch: Batch) -> jax.Array:
+    held, with_arrays = split_arrays(step)
+
+    def run(held: Sequence[Any], state: Any, batch: Batch) -> jax.Array:
         def body(state: Any, _: None) -> tuple[Any, jax.Array]:
-            state, metrics = step(state, batch)
+            state, metrics = with_arrays(held)(state, batch)
             return state, metrics[name].compute()
 
         return jax.lax.scan(body, state, None, length=num_steps)[1]
 
-    losses = np.asarray(jax.jit(run)(state, dict(batch)))
+    losses = np.asarray(jax.jit(run)(held, state, dict(batch)))
     passed = bool(np.isfinite(losses[-1]) and losses[-1] <= target * losses[0])
     return OverfitReport(losses, passed, target)
 

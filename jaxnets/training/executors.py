@@ -3,20 +3,27 @@
 A step transform (`scan_steps`, `population_step`) takes a step and returns a step. An executor
 (`jit_step`, `resident_steps`, `pmap_step`, `sharded_step`) takes a step and returns a compiled
 `(state, batch) -> (state, metrics)`. So they compose: `pmap_step(scan_steps(step), batch_axis=1)`.
+
+Steps may hold arrays, such as frozen parameters; see `held_arrays`. So transforms return pytrees.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.core import DATA_AXIS, Batch, Executor, Mean, Metrics, StepFn, TrainState
+from jaxnets.training.held_arrays import split_arrays
+
+_Result = TypeVar("_Result")
 
 # Step transforms: a step in, a step out. They nest in each other and in every executor.
 
@@ -31,17 +38,22 @@ def scan_steps(step: StepFn) -> StepFn:
         A step on stacked batches [K, batch, ...], as from `data.chunked`. Its metrics are summed
         over the K steps.
     """
+    return _ScannedSteps(step)
 
-    def scanned(
-        state: TrainState, batches: Batch, *, axis_name: str | None = None
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _ScannedSteps:
+    step: StepFn
+
+    def __call__(
+        self, state: TrainState, batches: Batch, /, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         def body(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            return _call(step, state, batch, axis_name)
+            return _call(self.step, state, batch, axis_name)
 
         state, metrics = jax.lax.scan(body, state, dict(batches))
         return state, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-
-    return scanned
 
 
 def population_step(
@@ -78,21 +90,33 @@ def population_step(
     if strategy not in ("vmap", "map"):
         raise ValueError(f"strategy is {strategy!r}; choose 'vmap' or 'map'")
     check_on_non_finite(on_non_finite)
+    return _PopulationStep(step, shared_batch, strategy, on_non_finite)
 
-    def population(
-        state: TrainState, batch: Batch, *, axis_name: str | None = None
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step"],
+    meta_fields=["shared_batch", "strategy", "on_non_finite"],
+)
+@dataclasses.dataclass(frozen=True)
+class _PopulationStep:
+    step: StepFn
+    shared_batch: bool
+    strategy: str
+    on_non_finite: str
+
+    def __call__(
+        self, state: TrainState, batch: Batch, /, *, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         if jnp.ndim(state.step) == 0:
             raise ValueError(
                 "the state holds one network and population_step needs a member axis; create "
                 "the state by jax.vmap over keys"
             )
-        member = member_step(step, newest_step(state, on_non_finite), axis_name)
-        if strategy == "vmap":
-            return jax.vmap(member, in_axes=(0, None if shared_batch else 0))(state, batch)
-        return map_members(member, state, batch, shared_batch=shared_batch)
-
-    return population
+        member = member_step(self.step, newest_step(state, self.on_non_finite), axis_name)
+        if self.strategy == "vmap":
+            return jax.vmap(member, in_axes=(0, None if self.shared_batch else 0))(state, batch)
+        return map_members(member, state, batch, shared_batch=self.shared_batch)
 
 
 # The members of a population, also for `PopulationExecutor`.
@@ -161,17 +185,26 @@ def _stays_finite(before: TrainState, after: TrainState, metrics: Metrics) -> ja
 # Executors: a step in, a compiled `(state, batch) -> (state, metrics)` out.
 
 
-def jit_step(step: StepFn, *, donate: bool = False) -> Executor:
+def jit_step(
+    step: Callable[[TrainState, Batch], _Result], *, donate: bool = False
+) -> Callable[[TrainState, Batch], _Result]:
     """Compile a step for one device.
 
     Args:
-        step: `(state, batch, *, axis_name=None) -> (state, metrics)`.
+        step: `(state, batch, *, axis_name=None) -> (state, metrics)`, or an evaluation step
+            `(state, batch) -> metrics`.
         donate: donate the buffers of the input state, which the caller cannot use afterwards.
 
     Returns:
-        The compiled `(state, batch) -> (state, metrics)`.
+        The compiled `(state, batch) -> (state, metrics)`. Arrays that the step holds, such as
+        frozen parameters, are arguments of the program; `jax.jit(step)` would embed them in it.
     """
-    return jax.jit(lambda state, batch: step(state, batch), donate_argnums=(0,) if donate else ())
+    held, with_arrays = split_arrays(step)
+
+    def run(held: Sequence[Any], state: TrainState, batch: Batch) -> _Result:
+        return with_arrays(held)(state, batch)
+
+    return functools.partial(jax.jit(run, donate_argnums=(1,) if donate else ()), held)
 
 
 def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = False) -> Executor:
@@ -190,10 +223,16 @@ def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = Fals
         `data.chunked(data.index_batches(...), K)`. Other arrays of a batch, such as the "epochs"
         of `data.with_epochs`, are passed to the step unchanged.
     """
-    resident = jax.device_put(dict(data))
+    held, with_arrays = split_arrays(step)
+    resident = jax.device_put((held, dict(data)))
 
-    def run(state: TrainState, data: Batch, selection: Batch) -> tuple[TrainState, Metrics]:
-        # `data` is an argument because a closure would embed it in the program as a constant.
+    def run(
+        resident: tuple[Sequence[Any], Batch], state: TrainState, selection: Batch
+    ) -> tuple[TrainState, Metrics]:
+        # An argument because a closure would embed the data in the program as a constant.
+        held, data = resident
+        step = with_arrays(held)
+
         def gathered(
             state: TrainState, selection: Batch, *, axis_name: str | None = None
         ) -> tuple[TrainState, Metrics]:
@@ -203,8 +242,7 @@ def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = Fals
 
         return scan_steps(gathered)(state, selection)
 
-    compiled = jax.jit(run, donate_argnums=(0,) if donate else ())
-    return lambda state, selection: compiled(state, resident, selection)
+    return functools.partial(jax.jit(run, donate_argnums=(1,) if donate else ()), resident)
 
 
 def pmap_step(
@@ -233,13 +271,15 @@ def pmap_step(
     """
     _require_axis_name(step)
     devices = list(devices) if devices is not None else jax.local_devices()
+    held, with_arrays = split_arrays(step)
+    held = replicate(held, data_mesh(devices))
     mapped = jax.pmap(
-        lambda state, batch: step(state, batch, axis_name=DATA_AXIS),
+        lambda held, state, batch: with_arrays(held)(state, batch, axis_name=DATA_AXIS),
         axis_name=DATA_AXIS,
-        in_axes=(None, batch_axis),
+        in_axes=(None, None, batch_axis),
         out_axes=(None, None),
         devices=devices,
-        donate_argnums=(0,) if donate else (),
+        donate_argnums=(1,) if donate else (),
     )
 
     def split(array: Any) -> Any:
@@ -248,7 +288,9 @@ def pmap_step(
         # [..., devices, batch / devices, ...]
         return array.reshape(*before, len(devices), array.shape[batch_axis] // len(devices), *after)
 
-    return _bounded(lambda state, batch: mapped(state, jax.tree.map(split, dict(batch))), devices)
+    return _bounded(
+        lambda state, batch: mapped(held, state, jax.tree.map(split, dict(batch))), devices
+    )
 
 
 def sharded_step(
@@ -262,7 +304,8 @@ def sharded_step(
     """Compile a step for a device mesh with `jax.jit`; the compiler inserts the collectives.
 
     Args:
-        step: computes with global batches; its `axis_name` stays None.
+        step: computes with global batches; its `axis_name` stays None. Arrays that it holds, such
+            as frozen parameters, keep their sharding on the mesh, or are replicated.
         mesh: from `data_mesh`, or a mesh with more axes.
         state_sharding: a sharding per leaf, as from `fsdp_sharding`; None replicates the state.
         batch_spec: partition of the batch's arrays; None splits the leading axis over
@@ -278,11 +321,17 @@ def sharded_step(
     spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
     replicated = NamedSharding(mesh, PartitionSpec())
     state_sharding = replicated if state_sharding is None else state_sharding
+    held, with_arrays = split_arrays(step)
+    held = [array if _is_on(array, mesh) else jax.device_put(array, replicated) for array in held]
     compiled = jax.jit(
-        lambda state, batch: step(state, batch),
-        in_shardings=(state_sharding, NamedSharding(mesh, spec)),
+        lambda held, state, batch: with_arrays(held)(state, batch),
+        in_shardings=(
+            [array.sharding for array in held],
+            state_sharding,
+            NamedSharding(mesh, spec),
+        ),
         out_shardings=(state_sharding, replicated),
-        donate_argnums=(0,) if donate else (),
+        donate_argnums=(1,) if donate else (),
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -290,9 +339,13 @@ def sharded_step(
             for size, names in zip(array.shape, spec, strict=False):
                 names = (names,) if isinstance(names, str) else names or ()
                 _check_divisible(size, math.prod(mesh.shape[name] for name in names), "devices")
-        return compiled(state, dict(batch))
+        return compiled(held, state, dict(batch))
 
     return _bounded(run, mesh.devices.flat)
+
+
+def _is_on(array: Any, mesh: Mesh) -> bool:
+    return isinstance(array, jax.Array) and array.devices() == set(mesh.devices.flat)
 
 
 # Meshes and shardings for `sharded_step`.

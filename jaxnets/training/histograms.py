@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxnets.core import Batch, tree_path
+from jaxnets.core import Batch, Params, TrainState, tree_path
+from jaxnets.training.held_arrays import split_arrays
 from jaxnets.training.loop import Hook
 from jaxnets.training.media import Histogram
 from jaxnets.training.step import TrainStep
@@ -59,12 +60,16 @@ def gradient_histograms(
     Returns:
         Hook for `fit`.
     """
-    one = jax.jit(train_step.gradients)
-    many = jax.jit(jax.vmap(train_step.gradients, in_axes=(0, None)))
+    held, with_arrays = split_arrays(train_step)
+
+    @jax.jit
+    def gradients(held: Sequence[Any], state: TrainState) -> Params:
+        one = with_arrays(held).gradients
+        every = one if jnp.ndim(state.step) == 0 else jax.vmap(one, in_axes=(0, None))
+        return every(state, batch)
 
     def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-        gradients = one(state, batch) if jnp.ndim(state.step) == 0 else many(state, batch)
-        return _named(gradients, prefix, num_bins)
+        return _named(gradients(held, state), prefix, num_bins)
 
     return hook
 

@@ -25,6 +25,7 @@ from jaxnets.training.executors import (
     newest_step,
     population_step,
 )
+from jaxnets.training.held_arrays import split_arrays
 
 #: How the members of a population are computed: vectorized, sequentially inside one program,
 #: with one call per member, or in threads with one group of members per core.
@@ -184,12 +185,18 @@ def _compile(
 def _one_call_per_member(
     step: StepFn, *, shared_batch: bool, on_non_finite: str, donate: bool
 ) -> Executor:
+    held, with_arrays = split_arrays(step)
+
     @functools.partial(jax.jit, donate_argnums=(0,))
     def advance(
-        states: TrainState, batch: Batch, index: jax.Array, newest: jax.Array | None
+        states: TrainState,
+        held: Sequence[Any],
+        batch: Batch,
+        index: jax.Array,
+        newest: jax.Array | None,
     ) -> tuple[TrainState, Metrics]:
         own = batch if shared_batch else _member(dict(batch), index)
-        after, metrics = member_step(step, newest)(_member(states, index), own)
+        after, metrics = member_step(with_arrays(held), newest)(_member(states, index), own)
         # The states are donated, so only the row of this member is written.
         return jax.tree.map(lambda all, new: all.at[index].set(new), states, after), metrics
 
@@ -200,7 +207,7 @@ def _one_call_per_member(
         states = states if donate else _copied(states)
         rows = []
         for index in range(len(jax.tree.leaves(states)[0])):
-            states, metrics = advance(states, batch, jnp.int32(index), newest)
+            states, metrics = advance(states, held, batch, jnp.int32(index), newest)
             rows.append(metrics)
         return states, stack(rows)
 
@@ -210,11 +217,15 @@ def _one_call_per_member(
 def _groups_in_threads(
     step: StepFn, *, shared_batch: bool, on_non_finite: str, donate: bool
 ) -> Executor:
+    held, with_arrays = split_arrays(step)
+    held = jax.device_put(held)
+
     @functools.partial(jax.jit, donate_argnums=(0,))
     def group_step(
-        states: TrainState, batch: Batch, newest: jax.Array | None
+        states: TrainState, batch: Batch, newest: jax.Array | None, held: Sequence[Any]
     ) -> tuple[TrainState, Metrics]:
-        return map_members(member_step(step, newest), states, batch, shared_batch=shared_batch)
+        member = member_step(with_arrays(held), newest)
+        return map_members(member, states, batch, shared_batch=shared_batch)
 
     cores = usable_cores()
     workers = ThreadPoolExecutor(cores, thread_name_prefix="population")
@@ -233,15 +244,15 @@ def _groups_in_threads(
         bounds = _bounds(len(jax.tree.leaves(states)[0]), cores)
         groups = _split(states, bounds)
         batches = [batch] * len(groups) if shared_batch else _split(batch, bounds)
-        newests = [newest] * len(groups)
-        advances = list(map(program, groups, batches, newests))
+        same = [newest] * len(groups), [held] * len(groups)
+        advances = list(map(program, groups, batches, *same))
         if donate:
             jax.block_until_ready(groups)
             for leaf in jax.tree.leaves(states):
                 leaf.delete()
         done = workers.map(
             lambda advance, *group: jax.block_until_ready(advance(*group)),
-            *(advances, groups, batches, newests),
+            *(advances, groups, batches, *same),
         )
         return _joined(list(done))
 

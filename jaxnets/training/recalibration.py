@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 
+import jax
+
 from jaxnets.core import Batch, BatchSource, Executor, Metrics, StepFn, TrainState, Update
 from jaxnets.training.executors import jit_step
 from jaxnets.training.step import make_train_step
@@ -69,18 +71,7 @@ def recalibrate_batch_norm(
         raise ValueError(f"num_batches is {num_batches}; give 1 or more, such as 50")
     if "batch_stats" not in state.model_state:
         return state
-    train = make_train_step(update)
-
-    def step(
-        current: TrainState, batch: Batch, /, *, axis_name: str | None = None
-    ) -> tuple[TrainState, Metrics]:
-        # The compiler removes the gradient and the update: nothing but the statistics is used.
-        after, _ = train(current, batch, axis_name=axis_name)
-        statistics = after.model_state["batch_stats"]
-        model_state = {**current.model_state, "batch_stats": statistics}
-        return dataclasses.replace(current, step=after.step, model_state=model_state), {}
-
-    run, current = executor(step), state
+    run, current = executor(_StatisticsStep(make_train_step(update))), state
     source = iter(batches(0) if callable(batches) else batches)
     taken = 0
     for batch in itertools.islice(source, num_batches):
@@ -92,3 +83,18 @@ def recalibrate_batch_norm(
             "repeats, such as shuffled_batches, or a smaller number"
         )
     return dataclasses.replace(current, step=state.step)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _StatisticsStep:
+    train: StepFn
+
+    def __call__(
+        self, state: TrainState, batch: Batch, /, *, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        # The compiler removes the gradient and the update: nothing but the statistics is used.
+        after, _ = self.train(state, batch, axis_name=axis_name)
+        statistics = after.model_state["batch_stats"]
+        model_state = {**state.model_state, "batch_stats": statistics}
+        return dataclasses.replace(state, step=after.step, model_state=model_state), {}

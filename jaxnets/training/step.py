@@ -84,6 +84,9 @@ def create_train_state(
     )
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["updates"], meta_fields=["num_microbatches"]
+)
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """One training step as a pure function of state and batch; `make_train_step` builds it.
@@ -133,7 +136,7 @@ class TrainStep:
                 gradients, loss, new_metrics = jax.lax.psum(
                     (gradients, loss, new_metrics), axis_name
                 )
-                new_model_state = _mean_of_floats(new_model_state, axis_name)
+                new_model_state = _mean_of_floats(new_model_state, model_state, axis_name)
             gradients = _divide(gradients, loss.count)
             params, opt_state = _apply(update, gradients, params, opt_state, loss)
             model_state = _merge_model_state(update, params, model_state, new_model_state)
@@ -277,14 +280,19 @@ def make_eval_step(objective: Objective) -> Callable[[TrainState, Batch], Metric
         TypeError: the objective is a module, or no function.
     """
     check_objective(objective)
+    return _EvalStep(objective)
 
-    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _EvalStep:
+    objective: Objective
+
+    def __call__(self, state: TrainState, batch: Batch) -> Metrics:
         _check_one_network(state)
         rng = jax.random.fold_in(state.rng, zlib.crc32(b"evaluation"))
-        output = objective(state.params, state.model_state, batch, rng, train=False)
+        output = self.objective(state.params, state.model_state, batch, rng, train=False)
         return widened({"loss": output.loss, **output.metrics})
-
-    return eval_step
 
 
 def _check_one_network(state: TrainState) -> None:
@@ -413,11 +421,14 @@ def _divide(gradients: Params, count: jax.Array) -> Params:
     )
 
 
-def _mean_of_floats(tree: Any, axis_name: str) -> Any:
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-        tree,
-    )
+def _mean_of_floats(tree: Any, before: Any, axis_name: str) -> Any:
+    def mean(leaf: jax.Array, old: jax.Array) -> jax.Array:
+        # What the objective passes on is equal on all devices, and a mean would round it.
+        if leaf is old or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jax.lax.pmean(leaf, axis_name)
+
+    return jax.tree.map(mean, tree, before)
 
 
 def _merge_model_state(

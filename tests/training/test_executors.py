@@ -474,7 +474,7 @@ def test_evaluation_with_padding_is_exact_and_compiles_once():
     objective = classification(NETWORKS["mlp_batch_norm"][1](Precision()))
     data = {"inputs": batch["inputs"][:7], "labels": batch["labels"][:7]}
     whole = jax.jit(make_eval_step(objective))(state, data)
-    eval_step = jax.jit(chex.assert_max_traces(n=1)(make_eval_step(objective)))
+    eval_step = jax.jit(chex.assert_max_traces(n=1)(make_eval_step(objective).__call__))
     parts = [eval_step(state, part) for part in sequential_batches(data, 4)(0)]
     for name, expected in whole.items():
         found = (parts[0][name] + parts[1][name]).compute()
