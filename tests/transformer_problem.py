@@ -14,6 +14,10 @@ DROPPING = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}
 NORM, ATTENTION, FEED_FORWARD = 16, 4 * 64 + 3 * 8, 2 * 96 + 12 + 8
 BLOCK = 2 * NORM + ATTENTION + FEED_FORWARD
 
+# Tokens appended to each row at each call; 0 pauses a row.
+PIECES = np.array([[3, 1, 2], [1, 3, 0], [1, 1, 1], [1, 1, 1], [0, 1, 3]])
+GARBAGE = 99  # outside the vocabulary
+
 
 def config(**fields):
     return BlockConfig(**({"features": 8, "num_heads": 2, "mlp_dim": 12} | fields))
@@ -78,3 +82,22 @@ def check_wrong_lengths(module, x):
     for wrong in (-1, x.shape[1] + 1):
         y = forward(module, variables, x, np.array([4, wrong, 2], np.int32))
         assert np.isnan(y[1]).all() and np.isfinite(y[0]).all() and np.isfinite(y[2, :2]).all()
+
+
+def append_pieces(extend, variables, carry, sequence, pieces):
+    """Append pieces to each row; return the logits of each token, positions and carry."""
+    position, found = np.zeros(len(sequence), int), np.full((*sequence.shape, 11), np.nan)
+    for lengths in pieces:
+        piece = np.full((len(sequence), 3), GARBAGE, np.int32)
+        for row, (start, length) in enumerate(zip(position, lengths, strict=True)):
+            piece[row, :length] = sequence[row, start : start + length]
+        logits, carry = extend(variables, piece, carry, lengths)
+        for row, (start, length) in enumerate(zip(position, lengths, strict=True)):
+            found[row, start : start + length] = np.asarray(logits)[row, :length]
+        position += lengths
+        np.testing.assert_array_equal(carry["position"], position)
+    return found, position, carry
+
+
+def compiled_extend(module):
+    return jax.jit(lambda v, x, carry, lengths: module.apply(v, x, carry, lengths, method="extend"))

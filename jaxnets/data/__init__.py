@@ -5,6 +5,7 @@ from jaxnets.data.archives import safe_extract
 from jaxnets.data.arrays import check_arrays, pad_batch, split
 from jaxnets.data.audio import (
     LogMel,
+    WhisperFeatures,
     add_noise,
     change_speed,
     mel_filterbank,
@@ -92,6 +93,7 @@ __all__ = [
     "TextDataset",
     "Tokenizer",
     "TranslationDataset",
+    "WhisperFeatures",
     "WordTokenizer",
     "add_noise",
     "alternating_flip",

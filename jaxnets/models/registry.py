@@ -112,6 +112,15 @@ _TRANSLATION = Task(
     ("inputs", "decoder_inputs"),
     lambda size, shape: dict.fromkeys(("inputs", "decoder_inputs", "labels"), _ids(size, *shape)),
 )
+_TRANSCRIPTION = Task(
+    sequence_to_sequence,
+    ("inputs", "decoder_inputs"),
+    # One token for every sixteen frames, as in `_RECOGNITION`.
+    lambda size, shape: {
+        "inputs": _values(size, *shape),
+        **dict.fromkeys(("decoder_inputs", "labels"), _ids(size, max(shape[0] // 16, 1))),
+    },
+)
 _INPAINTING = Task(
     masked_reconstruction, ("inputs",), lambda size, shape: {"inputs": _values(size, *shape)}
 )
@@ -190,6 +199,15 @@ _TRANSLATOR_PRESETS = (  # preset, vocabulary
     (transformer.flan_t5_base, 32_128),
     (transformer.flan_t5_large, 32_128),
 )
+_WHISPER_PRESETS = (  # preset, mel features, vocabulary
+    (transformer.whisper_tiny, 80, 51_865),
+    (transformer.whisper_base, 80, 51_865),
+    (transformer.whisper_small, 80, 51_865),
+    (transformer.whisper_medium, 80, 51_865),
+    (transformer.whisper_large, 80, 51_865),
+    (transformer.whisper_large_v3, 128, 51_866),
+    (transformer.whisper_turbo, 128, 51_866),
+)
 
 #: Name -> architecture. A preset has the name of the function that builds it.
 MODELS: dict[str, Model] = {
@@ -220,6 +238,12 @@ MODELS: dict[str, Model] = {
     **{
         build.__name__: Model(build, (64,), vocabulary, _TRANSLATION, "vocabulary_size")
         for build, vocabulary in _TRANSLATOR_PRESETS
+    },
+    **{
+        build.__name__: Model(
+            build, (3000, num_mels), vocabulary, _TRANSCRIPTION, "vocabulary_size"
+        )
+        for build, num_mels, vocabulary in _WHISPER_PRESETS
     },
     "text_classifier": Model(
         functools.partial(recurrent.TextClassifier, 8_000), (64,), 2, _TEXT_CLASSIFICATION

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.data import LogMel, mel_filterbank, mfcc, stft
+from jaxnets.data import LogMel, WhisperFeatures, mel_filterbank, mfcc, stft
 
 pytestmark = pytest.mark.parity
 
@@ -137,3 +137,16 @@ def test_log_mel_features_and_cepstra_equal_torchaudio(torch, torchaudio):
     # Theirs adds 1e-6 where ours takes the larger, at most 1e-3 apart at these levels.
     assert mels.min() > 1e-3
     np.testing.assert_allclose(mfcc(log_mels)[0], cepstra.numpy().T, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("num_mels", [80, 128])
+def test_the_features_of_whisper_equal_those_of_transformers(num_mels):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    extract = transformers.WhisperFeatureExtractor(feature_size=num_mels)
+    voice = np.tile(speech_like(), 60)  # 30 s at 16 kHz
+    sounds = [voice[: 16_000 * 7 + 123], voice, np.zeros(1000, np.float32)]
+    theirs = extract(sounds, sampling_rate=16_000, return_tensors="np")["input_features"]
+    lengths = np.array([len(sound) for sound in sounds])
+    padded = np.stack([np.pad(sound, (0, lengths.max() - len(sound))) for sound in sounds])
+    ours = WhisperFeatures(num_mels)(jnp.asarray(padded), jnp.asarray(lengths))
+    np.testing.assert_allclose(ours, np.swapaxes(theirs, 1, 2), rtol=0, atol=1e-4)

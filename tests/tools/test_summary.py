@@ -28,12 +28,14 @@ SEQUENCES = {
     "bert_base": 109_482_240 + 768 * 2 + 2,
     "transformer_base": 63_073_280,
     "t5_small": 60_506_624,
+    "whisper_tiny": 37_184_640,
     "vit_tiny16": 5_717_416,
     "mae_vit_base16": 111_907_840,
 }
 # Deep ones, whose counts are tested with the networks themselves.
 DEEP = {"gpt2_medium", "gpt2_large", "gpt2_xl", "llama2_7b", "llama3_8b", "bert_large"}
 DEEP |= {"t5_base", "t5_large", "flan_t5_small", "flan_t5_base", "flan_t5_large"}
+DEEP |= {f"whisper_{size}" for size in ("base", "small", "medium", "large", "large_v3", "turbo")}
 DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16", "mae_vit_large16"}
 
 

@@ -1,7 +1,8 @@
 """Spectrograms: framing, short-time Fourier transform, mel filters, log-mel features, MFCC.
 
 Frames, windows and filters follow librosa and torchaudio: a periodic Hann window centered in each
-frame, frame t centered on sample t hop, zero padding at both ends (`pad_mode="constant"`).
+frame, frame t centered on sample t hop, zero padding at both ends (`pad_mode="constant"`), or the
+signal reflected at both ends (`pad_mode="reflect"`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxnets.data.audio.waveform import to_waveform
 from jaxnets.functional.lengths import clear_padding
 
 Scale = Literal["htk", "slaney"]
+PadMode = Literal["constant", "reflect"]
 
 # Slaney's scale: linear up to 1 kHz (mel 15), then 27 steps for each factor of 6.4.
 _LINEAR_HERTZ_PER_MEL = 200 / 3
@@ -25,36 +27,60 @@ _BREAK_HERTZ, _BREAK_MEL = 1000.0, 15.0
 _LOG_STEP = np.log(6.4) / 27
 
 
-def frame(samples: jax.Array, frame_length: int, hop: int, *, center: bool = True) -> jax.Array:
+def frame(
+    samples: jax.Array,
+    frame_length: int,
+    hop: int,
+    *,
+    center: bool = True,
+    pad_mode: PadMode = "constant",
+) -> jax.Array:
     """Split a signal into overlapping frames.
 
     Args:
         samples: [..., time].
         frame_length: samples per frame.
         hop: samples from the start of one frame to the next.
-        center: center frame t on sample t * hop, with zero padding at both ends; else frame t
-            starts at sample t * hop, and only complete frames are returned.
+        center: center frame t on sample t * hop, with padding at both ends; else frame t starts at
+            sample t * hop, and only complete frames are returned.
+        pad_mode: of a centered frame beyond the ends: "constant" is 0, "reflect" the signal
+            mirrored at its first and last sample.
 
     Returns:
         [..., frames, frame_length]; 1 + time // hop frames if centered (none for an empty
         signal), else 1 + (time - frame_length) // hop.
 
     Raises:
-        ValueError: a frame length or hop below 1.
+        ValueError: a frame length or hop below 1, an unknown `pad_mode`, or a signal that is too
+            short to be reflected.
 
     Example:
         >>> frame(jnp.arange(1, 6), 4, 2).tolist()
         [[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 0]]
+        >>> frame(jnp.arange(1, 6), 4, 2, pad_mode="reflect").tolist()
+        [[3, 2, 1, 2], [1, 2, 3, 4], [3, 4, 5, 4]]
     """
     if frame_length < 1 or hop < 1:
         raise ValueError(f"frame length {frame_length} and hop {hop} must be at least 1")
+    if pad_mode not in ("constant", "reflect"):
+        raise ValueError(f"pad_mode is {pad_mode!r}; choose 'constant' or 'reflect'")
     time, ends = samples.shape[-1], [(0, 0)] * (samples.ndim - 1)
     before = frame_length // 2 if center else 0
     num_frames = num_valid_frames(time, frame_length, hop, center=center)
+    if center and pad_mode == "reflect":
+        after = frame_length - before
+        if time <= after:
+            raise ValueError(
+                f"a signal of {time} samples is too short to be reflected at its ends in frames of "
+                f"{frame_length}; pad it to {after + 1} samples or more"
+            )
+        samples = jnp.pad(samples, [*ends, (before, after)], mode="reflect")
+        before = 0
     # Concatenate shifted views of blocks of `hop` samples, which needs no gather.
     num_blocks = -(-frame_length // hop)
     needed = (num_frames + num_blocks - 1) * hop
-    padded = jnp.pad(samples, [*ends, (before, max(0, needed - before - time))])[..., :needed]
+    behind = max(0, needed - before - samples.shape[-1])
+    padded = jnp.pad(samples, [*ends, (before, behind)])[..., :needed]
     blocks = padded.reshape(*samples.shape[:-1], -1, hop)  # [..., blocks, hop]
     shifted = [blocks[..., i : i + num_frames, :] for i in range(num_blocks)]
     return jnp.concatenate(shifted, axis=-1)[..., :frame_length]
@@ -89,14 +115,15 @@ def stft(
     hop: int,
     fft_length: int | None = None,
     center: bool = True,
+    pad_mode: PadMode = "constant",
 ) -> jax.Array:
     """Compute the short-time Fourier transform with a Hann window.
 
     `X[t, k] = sum_n window[n] x[t hop + n - fft_length / 2] exp(-2 pi i k n / fft_length)`
 
-    Corresponds to `librosa.stft` and `torch.stft(pad_mode="constant", return_complex=True)` with
-    a Hann window, transposed to [frames, bins]; the options are `win_length`, `hop_length`,
-    `n_fft` and `center` there.
+    Corresponds to `librosa.stft` and `torch.stft(return_complex=True)` with a Hann window,
+    transposed to [frames, bins]; the options are `win_length`, `hop_length`, `n_fft`, `center` and
+    `pad_mode` there, whose default in torch is "reflect".
 
     Uses a real FFT, which is faster on CPU: log-mel features of 64 x 1 s at 8 kHz in frames of 256
     take one half to two thirds of the time of a matrix product with the Fourier matrix.
@@ -107,12 +134,13 @@ def stft(
         hop: samples from one frame to the next.
         fft_length: even, default `frame_length`; the window is centered and zero-padded to it.
         center: as in `frame`, for frames of `fft_length`.
+        pad_mode: as in `frame`.
 
     Returns:
         Complex [..., frames, fft_length // 2 + 1].
 
     Raises:
-        ValueError: an odd `fft_length` or one below `frame_length`, or a length or hop below 1.
+        ValueError: an odd `fft_length` or one below `frame_length`, or as in `frame`.
 
     Example:
         A tone of 1 kHz at 8 kHz lies in bin 1000 / 8000 * 256 = 32.
@@ -128,7 +156,7 @@ def stft(
             f"FFT length {fft_length} must be even and at least the frame length {frame_length}; "
             f"give for example {_power_of_two(frame_length)}"
         )
-    frames = frame(samples, fft_length, hop, center=center)
+    frames = frame(samples, fft_length, hop, center=center, pad_mode=pad_mode)
     padded = np.zeros(fft_length)
     start = (fft_length - frame_length) // 2
     padded[start : start + frame_length] = np.hanning(frame_length + 1)[:-1]  # periodic
@@ -230,6 +258,7 @@ class LogMel:
         floor: minimum power; 1e-6 is below speech at any usual level and limits the contrast to
             digital silence.
         center: as in `frame`.
+        pad_mode: as in `frame`; "reflect" does not go with lengths.
 
     Raises:
         ValueError: a number out of range; see `stft` and `mel_filterbank`.
@@ -256,6 +285,7 @@ class LogMel:
     norm: Literal["slaney"] | None = "slaney"
     floor: float = 1e-6
     center: bool = True
+    pad_mode: PadMode = "constant"
 
     def __call__(self, samples: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Map int16 or floating [batch, time] to [batch, frames, num_mels].
@@ -266,10 +296,20 @@ class LogMel:
         samples = to_waveform(samples)
         if samples.ndim != 2:
             raise ValueError(f"samples have shape {samples.shape}; give [batch, time]")
+        if self.pad_mode == "reflect" and lengths is not None:
+            raise ValueError(
+                "pad_mode='reflect' reflects the end of the array, not that of each signal; leave "
+                "the lengths out, or choose 'constant'"
+            )
         samples, _ = clear_padding(samples, lengths)
         frame_length, hop, fft_length = self._sizes
         spectrum = stft(
-            samples, frame_length=frame_length, hop=hop, fft_length=fft_length, center=self.center
+            samples,
+            frame_length=frame_length,
+            hop=hop,
+            fft_length=fft_length,
+            center=self.center,
+            pad_mode=self.pad_mode,
         )
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)  # [batch, frames, bins]
         filters = jnp.asarray(self.filters(), power.dtype)

@@ -29,6 +29,17 @@ from jaxnets.models.transformer.masked_autoencoder import (
     mae_vit_base16,
     mae_vit_large16,
 )
+from jaxnets.models.transformer.speech import (
+    SpeechEncoder,
+    SpeechTransformer,
+    whisper_base,
+    whisper_large,
+    whisper_large_v3,
+    whisper_medium,
+    whisper_small,
+    whisper_tiny,
+    whisper_turbo,
+)
 from jaxnets.models.transformer.stack import (
     Stack,
     StackCarry,
@@ -69,6 +80,8 @@ __all__ = [
     "PatchEncoder",
     "PositionEmbedding",
     "Positions",
+    "SpeechEncoder",
+    "SpeechTransformer",
     "Stack",
     "StackCarry",
     "TransformerClassifier",
@@ -102,4 +115,11 @@ __all__ = [
     "vit_large16",
     "vit_small16",
     "vit_tiny16",
+    "whisper_base",
+    "whisper_large",
+    "whisper_large_v3",
+    "whisper_medium",
+    "whisper_small",
+    "whisper_tiny",
+    "whisper_turbo",
 ]

@@ -70,6 +70,17 @@ def test_frames_equal_those_cut_by_hand(time, length, hop, center):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(("length", "hop"), [(4, 2), (5, 5), (4, 7), (1, 1)])
+def test_reflected_frames_equal_those_of_a_signal_padded_by_numpy(length, hop):
+    for time in (6, 13):
+        samples = np.arange(1, time + 1)
+        padded = np.pad(samples, (length // 2, length - length // 2), mode="reflect")
+        starts = range(0, time + 1, hop)
+        expected = np.stack([padded[start : start + length] for start in starts])
+        found = frame(jnp.asarray(samples), length, hop, pad_mode="reflect")
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_frames_of_many_signals_are_counted_alike():
     lengths = np.arange(20)
     for center in (True, False):

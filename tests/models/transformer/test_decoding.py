@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import mostly_slow
-from transformer_problem import config, forward, made, tokens
+from transformer_problem import (
+    PIECES,
+    append_pieces,
+    compiled_extend,
+    config,
+    forward,
+    made,
+    tokens,
+)
 
 from jaxnets.core import Precision
 from jaxnets.generation.beam_search import beam_search
@@ -42,28 +50,6 @@ CONFIGS = {
 # One of each kind of positions, of norm and of heads; the others are products of these.
 DEFAULT = ["learned_post_norm", "rotary_grouped", "rotary_window_qk_norm", "alibi_window"]
 DEFAULT += ["scanned_relative"]
-# Tokens appended to each row at each call; 0 pauses a row.
-PIECES = np.array([[3, 1, 2], [1, 3, 0], [1, 1, 1], [1, 1, 1], [0, 1, 3]])
-GARBAGE = 99  # outside the vocabulary
-
-
-def append_pieces(extend, variables, carry, sequence, pieces):
-    """Append pieces to each row; return the logits of each token, positions and carry."""
-    position, found = np.zeros(len(sequence), int), np.full((*sequence.shape, 11), np.nan)
-    for lengths in pieces:
-        piece = np.full((len(sequence), 3), GARBAGE, np.int32)
-        for row, (start, length) in enumerate(zip(position, lengths, strict=True)):
-            piece[row, :length] = sequence[row, start : start + length]
-        logits, carry = extend(variables, piece, carry, lengths)
-        for row, (start, length) in enumerate(zip(position, lengths, strict=True)):
-            found[row, start : start + length] = np.asarray(logits)[row, :length]
-        position += lengths
-        np.testing.assert_array_equal(carry["position"], position)
-    return found, position, carry
-
-
-def compiled_extend(module):
-    return jax.jit(lambda v, x, carry, lengths: module.apply(v, x, carry, lengths, method="extend"))
 
 
 @pytest.mark.parametrize("name", mostly_slow(CONFIGS, DEFAULT))
