@@ -23,7 +23,7 @@ from jaxnets.functional.lengths import (
 )
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
-from jaxnets.functional.patches import patchify, unpatchify
+from jaxnets.functional.patches import interpolate_positions, patchify, unpatchify
 from jaxnets.functional.pooling import average_pool, global_average_pool, max_pool
 from jaxnets.functional.recurrence import (
     Cell,
@@ -67,6 +67,7 @@ __all__ = [
     "distances",
     "dot_product_attention",
     "global_average_pool",
+    "interpolate_positions",
     "layer_norm",
     "linear",
     "linear_recurrence",

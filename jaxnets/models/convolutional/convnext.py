@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from jaxnets.checks import IMAGES_OR_AUDIO, check_rank, check_rate, check_sizes
 from jaxnets.core import Precision, record
-from jaxnets.functional.activations import activation
+from jaxnets.functional.activations import Activation, activation
 from jaxnets.functional.channels import along_channels
 from jaxnets.functional.pooling import global_average_pool
 from jaxnets.layers import Convolution, Dense, Dropout, LayerNorm
@@ -23,12 +24,15 @@ class ConvNeXtBlock(nn.Module):
 
     Attributes:
         dropout_rate: stochastic depth: probability of skipping the branch, in [0, 1).
-        scale_init: initial layer scale: a trained factor per channel of the branch, near zero.
+        scale_init: initial layer scale: a trained factor per channel of the branch, near zero;
+            None has none.
+        activation: name or element-wise function.
         precision: dtypes.
     """
 
     dropout_rate: float = 0.0
-    scale_init: float = 1e-6
+    scale_init: float | None = 1e-6
+    activation: Activation = "gelu"
     precision: Precision = Precision()
 
     @nn.compact
@@ -46,10 +50,11 @@ class ConvNeXtBlock(nn.Module):
         y = LayerNorm(precision=policy, name="norm")(depthwise(x))
         for features, name in ((4 * channels, "expand"), (channels, "reduce")):
             y = Dense(features, kernel_init=_TRUNCATED, precision=policy, name=name)(y)
-            y = activation("gelu")(y) if name == "expand" else y
-        init = nn.initializers.constant(self.scale_init)
-        scale = self.param("scale", init, (channels,), policy.parameter)
-        y = y * along_channels(scale.astype(y.dtype), y)
+            y = activation(self.activation)(y) if name == "expand" else y
+        if self.scale_init is not None:
+            init = nn.initializers.constant(self.scale_init)
+            scale = self.param("scale", init, (channels,), policy.parameter)
+            y = y * along_channels(scale.astype(y.dtype), y)
         return x + Dropout(self.dropout_rate, per_example=True, name="skip")(y, train=train)
 
 
@@ -61,10 +66,12 @@ class ConvNeXt(nn.Module):
     Attributes:
         stage_sizes: number of blocks of each stage.
         stage_features: channels of each stage.
-        num_outputs: size of the output.
+        num_outputs: size of the output; None returns the pooled features.
         patch_size: kernel size and stride of the stem; 4 in the paper, 2 or 1 for small images.
         dropout_rate: stochastic depth of the last block, growing linearly from 0 at the first.
-        scale_init: initial layer scale of each residual branch.
+        scale_init: initial layer scale of each residual branch; None has no layer scale.
+        activation: name or element-wise function.
+        pooled_norm_epsilon: epsilon of the layer norm of the pooled features.
         precision: dtypes.
 
     Raises:
@@ -76,20 +83,28 @@ class ConvNeXt(nn.Module):
 
     stage_sizes: Sequence[int] = (3, 3, 9, 3)
     stage_features: Sequence[int] = (96, 192, 384, 768)
-    num_outputs: int = 10
+    num_outputs: int | None = 10
     patch_size: int = 4
     dropout_rate: float = 0.0
-    scale_init: float = 1e-6
+    scale_init: float | None = 1e-6
+    activation: Activation = "gelu"
+    pooled_norm_epsilon: float = 1e-6
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
         check_sizes(
             stage_sizes=self.stage_sizes,
             stage_features=self.stage_features,
-            num_outputs=self.num_outputs,
             patch_size=self.patch_size,
         )
+        if self.num_outputs is not None:
+            check_sizes(num_outputs=self.num_outputs)
         check_rate(self.dropout_rate)
+        activation(self.activation)
+        if not 0 < self.pooled_norm_epsilon < math.inf:  # NaN too
+            raise ValueError(
+                f"pooled_norm_epsilon is {self.pooled_norm_epsilon}; give a positive number"
+            )
         if len(self.stage_sizes) != len(self.stage_features):
             raise ValueError(
                 f"stage_sizes={self.stage_sizes} and stage_features={self.stage_features} must "
@@ -99,7 +114,7 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs].
+        """Map [batch, ..., channels] to [batch, num_outputs], or to features without a head.
 
         Records "stage_1", "stage_2", ... and "features".
         """
@@ -133,15 +148,19 @@ class ConvNeXt(nn.Module):
                 x = ConvNeXtBlock(
                     dropout_rate=self.dropout_rate * block / last,
                     scale_init=self.scale_init,
+                    activation=self.activation,
                     precision=policy,
                     name=f"stage_{stage}_block_{index}",
                 )(x, train=train)
                 block += 1
             record(self, f"stage_{stage}", x)
-        x = LayerNorm(precision=policy, name="norm")(global_average_pool(x))
+        norm = LayerNorm(self.pooled_norm_epsilon, precision=policy, name="norm")
+        x = norm(global_average_pool(x))
         record(self, "features", x)
-        head = Dense(self.num_outputs, kernel_init=_TRUNCATED, precision=policy, name="head")
-        return head(x).astype(policy.output)
+        if self.num_outputs is not None:
+            head = Dense(self.num_outputs, kernel_init=_TRUNCATED, precision=policy, name="head")
+            x = head(x)
+        return x.astype(policy.output)
 
 
 def convnext_tiny(num_classes: int = 1000, **fields: Any) -> ConvNeXt:

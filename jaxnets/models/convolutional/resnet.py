@@ -7,7 +7,7 @@ audio [batch, time, channels].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,9 @@ from jaxnets.core import Precision, record
 from jaxnets.functional.activations import Activation, activation
 from jaxnets.functional.pooling import global_average_pool, max_pool
 from jaxnets.layers import BatchNorm, Convolution, Dense, Dropout
+
+#: The convolution of a bottleneck that has the stride of its block.
+BottleneckStride: TypeAlias = Literal["3x3", "1x1"]
 
 _HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -45,8 +48,10 @@ class ResidualBlock(nn.Module):
 
     Attributes:
         features: channels inside the block; a bottleneck returns four times as many.
-        strides: stride of the first 3x3 convolution and of the shortcut.
+        strides: stride of the first 3x3 convolution (see `bottleneck_stride`) and of the shortcut.
         bottleneck: bottleneck block instead of the basic one.
+        bottleneck_stride: the convolution of a bottleneck that has the stride, "3x3" or the first
+            "1x1".
         activation: name or element-wise function.
         precision: dtypes.
     """
@@ -54,6 +59,7 @@ class ResidualBlock(nn.Module):
     features: int
     strides: int = 1
     bottleneck: bool = False
+    bottleneck_stride: BottleneckStride = "3x3"
     activation: Activation = "relu"
     precision: Precision = Precision()
 
@@ -64,9 +70,10 @@ class ResidualBlock(nn.Module):
         """Map [batch, ..., channels] to [batch, ..., features or 4 features]."""
         policy, act = self.precision, activation(self.activation)
         if self.bottleneck:
+            early = self.bottleneck_stride == "1x1"
             layers = [
-                (self.features, 1, 1),
-                (self.features, 3, self.strides),
+                (self.features, 1, self.strides if early else 1),
+                (self.features, 3, 1 if early else self.strides),
                 (4 * self.features, 1, 1),
             ]
         else:
@@ -81,7 +88,7 @@ class ResidualBlock(nn.Module):
             norm = BatchNorm(scale_init=init, precision=policy, name=f"norm_{index}")
             y = norm(y, train=train, weights=weights)
             y = y if last else act(y)
-        if x.shape != y.shape:
+        if x.shape[-1] != y.shape[-1] or self.strides != 1:
             x = _bias_free_convolution(
                 y.shape[-1], 1, self.strides, policy=policy, name="shortcut_conv"
             )(x)
@@ -95,17 +102,21 @@ class ResNet(nn.Module):
     Corresponds to `torchvision.models.ResNet` with `zero_init_residual=True`: the same
     architecture, padding, initialization of the convolutions and parameter counts.
 
-    Differs from the paper, which puts the stride of a bottleneck in its first 1x1 convolution and
-    takes narrower networks for CIFAR-10 (section 4.2).
+    Differs from the paper, which puts the stride of a bottleneck in its first 1x1 convolution
+    (`bottleneck_stride="1x1"`) and takes narrower networks for CIFAR-10 (section 4.2).
 
     Attributes:
         stage_sizes: number of blocks of each stage; each stage after the first halves the
             resolution and doubles the channels.
         bottleneck: bottleneck blocks instead of basic ones.
-        num_outputs: size of the output.
+        num_outputs: size of the output; None returns the pooled features.
         stem: "imagenet" (7x7 convolution of stride 2 and a max pool: a quarter of the resolution)
             or "cifar" (3x3 convolution, full resolution).
-        width: channels of the first stage.
+        width: channels of the stem, and of the first stage.
+        stage_features: channels inside the blocks of each stage; by default width, 2 width, ...
+        bottleneck_stride: the convolution of a bottleneck that has the stride of its stage: "3x3"
+            (version 1.5) or the first "1x1" (version 1, the paper).
+        first_stage_strides: stride of the first stage; 2 halves the resolution there too.
         activation: name or element-wise function.
         precision: dtypes.
 
@@ -118,16 +129,36 @@ class ResNet(nn.Module):
 
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     bottleneck: bool = False
-    num_outputs: int = 10
+    num_outputs: int | None = 10
     stem: str = "imagenet"
     width: int = 64
+    stage_features: Sequence[int] | None = None
+    bottleneck_stride: BottleneckStride = "3x3"
+    first_stage_strides: int = 1
     activation: Activation = "relu"
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        check_sizes(stage_sizes=self.stage_sizes, num_outputs=self.num_outputs, width=self.width)
+        check_sizes(
+            stage_sizes=self.stage_sizes,
+            width=self.width,
+            first_stage_strides=self.first_stage_strides,
+        )
+        if self.num_outputs is not None:
+            check_sizes(num_outputs=self.num_outputs)
+        if self.stage_features is not None:
+            check_sizes(stage_features=self.stage_features)
+            if len(self.stage_features) != len(self.stage_sizes):
+                raise ValueError(
+                    f"stage_sizes={self.stage_sizes} and stage_features={self.stage_features} "
+                    "must have one entry per stage"
+                )
         if self.stem not in ("imagenet", "cifar"):
             raise ValueError(f"unknown stem {self.stem!r}; choose 'imagenet' or 'cifar'")
+        if self.bottleneck_stride not in ("3x3", "1x1"):
+            raise ValueError(
+                f"bottleneck_stride is {self.bottleneck_stride!r}; choose '3x3' or '1x1'"
+            )
         activation(self.activation)
         super().__post_init__()
 
@@ -135,7 +166,7 @@ class ResNet(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs].
+        """Map [batch, ..., channels] to [batch, num_outputs], or to features without a head.
 
         Records "stage_1", "stage_2", ... and "features". `weights` [batch],
         0 = padding, are for the batch norms in training.
@@ -149,12 +180,16 @@ class ResNet(nn.Module):
         x = BatchNorm(precision=policy, name="stem_norm")(x, train=train, weights=weights)
         x = activation(self.activation)(x)
         x = max_pool(x, 3, 2, 1) if large else x
-        for stage, num_blocks in enumerate(self.stage_sizes, start=1):
+        widths = self.stage_features or [self.width * 2**i for i in range(len(self.stage_sizes))]
+        stages = zip(self.stage_sizes, widths, strict=True)
+        for stage, (num_blocks, features) in enumerate(stages, start=1):
+            stage_strides = 2 if stage > 1 else self.first_stage_strides
             for block in range(1, num_blocks + 1):
                 x = ResidualBlock(
-                    self.width * 2 ** (stage - 1),
-                    strides=2 if stage > 1 and block == 1 else 1,
+                    features,
+                    strides=stage_strides if block == 1 else 1,
                     bottleneck=self.bottleneck,
+                    bottleneck_stride=self.bottleneck_stride,
                     activation=self.activation,
                     precision=policy,
                     name=f"stage_{stage}_block_{block}",
@@ -162,7 +197,9 @@ class ResNet(nn.Module):
             record(self, f"stage_{stage}", x)
         x = global_average_pool(x)
         record(self, "features", x)
-        return Dense(self.num_outputs, precision=policy, name="head")(x).astype(policy.output)
+        if self.num_outputs is not None:
+            x = Dense(self.num_outputs, precision=policy, name="head")(x)
+        return x.astype(policy.output)
 
 
 class WideBlock(nn.Module):

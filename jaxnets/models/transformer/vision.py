@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -26,6 +27,8 @@ class PatchEncoder(nn.Module):
         num_layers: number of blocks.
         config: options of the blocks.
         use_token: prepend a learned token (the class token) to the patches.
+        use_distillation_token: prepend another one to the patches, after the class token if there
+            is one (Touvron et al. 2021, arXiv:2012.12877, section 4).
         precision: dtypes.
 
     Raises:
@@ -39,6 +42,7 @@ class PatchEncoder(nn.Module):
     num_layers: int = 6
     config: BlockConfig = BlockConfig()
     use_token: bool = True
+    use_distillation_token: bool = False
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
@@ -59,7 +63,7 @@ class PatchEncoder(nn.Module):
             train: training mode.
 
         Returns:
-            Features in the compute dtype; with `use_token` those of the token come first.
+            Features in the compute dtype; those of the learned tokens come first.
 
         Raises:
             ValueError: images that do not split into patches, or indices that do not fit.
@@ -69,14 +73,18 @@ class PatchEncoder(nn.Module):
         x = Dense(
             config.features, kernel_init=config.kernel_init(), precision=policy, name="patch"
         )(patchify(inputs, self.patch_size))
-        num_tokens = int(self.use_token)
-        if self.use_token:
-            shape, init = (config.features,), nn.initializers.normal(0.02)
-            token = self.param("token", drawn_in_float32(init), shape, policy.parameter).astype(
-                x.dtype
+        shape, init = (config.features,), drawn_in_float32(nn.initializers.normal(0.02))
+        used = {"token": self.use_token, "distillation_token": self.use_distillation_token}
+        tokens = [
+            jnp.broadcast_to(
+                self.param(name, init, shape, policy.parameter).astype(x.dtype)[None, None],
+                (x.shape[0], 1, config.features),
             )
-            token = jnp.broadcast_to(token[None, None], (x.shape[0], 1, config.features))
-            x = jnp.concatenate([token, x], axis=1)
+            for name, is_used in used.items()
+            if is_used
+        ]
+        num_tokens = len(tokens)
+        x = jnp.concatenate([*tokens, x], axis=1) if tokens else x
         x = PositionEmbedding(config, x.shape[1], policy, name="position")(x)
         if visible is not None:
             patches = _take(x[:, num_tokens:], visible)
@@ -111,11 +119,15 @@ class VisionTransformer(nn.Module):
     trained `MaskedAutoencoder` fits.
 
     Attributes:
-        num_outputs: size of the output.
+        num_outputs: size of the output; None returns the input of the head.
         patch_size: height and width of a patch.
         num_layers: number of blocks.
         config: options of the blocks.
         pool: input of the head: the learned "token", or the "mean" over the patches.
+        pooler_dim: size of a dense layer with tanh in front of the head, the hidden layer of
+            pretraining; None has none.
+        distillation: "token" adds the distillation token of DeiT, "head" also a head on it; the
+            output is then the mean of both heads.
         precision: dtypes.
 
     Raises:
@@ -129,29 +141,61 @@ class VisionTransformer(nn.Module):
         (2, 3)
 
     References:
-        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1.
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1; Touvron et al. 2021,
+        arXiv:2012.12877, section 4 (the distillation token).
     """
 
-    num_outputs: int = 10
+    num_outputs: int | None = 10
     patch_size: int = 4
     num_layers: int = 6
     config: BlockConfig = BlockConfig()
     pool: Literal["token", "mean"] = "token"
+    pooler_dim: int | None = None
+    distillation: Literal["token", "head"] | None = None
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        check_sizes(num_outputs=self.num_outputs, patch_size=self.patch_size)
+        check_sizes(patch_size=self.patch_size)
+        for name in ("num_outputs", "pooler_dim"):
+            if getattr(self, name) is not None:
+                check_sizes(**{name: getattr(self, name)})
         if self.pool not in ("token", "mean"):
             raise ValueError(f"pool is {self.pool!r}; choose 'token' or 'mean'")
+        if self.distillation not in ("token", "head", None):
+            raise ValueError(
+                f"distillation is {self.distillation!r}; choose 'token', 'head' or None"
+            )
+        if self.distillation is not None and self.pool != "token":
+            raise ValueError(
+                f"distillation={self.distillation!r} with pool={self.pool!r}; a distillation token "
+                "needs pool='token'"
+            )
+        if self.distillation == "head" and (self.num_outputs is None or self.pooler_dim):
+            raise ValueError(
+                f"distillation='head' with num_outputs={self.num_outputs} and pooler_dim="
+                f"{self.pooler_dim}; two heads need num_outputs and no pooler"
+            )
         super().__post_init__()
 
     def setup(self) -> None:
         self.encoder = PatchEncoder(
-            self.patch_size, self.num_layers, self.config, self.pool == "token", self.precision
+            self.patch_size,
+            self.num_layers,
+            self.config,
+            use_token=self.pool == "token",
+            use_distillation_token=self.distillation is not None,
+            precision=self.precision,
         )
         nn.share_scope(self, self.encoder)
-        init = self.config.kernel_init()
-        self.head = Dense(self.num_outputs, kernel_init=init, precision=self.precision)
+        dense = functools.partial(
+            Dense, kernel_init=self.config.kernel_init(), precision=self.precision
+        )
+        if self.pooler_dim is not None:
+            self.pooler = dense(self.pooler_dim)
+        if self.num_outputs is not None:
+            self.head = dense(self.num_outputs)
+            if self.distillation == "head":
+                self.distillation_head = dense(self.num_outputs)
 
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
         """Map [batch, height, width, channels] to [batch, num_outputs]; records "features".
@@ -160,13 +204,30 @@ class VisionTransformer(nn.Module):
             inputs: images of the size that the network was initialized with.
             train: training mode.
 
+        Returns:
+            [batch, num_outputs]; without a head [batch, pooler_dim or features].
+
         Raises:
             ValueError: images that do not split into patches.
         """
-        x = self.encoder(inputs, train=train)
-        x = x[:, 0] if self.pool == "token" else global_average_pool(x)
+        tokens = self.encode(inputs, train=train)
+        x = tokens[:, 0] if self.pool == "token" else global_average_pool(tokens)
+        if self.pooler_dim is not None:
+            x = jnp.tanh(self.pooler(x))
         record(self, "features", x)
-        return self.head(x).astype(self.precision.output)
+        if self.num_outputs is not None:
+            x = self.head(x)
+        if self.distillation == "head":
+            x = (x + self.distillation_head(tokens[:, 1])) / 2
+        return x.astype(self.precision.output)
+
+    def encode(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
+        """Return the features of tokens and patches, [batch, tokens + patches, features].
+
+        They are in the compute dtype, those of the learned tokens first; the arguments are those
+        of a call.
+        """
+        return self.encoder(inputs, train=train)
 
 
 def vit_tiny16(num_classes: int = 1000, **fields: Any) -> VisionTransformer:

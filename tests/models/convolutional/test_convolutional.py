@@ -289,15 +289,71 @@ def test_the_imagenet_stem_reduces_the_resolution_to_a_quarter():
 
 
 @pytest.mark.lowering
-def test_the_stride_of_a_bottleneck_is_in_its_three_by_three_convolution():
-    module = ResNet(stage_sizes=(1, 1), bottleneck=True, width=2, stem="cifar")
+@pytest.mark.parametrize("size", ["3x3", "1x1"])
+def test_the_stride_of_a_bottleneck_is_in_the_convolution_that_is_asked_for(size):
+    module = ResNet((1, 1), bottleneck=True, width=2, stem="cifar", bottleneck_stride=size)
     variables, _ = shapes_of(module, images(1, 8, 8, 1))
     traced = jax.jit(module.apply).trace(variables, images(1, 8, 8, 1))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     strided = re.findall(
         r"stablehlo\.convolution.*stride = \[2, 2\].*tensor<(\dx\d)x[^>]*>\) ->", text
     )
-    assert sorted(strided) == ["1x1", "3x3"]  # the shortcut has the other
+    assert sorted(strided) == sorted(["1x1", size])  # the shortcut has the other
+
+
+def recorded_shapes(module, *shape):
+    inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables, _ = shapes_of(module, inputs)
+    output, recorded = jax.eval_shape(lambda v, x: capture(module, v, x), variables, inputs)
+    return output.shape, {name: value.shape for name, value in recorded.items()}
+
+
+def test_a_resnet_may_have_any_channels_and_a_stride_in_its_first_stage():
+    module = ResNet((1, 2), num_outputs=None, width=4, stage_features=(6, 5), first_stage_strides=2)
+    output, recorded = recorded_shapes(module, 2, 32, 32, 3)
+    assert recorded == {"stage_1": (2, 4, 4, 6), "stage_2": (2, 2, 2, 5), "features": (2, 5)}
+    assert output == (2, 5)
+    plain, doubled = ResNet((1, 1), width=4), ResNet((1, 1), width=4, stage_features=(4, 8))
+    assert recorded_shapes(plain, 2, 32, 32, 3) == recorded_shapes(doubled, 2, 32, 32, 3)
+
+
+def test_the_shortcut_of_a_strided_block_does_not_depend_on_the_size_of_the_image():
+    module = ResNet((1,), width=4, first_stage_strides=2)
+    names = [
+        shapes_of(module, images(1, side, side, 3))[0]["params"]["stage_1_block_1"].keys()
+        for side in (4, 32)
+    ]
+    assert "shortcut_conv" in names[0] and names[0] == names[1]
+
+
+def test_a_convnext_without_layer_scale_is_one_whose_scales_are_one():
+    module = NETWORKS["convnext"][0].clone(scale_init=None)
+    scaled, x = module.clone(scale_init=1.0), images(2, 8, 8, 1)
+    variables = perturbed(jax.tree.map(jnp.zeros_like, shapes_of(module, x)[0]))
+    params = {
+        name: layer | {"scale": jnp.ones(layer["reduce"]["bias"].shape)}
+        if "reduce" in layer
+        else layer
+        for name, layer in variables["params"].items()
+    }
+    plain, with_ones = jax.jit(module.apply)(variables, x), scaled.apply({"params": params}, x)
+    np.testing.assert_allclose(plain, with_ones, rtol=1e-5, atol=1e-5)
+
+
+def test_the_activation_and_the_last_epsilon_of_a_convnext_are_used():
+    module = NETWORKS["convnext"][0].clone(num_outputs=None, activation="relu")
+    x = images(2, 8, 8, 1)
+    variables = perturbed(jax.tree.map(jnp.zeros_like, shapes_of(module, x)[0]))
+    scale, bias = (np.asarray(variables["params"]["norm"][name]) for name in ("scale", "bias"))
+    for epsilon in (1e-6, 0.5):
+        output, recorded = capture(module.clone(pooled_norm_epsilon=epsilon), variables, x)
+        pooled = np.asarray(recorded["stage_2"]).mean(axis=(1, 2))
+        centered = pooled - pooled.mean(axis=1, keepdims=True)
+        variance = pooled.var(axis=1, keepdims=True)
+        expected = centered / np.sqrt(variance + epsilon) * scale + bias
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    gelu = module.clone(activation="gelu").apply(variables, x)
+    assert np.abs(gelu - module.apply(variables, x)).max() > 1e-3
 
 
 def test_the_blocks_of_a_new_resnet_are_the_identity():
@@ -377,6 +433,11 @@ def test_a_convnet_of_audio_equals_one_of_images_of_one_row():
         (lambda: ConvNet(features=(8, 0)), r"features=\(8, 0\)"),
         (lambda: ConvNet(norm="group"), "'group'"),
         (lambda: ResNet(stem="tiny"), "'tiny'.*'cifar'"),
+        (lambda: ResNet(bottleneck_stride="2x2"), "'2x2'; choose '3x3' or '1x1'"),
+        (lambda: ResNet((1, 1), stage_features=(8,)), "one entry per stage"),
+        (lambda: ResNet(first_stage_strides=0), "first_stage_strides=0"),
+        (lambda: ConvNeXt(activation="tan"), "'tan'"),
+        (lambda: ConvNeXt(pooled_norm_epsilon=0.0), "pooled_norm_epsilon is 0.0"),
         (lambda: WideResNet(depth=27), r"depth=27 must be 6 n \+ 4"),
         (lambda: ConvNeXt(stage_sizes=(1, 2)), "one entry per stage"),
         (lambda: shapes_of(PilotNet(), images(1, 60, 90, 1)), r"\(60, 90\).*need 61 pixels a side"),

@@ -15,10 +15,13 @@ from transformer_problem import (
 )
 
 from jaxnets import transformer
+from jaxnets.core import capture
 from jaxnets.models.transformer import PatchEncoder, VisionTransformer
 
 IMAGES = floats(2, 4, 6, 3)
 TOKEN = VisionTransformer(3, patch_size=2, num_layers=1, config=config(**DROPPING))
+DISTILLED = VisionTransformer(3, 2, num_layers=1, config=config(), distillation="head")
+POOLED = VisionTransformer(None, 2, num_layers=1, config=config(), pooler_dim=5)
 MEAN = VisionTransformer(3, 2, num_layers=1, config=config(positions=None), pool="mean")
 
 
@@ -26,6 +29,51 @@ MEAN = VisionTransformer(3, 2, num_layers=1, config=config(positions=None), pool
 def test_a_vision_transformer_passes_every_check():
     num_parameters = 12 * 8 + 8 + 8 + 7 * 8 + BLOCK + NORM + 27
     check_module(TOKEN, IMAGES, num_parameters=num_parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "more"), [(DISTILLED, 8 + 8 + 27), (POOLED, 8 * 5 + 5 - 27)], ids=["two", "pooler"]
+)
+def test_a_network_with_two_heads_or_a_pooler_passes_every_check(module, more):
+    check_module(module, IMAGES, num_parameters=12 * 8 + 8 + 8 + 7 * 8 + BLOCK + NORM + 27 + more)
+
+
+def test_two_heads_are_averaged_over_the_class_and_the_distillation_token():
+    variables = made(DISTILLED, IMAGES)
+    tokens = DISTILLED.apply(variables, IMAGES, method="encode")
+    assert tokens.shape == (2, 2 + 6, 8)
+    heads = variables["params"]["head"], variables["params"]["distillation_head"]
+    logits = [tokens[:, i] @ head["kernel"] + head["bias"][None] for i, head in enumerate(heads)]
+    close(forward(DISTILLED, variables, IMAGES), (logits[0] + logits[1]) / 2)
+
+
+def test_a_distillation_token_alone_leaves_the_head_on_the_class_token():
+    module = DISTILLED.clone(distillation="token")
+    variables = made(DISTILLED, IMAGES)
+    params = {k: v for k, v in variables["params"].items() if k != "distillation_head"}
+    head = params["head"]
+    tokens = DISTILLED.apply(variables, IMAGES, method="encode")
+    expected = tokens[:, 0] @ head["kernel"] + head["bias"][None]
+    close(forward(module, {"params": params}, IMAGES), expected)
+
+
+def test_a_pooler_is_a_dense_layer_and_tanh_on_the_token():
+    variables = made(POOLED, IMAGES)
+    tokens, pooler = POOLED.apply(variables, IMAGES, method="encode"), variables["params"]["pooler"]
+    expected = np.tanh(tokens[:, 0] @ pooler["kernel"] + pooler["bias"][None])
+    output, recorded = capture(POOLED, variables, IMAGES)
+    assert output.shape == (2, 5)
+    close(output, expected)
+    close(recorded["features"], expected)
+
+
+def test_distillation_tokens_stay_where_only_some_patches_are_visible():
+    module = PatchEncoder(2, 1, config(), use_distillation_token=True)
+    variables = made(module, IMAGES)
+    everything = np.tile(np.arange(6)[None], (2, 1))
+    close(forward(module, variables, IMAGES, everything), forward(module, variables, IMAGES))
+    assert forward(module, variables, IMAGES, everything[:, :2]).shape == (2, 4, 8)
 
 
 def test_a_patch_holds_the_pixels_of_one_square():
@@ -53,6 +101,15 @@ def test_a_preset_has_the_published_number_of_parameters(name, num_parameters):
     check_preset(module, (1, 224, 224, 3), num_parameters=num_parameters, output_shape=(1, 1000))
 
 
+@pytest.mark.parametrize(
+    ("name", "num_parameters"), [("vit_tiny16", 5_910_800), ("vit_base16", 87_338_192)]
+)
+def test_a_distilled_preset_has_the_published_number_of_parameters(name, num_parameters):
+    """Those of DeiT-Ti and DeiT-B with distillation, as their authors published them."""
+    module = getattr(transformer, name)(scan_layers=True, distillation="head")
+    check_preset(module, (1, 224, 224, 3), num_parameters=num_parameters, output_shape=(1, 1000))
+
+
 def apply(images):
     return TOKEN.apply(made(TOKEN, IMAGES), images)
 
@@ -61,6 +118,10 @@ def apply(images):
     ("build", "message"),
     [
         (lambda: VisionTransformer(pool="max"), "'max'"),
+        (lambda: VisionTransformer(pooler_dim=0), "pooler_dim=0"),
+        (lambda: VisionTransformer(distillation="soft"), "'soft'; choose 'token', 'head' or None"),
+        (lambda: VisionTransformer(distillation="head", pool="mean"), "needs pool='token'"),
+        (lambda: VisionTransformer(None, distillation="head"), "num_outputs=None"),
         (lambda: apply(floats(2, 5, 6, 3)), "5 x 6 .* 2 x 2"),
         (lambda: apply(floats(4, 6, 3)), r"\(4, 6, 3\).*inputs\[None\]"),
     ],
