@@ -21,6 +21,17 @@ from .core import (
     rng_streams,
     weights_keyword,
 )
+from .finetuning.heads import replace_head
+from .finetuning.learning_rates import freeze, layerwise_decay
+from .finetuning.lora import (
+    LoRASummary,
+    lora_init,
+    lora_objective,
+    lora_summary,
+    merge_lora,
+    unmerge_lora,
+)
+from .finetuning.quantization import quantize_int8
 from .functional.patches import patchify, unpatchify
 from .generation.beam_search import beam_search
 from .generation.ctc import ctc_beam_search, ctc_greedy
@@ -173,6 +184,7 @@ __all__ = [
     "Image",
     "Interrupted",
     "LeNet5",
+    "LoRASummary",
     "MLPMixer",
     "MaskedAutoencoder",
     "Mean",
@@ -244,6 +256,7 @@ __all__ = [
     "find_learning_rate",
     "fit",
     "frechet_distance",
+    "freeze",
     "fsdp_sharding",
     "functional",
     "gan",
@@ -261,9 +274,14 @@ __all__ = [
     "keep_freed_memory",
     "language_modeling",
     "layers",
+    "layerwise_decay",
+    "lora_init",
+    "lora_objective",
+    "lora_summary",
     "make_eval_step",
     "make_train_step",
     "masked_reconstruction",
+    "merge_lora",
     "metrics",
     "muon_dimensions",
     "objectives",
@@ -275,10 +293,12 @@ __all__ = [
     "population_step",
     "precision_recall",
     "pretrained",
+    "quantize_int8",
     "recalibrate_batch_norm",
     "reconstruction",
     "recurrent",
     "regression",
+    "replace_head",
     "replicate",
     "resident_steps",
     "resnet_gan",
@@ -294,6 +314,7 @@ __all__ = [
     "summarize_model",
     "tensorboard_writer",
     "transformer",
+    "unmerge_lora",
     "unpatchify",
     "vae",
     "validation",

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxnets"
 LEVELS = (
     ("core", "checks", "host", "storage"),
     ("functional", "training", "metrics"),
-    ("layers", "generation", "data", "objectives"),
+    ("layers", "generation", "data", "objectives", "finetuning"),
     ("models",),
     ("pretrained", "tools"),
     ("__main__",),

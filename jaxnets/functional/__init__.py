@@ -14,6 +14,7 @@ from jaxnets.functional.attention import (
     window_mask,
 )
 from jaxnets.functional.conv import convolution
+from jaxnets.functional.int8 import Int8Array, quantize_int8_array
 from jaxnets.functional.lengths import (
     check_lengths,
     clear_padding,
@@ -21,6 +22,7 @@ from jaxnets.functional.lengths import (
     mean_over_time,
     padding_mask,
 )
+from jaxnets.functional.low_rank import LowRankKernel
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
 from jaxnets.functional.patches import interpolate_positions, patchify, unpatchify
@@ -46,7 +48,9 @@ __all__ = [
     "Cell",
     "ElmanCell",
     "GRUCell",
+    "Int8Array",
     "LSTMCell",
+    "LowRankKernel",
     "MinGRUCell",
     "MinLSTMCell",
     "MinimalGatedCell",
@@ -76,6 +80,7 @@ __all__ = [
     "mean_over_time",
     "padding_mask",
     "patchify",
+    "quantize_int8_array",
     "recurrent_scan",
     "relative_buckets",
     "rms_norm",

@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.functional.channels import along_channels
+from jaxnets.functional.int8 import Int8Array
+from jaxnets.functional.low_rank import LowRankKernel
 from jaxnets.functional.lowering.layout import materialize, row_major
 from jaxnets.functional.lowering.platforms import platform_dependent
 
@@ -42,14 +45,15 @@ _Axes: TypeAlias = tuple[int, int]
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def linear(x: jax.Array, kernel: Any) -> jax.Array:
     """Multiply the last axis by a matrix.
 
     Equivalent to `jnp.matmul`; only the CPU lowering differs: leading axes are flattened.
 
     Args:
         x: [..., channels].
-        kernel: [channels, features].
+        kernel: [channels, features]; also a `LowRankKernel`, which is applied factor by factor, or
+            an `Int8Array`.
 
     Returns:
         [..., features].
@@ -68,6 +72,11 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
             f"inputs of shape {x.shape} do not fit a kernel of shape {kernel.shape}; give "
             "[..., channels] and [channels, features]"
         )
+    if isinstance(kernel, LowRankKernel):
+        y = linear(x, kernel.base) + linear(linear(x, kernel.scaled_a), kernel.b)
+        return y if kernel.columns is None else y * along_channels(kernel.columns, y)
+    if isinstance(kernel, Int8Array):
+        kernel = kernel.astype(kernel.dtype)
     dtypes = {x.dtype, kernel.dtype}
     if dtypes == {jnp.dtype(jnp.bfloat16)}:
         return _shared_bf16_matmul(x, kernel)

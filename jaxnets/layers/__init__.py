@@ -2,6 +2,7 @@
 
 from jaxnets.layers.dropout import Dropout
 from jaxnets.layers.embedding import Embedding, check_tokens
+from jaxnets.layers.frozen_batch_norm import frozen_batch_norm
 from jaxnets.layers.linear import Convolution, Dense, Initializer
 from jaxnets.layers.normalization import BatchNorm, LayerNorm, RMSNorm, check_norm, normalize
 from jaxnets.layers.spectral_norm import SpectralNorm, largest_singular_value, linear_layer
@@ -37,6 +38,7 @@ __all__ = [
     "depth_to_space",
     "enlarge",
     "enlarged_convolution",
+    "frozen_batch_norm",
     "largest_singular_value",
     "linear_layer",
     "normalize",

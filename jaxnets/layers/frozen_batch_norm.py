@@ -1,0 +1,66 @@
+"""Batch norms that keep their running statistics in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from jaxnets.layers.normalization import BatchNorm
+
+
+def frozen_batch_norm(module: Any, pattern: str = "") -> Any:
+    """Let the batch norms of a module normalize by their running statistics in training too.
+
+    As is right for pretrained layers that are frozen: statistics of small batches of other data
+    would change what they compute, and move the running averages. All else of the module, dropout
+    included, is as before. The scales and biases of the norms are parameters like any other.
+
+    Args:
+        module: a Linen module whose batch norms are `layers.BatchNorm`.
+        pattern: regular expression of the paths of the norms to freeze, such as "^stage_[01]/"; by
+            default all.
+
+    Returns:
+        What objectives take for a module: it has `init` and `apply`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> module = frozen_batch_norm(BatchNorm())
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = module.init(jax.random.key(0), x)
+        >>> y, state = module.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> float(y[1, 0]), float(state["batch_stats"]["mean"][0])
+        (2.9999849796295166, 0.0)
+    """
+    return _FrozenBatchNorm(module, pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FrozenBatchNorm:
+    module: Any
+    pattern: str
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def apply(self, variables: Any, *inputs: Any, **keywords: Any) -> Any:
+        """Call the module's `apply`."""
+        with nn.intercept_methods(self._evaluate_norms):
+            return self.module.apply(variables, *inputs, **keywords)
+
+    def _evaluate_norms(
+        self,
+        call: Callable[..., Any],
+        inputs: tuple[Any, ...],
+        keywords: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        norm = context.module
+        called = isinstance(norm, BatchNorm) and context.method_name == "__call__"
+        if called and re.search(self.pattern, "/".join(norm.path)):
+            keywords = {**keywords, "train": False}
+        return call(*inputs, **keywords)
