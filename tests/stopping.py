@@ -9,18 +9,18 @@ from experiments.harness.command_line import Stopped
 
 
 @contextlib.contextmanager
-def stopped_at_three(monkeypatch):
-    """Interrupt the run inside at step 3, as a signal would; it has to evaluate every 6 steps."""
+def stopped_at(last, monkeypatch):
+    """Interrupt the run inside at a step, as a signal would."""
 
     def stop(step, state, metrics):
-        if step == 3:
+        if step == last:
             raise jn.Interrupted("a test")
 
-    every = jn.every
+    fit = jn.fit
     with monkeypatch.context() as patch:
         patch.setattr(
-            "experiments.harness.training.jn.every",
-            lambda steps, hook: every(3, stop) if steps == 6 else every(steps, hook),
+            "experiments.harness.training.jn.fit",
+            lambda *given, hooks, **options: fit(*given, hooks=[stop, *hooks], **options),
         )
         with pytest.raises(Stopped, match="continue with --resume"):
             yield

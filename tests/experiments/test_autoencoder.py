@@ -9,7 +9,7 @@ import scipy.linalg
 import scipy.special
 from event_files import events
 from PIL import Image
-from stopping import stopped_at_three
+from stopping import stopped_at
 
 import jaxnets as jn
 from experiments import code_measures, probes
@@ -174,7 +174,7 @@ def test_every_executor_trains_the_same_networks(executor, tmp_path):
 @pytest.mark.parametrize("kind", ["vae", "vq-vae"])
 def test_a_stopped_run_ends_bitwise_as_one_that_was_not(kind, tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", kind, executor="jit", pictures_every=2)
-    with stopped_at_three(monkeypatch):
+    with stopped_at(3, monkeypatch):
         train(tmp_path / "stopped", kind, executor="jit", pictures_every=2)
     result = train(tmp_path / "stopped", kind, executor="jit", pictures_every=2, resume=True)
     assert result["parameters_sha256"] == whole["parameters_sha256"]

@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 from checks import slow_or_exhaustive
+from stopping import stopped_at
 from tiny_run import TINY, tiny
 
 import jaxnets as jn
@@ -139,19 +140,8 @@ def test_an_unfinished_run_needs_resume_and_then_ends_bitwise_the_same(
     # The final evaluation and the figures do not matter here, and take longest.
     monkeypatch.setattr(ImageClassification, "measure", lambda *_: Measured("none", np.zeros(1)))
     monkeypatch.setattr(ImageClassification, "draw", lambda *_: {})
-
-    def stop_at_ten(step, state, metrics):
-        if step == 10:
-            raise jn.Interrupted("a test")
-
-    every = jn.every
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "experiments.harness.training.jn.every",
-            lambda steps, hook: every(5, stop_at_ten) if steps == 10 else every(steps, hook),
-        )
-        with pytest.raises(command_line.Stopped, match="continue with --resume"):
-            tiny(tmp_path, seeds=3)
+    with stopped_at(10, monkeypatch):
+        tiny(tmp_path, seeds=3)
     with pytest.raises(RunError, match="unfinished run; continue it with --resume"):
         tiny(tmp_path, seeds=3)
     result = tiny(tmp_path, seeds=3, resume=True)

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from stopping import stopped_at
 
 import jaxnets as jn
 from experiments import gan
-from experiments.harness.command_line import Stopped
 from experiments.harness.problem import member
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import run
@@ -94,15 +94,8 @@ def test_each_seed_of_a_population_equals_its_solo_run(finished, tmp_path):
 
 @pytest.mark.slow
 def test_an_unfinished_run_resumes_to_bitwise_the_same(finished, tmp_path, monkeypatch):
-    def stop(step, state, metrics):
-        if step == 2:
-            raise jn.Interrupted("a test")
-
-    hooks = gan.Adversaries.hooks
-    monkeypatch.setattr(gan.Adversaries, "hooks", lambda *given: [*hooks(*given), stop])
-    with pytest.raises(Stopped, match="continue with --resume"):
+    with stopped_at(2, monkeypatch):
         train(tmp_path, seeds=2, conditional=True)
-    monkeypatch.undo()
     result = train(tmp_path, seeds=2, conditional=True, resume=True)
     assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
     assert result["values"] == finished[1]["values"]

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from stopping import stopped_at_three
+from stopping import stopped_at
 
 import jaxnets as jn
 from experiments import language_model, translation
@@ -157,7 +157,7 @@ def test_a_stopped_run_ends_bitwise_as_one_that_was_not(make, model, tmp_path, m
         monkeypatch.setattr(kind, "measure", lambda *_: Measured("nothing", np.zeros(1)))
         monkeypatch.setattr(kind, "draw", lambda *_: {})
     whole = make(tmp_path / "whole", model=model, executor="jit")
-    with stopped_at_three(monkeypatch):
+    with stopped_at(3, monkeypatch):
         make(tmp_path / "stopped", model=model, executor="jit")
     result = make(tmp_path / "stopped", model=model, executor="jit", resume=True)
     assert result["parameters_sha256"] == whole["parameters_sha256"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stopping import stopped_at_three
+from stopping import stopped_at
 
 import jaxnets as jn
 from experiments import addition, sentiment
@@ -85,7 +85,7 @@ def test_an_addition_run_writes_result_curves_and_mistakes(added):
 
 @pytest.mark.slow
 def test_a_stopped_addition_ends_bitwise_as_one_that_was_not(added, tmp_path, monkeypatch):
-    with stopped_at_three(monkeypatch):
+    with stopped_at(3, monkeypatch):
         add(tmp_path)
     result = add(tmp_path, resume=True)
     assert result["parameters_sha256"] == added[1]["parameters_sha256"]
@@ -208,7 +208,7 @@ def test_a_stopped_sentiment_run_ends_bitwise_as_one_that_was_not(reviews, tmp_p
     monkeypatch.setattr(sentiment.Sentiment, "measure", lambda *_: Measured("nothing", np.zeros(1)))
     monkeypatch.setattr(sentiment.Sentiment, "draw", lambda *_: {})
     whole = judge(tmp_path / "whole", executor="jit")
-    with stopped_at_three(monkeypatch):
+    with stopped_at(3, monkeypatch):
         judge(tmp_path / "stopped", executor="jit")
     result = judge(tmp_path / "stopped", executor="jit", resume=True)
     assert result["parameters_sha256"] == whole["parameters_sha256"]
