@@ -121,20 +121,24 @@ class RMSNorm(nn.Module):
     Attributes:
         epsilon: added to the mean square.
         precision: dtypes of parameters and result; the statistics are float32 or wider.
+        zero_centered: multiply by 1 + scale, with a scale that starts at 0, as in Gemma.
 
     References:
-        Zhang and Sennrich 2019, arXiv:1910.07467.
+        Zhang and Sennrich 2019, arXiv:1910.07467; Gemma Team 2024, arXiv:2408.00118.
     """
 
     epsilon: float = 1e-6
     precision: Precision = Precision()
+    zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize the last axis of [..., channels]; the result has the compute dtype."""
         shape, policy = x.shape[-1:], self.precision
-        ones = nn.initializers.ones
-        scale = parameter(self, "scale", ones, shape, policy.parameter, inputs=x.shape)
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        scale = parameter(self, "scale", init, shape, policy.parameter, inputs=x.shape)
+        # In 16 bits 1 + scale would lose most of the scale.
+        scale = 1 + at_least_float32(scale) if self.zero_centered else scale
         return rms_norm(x, scale, epsilon=self.epsilon).astype(policy.compute)
 
 

@@ -188,6 +188,12 @@ _LM_PRESETS = (  # preset, context length of its training, vocabulary
     (transformer.tinyllama, 2048, 32_000),
     (transformer.llama2_7b, 4096, 32_000),
     (transformer.llama3_8b, 8192, 128_256),
+    (transformer.mistral_7b, 8192, 32_000),
+    (transformer.smollm2_135m, 8192, 49_152),
+    (transformer.qwen2_0_5b, 32_768, 151_936),
+    (transformer.qwen3_0_6b, 32_768, 151_936),
+    (transformer.gemma2_2b, 8192, 256_000),
+    (transformer.gemma3_1b, 32_768, 262_144),
 )
 _TRANSLATOR_PRESETS = (  # preset, vocabulary
     (transformer.transformer_base, 37_000),

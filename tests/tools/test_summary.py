@@ -36,6 +36,7 @@ SEQUENCES = {
 DEEP = {"gpt2_medium", "gpt2_large", "gpt2_xl", "llama2_7b", "llama3_8b", "bert_large"}
 DEEP |= {"t5_base", "t5_large", "flan_t5_small", "flan_t5_base", "flan_t5_large"}
 DEEP |= {f"whisper_{size}" for size in ("base", "small", "medium", "large", "large_v3", "turbo")}
+DEEP |= {"mistral_7b", "smollm2_135m", "qwen2_0_5b", "qwen3_0_6b", "gemma2_2b", "gemma3_1b"}
 DEEP |= {"transformer_big", "vit_small16", "vit_base16", "vit_large16", "mae_vit_large16"}
 
 

@@ -3,6 +3,10 @@
 from jaxnets.functional.attention.dot_product import dot_product_attention, reference_attention
 from jaxnets.functional.attention.masks import LocalMask, causal_mask, distances, window_mask
 from jaxnets.functional.attention.positions import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
     alibi_bias,
     alibi_slopes,
     relative_buckets,
@@ -12,7 +16,11 @@ from jaxnets.functional.attention.positions import (
 from jaxnets.functional.attention.scores import attention_weights
 
 __all__ = [
+    "LinearScaling",
+    "Llama3Scaling",
     "LocalMask",
+    "RopeScaling",
+    "YarnScaling",
     "alibi_bias",
     "alibi_slopes",
     "attention_weights",

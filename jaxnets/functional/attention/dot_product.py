@@ -15,7 +15,7 @@ from jax import lax
 from jaxnets.core import at_least_float32
 from jaxnets.functional.attention import cudnn
 from jaxnets.functional.attention.masks import LocalMask, causal_mask, window_mask
-from jaxnets.functional.attention.scores import check_shapes, with_four_axes
+from jaxnets.functional.attention.scores import check_shapes, check_softcap, with_four_axes
 from jaxnets.functional.attention.unfused import unfused_attention
 
 
@@ -27,6 +27,7 @@ def reference_attention(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     causal: bool = False,
     window: int | None = None,
 ) -> jax.Array:
@@ -41,6 +42,7 @@ def reference_attention(
     k, v = (jnp.repeat(x, heads_per_kv_head, axis=2) for x in (k, v))  # [batch, keys, heads, ...]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k)  # [batch, heads, queries, keys]
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     visible = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
     visible = visible & causal_mask(q.shape[1]) if causal else visible
@@ -60,6 +62,7 @@ def dot_product_attention(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     causal: bool = False,
     window: int | None = None,
 ) -> jax.Array:
@@ -72,9 +75,9 @@ def dot_product_attention(
     hidden, by the mask or by a bias of -infinity, gives 0.
 
     The implementation depends on platform, dtype and size. On NVIDIA GPUs in 16 bits and without
-    a bias, cuDNN's flash attention: no weights are materialized. On CPU without a bias, on one
-    device and for long contexts (queries times keys from 2^20, in 16 bits 2^22), one head at a
-    time: weights are materialized for that head only and recomputed in the backward pass.
+    bias and softcap, cuDNN's flash attention: no weights are materialized. On CPU without a bias,
+    on one device and for long contexts (queries times keys from 2^20, in 16 bits 2^22), one head at
+    a time: weights are materialized for that head only and recomputed in the backward pass.
     Otherwise the weights are the only residual of their size.
 
     Reverse-mode differentiable any number of times; forward mode is not supported.
@@ -86,6 +89,8 @@ def dot_product_attention(
         mask: bool, broadcasts to [batch, heads, queries, keys]; False hides a key.
         bias: floating, broadcasts to [batch, heads, queries, keys]; -infinity hides a key.
         scale: factor of the query-key products, by default 1 / sqrt(head_dim).
+        softcap: bound the scores by it: softcap tanh(scale query key^T / softcap) + bias (Gemma 2,
+            arXiv:2408.00118, section 2).
         causal: hide the keys after the query's own position. Same as `causal_mask` of the
             sequence, but no mask is read and hidden parts are not computed.
         window: hide the keys `window` or more positions away. Same as `window_mask` of the
@@ -96,7 +101,8 @@ def dot_product_attention(
         wider.
 
     Raises:
-        ValueError: shapes or types that do not fit, or a window that is no integer of 1 or more.
+        ValueError: shapes or types that do not fit, a window that is no integer of 1 or more, or
+            a softcap that is not positive.
 
     Example:
         >>> x = jax.numpy.ones((2, 5, 4, 8))
@@ -109,8 +115,9 @@ def dot_product_attention(
     """
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, value, mask, bias, local_mask)
+    check_softcap(softcap)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    return _jitted_attention(query, key, value, mask, bias, scale, local_mask)
+    return _jitted_attention(query, key, value, mask, bias, scale, local_mask, softcap)
 
 
 def _attention(
@@ -121,13 +128,15 @@ def _attention(
     bias: jax.Array | None,
     scale: float,
     local_mask: LocalMask,
+    softcap: float | None,
 ) -> jax.Array:
     def unfused(
         query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
     ) -> jax.Array:
-        return unfused_attention(query, key, value, mask, bias, scale, local_mask)
+        return unfused_attention(query, key, value, mask, bias, scale, local_mask, softcap)
 
-    if bias is not None or not cudnn.is_eligible(query, key, value):
+    has_kernel = bias is None and softcap is None  # neither of which the kernel computes
+    if not has_kernel or not cudnn.is_eligible(query, key, value):
         return unfused(query, key, value, mask)
     fused = functools.partial(
         cudnn.cudnn_attention, scale=scale, local_mask=local_mask, unfused=unfused
@@ -137,4 +146,4 @@ def _attention(
 
 
 # Under jit all layers of one shape share one trace, that of the gradient included.
-_jitted_attention = jax.jit(_attention, static_argnums=(5, 6))
+_jitted_attention = jax.jit(_attention, static_argnums=(5, 6, 7))

@@ -5,8 +5,10 @@ Positions are integers [batch or 1, time]; biases broadcast against [batch, head
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,166 @@ def sinusoidal_positions(
     return pairs.reshape(*angles.shape[:-1], -1)  # [..., features]
 
 
-def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Divide all frequencies of rotary positions by a factor, as if positions were closer.
+
+    Attributes:
+        factor: of the context length, at least 1.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    References:
+        Chen et al. 2023, arXiv:2306.15595, equation 4.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of the rotated queries and keys."""
+        return 1.0
+
+    def frequencies(self, features: int, theta: float) -> np.ndarray:
+        """Return the frequencies, [features / 2], from those of base `theta`."""
+        return _frequencies(features, theta) / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Divide only the low frequencies of rotary positions by a factor (Llama 3).
+
+    A frequency counts as high if it has `high_frequency_factor` or more periods in the original
+    context, as low with at most `low_frequency_factor`; between them the two are mixed linearly in
+    the number of periods.
+
+    Attributes:
+        factor: of the low frequencies, at least 1.
+        original_length: context length of the training before.
+        low_frequency_factor: periods in the original context.
+        high_frequency_factor: periods in the original context, more than `low_frequency_factor`.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    References:
+        Grattafiori et al. 2024, arXiv:2407.21783, section 3.4.2, and the code of Llama 3.1.
+    """
+
+    factor: float
+    original_length: int = 8192
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        check_sizes(original_length=self.original_length)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                f"low_frequency_factor is {low} and high_frequency_factor {high}; give positive "
+                "numbers, the second one greater"
+            )
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of the rotated queries and keys."""
+        return 1.0
+
+    def frequencies(self, features: int, theta: float) -> np.ndarray:
+        """Return the frequencies, [features / 2], from those of base `theta`."""
+        original = _frequencies(features, theta)
+        periods = self.original_length * original / (2 * math.pi)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        unscaled = np.clip((periods - low) / (high - low), 0, 1)
+        return original * (unscaled + (1 - unscaled) / self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Divide the low frequencies of rotary positions by a factor and sharpen the softmax (YaRN).
+
+    Frequencies with `beta_fast` or more periods in the original context are left, those with at
+    most `beta_slow` are divided; between them the two are mixed linearly in the index of the
+    frequency. Queries and keys are multiplied by `attention_factor`.
+
+    Attributes:
+        factor: of the context length, at least 1.
+        original_length: context length of the training before.
+        beta_fast: periods in the original context, more than `beta_slow`.
+        beta_slow: periods in the original context.
+        attention_scaling: factor of queries and keys; by default 0.1 log(factor) + 1.
+        truncate: round the ends of the mixed range outwards to whole indices.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> round(YarnScaling(factor=4.0, original_length=32_768).attention_factor, 4)
+        1.1386
+
+    References:
+        Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 22, and their published code.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_scaling: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        check_sizes(original_length=self.original_length)
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ValueError(
+                f"beta_slow is {self.beta_slow} and beta_fast {self.beta_fast}; give positive "
+                "numbers, the second one greater"
+            )
+        if self.attention_scaling is not None and not 0 < self.attention_scaling < math.inf:
+            raise ValueError(
+                f"attention_scaling is {self.attention_scaling}; give a positive number"
+            )
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of the rotated queries and keys."""
+        if self.attention_scaling is not None:
+            return self.attention_scaling
+        return 0.1 * math.log(self.factor) + 1
+
+    def frequencies(self, features: int, theta: float) -> np.ndarray:
+        """Return the frequencies, [features / 2], from those of base `theta`."""
+        original = _frequencies(features, theta)
+        # The index at which a frequency has so many periods in the original context.
+        first, last = (
+            features * math.log(self.original_length / (2 * math.pi * beta)) / (2 * math.log(theta))
+            for beta in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, features - 1)
+        width = last - first if last != first else 0.001  # as their code has it
+        scaled = np.clip((np.arange(features // 2) - first) / width, 0, 1)
+        return original * (1 - scaled + scaled / self.factor)
+
+
+#: How rotary positions are stretched to contexts longer than those of the first training.
+RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
+
+
+def rotary(
+    x: jax.Array,
+    positions: jax.Array,
+    *,
+    theta: float = 10_000.0,
+    scaling: RopeScaling | None = None,
+) -> jax.Array:
     """Rotate pairs of features by angles proportional to the position (RoPE).
 
     The dot product of two rotated vectors depends only on the distance of their positions. Feature
@@ -57,6 +218,7 @@ def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> ja
         x: queries or keys, [batch, time, heads, head_dim], head_dim even.
         positions: integer [batch or 1, time].
         theta: base of the frequencies; the slowest pair rotates by about 1 / theta a position.
+        scaling: changes the frequencies, for contexts longer than those of the first training.
 
     Returns:
         Shape and dtype of `x`.
@@ -79,9 +241,11 @@ def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> ja
             "give [batch or 1, time]"
         )
     wide = at_least_float32(x)
-    angles = _angles(positions, x.shape[-1], theta, wide.dtype)
+    angles = _angles(positions, x.shape[-1], theta, wide.dtype, scaling)
     angles = angles[:, :, None]  # [batch or 1, time, 1, head_dim / 2]
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
+    if scaling is not None and scaling.attention_factor != 1:
+        sine, cosine = scaling.attention_factor * sine, scaling.attention_factor * cosine
     first, second = jnp.split(wide, 2, axis=-1)
     rotated = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -198,15 +362,32 @@ def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
     return table.astype(np.int32)
 
 
+def _check_factor(factor: float) -> None:
+    if not 1 <= factor < math.inf:  # NaN too
+        raise ValueError(f"factor is {factor}; give a number of 1 or more")
+
+
+def _frequencies(features: int, theta: float) -> np.ndarray:
+    """Return theta^(-2i / features), [features / 2]."""
+    return theta ** (-np.arange(0, features, 2) / features)
+
+
 def _angles(
-    positions: jax.Array, features: int, theta: float, dtype: jax.typing.DTypeLike
+    positions: jax.Array,
+    features: int,
+    theta: float,
+    dtype: jax.typing.DTypeLike,
+    scaling: RopeScaling | None = None,
 ) -> jax.Array:
-    """Return position / theta^(2i / features), [..., features / 2]."""
+    """Return position / theta^(2i / features), or with scaled frequencies, [..., features / 2]."""
     check_sizes(features=features)
     if features % 2:
         raise ValueError(
             f"{features} features do not form pairs; sines and cosines need an even number"
         )
-    frequencies = jnp.asarray(theta ** (-np.arange(0, features, 2) / features), dtype)
+    scaled = (
+        _frequencies(features, theta) if scaling is None else scaling.frequencies(features, theta)
+    )
+    frequencies = jnp.asarray(scaled, dtype)
     positions = jnp.asarray(positions).astype(dtype)[..., None]
     return positions * frequencies.reshape((1,) * (positions.ndim - 1) + frequencies.shape)

@@ -24,6 +24,7 @@ def attention_weights(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     causal: bool = False,
     window: int | None = None,
 ) -> jax.Array:
@@ -41,10 +42,11 @@ def attention_weights(
     """
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, key, mask, bias, local_mask)
+    check_softcap(softcap)
     positions = (jnp.arange(x.shape[1])[None] for x in (query, key))  # [1, queries], [1, keys]
     visible = combine_masks(mask, local_mask.mask(*positions))
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    logits = scores(query, key, visible, bias, scale)
+    logits = scores(query, key, visible, bias, scale, softcap)
     if mask is None and bias is None:
         return jax.nn.softmax(logits, axis=-1)
     hidden = jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf  # [batch, heads, queries, 1]
@@ -137,6 +139,16 @@ def check_shapes(
             )
 
 
+def check_softcap(softcap: float | None) -> None:
+    """Check that a bound of the scores is a positive number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if softcap is not None and not 0 < softcap < math.inf:  # NaN too
+        raise ValueError(f"softcap is {softcap}; give a positive number, or None for no bound")
+
+
 def combine_masks(mask: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
     """Return the conjunction of two masks that broadcast to each other; None masks nothing."""
     if mask is None or other is None:
@@ -150,8 +162,9 @@ def scores(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
+    softcap: float | None = None,
 ) -> jax.Array:
-    """Return scale query key^T + bias, -infinity where a key is masked.
+    """Return scale query key^T, soft-capped, + bias, -infinity where a key is masked.
 
     The arguments are those of `dot_product_attention`, mask and bias with four axes.
 
@@ -164,6 +177,7 @@ def scores(
     rows = row_major(group_heads(query, kv_heads))  # [batch, kv_heads, rows, head_dim]
     products = batched_matmul(rows, heads_before_time(key, queries), transpose_rhs=True)
     result = scale * products.reshape(batch, heads, queries, keys)
+    result = result if softcap is None else softcap * jnp.tanh(result / softcap)
     result = result if bias is None else result + bias.astype(result.dtype)
     return result if mask is None else jnp.where(mask, result, -jnp.inf)
 

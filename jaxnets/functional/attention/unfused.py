@@ -69,10 +69,12 @@ class _Settings(NamedTuple):
     Attributes:
         scale: factor of the query-key products.
         local_mask: causal, window.
+        softcap: bound of the scores, or None.
     """
 
     scale: float
     local_mask: LocalMask
+    softcap: float | None
 
     def scores(self, tile: Tile, operands: _Operands) -> jax.Array:
         """Return the scores of a tile, [batch, heads, queries, keys]."""
@@ -80,7 +82,16 @@ class _Settings(NamedTuple):
         positions = (jnp.arange(*ends)[None] for ends in (tile[:2], tile[2:]))  # [1, time]
         visible = combine_masks(mask, self.local_mask.mask(*positions))
         query, key = tile.slice_queries(operands.query), tile.slice_keys(operands.key)
-        return scores(query, key, visible, bias, self.scale)
+        return scores(query, key, visible, bias, self.scale, self.softcap)
+
+    def through_softcap(self, dscores: jax.Array, tile: Tile, operands: _Operands) -> jax.Array:
+        """Map the gradient of the capped scores of a tile to that of the scores."""
+        if self.softcap is None:
+            return dscores
+        query, key = tile.slice_queries(operands.query), tile.slice_keys(operands.key)
+        # Recomputed, because the saved weights also hold bias and mask.
+        capped = jnp.tanh(scores(query, key, None, None, self.scale / self.softcap))
+        return dscores * (1 - jnp.square(capped))
 
     def tilings(self, operands: _Operands) -> TilingPerPlatform:
         """Choose the tilings for all platforms."""
@@ -89,7 +100,7 @@ class _Settings(NamedTuple):
         return tilings(operands.query, operands.key, self.local_mask, allow_per_head=allow_per_head)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def unfused_attention(
     query: jax.Array,
     key: jax.Array,
@@ -98,9 +109,10 @@ def unfused_attention(
     bias: jax.Array | None,
     scale: float,
     local_mask: LocalMask,
+    softcap: float | None,
 ) -> jax.Array:
     """Compute `dot_product_attention`, which describes the arguments."""
-    return _forward(query, key, value, mask, bias, scale, local_mask)[0]
+    return _forward(query, key, value, mask, bias, scale, local_mask, softcap)[0]
 
 
 def _forward(
@@ -111,8 +123,10 @@ def _forward(
     bias: jax.Array | None,
     scale: float,
     local_mask: LocalMask,
+    softcap: float | None,
 ) -> tuple[jax.Array, Any]:
-    settings, operands = _Settings(scale, local_mask), _Operands(query, key, value, mask, bias)
+    settings = _Settings(scale, local_mask, softcap)
+    operands = _Operands(query, key, value, mask, bias)
     choice = settings.tilings(operands)
 
     def forward(tiling: Tiling, operands: _Operands) -> tuple[jax.Array, dict[Tiling, _Residuals]]:
@@ -129,9 +143,9 @@ def _forward(
 
 
 def _backward(
-    scale: float, local_mask: LocalMask, saved: Any, cotangent: jax.Array
+    scale: float, local_mask: LocalMask, softcap: float | None, saved: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
-    settings, operands = _Settings(scale, local_mask), saved[0]
+    settings, operands = _Settings(scale, local_mask, softcap), saved[0]
 
     def backward(
         tiling: Tiling, operands: _Operands, residuals: dict[Tiling, _Residuals], *rest: jax.Array
@@ -240,6 +254,7 @@ def _backward_tiles(
         dscores = weights * (products - saved.inverse_denominator * own_subtracted)
         if bias is not None:
             dbias.append(tile.pad_scores(_sum_to(dscores, tile.slice_scores(bias)), bias))
+        dscores = settings.through_softcap(dscores, tile, operands)
         grouped = (batch, kv_heads, -1, weights.shape[3])  # [batch, kv_heads, rows, keys]
         weights = weights.astype(value.dtype).reshape(grouped)
         narrow = (settings.scale * dscores).astype(query.dtype).reshape(grouped)

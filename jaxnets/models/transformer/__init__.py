@@ -1,5 +1,11 @@
 """Transformers for text, images and audio: models, presets and their building blocks."""
 
+from jaxnets.functional.attention import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
 from jaxnets.models.transformer.audio import AudioTransformer
 from jaxnets.models.transformer.block import Attention, Block, FeedForward
 from jaxnets.models.transformer.config import BlockConfig, Positions
@@ -13,12 +19,18 @@ from jaxnets.models.transformer.encoder import (
 )
 from jaxnets.models.transformer.language_model import (
     TransformerLM,
+    gemma2_2b,
+    gemma3_1b,
     gpt2_large,
     gpt2_medium,
     gpt2_small,
     gpt2_xl,
     llama2_7b,
     llama3_8b,
+    mistral_7b,
+    qwen2_0_5b,
+    qwen3_0_6b,
+    smollm2_135m,
     tinyllama,
 )
 from jaxnets.models.transformer.masked_autoencoder import (
@@ -73,6 +85,8 @@ __all__ = [
     "BlockConfig",
     "FeedForward",
     "InputEmbedding",
+    "LinearScaling",
+    "Llama3Scaling",
     "MAEOutput",
     "Masked",
     "MaskedAutoencoder",
@@ -80,6 +94,7 @@ __all__ = [
     "PatchEncoder",
     "PositionEmbedding",
     "Positions",
+    "RopeScaling",
     "SpeechEncoder",
     "SpeechTransformer",
     "Stack",
@@ -89,11 +104,14 @@ __all__ = [
     "TransformerLM",
     "TransformerTranslator",
     "VisionTransformer",
+    "YarnScaling",
     "bert_base",
     "bert_large",
     "flan_t5_base",
     "flan_t5_large",
     "flan_t5_small",
+    "gemma2_2b",
+    "gemma3_1b",
     "gpt2_large",
     "gpt2_medium",
     "gpt2_small",
@@ -103,6 +121,10 @@ __all__ = [
     "llama3_8b",
     "mae_vit_base16",
     "mae_vit_large16",
+    "mistral_7b",
+    "qwen2_0_5b",
+    "qwen3_0_6b",
+    "smollm2_135m",
     "stack_layers",
     "t5_base",
     "t5_large",

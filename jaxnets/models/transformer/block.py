@@ -77,6 +77,11 @@ class Block(nn.Module):
             self.cross_attention = Attention(config, self.residual_scale, policy)
         self.feed_forward_norm = make_norm(config, policy)
         self.feed_forward = FeedForward(config, self.residual_scale, policy)
+        if config.branch_norm:
+            self.attention_output_norm = make_norm(config, policy)
+            if self.cross:
+                self.cross_attention_output_norm = make_norm(config, policy)
+            self.feed_forward_output_norm = make_norm(config, policy)
         self.dropout = Dropout(config.dropout_rate)
 
     def __call__(
@@ -125,14 +130,15 @@ class Block(nn.Module):
                 kv = self.cross_attention.keys_values(inputs.context)
             return self.cross_attention(x, kv, mask=inputs.context_mask, train=train)
 
-        branches: list[tuple[Any, Callable[[jax.Array], jax.Array]]]
-        branches = [(self.attention_norm, self_attention)]
+        branches: dict[str, Callable[[jax.Array], jax.Array]]
+        branches = {"attention": self_attention}
         if self.cross:
-            branches.append((self.cross_attention_norm, cross_attention))
-        feed_forward = functools.partial(self.feed_forward, train=train)
-        branches.append((self.feed_forward_norm, feed_forward))
-        for norm, branch in branches:
+            branches["cross_attention"] = cross_attention
+        branches["feed_forward"] = functools.partial(self.feed_forward, train=train)
+        for name, branch in branches.items():
+            norm = getattr(self, f"{name}_norm")
             y = branch(norm(x) if self.config.norm_first else x)
+            y = getattr(self, f"{name}_output_norm")(y) if self.config.branch_norm else y
             y = self._stochastic_depth(self.dropout(y, train=train), skip_rate, train=train)
             x = x + y if self.config.norm_first else norm(x + y)
         return x, next_cache
@@ -185,19 +191,20 @@ class Attention(nn.Module):
         inner = functools.partial(dense, kernel_init=config.kernel_init())
         self.query = dense(
             config.num_heads * config.dim_per_head,
-            use_bias=config.use_bias,
+            use_bias=config.query_value_bias,
             kernel_init=config.query_init(),
         )
-        self.key = inner(heads * config.dim_per_head, use_bias=config.key_bias)
-        self.value = inner(heads * config.dim_per_head, use_bias=config.use_bias)
+        self.key = inner(heads * config.dim_per_head, use_bias=config.has_key_bias)
+        self.value = inner(heads * config.dim_per_head, use_bias=config.query_value_bias)
         self.output = dense(
             config.features,
             use_bias=config.use_bias,
             kernel_init=config.kernel_init(self.residual_scale),
         )
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.norm_epsilon, self.precision)
-            self.key_norm = RMSNorm(config.norm_epsilon, self.precision)
+            zero_centered = config.norm == "zero_centered_rms"
+            self.query_norm = RMSNorm(config.norm_epsilon, self.precision, zero_centered)
+            self.key_norm = RMSNorm(config.norm_epsilon, self.precision, zero_centered)
         self.dropout = Dropout(config.attention_dropout_rate)
 
     def keys_values(self, x: jax.Array, *, positions: jax.Array | None = None) -> LayerCache:
@@ -244,7 +251,7 @@ class Attention(nn.Module):
         query = self._rotate(query, positions)  # [batch, time, heads, head_dim]
         key, value = kv["key"], kv["value"]  # [batch, keys, kv_heads, head_dim]
         options: dict[str, Any] = {"causal": causal, "window": window, "mask": mask, "bias": bias}
-        options["scale"] = config.attention_scale
+        options |= {"scale": config.attention_scale, "softcap": config.attention_softcap}
         drops_weights = train and config.attention_dropout_rate > 0
         if drops_weights or self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, **options)  # [batch, heads, time, keys]
@@ -258,7 +265,8 @@ class Attention(nn.Module):
     def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         if positions is None or self.config.positions != "rotary":
             return x
-        return rotary(x, positions, theta=self.config.rope_theta)
+        config = self.config
+        return rotary(x, positions, theta=config.rope_theta, scaling=config.rope_scaling)
 
 
 class FeedForward(nn.Module):
@@ -294,5 +302,7 @@ class FeedForward(nn.Module):
 
 def make_norm(config: BlockConfig, precision: Precision, name: str | None = None) -> nn.Module:
     """Build the normalization layer that `config.norm` names."""
-    kind = LayerNorm if config.norm == "layer" else RMSNorm
-    return kind(epsilon=config.norm_epsilon, precision=precision, name=name)
+    if config.norm == "layer":
+        return LayerNorm(config.norm_epsilon, precision, name=name)
+    zero_centered = config.norm == "zero_centered_rms"
+    return RMSNorm(config.norm_epsilon, precision, zero_centered, name=name)

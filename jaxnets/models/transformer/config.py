@@ -11,11 +11,13 @@ import flax.linen as nn
 
 from jaxnets.checks import check_rate, check_sizes
 from jaxnets.functional.activations import activation
+from jaxnets.functional.attention.positions import RopeScaling
 from jaxnets.layers import Initializer
 
 #: Encoding of positions; None has none.
 Positions: TypeAlias = Literal["learned", "sinusoidal", "rotary", "alibi", "relative"] | None
 _POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "relative", None)
+_NORMS = ("layer", "rms", "zero_centered_rms")
 _GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 
 
@@ -32,21 +34,32 @@ class BlockConfig:
         mlp_dim: hidden width of the feed-forward network, by default 4 features.
         activation: of the feed-forward network: a name of `layers.activation`, or "swiglu",
             "geglu" or "geglu_tanh" for a gated one (Shazeer 2020, arXiv:2002.05202).
-        norm: "layer" or "rms".
+        norm: "layer", "rms", or "zero_centered_rms" for one with a factor of 1 + scale (Gemma).
         norm_epsilon: added to the variance.
         norm_first: pre-norm: normalize the input of each branch and the output of the stack.
             False is post-norm, as in the paper of 2017: normalize each sum x + branch(x).
+        branch_norm: normalize the output of each branch too, before it is added (Gemma 2,
+            arXiv:2408.00118, section 2).
         positions: "learned" or "sinusoidal" vectors added to the input; "rotary", "alibi" or
             "relative" (the bias of T5, shared by all layers) inside the attention; or None.
         rope_theta: as in `positions.rotary`.
+        rope_scaling: of rotary positions, for contexts longer than those of the first training.
         num_relative_buckets: of relative positions, as in `positions.relative_buckets`.
         max_relative_distance: of relative positions, where the last bucket begins.
         window: attend to positions at a smaller distance only; by default to all.
+        global_every: every so many blocks, one attends to all positions in spite of `window`
+            (Beltagy et al. 2020, arXiv:2004.05150; 2 in Gemma 2, 6 in Gemma 3).
+        window_rope_theta: `rope_theta` of the blocks with a window, then without `rope_scaling`
+            (Gemma 3, arXiv:2503.19786, section 2); by default all blocks have the same.
         qk_norm: normalize queries and keys (Dehghani et al. 2023, arXiv:2302.05442).
         attention_scale: factor of the query-key products, by default 1 / sqrt(head_dim).
+        attention_softcap: bound the attention scores, as in `dot_product_attention`; it rules out
+            cuDNN's kernel.
         use_bias: whether the dense layers have biases, except that of the keys.
         key_bias: whether the projection of the keys has a bias. Without rotary positions such a
             bias cancels in the softmax, so only weights trained elsewhere need it.
+        qkv_bias: whether queries, keys and values have a bias, whatever `use_bias` and `key_bias`
+            say (Qwen 2, arXiv:2407.10671, section 2.2.1); by default those decide.
         dropout_rate: on the input of the stack and at the end of each branch.
         attention_dropout_rate: on the attention weights. Above 0, training materializes the
             weights [batch, heads, queries, keys] of every layer, without tiling or cuDNN's kernel.
@@ -77,18 +90,24 @@ class BlockConfig:
     head_dim: int | None = None
     mlp_dim: int | None = None
     activation: str = "gelu"
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "zero_centered_rms"] = "layer"
     norm_epsilon: float = 1e-6
     norm_first: bool = True
+    branch_norm: bool = False
     positions: Positions = "learned"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     num_relative_buckets: int = 32
     max_relative_distance: int = 128
     window: int | None = None
+    global_every: int | None = None
+    window_rope_theta: float | None = None
     qk_norm: bool = False
     attention_scale: float | None = None
+    attention_softcap: float | None = None
     use_bias: bool = True
     key_bias: bool = False
+    qkv_bias: bool | None = None
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     mlp_dropout_rate: float = 0.0
@@ -125,15 +144,59 @@ class BlockConfig:
             raise ValueError(
                 f"rotary positions pair features; the head size {self.dim_per_head} is odd"
             )
-        if self.norm not in ("layer", "rms"):
-            raise ValueError(f"norm is {self.norm!r}; choose 'layer' or 'rms'")
-        if self.window is not None:
-            check_sizes(window=self.window)
-        for name in ("norm_epsilon", "rope_theta", "attention_scale"):
+        if self.norm not in _NORMS:
+            raise ValueError(f"norm is {self.norm!r}; choose one of {_NORMS}")
+        for name in ("window", "global_every"):
+            if getattr(self, name) is not None:
+                check_sizes(**{name: getattr(self, name)})
+        numbers = ("norm_epsilon", "rope_theta", "window_rope_theta")
+        for name in (*numbers, "attention_scale", "attention_softcap"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # NaN too
                 raise ValueError(f"{name} is {value}; give a positive number")
+        self._check_windows()
+        if self.rope_scaling is not None and self.positions != "rotary":
+            raise ValueError(
+                f"rope_scaling for positions={self.positions!r}; it is for 'rotary' ones"
+            )
         activation(self.activation_name)
+
+    def _check_windows(self) -> None:
+        if self.global_every is not None and self.window is None:
+            raise ValueError(
+                f"global_every={self.global_every} without a window; give the window of the other "
+                "blocks"
+            )
+        if self.global_every is not None and self.scan_layers:
+            raise ValueError(
+                f"scan_layers compiles one block for all layers, but with global_every="
+                f"{self.global_every} they differ; leave one of the two out"
+            )
+        if self.window_rope_theta is not None and self.global_every is None:
+            raise ValueError(
+                f"window_rope_theta={self.window_rope_theta} without global_every: all blocks are "
+                "alike; give rope_theta"
+            )
+
+    def of_layer(self, index: int) -> BlockConfig:
+        """Return the options of one block, with `global_every` resolved.
+
+        Args:
+            index: of the block, from 0.
+
+        Example:
+            >>> config = BlockConfig(window=8, global_every=2)
+            >>> [config.of_layer(index).window for index in range(4)]
+            [8, None, 8, None]
+        """
+        if self.global_every is None:
+            return self
+        same = dataclasses.replace(self, global_every=None, window_rope_theta=None)
+        if (index + 1) % self.global_every == 0:
+            return dataclasses.replace(same, window=None)
+        if self.window_rope_theta is None:
+            return same
+        return dataclasses.replace(same, rope_theta=self.window_rope_theta, rope_scaling=None)
 
     @property
     def dim_per_head(self) -> int:
@@ -144,6 +207,16 @@ class BlockConfig:
     def kv_heads(self) -> int:
         """Number of key-value heads: `num_kv_heads`, by default `num_heads`."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def query_value_bias(self) -> bool:
+        """Whether the projections of queries and values have biases."""
+        return self.use_bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_key_bias(self) -> bool:
+        """Whether the projection of the keys has a bias."""
+        return self.key_bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def gated(self) -> bool:

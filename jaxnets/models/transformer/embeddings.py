@@ -30,6 +30,8 @@ class InputEmbedding(nn.Module):
         max_length: number of learned positions.
         num_segments: number of segment (token type) embeddings, as in BERT; 0 has none.
         norm: normalize the sum, as in BERT.
+        scaled: multiply the token embeddings by sqrt(features), rounded to the compute dtype, and
+            let them start smaller, also without sinusoidal positions.
         precision: dtypes.
     """
 
@@ -38,6 +40,7 @@ class InputEmbedding(nn.Module):
     max_length: int
     num_segments: int = 0
     norm: bool = False
+    scaled: bool = False
     precision: Precision = Precision()
 
     def setup(self) -> None:
@@ -116,7 +119,8 @@ class InputEmbedding(nn.Module):
         return self.token.attend(x)
 
     def _scale(self) -> float:
-        return self.config.features**0.5 if self.config.positions == "sinusoidal" else 1.0
+        scaled = self.scaled or self.config.positions == "sinusoidal"
+        return self.config.features**0.5 if scaled else 1.0
 
 
 class PositionEmbedding(nn.Module):

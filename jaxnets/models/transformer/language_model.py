@@ -1,7 +1,8 @@
-"""The decoder-only language model and its presets (GPT-2, LLaMA)."""
+"""The decoder-only language model and its presets: GPT-2, LLaMA, Mistral, Qwen, Gemma."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,10 @@ class TransformerLM(nn.Module):
         config: options of the blocks.
         max_length: number of learned positions, the longest sequence; no limit with other kinds.
         tied: the output layer is the transposed token embedding instead of a kernel of its own.
+        scale_embedding: multiply the token embeddings by sqrt(features), rounded to the compute
+            dtype (Vaswani et al. 2017, section 3.4; Gemma). Sinusoidal positions always do.
+        logit_softcap: bound the logits: logit_softcap tanh(logits / logit_softcap) (Gemma 2,
+            arXiv:2408.00118, section 2).
         precision: dtypes.
 
     Raises:
@@ -56,16 +61,25 @@ class TransformerLM(nn.Module):
     config: BlockConfig = BlockConfig()
     max_length: int = 1024
     tied: bool = True
+    scale_embedding: bool = False
+    logit_softcap: float | None = None
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
         check_sizes(vocabulary_size=self.vocabulary_size, max_length=self.max_length)
+        cap = self.logit_softcap
+        if cap is not None and not 0 < cap < math.inf:  # NaN too
+            raise ValueError(f"logit_softcap is {cap}; give a positive number, or None")
         super().__post_init__()
 
     def setup(self) -> None:
         config, policy = self.config, self.precision
         self.embedding = InputEmbedding(
-            self.vocabulary_size, config, self.max_length, precision=policy
+            self.vocabulary_size,
+            config,
+            self.max_length,
+            scaled=self.scale_embedding,
+            precision=policy,
         )
         self.stack = Stack(config, self.num_layers, causal=True, precision=policy)
         if not self.tied:
@@ -141,7 +155,8 @@ class TransformerLM(nn.Module):
     def _logits(self, x: jax.Array) -> jax.Array:
         record(self, "features", x)
         logits = self.embedding.attend(x) if self.tied else self.head(x)
-        return logits.astype(self.precision.output)
+        logits, cap = logits.astype(self.precision.output), self.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def gpt2_small(**fields: Any) -> TransformerLM:
@@ -202,6 +217,111 @@ def tinyllama(**fields: Any) -> TransformerLM:
     return _llama(22, 32, 2048, preset, fields)
 
 
+def mistral_7b(**fields: Any) -> TransformerLM:
+    """Build Mistral 7B: 7,241,732,096 parameters; `fields` override its own and its config's.
+
+    References:
+        Jiang et al. 2023, arXiv:2310.06825, table 1.
+    """
+    preset = {
+        "vocabulary_size": 32_000,
+        "mlp_dim": 14_336,
+        "num_kv_heads": 8,
+        "window": 4096,
+    }
+    return _llama(32, 32, 4096, preset, fields)
+
+
+def smollm2_135m(**fields: Any) -> TransformerLM:
+    """Build SmolLM2 135M: 134,515,008 parameters; `fields` override its own and its config's.
+
+    References:
+        Ben Allal et al. 2025, arXiv:2502.02737, section 6, and the published configuration.
+    """
+    preset = {
+        "vocabulary_size": 49_152,
+        "mlp_dim": 1536,
+        "num_kv_heads": 3,
+        "rope_theta": 100_000.0,
+        "tied": True,
+    }
+    return _llama(30, 9, 576, preset, fields)
+
+
+def qwen2_0_5b(**fields: Any) -> TransformerLM:
+    """Build Qwen 2 0.5B: 494,032,768 parameters; `fields` override its own and its config's.
+
+    References:
+        Yang et al. 2024, arXiv:2407.10671, table 1, and the published configuration.
+    """
+    preset = {
+        "vocabulary_size": 151_936,
+        "mlp_dim": 4864,
+        "num_kv_heads": 2,
+        "rope_theta": 1_000_000.0,
+        "norm_epsilon": 1e-6,
+        "qkv_bias": True,
+        "tied": True,
+    }
+    return _llama(24, 14, 896, preset, fields)
+
+
+def qwen3_0_6b(**fields: Any) -> TransformerLM:
+    """Build Qwen 3 0.6B: 596,049,920 parameters; `fields` override its own and its config's.
+
+    References:
+        Yang et al. 2025, arXiv:2505.09388, table 1, and the published configuration.
+    """
+    preset = {
+        "vocabulary_size": 151_936,
+        "mlp_dim": 3072,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1_000_000.0,
+        "norm_epsilon": 1e-6,
+        "qk_norm": True,
+        "tied": True,
+    }
+    return _llama(28, 16, 1024, preset, fields)
+
+
+def gemma2_2b(**fields: Any) -> TransformerLM:
+    """Build Gemma 2 2B: 2,614,341,888 parameters; `fields` override its own and its config's.
+
+    References:
+        Gemma Team 2024, arXiv:2408.00118, table 1.
+    """
+    preset = {
+        "vocabulary_size": 256_000,
+        "mlp_dim": 9216,
+        "num_kv_heads": 4,
+        "window": 4096,
+        "global_every": 2,
+        "attention_softcap": 50.0,
+        "logit_softcap": 30.0,
+    }
+    return _gemma(26, 8, 2304, preset, fields)
+
+
+def gemma3_1b(**fields: Any) -> TransformerLM:
+    """Build Gemma 3 1B: 999,885,952 parameters; `fields` override its own and its config's.
+
+    References:
+        Gemma Team 2025, arXiv:2503.19786, section 2 and table 1, and the published configuration.
+    """
+    preset = {
+        "vocabulary_size": 262_144,
+        "mlp_dim": 6912,
+        "num_kv_heads": 1,
+        "window": 512,
+        "global_every": 6,
+        "rope_theta": 1_000_000.0,
+        "window_rope_theta": 10_000.0,
+        "qk_norm": True,
+    }
+    return _gemma(26, 4, 1152, preset, fields)
+
+
 def _gpt2(num_layers: int, num_heads: int, features: int, fields: dict[str, Any]) -> TransformerLM:
     preset = {
         "vocabulary_size": 50_257,
@@ -237,3 +357,23 @@ def _llama(
         **overrides,
     }
     return build_preset(TransformerLM, preset, fields)
+
+
+def _gemma(
+    num_layers: int,
+    num_heads: int,
+    features: int,
+    overrides: dict[str, Any],
+    fields: dict[str, Any],
+) -> TransformerLM:
+    preset = {
+        "head_dim": 256,
+        "activation": "geglu_tanh",
+        "norm": "zero_centered_rms",
+        "norm_epsilon": 1e-6,
+        "branch_norm": True,
+        "scale_embedding": True,
+        "tied": True,
+        **overrides,
+    }
+    return _llama(num_layers, num_heads, features, preset, fields)

@@ -63,7 +63,8 @@ class Stack(nn.Module):
             self.layers = Block(config, self.cross, scale, self.precision)
         else:  # their names are layer_0, layer_1, ...
             self.layer = [
-                Block(config, self.cross, scale, self.precision) for _ in range(self.num_layers)
+                Block(config.of_layer(index), self.cross, scale, self.precision)
+                for index in range(self.num_layers)
             ]
         if config.positions == "relative":
             shape = (config.num_relative_buckets, config.num_heads)
@@ -108,13 +109,17 @@ class Stack(nn.Module):
         inputs = BlockInputs(
             positions=positions,
             causal=self.causal,
-            window=self.config.window,
             mask=mask,
             bias=self._bias(positions, positions),
             context=context,
             context_mask=context_mask,
         )
-        x, _ = self._apply_blocks(_forward(inputs, train=train), x, {})
+
+        def forward(block: Any, x: jax.Array, cache: LayerCache, rate: Any) -> Any:
+            own = inputs._replace(window=block.config.window)
+            return block(x, cache, rate, inputs=own, train=train)
+
+        x, _ = self._apply_blocks(forward, x, {})
         x = self.output_dropout(x, train=train)
         return clear_padding(x, lengths)[0]
 
@@ -176,14 +181,21 @@ class Stack(nn.Module):
             source = next(iter(caches.values()))["context_key"].shape[-3]
             shape = (x.shape[0], source)
             context_mask = padding_mask(carry["context_lengths"], shape)[:, None, None]
+        windows = dict.fromkeys(
+            self.config.of_layer(index).window for index in range(self.num_layers)
+        )
+        masks = {window: causal_mask(positions, keys, window=window) for window in windows}
         inputs = BlockInputs(
             positions=positions,
-            mask=causal_mask(positions, keys, window=self.config.window),
             bias=self._bias(positions, keys),
             slots=slots,
             context_mask=context_mask,
         )
-        x, caches = self._apply_blocks(_forward(inputs, train=False), x, caches)
+
+        def forward(block: Any, x: jax.Array, cache: LayerCache, rate: Any) -> Any:
+            return block(x, cache, rate, inputs=inputs._replace(mask=masks[block.config.window]))
+
+        x, caches = self._apply_blocks(forward, x, caches)
         x = jnp.where((positions < capacity)[..., None], x, jnp.asarray(jnp.nan, x.dtype))
         appended = time if lengths is None else jnp.asarray(lengths)
         position = (carry["position"] + appended).astype(jnp.int32)
@@ -238,13 +250,6 @@ class Stack(nn.Module):
             # From [batch or 1, queries, keys, heads] to [batch or 1, heads, queries, keys].
             return jnp.moveaxis(self.relative_bias[buckets], -1, 1).astype(wide)
         return None
-
-
-def _forward(inputs: BlockInputs, *, train: bool) -> Callable[..., Any]:
-    def forward(block: Any, x: jax.Array, cache: LayerCache, rate: Any) -> Any:
-        return block(x, cache, rate, inputs=inputs, train=train)
-
-    return forward
 
 
 def cache_capacity(carry: StackCarry) -> int:

@@ -214,6 +214,19 @@ def test_programs_for_other_platforms_do_not_use_the_kernel(monkeypatch, untrace
     assert_close(found, expected, atol=2e-6)
 
 
+def test_bounded_scores_and_biases_do_not_use_the_kernel(monkeypatch, untraced_attention):
+    def refuse(*operands, **options):
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(cudnn, "is_eligible", lambda *operands: True)
+    monkeypatch.setattr(cudnn, "cudnn_attention", refuse)
+    query, key, value, _ = operands(6, 6)
+    dot_product_attention(query, key, value, causal=True, softcap=5.0)
+    dot_product_attention(query, key, value, causal=True, bias=jnp.zeros((6, 6)))
+    with pytest.raises(AssertionError, match="the kernel was called"):
+        dot_product_attention(query, key, value, causal=True)
+
+
 def test_the_kernel_is_eligible_for_its_dtypes_and_sizes(monkeypatch):
     def eligible(queries=1024, dim=64, dtype=jnp.bfloat16, value_dim=None, key_dtype=None):
         dims = (dim, value_dim or dim)

@@ -1,5 +1,6 @@
 """Attention against a loop; masks and position encodings against values computed by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,9 @@ import pytest
 from jaxnets.functional.attention.dot_product import dot_product_attention, reference_attention
 from jaxnets.functional.attention.masks import causal_mask, window_mask
 from jaxnets.functional.attention.positions import (
+    LinearScaling,
+    Llama3Scaling,
+    YarnScaling,
     alibi_bias,
     alibi_slopes,
     relative_buckets,
@@ -27,7 +31,7 @@ def arrays(*shapes, seed=0):
     return [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def loop(query, key, value, mask, bias, scale):
+def loop(query, key, value, mask, bias, scale, softcap=np.inf):
     """Attention query by query, in NumPy and double precision."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, queries, heads, _ = query.shape
@@ -38,7 +42,9 @@ def loop(query, key, value, mask, bias, scale):
         kv_head = h // (heads // key.shape[2])
         keys = np.flatnonzero(mask[b, h, t])
         if len(keys):
-            scores = scale * key[b, keys, kv_head] @ query[b, t, h] + bias[b, h, t, keys]
+            scores = scale * key[b, keys, kv_head] @ query[b, t, h]
+            scores = scores if softcap == np.inf else softcap * np.tanh(scores / softcap)
+            scores = scores + bias[b, h, t, keys]
             weights = np.exp(scores - scores.max())
             output[b, t, h] = (weights / weights.sum()) @ value[b, keys, kv_head]
     return output
@@ -63,10 +69,12 @@ def test_attention_equals_a_loop_over_queries_with_shared_key_heads(name, kv_hea
     )
     mask = np.random.default_rng(1).random((2, 1, 3, 5)) < 0.5
     mask[0, 0, 1] = False  # all keys of this query are masked
-    attention = jax.jit(IMPLEMENTATIONS[name], static_argnames="scale")
+    attention = jax.jit(IMPLEMENTATIONS[name], static_argnames=("scale", "softcap"))
     found = attention(q, k, v, mask=mask, bias=bias, scale=0.3)
     np.testing.assert_allclose(found, loop(q, k, v, mask, bias, 0.3), atol=2e-6)
     np.testing.assert_array_equal(found[0, 1], 0)
+    found = attention(q, k, v, mask=mask, bias=bias, scale=0.9, softcap=0.5)
+    np.testing.assert_allclose(found, loop(q, k, v, mask, bias, 0.9, 0.5), atol=2e-6)
     found = attention(q, k, v)
     np.testing.assert_allclose(found, loop(q, k, v, True, 0.0, HEAD_DIM**-0.5), atol=2e-6)
 
@@ -254,6 +262,46 @@ def test_rotary_equals_rotations_by_hand():
     )
 
 
+FREQUENCIES = 100.0 ** -np.array([0, 0.25, 0.5, 0.75])  # of 8 features and base 100
+
+
+def rotated_angles(scaling):
+    """Return the angles by which `rotary` rotates at position 1, and the factor of the result."""
+    x = jnp.concatenate([jnp.ones(4), jnp.zeros(4)])[None, None, None]
+    cosine, sine = jnp.split(rotary(x, jnp.array([[1]]), theta=100.0, scaling=scaling)[0, 0, 0], 2)
+    return np.arctan2(sine, cosine), np.hypot(sine, cosine)
+
+
+def test_linear_scaling_divides_all_frequencies():
+    angles, factor = rotated_angles(LinearScaling(4.0))
+    np.testing.assert_allclose(angles, FREQUENCIES / 4, rtol=1e-6)
+    np.testing.assert_allclose(factor, 1, rtol=1e-6)
+
+
+def test_llama3_scaling_divides_low_frequencies_and_mixes_between():
+    """With 2 pi 20 as the original length the frequencies have 20, 6.3, 2 and 0.63 periods."""
+    angles, factor = rotated_angles(Llama3Scaling(8.0, 126, 1.0, 4.0))
+    mixed = (126 * 0.1 / (2 * np.pi) - 1) / 3
+    expected = FREQUENCIES * [1, 1, mixed + (1 - mixed) / 8, 1 / 8]
+    np.testing.assert_allclose(angles, expected, rtol=1e-6)
+    np.testing.assert_allclose(factor, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("truncate", "scaled"),
+    # A frequency has b periods in the original context at index 4 log(126 / (2 pi b)) / log(100).
+    [(True, np.array([0, 1 / 3, 2 / 3, 1])), (False, (np.arange(4) - 0.604381) / 2)],
+)
+def test_yarn_mixes_frequencies_by_their_index_and_scales_the_result(truncate, scaled):
+    scaling = YarnScaling(4.0, 126, beta_fast=10.0, beta_slow=1.0, truncate=truncate)
+    angles, factor = rotated_angles(scaling)
+    scaled = np.clip(scaled, 0, 1)
+    np.testing.assert_allclose(angles, FREQUENCIES * (1 - scaled + scaled / 4), rtol=1e-5)
+    np.testing.assert_allclose(factor, 0.1 * np.log(4) + 1, rtol=1e-6)
+    _, factor = rotated_angles(dataclasses.replace(scaling, attention_scaling=1.5))
+    np.testing.assert_allclose(factor, 1.5, rtol=1e-6)
+
+
 def test_sinusoids_follow_the_formula_of_the_paper():
     positions = np.array([0, 3, 70])
     expected = np.zeros((3, 6))
@@ -327,6 +375,17 @@ def test_distances_of_positions_of_every_integer_type_do_not_wrap(dtype):
         (lambda: causal_mask(jnp.arange(3)), r"positions have shape \(3,\) and type int32"),
         (lambda: causal_mask(jnp.ones((1, 3))), "type float32; give integers"),
         (lambda: causal_mask(*[jnp.zeros((n, 3), int) for n in (2, 4)]), "different batches"),
+        (
+            lambda: dot_product_attention(*arrays(*3 * [(1, 3, 1, 6)]), softcap=0.0),
+            "softcap is 0.0; give a positive number",
+        ),
+        (lambda: attention_weights(*arrays(*2 * [(1, 3, 1, 6)]), softcap=-1.0), "softcap is -1"),
+        (lambda: LinearScaling(0.5), "factor is 0.5; give a number of 1 or more"),
+        (lambda: Llama3Scaling(8.0, 0), "original_length=0"),
+        (lambda: Llama3Scaling(8.0, 8192, 4.0, 1.0), "low_frequency_factor is 4.0 and .* 1.0"),
+        (lambda: YarnScaling(float("nan"), 32), "factor is nan"),
+        (lambda: YarnScaling(4.0, 32, beta_fast=1.0), "beta_slow is 1.0 and beta_fast 1.0"),
+        (lambda: YarnScaling(4.0, 32, attention_scaling=0.0), "attention_scaling is 0.0"),
         (lambda: rotary(jnp.ones((2, 3, 4)), np.arange(3)[None]), r"of shape \(2, 3, 4\)"),
         (lambda: rotary(jnp.ones((2, 3, 1, 4), int), np.arange(3)[None]), "int32 do not fit"),
         (

@@ -1,5 +1,6 @@
 """Tiled attention against the reference, and what its compiled programs contain."""
 
+import functools
 import re
 
 import jax
@@ -84,16 +85,16 @@ def whole_mask(name, mask):
     return visible & (abs(distance) < (local_mask.window or np.inf))
 
 
-def tiled(local_mask):
+def tiled(local_mask, softcap=None):
     def attention(query, key, value, bias, mask):
-        options = local_mask._asdict()
+        options = {**local_mask._asdict(), "softcap": softcap}
         return dot_product_attention(query, key, value, bias=bias, mask=mask, **options)
 
     return attention
 
 
-def reference(query, key, value, bias, mask):
-    return reference_attention(query, key, value, bias=bias, mask=mask)
+def reference(query, key, value, bias, mask, softcap=None):
+    return reference_attention(query, key, value, bias=bias, mask=mask, softcap=softcap)
 
 
 def gradients_of(attention):
@@ -199,6 +200,23 @@ def test_tiles_give_the_second_derivatives_of_the_reference(
     found = second_derivatives(tiled(local_mask))(query, key, value, bias, mask)
     visible = whole_mask(name, mask)
     assert_close(found, second_derivatives(reference)(query, key, value, bias, visible))
+
+
+@cases([("weights saved", "causal", "hqk", "bqk"), ("per head", "causal", None, "q")])
+def test_bounded_scores_give_the_gradients_of_the_reference(
+    name, bias_axes, mask_axes, enable_x64, on_cpu, small_tiles
+):
+    query, key, value, local_mask = operands(name)
+    bias, mask, _ = draw_bias_and_mask(name, bias_axes, mask_axes)
+    found = value_and_gradients(tiled(local_mask, 0.4))(query, key, value, bias, mask)
+    visible = whole_mask(name, mask)
+    whole_bias = np.broadcast_to(0.0 if bias is None else bias, visible.shape)
+    bounded = value_and_gradients(functools.partial(reference, softcap=0.4))
+    expected, (*slopes, whole_slope) = bounded(query, key, value, whole_bias, visible)
+    if bias is not None:
+        broadcast = tuple(np.flatnonzero(np.equal(bias.shape, 1)))
+        slopes.append(np.sum(whole_slope, axis=broadcast, keepdims=True))
+    assert_close(found, (expected, slopes))
 
 
 def test_members_of_a_population_attend_in_tiles(enable_x64, on_cpu, small_tiles):

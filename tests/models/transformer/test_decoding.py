@@ -16,6 +16,7 @@ from transformer_problem import (
 )
 
 from jaxnets.core import Precision
+from jaxnets.functional.attention.positions import Llama3Scaling, YarnScaling
 from jaxnets.generation.beam_search import beam_search
 from jaxnets.generation.generate import check_prompts, generate
 from jaxnets.models.transformer import TransformerLM, TransformerTranslator
@@ -45,17 +46,41 @@ CONFIGS = {
     },
     "no_positions": {"positions": None},
     "scanned": {"positions": "rotary", "scan_layers": True, "num_kv_heads": 1},
+    "gemma": {
+        "positions": "rotary",
+        "norm": "zero_centered_rms",
+        "branch_norm": True,
+        "window": 3,
+        "global_every": 2,
+        "window_rope_theta": 100.0,
+        "rope_scaling": YarnScaling(4.0, 126),
+        "qk_norm": True,
+        "attention_scale": 0.9,
+        "attention_softcap": 1.5,
+        "qkv_bias": True,
+        "remat": True,
+    },
+    "scanned_gemma": {
+        "positions": "rotary",
+        "norm": "zero_centered_rms",
+        "branch_norm": True,
+        "window": 3,
+        "rope_scaling": Llama3Scaling(8.0, 126),
+        "attention_softcap": 1.5,
+        "scan_layers": True,
+    },
     "scanned_relative": {"positions": "relative", "scan_layers": True, "remat": True},
 }
 # One of each kind of positions, of norm and of heads; the others are products of these.
 DEFAULT = ["learned_post_norm", "rotary_grouped", "rotary_window_qk_norm", "alibi_window"]
-DEFAULT += ["scanned_relative"]
+DEFAULT += ["scanned_relative", "gemma"]
 
 
 @pytest.mark.parametrize("name", mostly_slow(CONFIGS, DEFAULT))
 def test_ragged_pieces_of_a_text_give_the_logits_of_the_whole(name):
     num_layers = 2 if CONFIGS[name].get("scan_layers") or "qk_norm" in CONFIGS[name] else 1
-    module = TransformerLM(11, num_layers, config(**CONFIGS[name]), max_length=9)
+    fields = {"scale_embedding": True, "logit_softcap": 2.0} if "gemma" in name else {}
+    module = TransformerLM(11, num_layers, config(**CONFIGS[name]), max_length=9, **fields)
     sequence = tokens()
     variables = made(module, sequence)
     whole = forward(module, variables, sequence)

@@ -192,13 +192,21 @@ PRESETS = {
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
     "tinyllama": 1_100_048_384,
+    "mistral_7b": 7_241_732_096,
+    "smollm2_135m": 134_515_008,
+    "qwen2_0_5b": 494_032_768,
+    "qwen3_0_6b": 596_049_920,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
 }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_number_of_parameters(name):
-    # Scanned layers have the same parameters and trace one block only.
-    module = getattr(transformer, name)(scan_layers=True)
+    # Scanned layers have the same parameters and trace one block only. So have those that differ in
+    # their window.
+    same_blocks = {"global_every": None, "window_rope_theta": None}
+    module = getattr(transformer, name)(scan_layers=True, **same_blocks)
     check_preset(
         module,
         (1, 16),
