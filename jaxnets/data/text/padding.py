@@ -21,8 +21,9 @@ def pad_sequences(
     length: int | None = None,
     multiple: int = 1,
     truncate: bool = False,
+    pad: int = PAD,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pad sequences of token ids to one length with `PAD` on the right.
+    """Pad sequences of token ids to one length on the right.
 
     Corresponds to `torch.nn.utils.rnn.pad_sequence(batch_first=True)`.
 
@@ -31,6 +32,7 @@ def pad_sequences(
         length: of each row; by default that of the longest sequence.
         multiple: the default length is rounded up to a multiple, so that fewer shapes compile.
         truncate: cut sequences longer than `length`, which otherwise are an error.
+        pad: the id of the padding.
 
     Returns:
         int32 [sequences, length], and the length of each sequence, int32 [sequences].
@@ -59,7 +61,7 @@ def pad_sequences(
             "drop the sequence, or cut it with truncate=True"
         )
     lengths = np.minimum(lengths, length).astype(np.int32)
-    padded = np.full((len(arrays), length), PAD, np.int32)
+    padded = np.full((len(arrays), length), pad, np.int32)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array[:length]
     return padded, lengths
