@@ -6,9 +6,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from jaxnets.pretrained.architectures.architecture import Architecture
+from jaxnets.pretrained.architectures.convnext import CONVNEXT
 from jaxnets.pretrained.architectures.gpt2 import GPT2
+from jaxnets.pretrained.architectures.resnet import RESNET, TORCHVISION
+from jaxnets.pretrained.architectures.vit import DEIT, VIT
 
-_ALL = (GPT2,)
+_ALL = (
+    GPT2,
+    VIT,
+    DEIT,
+    CONVNEXT,
+    RESNET,
+    TORCHVISION,
+)
 
 #: {model_type of config.json: architecture}.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
