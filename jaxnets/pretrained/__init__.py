@@ -3,6 +3,7 @@
 from jaxnets.pretrained.formats import Tensors, TensorSpec, read_tensors
 from jaxnets.pretrained.inspection import Inspection, inspect
 from jaxnets.pretrained.network import PretrainedNetwork, load
+from jaxnets.pretrained.processors import SoundProcessor
 from jaxnets.pretrained.rules import Rule
 from jaxnets.pretrained.saving import save
 
@@ -10,6 +11,7 @@ __all__ = [
     "Inspection",
     "PretrainedNetwork",
     "Rule",
+    "SoundProcessor",
     "TensorSpec",
     "Tensors",
     "inspect",

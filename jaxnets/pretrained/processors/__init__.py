@@ -1,6 +1,7 @@
 """Inputs of pretrained networks, prepared as in their training."""
 
 from jaxnets.pretrained.processors.images import ImageProcessor
+from jaxnets.pretrained.processors.sound import SoundProcessor
 from jaxnets.pretrained.processors.text import TextProcessor, read_text_processor
 
-__all__ = ["ImageProcessor", "TextProcessor", "read_text_processor"]
+__all__ = ["ImageProcessor", "SoundProcessor", "TextProcessor", "read_text_processor"]
