@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.harness import registry
+from experiments.harness import process, registry
 from experiments.harness.command_line import errors_without_traceback
 from experiments.harness.run_folder import RunError
 from jaxnets.tools.results import Result, read_result
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.reproduce",
         description=f"Run results of docs/results.md again, and report which hold. Rows: {rows}.",
     )
-    with errors_without_traceback():
+    with errors_without_traceback(), process.signals_that_raise():
         unknown = [name for name in config.names if name not in entries]
         if unknown:
             raise RunError(f"unknown row {unknown[0]!r}; choose from {rows}")
@@ -107,9 +107,9 @@ def run(command: str, folder: Path) -> Result:
         ValueError: `result.json` is missing or damaged.
     """
     words = [sys.executable, *shlex.split(command)[1:], "--out", str(folder), "--resume"]
-    process = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-    if process.returncode:
-        raise RunError(f"{shlex.join(words)} ended with code {process.returncode}; see above")
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RunError(f"{shlex.join(words)} ended with code {done.returncode}; see above")
     return read_result(folder)
 
 

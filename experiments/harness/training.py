@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import jaxnets as jn
-from experiments.harness import command_line, registry
+from experiments.harness import command_line, process, registry
 from experiments.harness.identity import content_sha256
 from experiments.harness.options import Options, check
 from experiments.harness.problem import Measured, Problem
@@ -36,6 +36,9 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
         make_problem: options -> problem; loads the data.
         recipes: {name: options}; a recipe named like a model sets that model's defaults.
     """
+    advice = "continue with --resume"
+    if process.is_command():
+        process.exit_on_signals(advice)
     recipes = {
         key: dataclasses.replace(recipe, out=Path("runs") / f"{name}_{key}")
         for key, recipe in recipes.items()
@@ -43,8 +46,10 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
     options = command_line.parse(name, recipes)
     if options.keep_freed_memory:  # a setting of the process, which belongs to the experiment
         jn.keep_freed_memory()
-    with command_line.errors_without_traceback(if_stopped="continue with --resume"):
+    with command_line.errors_without_traceback(if_stopped=advice):
         result = run(name, options, make_problem)
+    if process.is_command():
+        process.ignore_signals()
     if not sys.stdout.isatty():
         print(json.dumps(result))
 

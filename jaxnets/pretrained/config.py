@@ -79,6 +79,19 @@ class Config:
                 raise self.error(name, f"is not {least} or more")
         return value
 
+    def integers(self, name: str, default: Any = _MISSING) -> tuple[int, ...]:
+        """Return an entry that is a list of one or more integers above 0.
+
+        Raises:
+            ValueError: missing without a default, or something else.
+        """
+        value = self._get(name, default)
+        if not isinstance(value, list | tuple) or not value:
+            raise self.error(name, "is no list of integers")
+        if any(type(one) is not int or one < 1 for one in value):
+            raise self.error(name, "holds something else than integers above 0")
+        return tuple(value)
+
     def number(self, name: str, default: Any = _MISSING) -> Any:
         """Return an entry that is a finite number.
 

@@ -224,25 +224,25 @@ class Squeeze:
     """Axes of size 1 in the file that are none here.
 
     Attributes:
-        axes: of the tensor.
+        removed: these axes of the tensor.
 
     Example:
         >>> Squeeze((0, 1)).from_file([np.zeros((1, 1, 5))])[0].shape
         (5,)
     """
 
-    axes: tuple[int, ...]
+    removed: tuple[int, ...]
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Remove the axes."""
-        return [array.squeeze(self.axes) for array in arrays]
+        return [array.squeeze(self.removed) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Add the axes."""
         results = []
         for array in arrays:
             shape = list(array.shape)
-            for axis in sorted(self.axes):
+            for axis in sorted(self.removed):
                 shape.insert(axis, 1)
             results.append(array.reshape(shape))
         return results

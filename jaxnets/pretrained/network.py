@@ -64,7 +64,8 @@ def load(
             "organization/name" that is no folder is downloaded by `huggingface_hub` if that is
             installed.
         architecture: class of transformers to build, such as "BertForSequenceClassification"; by
-            default the one that config.json names. Tensors of another head are left out then.
+            default the one that config.json names. Tensors of another head are left out then. For a
+            file of torchvision the name of its function, such as "resnet50".
         strict: refuse tensors that are not used and arrays that are missing. False reports them in
             the result.
         rng: key for the arrays that are missing, such as a new head; needs `strict=False`.
@@ -201,6 +202,8 @@ def _architecture(
 ) -> tuple[Architecture, Callable[[Config, Mapping[str, Any]], nn.Module]]:
     """Return the architecture of a configuration and what builds its network."""
     kind = str(config.content.get("model_type"))
+    if kind == "None" and name in ARCHITECTURES["torchvision"].classes:
+        kind = "torchvision"  # whose files have no configuration
     if kind not in ARCHITECTURES:
         raise config.error(
             "model_type", f"is no known architecture; known are {', '.join(sorted(ARCHITECTURES))}"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxnets.checks import check_sizes
 from jaxnets.pretrained import rules
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
+from jaxnets.pretrained.architectures.labels import name_labels
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.module_config import encode_module, module_to_json, own_rules
 from jaxnets.pretrained.network import PretrainedNetwork
@@ -71,7 +72,7 @@ def save(
         content = module_to_json(network.module, network.variables)
         table = own_rules(paths)
     else:
-        architecture, content = _torch_config(network)
+        architecture, content = _torch_config(network, paths)
         table = list(architecture.rules(network.module))
     plan = rules.file_assignments(table, paths)
     if plan.missing:
@@ -113,7 +114,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) -
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _torch_config(network: PretrainedNetwork) -> tuple[Architecture, dict[str, Any]]:
+def _torch_config(
+    network: PretrainedNetwork, leaves: rules.Leaves
+) -> tuple[Architecture, dict[str, Any]]:
     """Return the architecture that a network is, and its config.json."""
     own = ARCHITECTURES.get(str(network.config.get("model_type")))
     known = [own] if own else list(ARCHITECTURES.values())
@@ -124,7 +127,7 @@ def _torch_config(network: PretrainedNetwork) -> tuple[Architecture, dict[str, A
             entries = architecture.to_config(network.module)
         except (AttributeError, KeyError):  # another class of networks
             continue
-        content = {**network.config, **entries, "model_type": architecture.model_type}
+        content = name_labels({**network.config, **entries, "model_type": architecture.model_type})
         for name, build in _preferred(architecture, network.config):
             content["architectures"] = [name]
             config = Config.of(Path("config.json"), content)
@@ -132,6 +135,8 @@ def _torch_config(network: PretrainedNetwork) -> tuple[Architecture, dict[str, A
                 same = _structure(build(config, {})) == _structure(network.module)
             except ValueError:
                 same = False
+            if same and architecture.sizes is not None:
+                content |= architecture.sizes(content, leaves)
             if same:
                 return architecture, content
     kinds = ", ".join(one.model_type for one in known if one.to_config)

@@ -1,5 +1,6 @@
 """A whole experiment: command line, run folder, resume, kills."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -24,7 +25,7 @@ import jaxnets as jn
 from experiments import classification, mnist
 from experiments import digits as experiment
 from experiments.classification import Config, ImageClassification
-from experiments.harness import command_line, training
+from experiments.harness import command_line, process, training
 from experiments.harness.identity import code_version, content_sha256
 from experiments.harness.problem import Measured
 from experiments.harness.run_folder import RunError
@@ -311,8 +312,11 @@ def test_a_signal_at_any_moment_ends_in_one_line_and_a_folder_that_goes_on(
     monkeypatch.setattr("jaxnets.keep_freed_memory", lambda: None)
     monkeypatch.setattr(Signalled, "moment", moment, raising=False)
     monkeypatch.setattr(Signalled, "number", number, raising=False)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(process, "is_command", lambda: True)
+    monkeypatch.setattr("os._exit", sys.exit)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def main():
         make = lambda config: Signalled(config, digits())  # noqa: E731
@@ -321,10 +325,10 @@ def test_a_signal_at_any_moment_ends_in_one_line_and_a_folder_that_goes_on(
     try:
         assert exit_code(monkeypatch, main, "--out", tmp_path) == 3
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"stopped by {number.name}; continue with --resume"
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
     result = tiny(tmp_path, seeds=3, resume=True)
     assert result["parameters_sha256"] == finished[1]["parameters_sha256"]
 
@@ -437,6 +441,36 @@ def test_a_run_told_to_stop_saves_and_ends_with_code_3(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert b"SIGTERM" in errors and b"continue with --resume" in errors
+
+
+@pytest.mark.parametrize("num_signals", slow_or_exhaustive([6, 120], [6]))
+def test_a_signal_between_the_first_import_and_the_exit_is_one_line_and_code_3(
+    num_signals, tmp_path, optimized_processes
+):
+    """At moments over the whole duration of a run; code 0 if it had finished by then."""
+    short = ("--model", "mlp", "--steps", 20, "--steps-per-dispatch", 5, "--checkpoint-every", 5)
+    began = time.monotonic()
+    assert call(*short, "--out", tmp_path / "whole").returncode == 0
+    seconds, moments = time.monotonic() - began, random.Random(1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for index in range(num_signals):
+        process = subprocess.Popen(
+            command(*short, "--out", tmp_path / f"run_{index // 3}", "--resume"),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        moment = 0.3 + seconds * (index + moments.random()) / num_signals
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        process.send_signal(numbers[index % 3])
+        errors = process.communicate(timeout=120)[1]
+        told = (f"after {moment:.2f} s: code {process.returncode}", errors)
+        assert process.returncode in (0, 3) and "Traceback" not in errors, told
+        lines = [line for line in errors.splitlines() if line.startswith("stopped by")]
+        assert len(lines) == (process.returncode == 3), told
 
 
 @pytest.mark.parametrize("num_kills", slow_or_exhaustive([4, 20], [4]))

@@ -12,7 +12,7 @@ import jax
 
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors
-from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.rules import Leaves, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Architecture:
         adapt: (network, tensors) -> network, where the tensors decide what config.json leaves open,
             such as tied embeddings; None where they do not.
         to_config: network -> entries of config.json, for a network that was not read from one.
+        sizes: (entries of config.json, shapes of the arrays) -> further entries, which only the
+            arrays tell, such as the size of the images; None without such.
         processor: (folder, config) -> what turns data into the network's inputs; None without one.
     """
 
@@ -45,4 +47,5 @@ class Architecture:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adapt: Callable[[nn.Module, Tensors], nn.Module] | None = None
     to_config: Callable[[nn.Module], dict[str, Any]] | None = None
+    sizes: Callable[[Mapping[str, Any], Leaves], dict[str, Any]] | None = None
     processor: Callable[[Path, Config], Any] | None = None

@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from jaxnets.pretrained.architectures.architecture import Architecture
+from jaxnets.pretrained.architectures.convnext import CONVNEXT
 from jaxnets.pretrained.architectures.gpt2 import GPT2
+from jaxnets.pretrained.architectures.resnet import RESNET, TORCHVISION
 from jaxnets.pretrained.architectures.t5 import MT5, T5
+from jaxnets.pretrained.architectures.vit import DEIT, VIT
 from jaxnets.pretrained.architectures.whisper import WHISPER
 
-_ALL = (GPT2, T5, MT5, WHISPER)
+_ALL = (
+    GPT2,
+    T5,
+    MT5,
+    WHISPER,
+    VIT,
+    DEIT,
+    CONVNEXT,
+    RESNET,
+    TORCHVISION,
+)
 
 #: {model_type of config.json: architecture}.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
