@@ -160,8 +160,14 @@ def _structure(module: nn.Module) -> Any:
             return [without(one) for one in value]
         if not isinstance(value, dict):
             return value
-        if value.get("mlp_dim", 0) is None:  # the default of a `BlockConfig`
-            value = {**value, "mlp_dim": 4 * value["features"]}
+        if value.get("class") == "BlockConfig":  # its defaults depend on other fields
+            value = dict(value)
+            for field, default in (
+                ("mlp_dim", 4 * value["features"]),
+                ("num_kv_heads", value["num_heads"]),
+                ("head_dim", value["features"] // value["num_heads"]),
+            ):
+                value[field] = default if value[field] is None else value[field]
         return {name: without(one) for name, one in value.items() if name not in _FREE}
 
     return without(encode_module(module))

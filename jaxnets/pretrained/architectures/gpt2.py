@@ -15,6 +15,7 @@ from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.tables import norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.layouts import Split, Transpose
+from jaxnets.pretrained.processors import read_text_processor
 from jaxnets.pretrained.rules import Rule
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"} | {
@@ -108,4 +109,5 @@ GPT2 = Architecture(
     ignored=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
     copies={"lm_head.weight": "transformer.wte.weight"},
     to_config=_to_config,
+    processor=lambda folder, config: read_text_processor(folder),
 )

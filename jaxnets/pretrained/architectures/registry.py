@@ -7,7 +7,9 @@ from types import MappingProxyType
 
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.convnext import CONVNEXT
+from jaxnets.pretrained.architectures.gemma import GEMMA2, GEMMA3
 from jaxnets.pretrained.architectures.gpt2 import GPT2
+from jaxnets.pretrained.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from jaxnets.pretrained.architectures.resnet import RESNET, TORCHVISION
 from jaxnets.pretrained.architectures.t5 import MT5, T5
 from jaxnets.pretrained.architectures.vit import DEIT, VIT
@@ -15,6 +17,12 @@ from jaxnets.pretrained.architectures.whisper import WHISPER
 
 _ALL = (
     GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3,
     T5,
     MT5,
     WHISPER,
