@@ -81,6 +81,8 @@ def save(
             "them"
         )
     tensors = rules.write_tensors(plan.assignments, network.variables)
+    if layout == "torch":
+        tensors |= _batch_counters(tensors)
     with atomic_folder(path) as folder:
         if layout == "jaxnets":
             write_json(folder / "config.json", content)
@@ -89,6 +91,13 @@ def save(
         _write_tensors(folder, tensors, max_shard_bytes)
         if network.processor is not None:
             network.processor.save(folder)
+
+
+def _batch_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what torch's batch norms have beside their statistics, a number of batches: 0."""
+    suffix = ".running_var"
+    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {f"{name}.num_batches_tracked": np.zeros((), np.int64) for name in names}
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) -> None:

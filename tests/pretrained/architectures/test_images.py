@@ -79,7 +79,10 @@ NAMES = {
                 "convolution.weight",
                 *[
                     f"normalization.{name}"
-                    for name in ("weight", "bias", "running_mean", "running_var")
+                    for name in (
+                        *("weight", "bias", "running_mean", "running_var"),
+                        "num_batches_tracked",  # transformers reports one that is missing
+                    )
                 ],
             )
         ],
