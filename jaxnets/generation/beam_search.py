@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnets.core import at_least_float32
+from jaxnets.core import at_least_float32, known_values
 from jaxnets.generation.generate import check_prompts, prefill
+from jaxnets.generation.sampling import add_logit_bias
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +43,7 @@ def beam_search(
     num_beams: int,
     stop_token: int | None,
     length_penalty: float = 0.6,
+    logit_bias: jax.Array | None = None,
     lengths: jax.Array | None = None,
     carry: Any = None,
     capacity: int | None = None,
@@ -66,6 +68,9 @@ def beam_search(
         stop_token: ends a continuation; with None all have `num_tokens` tokens.
         length_penalty: at least 0. 0 ranks by probability, which favors short continuations;
             greater values favor longer ones.
+        logit_bias: floating [vocabulary], or [steps, vocabulary] for the first steps, whose last
+            row is for all later ones; at most 0. It is added to the log-probabilities; -infinity
+            excludes a token.
         lengths: integer [batch] in [1, time], the number of tokens of each prompt; by default
             all count.
         carry: cache to continue, with leaves [batch, ...], such as an encoded source; by default
@@ -77,7 +82,8 @@ def beam_search(
         `Beams`.
 
     Raises:
-        ValueError: as in `generate`, and `num_beams` or `length_penalty` out of range.
+        ValueError: as in `generate`, and `num_beams`, `length_penalty` or `logit_bias` out of
+            range.
 
     Example:
         >>> import flax.linen as nn
@@ -99,6 +105,12 @@ def beam_search(
         raise ValueError(f"num_beams is {num_beams}; give a positive integer")
     if not isinstance(length_penalty, jax.core.Tracer) and not 0 <= length_penalty < np.inf:
         raise ValueError(f"length_penalty is {length_penalty}; give a number in [0, inf)")
+    known = None if logit_bias is None else known_values(jnp.asarray(logit_bias))
+    if known is not None and not np.all(known <= 0):
+        raise ValueError(
+            f"logit_bias has {np.max(known)}; give at most 0, as the search stops when no "
+            "log-probability can grow"
+        )
     prompts, lengths, capacity = check_prompts(
         module,
         variables,
@@ -119,6 +131,7 @@ def beam_search(
             carry,
             stop,
             jnp.asarray(length_penalty),
+            logit_bias,
             np.int32(pad_token),
         ),
     )
@@ -136,6 +149,7 @@ def _beam_search(
     carry: Any,
     stop_token: jax.Array,
     length_penalty: jax.Array,
+    logit_bias: jax.Array | None,
     pad_token: jax.Array,
 ) -> Beams:
     batch = prompts.shape[0]
@@ -173,6 +187,7 @@ def _beam_search(
         step: jax.Array, live: Beams, finished: Beams, log_probabilities: jax.Array
     ) -> tuple[Any, ...]:
         vocabulary_size = log_probabilities.shape[-1]
+        log_probabilities = add_logit_bias(log_probabilities, logit_bias, step)
         totals = (live.scores[:, :, None] + log_probabilities).reshape(batch, -1)
         # Each beam has one candidate with the stop token, so 2 num_beams candidates always contain
         # num_beams live ones.

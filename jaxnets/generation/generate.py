@@ -18,7 +18,7 @@ from jax import lax
 from jaxnets.checks import check_key
 from jaxnets.core import at_least_float32, at_least_int32, known_values
 from jaxnets.functional.lengths import check_lengths, clear_tokens
-from jaxnets.generation.sampling import Sampling, sample_tokens
+from jaxnets.generation.sampling import Sampling, add_logit_bias, sample_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,8 @@ class Generated:
         tokens: int32 [batch, num_tokens]; a stop token ends its row and is followed by `pad_token`.
         lengths: int32 [batch], number of tokens including the stop token.
         log_probabilities: [batch, num_tokens], of each token under the model, in nats, before
-            the transforms of `Sampling`; 0 after a stop token. NaN where the logits are NaN.
+            `logit_bias` and the transforms of `Sampling`; 0 after a stop token. NaN where the
+            logits are NaN.
         carry: cache of the model after these tokens, from which another call continues.
     """
 
@@ -50,6 +51,7 @@ def generate(
     lengths: jax.Array | None = None,
     sampling: Sampling = Sampling(),
     stop_tokens: Sequence[int] = (),
+    logit_bias: jax.Array | None = None,
     carry: Any = None,
     capacity: int | None = None,
     pad_token: int = 0,
@@ -79,6 +81,9 @@ def generate(
         sampling: how tokens are sampled; `Sampling(temperature=0)` is greedy. The repetition
             penalty applies to the tokens of this call, prompts included.
         stop_tokens: tokens that end their row.
+        logit_bias: floating [vocabulary], or [steps, vocabulary] for the first steps, whose last
+            row is for all later ones. It is added to the logits before `sampling`; -infinity
+            excludes a token, as Whisper does with those that are not speech.
         carry: cache to continue: `Generated.carry` of an earlier call, or for a
             sequence-to-sequence model the result of
             `apply(variables, source, lengths, capacity, method="start")`. By default empty.
@@ -123,7 +128,7 @@ def generate(
     stops, pad = np.asarray(stop_tokens, np.int32), np.int32(pad_token)
     return _generate(
         *(module, num_tokens, capacity),
-        *(variables, prompts, lengths, carry, rng, sampling, stops, pad),
+        *(variables, prompts, lengths, carry, rng, sampling, stops, logit_bias, pad),
     )
 
 
@@ -139,6 +144,7 @@ def _generate(
     rng: jax.Array,
     sampling: Sampling,
     stop_tokens: jax.Array,
+    logit_bias: jax.Array | None,
     pad_token: jax.Array,
 ) -> Generated:
     batch, time = prompts.shape
@@ -158,7 +164,8 @@ def _generate(
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, result, active, logits, repeated = state
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-        token = sample_tokens(step_keys, logits, sampling, repeated)
+        biased = add_logit_bias(logits, logit_bias, step)
+        token = sample_tokens(step_keys, biased, sampling, repeated)
         log_probability = jnp.take_along_axis(
             jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1
         )[:, 0]

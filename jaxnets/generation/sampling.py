@@ -99,6 +99,40 @@ def transform_logits(
     return _at_least(logits, jnp.max(logits, axis=-1, keepdims=True) + floor)
 
 
+def add_logit_bias(logits: jax.Array, logit_bias: jax.Array | None, step: jax.Array) -> jax.Array:
+    """Add the bias of one step.
+
+    Args:
+        logits: [..., vocabulary].
+        logit_bias: [vocabulary], the same for every step, or [steps, vocabulary], whose last row
+            is for all later steps; None adds nothing.
+        step: integer from 0.
+
+    Returns:
+        The shape and dtype of the logits.
+
+    Raises:
+        ValueError: a bias of another shape, or integers.
+
+    Example:
+        >>> bias = jnp.array([[0.0, -jnp.inf], [0.0, 0.0]])  # not as the first token
+        >>> [add_logit_bias(jnp.ones(2), bias, jnp.array(step)).tolist() for step in (0, 5)]
+        [[1.0, -inf], [1.0, 1.0]]
+    """
+    if logit_bias is None:
+        return logits
+    bias, vocabulary_size = jnp.asarray(logit_bias), logits.shape[-1]
+    fits = bias.ndim in (1, 2) and bias.size and bias.shape[-1] == vocabulary_size
+    if not fits or not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(
+            f"logit_bias of shape {bias.shape} and type {bias.dtype} does not fit; give floats "
+            f"[vocabulary] or [steps, vocabulary], for a vocabulary of {vocabulary_size}"
+        )
+    rows = jnp.atleast_2d(bias).astype(logits.dtype)
+    row = rows[jnp.minimum(step, len(rows) - 1)]
+    return logits + row.reshape((1,) * (logits.ndim - 1) + row.shape)
+
+
 def sample_tokens(
     keys: jax.Array, logits: jax.Array, sampling: Sampling, repeated: jax.Array | None = None
 ) -> jax.Array:

@@ -82,6 +82,27 @@ def test_a_search_as_wide_as_all_continuations_ranks_them_as_their_enumeration(
         assert sequences(beams, row)[: len(expected)] == [tokens for _, tokens in expected]
 
 
+def test_a_bias_of_the_logits_excludes_continuations():
+    bias = np.zeros((2, VOCABULARY), np.float32)
+    bias[0, STOP] = bias[1, 1] = -np.inf
+    bias[1, 0] = -0.5
+    options = {"num_tokens": 3, "num_beams": COUNT, "length_penalty": 0.0}
+    beams = searched(logit_bias=bias, **options)
+    for row in range(3):
+        expected = [
+            (score - 0.5 * tokens[1:].count(0), tokens)
+            for score, tokens in enumerated(row, 3, 0.0)
+            if tokens[0] != STOP and 1 not in tokens[1:]
+        ]
+        expected.sort(reverse=True)
+        count = len(expected)
+        np.testing.assert_allclose(
+            beams.scores[row, :count], [s for s, _ in expected], rtol=1e-5, atol=1e-5
+        )
+        assert sequences(beams, row)[:count] == [tokens for _, tokens in expected]
+        assert np.all(beams.lengths[row, count:] == 0)
+
+
 def by_hand(row, num_tokens, num_beams, length_penalty):
     """The same search with lists, over the full forward pass, without early exit."""
     prompt = PROMPTS[row, : LENGTHS[row]]
@@ -269,6 +290,8 @@ def test_nan_logits_are_nan_scores():
         ({"length_penalty": -0.5}, r"length_penalty is -0.5; give a number in \[0, inf\)"),
         ({"stop_token": 4}, "token id 4 is outside the vocabulary of 4"),
         ({"num_tokens": 0}, "num_tokens is 0"),
+        ({"logit_bias": np.full(4, 0.5, "f")}, "logit_bias has 0.5; give at most 0"),
+        ({"logit_bias": np.zeros((2, 3), "f")}, r"shape \(2, 3\) .* vocabulary of 4"),
         ({"capacity": 6}, "capacity 6; give capacity=7"),
         ({"lengths": np.array([3, 0, 2])}, r"length 0 is not in \[1, 3\]"),
     ],

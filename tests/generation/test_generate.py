@@ -33,13 +33,13 @@ def continued(prompts=PROMPTS, **options):
     return generate(TABLE, TABLE_VARIABLES, prompts, **options)
 
 
-def greedy_by_hand(module, variables, prompt, num_tokens):
+def greedy_by_hand(module, variables, prompt, num_tokens, logit_bias=((0,),)):
     """Run the whole text through the network again for every token."""
     text, log_probabilities = list(prompt), []
-    for _ in range(num_tokens):
+    for step in range(num_tokens):
         logits = next_log_probabilities(module, variables, text)[-1]
-        text.append(int(np.argmax(logits)))
-        log_probabilities.append(logits.max())
+        text.append(int(np.argmax(logits + logit_bias[min(step, len(logit_bias) - 1)])))
+        log_probabilities.append(logits[text[-1]])
     return text[len(prompt) :], log_probabilities
 
 
@@ -57,6 +57,24 @@ def test_greedy_decoding_equals_the_full_forward_pass_for_every_token(module):
         )
         assert result.tokens[row].tolist() == tokens
         np.testing.assert_allclose(result.log_probabilities[row], log_probabilities, atol=1e-5)
+
+
+def test_a_bias_of_the_logits_excludes_tokens_at_the_first_step_and_later():
+    plain = continued(sampling=GREEDY).tokens
+    bias = np.zeros((2, 6), np.float32)
+    bias[0, plain[0, 0]] = -np.inf
+    bias[1, plain[1, 1]] = -np.inf
+    bias[1, plain[2, 1]] += 0.5
+    result = continued(sampling=GREEDY, logit_bias=bias)
+    for row, length in enumerate(LENGTHS):
+        prompt = PROMPTS[row, :length]
+        expected = greedy_by_hand(TABLE, TABLE_VARIABLES, prompt, NUM_TOKENS, bias)
+        np.testing.assert_array_equal(result.tokens[row], expected[0])
+        np.testing.assert_allclose(result.log_probabilities[row], expected[1], atol=1e-5)
+    assert np.any(result.tokens != plain)
+    alike = [continued(logit_bias=one).tokens for one in (bias[1], bias[1:])]
+    np.testing.assert_array_equal(*alike)
+    assert not np.any(alike[0] == plain[1, 1])
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_the_sampling():
@@ -340,6 +358,9 @@ def test_wrong_lengths_and_a_full_cache_give_nan_in_a_compiled_program():
         ({"prompts": PROMPTS + 1}, "token id 6 is outside the vocabulary of 6"),
         ({"prompts": PROMPTS - 2}, "token id -1 is outside"),
         ({"stop_tokens": (6,)}, "token id 6 is outside"),
+        ({"logit_bias": np.zeros(5, "f")}, r"shape \(5,\) .* vocabulary of 6"),
+        ({"logit_bias": np.zeros((0, 6), "f")}, r"shape \(0, 6\)"),
+        ({"logit_bias": np.zeros(6, np.int32)}, "type int32"),
         ({"carry": {"last": jnp.zeros((2, 2), jnp.int32)}}, r"\(2,\).*does not fit 3 prompts"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "_".join(value),

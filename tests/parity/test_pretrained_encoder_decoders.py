@@ -116,26 +116,30 @@ def without_padding(tokens, theirs):
     return np.where(np.cumsum(ends, axis=1) - ends > 0, 0, tokens)
 
 
-def check_generation(network, source, lengths, theirs_inputs, theirs, prompt):
-    """Compare greedy and beam search token for token."""
-    module, variables = network.module, network.variables
-    count = 9
-    carry = module.apply(variables, source, lengths, prompt.shape[1] + count, method="start")
+def check_generation(network, source, lengths, theirs_inputs, theirs, prompt, suppressed=((), ())):
+    """Compare greedy and beam search token for token, without what is suppressed.
+
+    Returns:
+        The greedy tokens.
+    """
+    module, variables, count = network.module, network.variables, 9
+    end, (first, always) = theirs.config.eos_token_id, suppressed
+    bias = np.zeros((2, module.vocabulary_size), np.float32)
+    bias[:, always] = bias[0, first] = -np.inf
+    options = {
+        "num_tokens": count,
+        "carry": module.apply(variables, source, lengths, prompt.shape[1] + count, method="start"),
+        "logit_bias": bias,
+    }
     greedy = jn.generate(
         *(module, variables, prompt),
-        num_tokens=count,
         rng=jax.random.key(0),
-        carry=carry,
         sampling=jn.Sampling(temperature=0.0),
-        stop_tokens=(theirs.config.eos_token_id,),
+        stop_tokens=(end,),
+        **options,
     ).tokens
     beams = jn.beam_search(
-        *(module, variables, prompt),
-        num_tokens=count,
-        num_beams=3,
-        stop_token=theirs.config.eos_token_id,
-        length_penalty=0.0,
-        carry=carry,
+        *(module, variables, prompt), num_beams=3, stop_token=end, length_penalty=0.0, **options
     ).tokens
     for num_beams, found in ((1, greedy), (3, beams.reshape(-1, count))):
         expected = transformers.GenerationMixin.generate(
@@ -147,12 +151,15 @@ def check_generation(network, source, lengths, theirs_inputs, theirs, prompt):
             num_return_sequences=num_beams,
             do_sample=False,
             length_penalty=0.0,
+            begin_suppress_tokens=list(first) or None,
+            suppress_tokens=list(always) or None,
         )
         expected = without_padding(expected[:, prompt.shape[1] :].numpy(), theirs)
         np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
         assert not np.any(found[:, expected.shape[1] :])
     assert len(np.unique(greedy)) > 1
     assert np.any(greedy[:, None] != beams)
+    return np.asarray(greedy)
 
 
 def t5_inputs():
@@ -246,7 +253,11 @@ def test_whisper(tmp_path, name):
     decoder = inputs | {"decoder_input_ids": torch.tensor(target)}
     check_states(network, (frames, target), decoder, theirs)
     prompt = np.repeat([[1, 7, 5]], 3, axis=0)
-    check_generation(network, frames, None, inputs, theirs, prompt)
+    greedy = check_generation(network, frames, None, inputs, theirs, prompt)
+    suppressed = (greedy[:, 0].tolist(), [int(greedy[0, -1])])
+    assert theirs.config.eos_token_id not in suppressed[1]
+    others = check_generation(network, frames, None, inputs, theirs, prompt, suppressed)
+    assert not np.isin(others[:, 0], suppressed[0]).any() and np.any(others != greedy)
 
 
 def test_whisper_without_its_output_layer(tmp_path):
