@@ -166,6 +166,11 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
     """
     for name, size in sizes.items():
         values = size if isinstance(size, Sequence) else (size,)
-        if not all(isinstance(value, (int, np.integer)) and value > 0 for value in values):
+        if not all(_is_integer(value) and value > 0 for value in values):
             kind = "made of positive integers" if values is size else "a positive integer"
             raise ValueError(f"{name}={size} must be {kind}")
+
+
+def _is_integer(value: Any) -> bool:
+    # True is an int in Python, and is a flag in the wrong place.
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

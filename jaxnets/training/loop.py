@@ -244,7 +244,7 @@ def evaluate(
 
     Raises:
         ValueError: there are no batches, or no end of them.
-        TypeError: `batches` is the data, not a source of batches.
+        TypeError: `batches` is neither a source nor an iterable of batches, or a batch is no dict.
 
     Example:
         >>> import types
@@ -284,7 +284,7 @@ def evaluate_sums(
 
     Raises:
         ValueError: there are no batches, or no end of them.
-        TypeError: `batches` is the data, not a source of batches.
+        TypeError: `batches` is neither a source nor an iterable of batches, or a batch is no dict.
 
     Example:
         >>> def hits(state, batch):
@@ -299,7 +299,10 @@ def evaluate_sums(
         source = iter(batches(0) if callable(batches) else batches)
         if callable(batches):
             stack.callback(getattr(source, "close", _nothing))
-        measured = [eval_step(state, batch) for batch in itertools.islice(source, num_batches)]
+        measured = []
+        for batch in itertools.islice(source, num_batches):
+            check_batch(batch)
+            measured.append(eval_step(state, batch))
     if not measured:
         raise ValueError("no batches to evaluate; give a source or a list, not a used iterator")
     return {
@@ -315,11 +318,23 @@ def check_evaluation(batches: Any, num_batches: int | None) -> None:
     """Check that an evaluation has batches, and an end.
 
     Raises:
-        TypeError: `batches` is the data, not a source of batches.
-        ValueError: the source has no end, or `num_batches` is below 1.
+        TypeError: `batches` is neither a source nor an iterable of batches, such as the data.
+        ValueError: the source has no end, or `num_batches` is not an integer of 1 or more.
     """
     if callable(batches) or isinstance(batches, Mapping):
         check_source(batches)
+    elif (
+        isinstance(batches, str | bytes)
+        or hasattr(batches, "dtype")
+        or not isinstance(batches, Iterable)
+    ):
+        shown = f"{type(batches).__name__} {batches!r}"
+        if hasattr(batches, "dtype"):
+            shown = f"{type(batches).__name__} of shape {np.shape(batches)}"
+        raise TypeError(
+            f"batches is {shown}; give a source such as data.sequential_batches(arrays, "
+            "batch_size), or a list of batches, each a dict of arrays"
+        )
     if num_batches is not None:
         check_sizes(num_batches=num_batches)
     elif is_endless(batches):

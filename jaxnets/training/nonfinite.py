@@ -23,7 +23,8 @@ def first_nonfinite(tree: Any, order: Sequence[str] = ()) -> str | None:
     """Return the path of the first array with a NaN or an infinity.
 
     A single number beside the parameters, such as the best value so far in the state of an
-    optimizer or a hyperparameter, may be infinite: only NaN counts there.
+    optimizer or a hyperparameter, may be infinite: only NaN counts there. Members of a population
+    that are frozen, whose step is behind, do not count.
 
     Args:
         tree: a `TrainState`, or any pytree of arrays.
@@ -33,7 +34,7 @@ def first_nonfinite(tree: Any, order: Sequence[str] = ()) -> str | None:
     Returns:
         The path, without "params/" for a parameter; None if there is none.
     """
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    pairs = jax.tree_util.tree_flatten_with_path(_not_frozen(tree))[0]
     leaves = {tree_path(path): leaf for path, leaf in pairs}
     parameters = [path for path in leaves if path.startswith(_PARAMETERS)]
     rank = np.ndim(getattr(tree, "step", 0))
@@ -52,6 +53,15 @@ def first_nonfinite(tree: Any, order: Sequence[str] = ()) -> str | None:
 
     first = min(bad, key=position, default=None)
     return None if first is None else first.removeprefix(_PARAMETERS)
+
+
+def _not_frozen(tree: Any) -> Any:
+    """Return the members of a population that go on; anything else as it is."""
+    steps = np.asarray(getattr(tree, "step", 0))
+    if steps.ndim == 0 or np.all(steps == steps.max()):
+        return tree
+    members = np.flatnonzero(steps == steps.max())
+    return jax.tree.map(lambda leaf: leaf[members], tree)
 
 
 def order_of_use(step: Callable[..., Any], state: Any, batch: Any) -> list[str]:

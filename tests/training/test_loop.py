@@ -390,6 +390,31 @@ def test_evaluation_is_exact_with_padding_and_uneven_batches():
 
 
 @pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, r"batches is NoneType None; give a source such as"),
+        (3, r"batches is int 3; give a source"),
+        (np.ones(3), r"batches is ndarray of shape \(3,\); give a source"),
+        (jnp.ones((2, 3)), r"of shape \(2, 3\); give a source"),
+        ("abc", r"batches is str 'abc'; give a source"),
+        ([(np.ones(2), np.ones(2))], r"a batch of the source is a tuple; give a dict"),
+    ],
+)
+def test_what_is_no_source_of_batches_is_not_evaluated(batches, message):
+    with pytest.raises(TypeError, match=message):
+        evaluate(eval_step, make_state(), batches, num_batches=2)
+    if not isinstance(batches, list):
+        with pytest.raises(TypeError, match=message):
+            validation(eval_step, batches)
+
+
+@pytest.mark.parametrize("number", [True, np.True_, 0, 1.5])
+def test_a_number_of_batches_is_an_integer(number):
+    with pytest.raises(ValueError, match=f"num_batches={number} must be a positive integer"):
+        evaluate(eval_step, make_state(), [make_batch(0)], num_batches=number)
+
+
+@pytest.mark.parametrize(
     "endless",
     [
         shuffled_batches({"inputs": np.ones((4, 3), np.float32)}, 2, seed=0),

@@ -17,6 +17,7 @@ from jaxnets.training.executors import jit_step, population_step, scan_steps
 from jaxnets.training.history import NonFiniteError
 from jaxnets.training.hooks import Checkpointing, resume, validation
 from jaxnets.training.loop import fit
+from jaxnets.training.nonfinite import first_nonfinite
 from jaxnets.training.population import PopulationExecutor
 from jaxnets.training.writers import jsonl_writer
 
@@ -305,6 +306,22 @@ def test_the_rows_and_the_resumed_run_of_a_frozen_member(states, tmp_path):
         again, _ = fit(freezing(), again, batches, num_steps=6, history=history_again, log_every=2)
     assert_close(again, after)
     np.testing.assert_equal(history_again.rows, history.rows)
+
+
+def test_a_member_that_is_nan_from_the_start_is_saved_and_the_others_go_on(states, tmp_path):
+    params = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), states.params)
+    start = dataclasses.replace(failing_at(states, 9, 9, 9), params=params)
+    with pytest.warns(RuntimeWarning, match="member 1 is frozen"):
+        after, history = fit(
+            freezing(), start, batches, num_steps=4, hooks=[Checkpointing(tmp_path, every=2)]
+        )
+    assert after.step.tolist() == [4, 0, 4] and history.rows[-1]["frozen"] == [0, 1, 0]
+    restored, _ = resume(tmp_path, start)
+    assert restored.step.tolist() == [4, 0, 4]
+    np.testing.assert_array_equal(restored.params, after.params)
+    assert np.all(np.isfinite(restored.params[::2])) and np.all(np.isnan(restored.params[1]))
+    bad = dataclasses.replace(after, params=after.params.at[2].set(jnp.inf))
+    assert first_nonfinite(after) is None and first_nonfinite(bad) is not None
 
 
 def test_a_frozen_member_does_not_count_in_validation(states):
