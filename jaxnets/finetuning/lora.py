@@ -28,7 +28,7 @@ from jaxnets.core import (
     at_least_float32,
     known_values,
 )
-from jaxnets.finetuning.paths import STACKED, leaves_by_path, matching
+from jaxnets.finetuning.paths import STACKED, insert, leaves_by_path, matching
 from jaxnets.functional.low_rank import LowRankKernel
 
 #: Collection of the factors alpha / rank, one for each rank of each target; not trained.
@@ -127,13 +127,13 @@ def lora_init(
         factors = _initial_factors(key, kernel, used, leading)
         if dora:
             factors[_MAGNITUDE] = jnp.sqrt(_squared_norms(kernel, leading))
-        _insert(adapter, path, factors)
+        insert(adapter, path, factors)
         scale = jnp.broadcast_to(factor, (*kernel.shape[:leading], max_rank))
         # A copy: a step that donates its state must not get the same buffer twice.
-        _insert(scales, path, {"scale": jnp.copy(scale)})
+        insert(scales, path, {"scale": jnp.copy(scale)})
     for path, leaf in whole.items():
         # A copy too: a step that donates its state must not delete the frozen array.
-        _insert(adapter, path, jnp.copy(leaf))
+        insert(adapter, path, jnp.copy(leaf))
     return {"params": adapter, COLLECTION: scales}
 
 
@@ -401,10 +401,3 @@ def _updated_norms(
     mixed = 2 * (transposed @ kernel) + (transposed @ a) @ b  # [layers, rank, features]
     squares = jnp.sum(kernel**2, axis=-2) + jnp.sum(b * mixed, axis=-2)
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
-
-
-def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = value

@@ -50,3 +50,11 @@ def matching(tree: Any, pattern: str, *, what: str) -> dict[str, Any]:
             f"{', '.join(near)}"
         )
     return found
+
+
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value into nested dicts, which are made where they are missing."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = value

@@ -1,5 +1,6 @@
 """Pretrained networks of other libraries, read and written; the tensors of their files by name."""
 
+from jaxnets.pretrained.adapters import load_adapter, save_adapter
 from jaxnets.pretrained.formats import Tensors, TensorSpec, read_tensors
 from jaxnets.pretrained.inspection import Inspection, inspect
 from jaxnets.pretrained.network import PretrainedNetwork, load
@@ -16,6 +17,8 @@ __all__ = [
     "Tensors",
     "inspect",
     "load",
+    "load_adapter",
     "read_tensors",
     "save",
+    "save_adapter",
 ]

@@ -162,7 +162,7 @@ def variable_leaves(variables: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """
     leaves = {}
     for path, leaf in flatten_paths(variables).items():
-        for place in _places(path, leaf.shape):
+        for place in layer_paths(path, leaf.shape):
             leaves[place] = jax.ShapeDtypeStruct(
                 leaf.shape if place == path else leaf.shape[1:], leaf.dtype
             )
@@ -249,7 +249,7 @@ def read_variables(
 
     arrays = {}
     for path, leaf in _in_file_order(flatten_paths(shapes), sources):
-        places = _places(path, leaf.shape)
+        places = layer_paths(path, leaf.shape)
         if any(one in plan.missing for one in places):
             continue
 
@@ -281,7 +281,7 @@ def write_tensors(assignments: Iterable[Assignment], variables: Any) -> dict[str
     flat = flatten_paths(variables)
     arrays = {}
     for path, leaf in flat.items():
-        places = _places(path, leaf.shape)
+        places = layer_paths(path, leaf.shape)
         if places == [path]:
             arrays[path] = leaf
         else:
@@ -374,7 +374,7 @@ def _fill(pattern: str, numbers: Mapping[str, int]) -> str:
     return _PLACEHOLDER.sub(lambda found: str(numbers[found[1]] + int(found[2] or 0)), pattern)
 
 
-def _places(path: str, shape: tuple[int, ...]) -> list[str]:
+def layer_paths(path: str, shape: tuple[int, ...]) -> list[str]:
     """Return the paths of the layers of a stacked array, or the path itself."""
     parts = path.split("/")
     if "layers" not in parts:
@@ -389,7 +389,7 @@ def _in_file_order(leaves: Mapping[str, Any], sources: Mapping[str, Any]) -> lis
     order = {path: index for index, path in enumerate(sources)}
 
     def position(item: tuple[str, Any]) -> int:
-        first = _places(item[0], item[1].shape)[0]
+        first = layer_paths(item[0], item[1].shape)[0]
         return order.get(first, len(order))
 
     return sorted(leaves.items(), key=position)

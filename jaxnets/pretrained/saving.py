@@ -72,7 +72,7 @@ def save(
         content = module_to_json(network.module, network.variables)
         table = own_rules(paths)
     else:
-        architecture, content = _torch_config(network, paths)
+        architecture, content = torch_config(network, paths)
         table = list(architecture.rules(network.module))
     plan = rules.file_assignments(table, paths)
     if plan.missing:
@@ -123,7 +123,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) -
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _torch_config(
+def torch_config(
     network: PretrainedNetwork, leaves: rules.Leaves
 ) -> tuple[Architecture, dict[str, Any]]:
     """Return the architecture that a network is, and its config.json."""

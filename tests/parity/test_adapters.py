@@ -1,0 +1,114 @@
+"""Adapters of PEFT, read and written. Optional: run with `-m parity`."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxnets as jn
+
+torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+pytestmark = [
+    pytest.mark.parity,
+    *(  # of peft itself
+        pytest.mark.filterwarnings(f"ignore::{kind}")
+        for kind in ("UserWarning", "FutureWarning", "DeprecationWarning")
+    ),
+]
+
+TOKENS = np.random.default_rng(0).integers(0, 40, (3, 9))
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def base(folder):
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def moved(model):
+    """Give every trained parameter a random value."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def theirs(model):
+    return model(torch.tensor(TOKENS)).logits.detach().numpy()
+
+
+OPTIONS = {
+    "plain": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+    "rslora": {"target_modules": ["c_attn"], "use_rslora": True},
+    "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    "patterns": {
+        "target_modules": ["c_attn", "c_fc"],
+        "rank_pattern": {"h.1.attn.c_attn": 3},
+        "alpha_pattern": {"c_fc": 1},
+    },
+    "whole": {"target_modules": ["c_attn"], "modules_to_save": ["ln_f", "ln_2"]},
+    "biases": {"target_modules": ["c_attn"], "bias": "all"},
+    "positions": {"target_modules": ["wpe"]},
+}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_adapter_of_peft_computes_here_what_it_does_there(tmp_path, name, scan_layers):
+    config = peft.LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=True, **OPTIONS[name])
+    model = moved(peft.get_peft_model(base(tmp_path / "base"), config))
+    model.save_pretrained(tmp_path / "adapter")
+    network = jn.pretrained.load(tmp_path / "base", scan_layers=scan_layers)
+    variables = jn.pretrained.load_adapter(tmp_path / "adapter", network)
+    params = network.variables["params"]
+    merged = jn.merge_lora(params, variables)
+    logits = network.module.apply({"params": merged}, TOKENS)
+    np.testing.assert_allclose(logits, theirs(model), atol=1e-4)
+    assert np.abs(logits - network.module.apply(network.variables, TOKENS)).max() > 1e-2
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target": r"(query|value|hidden|feed_forward/output)/kernel$", "full": "norm"},
+        {"target": r"attention/\w+/kernel$", "dora": True, "rank_stabilized": True},
+    ],
+)
+def test_peft_reads_an_adapter_that_was_made_here(tmp_path, options, scan_layers):
+    model = base(tmp_path / "base")
+    network = jn.pretrained.load(tmp_path / "base", scan_layers=scan_layers)
+    params = network.variables["params"]
+    variables = jn.lora_init(jax.random.key(0), params, rank=3, max_rank=5, alpha=6, **options)
+    random = np.random.default_rng(0)
+    variables["params"] = jax.tree.map(
+        lambda leaf: leaf + 0.2 * random.normal(size=leaf.shape).astype(np.float32),
+        variables["params"],
+    )
+    jn.pretrained.save_adapter(tmp_path / "adapter", network, variables)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    merged = jn.merge_lora(params, variables)
+    expected = network.module.apply({"params": merged}, TOKENS)
+    np.testing.assert_allclose(theirs(adapted), expected, atol=1e-4)
+    assert np.abs(expected - network.module.apply(network.variables, TOKENS)).max() > 1e-2
+    again = jn.pretrained.load_adapter(tmp_path / "adapter", network)
+    logits = network.module.apply({"params": jn.merge_lora(params, again)}, TOKENS)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_adapters_that_change_the_frozen_weights_are_refused(tmp_path):
+    model = base(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights="pissa")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    network = jn.pretrained.load(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"init_lora_weights, .* changes the weights"):
+        jn.pretrained.load_adapter(tmp_path / "adapter", network)
