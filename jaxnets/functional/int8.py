@@ -113,6 +113,11 @@ def quantize_int8_array(
     )
 
 
+def cast_kernel(kernel: Any, dtype: Any) -> Any:
+    """Convert a kernel for `linear`, which converts an `Int8Array` itself, where it multiplies."""
+    return kernel if isinstance(kernel, Int8Array) else kernel.astype(dtype)
+
+
 def _grouped(array: Any, axis: int, groups: int) -> Any:
     """Split `axis`, negative, into groups and their elements: [..., groups, elements, ...]."""
     split = array.ndim + axis

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxnets.core import at_least_float32
+from jaxnets.functional.int8 import cast_kernel
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +60,7 @@ class LowRankKernel:
         """Convert the factors."""
         columns = None if self.columns is None else self.columns.astype(dtype)
         return LowRankKernel(
-            base=self.base.astype(dtype),
+            base=cast_kernel(self.base, dtype),
             a=self.a.astype(dtype),
             b=self.b.astype(dtype),
             scale=self.scale.astype(dtype),

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxnets.functional.channels import along_channels
 from jaxnets.functional.int8 import Int8Array
@@ -76,7 +77,12 @@ def linear(x: jax.Array, kernel: Any) -> jax.Array:
         y = linear(x, kernel.base) + linear(linear(x, kernel.scaled_a), kernel.b)
         return y if kernel.columns is None else y * along_channels(kernel.columns, y)
     if isinstance(kernel, Int8Array):
-        kernel = kernel.astype(kernel.dtype)
+        return platform_dependent(
+            *(x, kernel),
+            cpu=_separate_int8_matmul,
+            default=_int8_matmul,
+            partitioned=_int8_matmul,
+        )
     dtypes = {x.dtype, kernel.dtype}
     if dtypes == {jnp.dtype(jnp.bfloat16)}:
         return _shared_bf16_matmul(x, kernel)
@@ -86,6 +92,20 @@ def linear(x: jax.Array, kernel: Any) -> jax.Array:
     if x.dtype == jnp.float32 and _transposing_pays(rows, kernel.shape[-1]):
         return _shared_few_features_matmul(x, kernel)
     return _shared_matmul(x, kernel)
+
+
+def _int8_matmul(x: jax.Array, kernel: Int8Array) -> jax.Array:
+    return linear(x, kernel.astype(x.dtype))
+
+
+_shared_int8_matmul = jax.jit(_int8_matmul)
+
+
+def _separate_int8_matmul(x: jax.Array, kernel: Int8Array) -> jax.Array:
+    # In a call that is not inlined, because the CPU's scheduler would convert the kernels of all
+    # layers to floats before the first matmul, and keep them.
+    with set_xla_metadata(inlineable="false"):
+        return _shared_int8_matmul(x, kernel)
 
 
 def transposed_lhs_matmul(x: jax.Array, dy: jax.Array) -> jax.Array:

@@ -45,6 +45,8 @@ class _FrozenBatchNorm:
     pattern: str
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__call__":  # protocols, such as that of `copy`
+            raise AttributeError(name)
         return getattr(self.module, name)
 
     def apply(self, variables: Any, *inputs: Any, **keywords: Any) -> Any:

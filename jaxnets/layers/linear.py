@@ -15,6 +15,7 @@ import jax
 from jaxnets import functional
 from jaxnets.core import Precision
 from jaxnets.functional.channels import along_channels
+from jaxnets.functional.int8 import cast_kernel
 from jaxnets.layers.parameters import parameter
 
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -52,7 +53,7 @@ class Dense(nn.Module):
         kernel = parameter(
             self, "kernel", self.kernel_init, shape, policy.parameter, inputs=x.shape
         )
-        y = functional.linear(x.astype(policy.compute), kernel.astype(policy.compute))
+        y = functional.linear(x.astype(policy.compute), cast_kernel(kernel, policy.compute))
         if self.use_bias:
             bias = parameter(
                 self, "bias", self.bias_init, (self.features,), policy.parameter, inputs=x.shape

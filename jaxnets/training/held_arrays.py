@@ -26,7 +26,7 @@ def split_arrays(
             arrays; those of its closure are not found.
 
     Returns:
-        The arrays, and the function from arrays in that order to the callable.
+        The arrays on their device, and the function from arrays in that order to the callable.
 
     Example:
         >>> arrays, with_arrays = split_arrays(jax.tree_util.Partial(np.add, np.ones(2)))
@@ -37,7 +37,7 @@ def split_arrays(
     places = [
         place for place, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))
     ]
-    held = [leaves[place] for place in places]
+    held = jax.device_put([leaves[place] for place in places])  # once, not in every call
     for place in places:
         leaves[place] = None
 

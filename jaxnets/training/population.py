@@ -218,7 +218,6 @@ def _groups_in_threads(
     step: StepFn, *, shared_batch: bool, on_non_finite: str, donate: bool
 ) -> Executor:
     held, with_arrays = split_arrays(step)
-    held = jax.device_put(held)
 
     @functools.partial(jax.jit, donate_argnums=(0,))
     def group_step(

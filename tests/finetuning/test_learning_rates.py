@@ -1,5 +1,6 @@
 """Frozen leaves, and learning rates per depth."""
 
+import copy
 import dataclasses
 
 import jax
@@ -147,7 +148,7 @@ def test_frozen_batch_norms_keep_their_statistics_and_normalize_by_them():
     moved = after.model_state["batch_stats"]
     assert_trees_near(moved["norm_0"], statistics["batch_stats"]["norm_0"], 0)
     assert np.abs(moved["norm_1"]["mean"] - statistics["batch_stats"]["norm_1"]["mean"]).max() > 0
-    everything = jn.layers.frozen_batch_norm(MODULE)
+    everything = copy.copy(jn.layers.frozen_batch_norm(MODULE))
     outputs, _ = jn.apply_module(
         everything, state.params, state.model_state, BATCH["inputs"], train=True
     )

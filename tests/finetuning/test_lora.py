@@ -343,6 +343,11 @@ def test_int8_parameters_below_an_adapter():
     )
     expected = logits(floats, adapter)
     np.testing.assert_allclose(logits(small, adapter), expected, rtol=1e-5, atol=1e-6)
+    steps = [jn.make_train_step(update_of(each)) for each in (small, floats)]
+    state = jn.create_train_state(adapter, steps[0].updates[0], rng=KEY)
+    assert_trees_near(*(jax.jit(step.gradients)(state, BATCH) for step in steps), 1e-5)
+    report = jn.check_equivalence(steps[0], state, BATCH, reference="jit")
+    assert not report.skipped and report.largest < 1e-4, report.table()
     again = jn.lora_init(KEY, small, rank=2, target=TARGET)
     assert jn.lora_summary(small, again).total == sum(leaf.size for leaf in jax.tree.leaves(params))
 

@@ -115,6 +115,17 @@ def test_parameters_take_a_quarter_of_the_memory():
     assert grouped["kernel"].nbytes == 256 * 128 + 4 * 8 * 128
 
 
+def test_one_kernel_at_a_time_is_converted(on_cpu):
+    module, x = jn.MLP(features=(256,) * 6, num_outputs=2), jnp.ones((2, 256))
+    params = jn.initialize(module, KEY, x)["params"]
+    small = jn.quantize_int8(params)
+    program = jax.jit(module.apply).lower({"params": small}, x).compile()
+    memory = program.memory_analysis()
+    kernel = 4 * 256 * 256
+    assert memory.argument_size_in_bytes < 6.5 * kernel / 4
+    assert memory.temp_size_in_bytes < 2 * kernel  # as floats, six of them
+
+
 def test_bad_input_is_refused():
     params = {"kernel": jnp.ones((6, 2)), "bias": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"target='kernl' matches no path; the nearest.* kernel"):

@@ -135,3 +135,17 @@ def test_diagnostics_take_steps_that_hold_arrays():
         update, {"params": state.params}, BATCH, rng=jax.random.key(0), num_steps=3
     )
     assert report.losses[-1] < report.losses[0]
+
+
+@pytest.mark.four_devices
+def test_what_an_objective_passes_on_is_not_averaged_over_devices():
+    def objective(params, model_state, batch, rng, *, train):
+        return ObjectiveOutput(Mean.of(batch["inputs"] * params["w"]), model_state, {})
+
+    update = Update(objective, optax.sgd(0.1))
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    variables = {"params": {"w": jnp.ones(())}, "hyperparameters": {"scale": jnp.asarray(values)}}
+    state = create_train_state(variables, update, rng=jax.random.key(0))
+    run = jn.pmap_step(make_train_step(update), devices=jax.local_devices()[:3])
+    after, _ = run(state, {"inputs": np.ones(6, np.float32)})
+    np.testing.assert_array_equal(after.model_state["hyperparameters"]["scale"], values)
