@@ -112,3 +112,57 @@ def test_adapters_that_change_the_frozen_weights_are_refused(tmp_path):
     network = jn.pretrained.load(tmp_path / "base")
     with pytest.raises(ValueError, match=r"init_lora_weights, .* changes the weights"):
         jn.pretrained.load_adapter(tmp_path / "adapter", network)
+
+
+def check_other(tmp_path, model, config, inputs, call):
+    """Compare an adapter of PEFT with the network here, and with itself written and read again."""
+    model.eval().save_pretrained(tmp_path / "base")
+    adapted = moved(peft.get_peft_model(model, config))
+    adapted.save_pretrained(tmp_path / "adapter")
+    network = jn.pretrained.load(tmp_path / "base")
+    variables = jn.pretrained.load_adapter(tmp_path / "adapter", network)
+    params = jn.merge_lora(network.variables["params"], variables)
+    outputs = network.module.apply({**network.variables, "params": params}, inputs)
+    with torch.no_grad():
+        expected = call(adapted).logits.numpy()
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
+    jn.pretrained.save_adapter(tmp_path / "again", network, variables)
+    names = [set(jn.pretrained.read_tensors(tmp_path / name)) for name in ("adapter", "again")]
+    assert names[0] == names[1]
+    adapted = peft.PeftModel.from_pretrained(adapted.unload(), tmp_path / "again").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(call(adapted).logits.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_llama(tmp_path, use_dora):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=40, num_attention_heads=4, num_key_value_heads=2, **sizes
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "lm_head"]
+    lora = peft.LoraConfig(r=2, lora_alpha=5, target_modules=targets, use_dora=use_dora)
+    check_other(
+        *(tmp_path, transformers.LlamaForCausalLM(config), lora, TOKENS),
+        lambda model: model(torch.tensor(TOKENS)),
+    )
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_a_vision_transformer(tmp_path, use_dora):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_attention_heads=2, num_labels=3, **sizes
+    )
+    lora = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=r".*(attention\.(query|value)|q_proj|v_proj|projection)",
+        modules_to_save=["classifier"],
+        use_dora=use_dora,
+    )
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    check_other(
+        *(tmp_path, transformers.ViTForImageClassification(config), lora, images),
+        lambda model: model(torch.tensor(images.transpose(0, 3, 1, 2))),
+    )
