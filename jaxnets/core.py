@@ -286,6 +286,9 @@ class Precision:
         compute: dtype of matrix products, convolutions and activations.
         output: dtype of the network's output.
 
+    Raises:
+        ValueError: one is no floating dtype, such as "bf16".
+
     Example:
         >>> Precision(compute=jnp.bfloat16).parameter.__name__
         'float32'
@@ -294,6 +297,19 @@ class Precision:
     parameter: Any = jnp.float32
     compute: Any = jnp.float32
     output: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            dtype = getattr(self, field.name)
+            try:
+                floating = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+            except TypeError:
+                floating = False
+            if not floating:
+                raise ValueError(
+                    f"Precision({field.name}={dtype!r}) is no floating dtype; give one such as "
+                    "jnp.float32 or jnp.bfloat16"
+                )
 
 
 def is_endless(source: Any) -> bool:

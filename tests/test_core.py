@@ -7,6 +7,7 @@ import pytest
 from jaxnets.core import (
     DATA_AXIS,
     Mean,
+    Precision,
     Update,
     at_least_float32,
     at_least_int32,
@@ -156,3 +157,12 @@ def test_random_numbers_of_32_bits_are_those_of_the_sampler(sampler):
     key, shape = jax.random.key(0), (3, 4)
     expected = sampler(key, shape, jnp.float32)
     np.testing.assert_array_equal(drawn_in_float32(sampler)(key, shape, jnp.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", None, jnp.int8, 16])
+@pytest.mark.parametrize("name", ["parameter", "compute", "output"])
+def test_a_precision_is_made_of_floating_dtypes(name, dtype):
+    with pytest.raises(ValueError, match=rf"Precision\({name}=.*\) is no floating dtype; give"):
+        Precision(**{name: dtype})
+    for good in ("bfloat16", jnp.float16, np.dtype(np.float64), float):
+        assert getattr(Precision(**{name: good}), name) == good

@@ -207,9 +207,10 @@ class History:
             if not np.all(np.isfinite(mean.total)):
                 steps = f"{call.first + 1} to {call.last}"
                 one = call.last - call.first == 1
+                cause = "this step" if one else "one of these steps"
                 raise NonFiniteError(
                     _where(name, call.last if one else steps, mean.total),
-                    cause=f"{'this step' if one else 'one of these steps'} or the one before",
+                    cause=f"{cause} or the one before" if call.first else f"the start or {cause}",
                 )
             self.sums[name] = self.sums[name] + mean if name in self.sums else mean
         self.step = call.last

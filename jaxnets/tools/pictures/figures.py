@@ -67,7 +67,11 @@ def confusion(
         class_names: names in the order of the classes.
         path: PNG file.
         num_networks: for the title.
+
+    Raises:
+        ValueError: another number of names than of classes.
     """
+    _check_names(class_names, len(counts))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axis = figure.subplots()
@@ -106,7 +110,11 @@ def mistakes(
         path: PNG file.
         num_shown: maximum number of images.
         num_networks: for the title.
+
+    Raises:
+        ValueError: another number of names than of classes.
     """
+    _check_names(class_names, probabilities.shape[1])
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:num_shown]
@@ -181,6 +189,14 @@ def code_map(
     axis.set(xlabel=names[0], ylabel=names[1], title="codes of the test images")
     axis.legend(frameon=False, markerscale=4, fontsize=8)
     _save(figure, path)
+
+
+def _check_names(class_names: Sequence[str], num_classes: int) -> None:
+    if len(class_names) != num_classes:
+        raise ValueError(
+            f"{len(class_names)} names for {num_classes} classes; give one name per class, in "
+            "their order"
+        )
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:

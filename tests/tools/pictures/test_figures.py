@@ -85,3 +85,13 @@ def test_a_missing_package_is_reported_with_the_remedy(package):
     code = f"import sys; sys.modules[{package!r}] = None; import jaxnets.tools.pictures"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "need Matplotlib and Pillow: pip install 'jaxnets[pictures]'" in done.stderr
+
+
+@pytest.mark.parametrize("names", [[], ["one"], ["one", "two", "three"]])
+def test_there_is_a_name_for_every_class(names, tmp_path):
+    message = f"{len(names)} names for 2 classes; give one name per class"
+    images, labels = np.zeros((2, 3, 3, 1), np.uint8), np.array([0, 1])
+    with pytest.raises(ValueError, match=message):
+        figures.mistakes(images, labels, np.eye(2)[::-1], names, tmp_path / "mistakes.png")
+    with pytest.raises(ValueError, match=message):
+        figures.confusion(np.eye(2), names, tmp_path / "confusion.png")
