@@ -22,6 +22,9 @@ from jaxnets.pretrained.formats import Tensors, read_tensors
 from jaxnets.pretrained.module_config import JAXNETS, own_rules, read_module
 from jaxnets.pretrained.rules import Plan, Rule
 
+#: The file of a folder that says how its network generates.
+GENERATION = "generation_config.json"
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
 
@@ -38,6 +41,8 @@ class PretrainedNetwork:
         missing: paths of arrays that the file did not have, which are newly initialized; only with
             `strict=False`.
         unused: names of tensors that were not used; only with `strict=False`.
+        generation: as read from generation_config.json, such as "decoder_start_token_id",
+            "eos_token_id" and "suppress_tokens"; {} without one.
     """
 
     module: nn.Module
@@ -46,6 +51,7 @@ class PretrainedNetwork:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -123,6 +129,8 @@ def load(
     if plan.missing and rng is None:
         raise ValueError(f"{tensors.path}: {problem}; give rng to initialize them")
     rules.check_shapes(plan, tensors, leaves)
+    file = path / GENERATION
+    generation = Config.read(file).content if path.is_dir() and file.exists() else {}
     place = _placement(shapes, sharding)
     flat = rules.read_variables(plan, tensors, shapes, place)
     if plan.missing:
@@ -131,7 +139,13 @@ def load(
         jax.tree.structure(shapes), [flat[path] for path in rules.flatten_paths(shapes)]
     )
     return PretrainedNetwork(
-        module, variables, processor, dict(config.content), tuple(plan.missing), plan.unused
+        module,
+        variables,
+        processor,
+        dict(config.content),
+        tuple(plan.missing),
+        plan.unused,
+        generation,
     )
 
 

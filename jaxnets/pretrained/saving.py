@@ -17,7 +17,7 @@ from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.architectures.labels import name_labels
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.module_config import encode_module, module_to_json, own_rules
-from jaxnets.pretrained.network import PretrainedNetwork
+from jaxnets.pretrained.network import GENERATION, PretrainedNetwork
 from jaxnets.storage import atomic_folder, write_json
 from jaxnets.storage.safetensors import write_safetensors
 
@@ -89,6 +89,8 @@ def save(
         else:  # transformers takes every entry for an option, a digest too
             (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         _write_tensors(folder, tensors, max_shard_bytes)
+        if network.generation:
+            (folder / GENERATION).write_text(json.dumps(dict(network.generation), indent=2) + "\n")
         if network.processor is not None:
             network.processor.save(folder)
 

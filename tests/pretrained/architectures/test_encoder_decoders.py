@@ -59,6 +59,25 @@ def test_whisper_is_read_as_it_was_written_with_its_processor(tmp_path):
     again = jn.pretrained.load(tmp_path / "whisper")
     assert_equal(again.variables, variables)
     assert again.module == WHISPER and again.processor == processor
+    jn.pretrained.save(tmp_path / "own", PretrainedNetwork(WHISPER, variables))
+    again = jn.pretrained.load(tmp_path / "own")
+    assert_equal(again.variables, variables)
+    assert again.module == WHISPER
+
+
+@pytest.mark.parametrize("layout", ["torch", "jaxnets"])
+def test_how_a_network_generates_is_kept(tmp_path, layout):
+    module, generation = T5S["t5"], {"eos_token_id": 1, "suppress_tokens": [3, 4]}
+    variables = variables_of(module, TOKENS, TOKENS)
+    network = PretrainedNetwork(module, variables, generation=generation)
+    jn.pretrained.save(tmp_path / "t5", network, layout=layout)
+    assert jn.pretrained.load(tmp_path / "t5").generation == generation
+    file = tmp_path / "t5" / "generation_config.json"
+    file.write_text("[")
+    with pytest.raises(ValueError, match=str(file)):
+        jn.pretrained.load(tmp_path / "t5")
+    file.unlink()
+    assert jn.pretrained.load(tmp_path / "t5").generation == {}
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["copy", "own_head"])
