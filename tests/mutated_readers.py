@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import gzip
 import hashlib
+import html
 import io
 import json
 import lzma
@@ -15,6 +16,7 @@ import shutil
 import struct
 import tarfile
 import tempfile
+import warnings
 import wave
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,14 +27,24 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkpoint_problem import make_state, raw, source, train_step
 from mutations import OUTPUT, Reader
+from tiny_run import TINY
 
+from experiments.harness.run_folder import RunError, RunFolder
 from jaxnets import data
 from jaxnets.data import driving
 from jaxnets.data.datasets import cifar, images, speech, text
 from jaxnets.data.files import DataFile, cached_array, read_verified
 from jaxnets.storage import read_json, write_json
+from jaxnets.tools.comparison import compare, read_run
+from jaxnets.tools.report import write_report
+from jaxnets.tools.results import Result, write_result
 from jaxnets.training import checkpoint
+from jaxnets.training.history import History
+from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.loop import fit
+from jaxnets.training.writers import jsonl_writer
 
 #: {name: context in which the reader works}
 READERS: dict[str, Callable[[], contextlib.AbstractContextManager[Reader]]] = {}
@@ -505,3 +517,173 @@ def saved_state() -> Iterator[Reader]:
         _written(lambda folder: checkpoint.save(folder, _STATE, step=7, metadata={"a": [1]})),
         lambda folder: checkpoint.restore(folder, template),
     )
+
+
+def _train(folder: Path) -> None:
+    """Write the log and the checkpoints of steps 4 and 5."""
+    fit(
+        train_step,
+        make_state(),
+        source,
+        num_steps=5,
+        log_every=1,
+        hooks=[Checkpointing(folder / "checkpoints", every=2, keep=2)],
+        writers=[jsonl_writer(folder / "metrics.jsonl")],
+    )
+
+
+def _plain(state: Any, history: History) -> tuple[int, bytes, list[Any], dict[str, Any]]:
+    """Return step and bits of a state, the rows and the sums of a history."""
+    bits = b"".join(raw(leaf).tobytes() for leaf in jax.tree.leaves(state))
+    content = history.to_json()
+    return int(state.step), bits, content["rows"], content["sums"]
+
+
+def _resumed(folder: Path) -> tuple[int, bytes, list[Any], dict[str, Any]]:
+    """Resume; what is not the last state with all of its rows must come with a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = _plain(*resume(folder, make_state(7)))
+    if found[0] != 5 or len(found[2]) != 5:
+        assert any(str(folder) in str(each.message) for each in caught)
+    return found
+
+
+class _Checkpoints:
+    """What the two checkpoints of `_train` hold, and the check of what was resumed."""
+
+    def __init__(self, contents: dict[str, bytes]) -> None:
+        self._found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in contents.items():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_bytes(content)
+            for step in (4, 5):
+                state, metadata = checkpoint.restore(folder, make_state(7), step=step)
+                self._found[step] = _plain(state, History.from_json(metadata["history"]))
+
+    def check(self, value: tuple[int, bytes, list[Any], dict[str, Any]]) -> None:
+        _, bits, rows, sums = self._found[value[0]]
+        assert value[1] == bits and value[3] == sums
+        assert value[2] == rows[: len(value[2])]
+
+
+def _below(contents: dict[str, bytes], folder: str) -> dict[str, bytes]:
+    return {
+        name.removeprefix(folder): content
+        for name, content in contents.items()
+        if name.startswith(folder)
+    }
+
+
+@_reader
+def checkpoints_of_a_run() -> Iterator[Reader]:
+    contents = _below(_written(_train), "checkpoints/")
+    known = _Checkpoints(contents)
+    yield Reader(contents, _resumed, lambda value, _: known.check(value))
+
+
+def _fix_checkpoints(contents: dict[str, bytes]) -> dict[str, bytes]:
+    """Make every digest fit: of the files of arrays and of rows, and of the manifests."""
+    fixed = dict(contents)
+    for name, content in contents.items():
+        folder, _, last = name.rpartition("/")
+        if last != "manifest.json":
+            continue
+        body = content.partition(b"\n")[2]
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            manifest = json.loads(body)
+            for file in manifest["files"]:
+                if (path := f"{folder}/{file}") in contents:
+                    manifest["files"][file] = hashlib.sha256(contents[path]).hexdigest()
+            for part in manifest["rows"]:
+                lines = contents[part["file"]][: part["bytes"]].splitlines(keepends=True)
+                digest = ""
+                for line in lines:
+                    digest = hashlib.sha256(digest.encode() + line).hexdigest()
+                last_digest = hashlib.sha256(lines[-1]).hexdigest()
+                part |= {"sha256": digest, "last": last_digest, "rows": len(lines)}
+            body = json.dumps(manifest).encode()
+        fixed[name] = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+    return fixed
+
+
+@_reader
+def checkpoints_whose_digests_fit() -> Iterator[Reader]:
+    contents = _below(_written(_train), "checkpoints/")
+    state = make_state()
+
+    def read(folder: Path) -> Any:
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            restored, history = resume(folder, state)
+            checkpoint.best_steps(folder, "loss", "min")
+            assert history.to_json()["rows"] == history.rows
+        return restored, history
+
+    def check(value: Any, _: dict[str, bytes]) -> None:
+        restored, history = value
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        for one, two in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+            assert (one.shape, one.dtype) == (two.shape, two.dtype)
+        assert all(isinstance(row["step"], int) for row in history.rows)
+
+    yield Reader(contents, read, check, _fix_checkpoints)
+
+
+@_reader
+def log() -> Iterator[Reader]:
+    contents = {"metrics.jsonl": _written(_train)["metrics.jsonl"]}
+    contents["metrics.jsonl"] += b'{"step": 6, "loss": null, "test/accuracy": 0.5}\n'
+
+    def check(page: str, contents: dict[str, bytes]) -> None:
+        rows = [json.loads(line) for line in contents["metrics.jsonl"].split(b"\n") if line.strip()]
+        assert all(type(row["step"]) is int for row in rows)
+        for row in rows:
+            for name in row.keys() - {"step"}:
+                assert html.escape(name.rsplit("/", 1)[-1]) in page or row[name] is None
+
+    def read(folder: Path) -> str:
+        return write_report(folder).read_text()
+
+    yield Reader(contents, read, check)
+
+
+@_reader
+def results() -> Iterator[Reader]:
+    def write(folder: Path) -> None:
+        for name, values in (("one", [0.5, 0.75, np.nan]), ("two", [0.25, 0.5])):
+            write_result(folder / name, dataset="digits", metric="accuracy", values=values, steps=3)
+
+    def read(folder: Path) -> Any:
+        runs = [read_run(folder / name) for name in ("one", "two")]
+        shown = str(compare(runs)).replace(str(folder), "")
+        return shown, *(write_report(folder / name).read_text() for name in ("one", "two"))
+
+    yield Reader(_written(write), read)
+
+
+@_reader
+def run_folder() -> Iterator[Reader]:
+    def write(folder: Path) -> None:
+        run = RunFolder(folder)
+        run.check("digits", TINY, resume=False, other_code=False)
+        run.open("digits", TINY, data="a digest", kind=Result)
+        _train(folder)
+
+    contents = _written(write)
+    known = _Checkpoints(_below(contents, "checkpoints/"))
+
+    def read(folder: Path) -> Any:
+        run = RunFolder(folder)
+        with run.locked():
+            try:
+                run.check("digits", TINY, resume=True, other_code=False)
+                assert run.open("digits", TINY, data="a digest", kind=Result) is None
+            except RunError as error:
+                raise ValueError(str(error)) from error
+            found = _resumed(run.checkpoints)
+        write_report(folder)
+        return found
+
+    yield Reader(contents, read, lambda value, _: known.check(value))

@@ -7,7 +7,7 @@ from mutated_readers import READERS
 from mutations import campaign, mutate
 
 SEED = 0
-ALL_FILES = 100_000
+FILES = 4_348  # of each reader
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -19,9 +19,8 @@ def test_a_mutated_file_is_read_right_or_named(name, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", READERS)
 def test_every_mutated_file_is_read_right_or_named(name, tmp_path):
-    count = -(-ALL_FILES // len(READERS))
     with READERS[name]() as reader:
-        tally = campaign(name, reader, count=count, seed=SEED + 1, folder=tmp_path)
+        tally = campaign(name, reader, count=FILES, seed=SEED + 1, folder=tmp_path)
     print(
         f"{name}: {tally.files} mutated files, {tally.read} read, {tally.files - tally.read} "
         f"refused, slowest {1000 * tally.slowest:.0f} ms, {tally.seconds:.0f} s"

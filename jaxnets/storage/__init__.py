@@ -1,7 +1,7 @@
 """Files that survive kills: written atomically, held by one process, read with checks."""
 
 from jaxnets.storage.atomic import atomic_file, atomic_folder
-from jaxnets.storage.documents import Document, read_json, read_json_lines, write_json
+from jaxnets.storage.documents import Document, parse_json, read_json, read_json_lines, write_json
 from jaxnets.storage.lock import FolderInUseError, lock_folder
 from jaxnets.storage.safetensors import write_safetensors
 
@@ -11,6 +11,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "lock_folder",
+    "parse_json",
     "read_json",
     "read_json_lines",
     "write_json",

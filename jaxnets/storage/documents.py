@@ -60,21 +60,14 @@ def read_json(path: str | os.PathLike[str], *, what: str, remedy: str) -> Docume
         ValueError: not JSON, not an object, an entry that occurs twice, or changed since it was
             written; the message has the file, the line and the remedy.
     """
-    path = Path(path)
-    document = Document(path, what, remedy, {}, "")
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise document.error("it is not text in UTF-8", line=line) from error
-    document = dataclasses.replace(document, text=text)
-    content = _parse(document, text)
+    document = parse_json(Path(path).read_bytes(), path=path, what=what, remedy=remedy)
+    content = document.content
     if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
         raise document.error(
             "its sha256 is not that of its content, which was changed after it was written",
             key=_DIGEST,
         )
-    return dataclasses.replace(document, content=content)
+    return document
 
 
 def read_json_lines(path: str | os.PathLike[str], *, what: str, remedy: str) -> list[Document]:
@@ -92,18 +85,41 @@ def read_json_lines(path: str | os.PathLike[str], *, what: str, remedy: str) -> 
         FileNotFoundError: no such file.
         ValueError: a line is not an object; the message has the file and the line.
     """
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        document = Document(Path(path), what, remedy, {}, "", first_line=number)
-        if not line.strip():
-            continue
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            raise document.error("it is not text in UTF-8") from error
-        document = dataclasses.replace(document, text=text)
-        rows.append(dataclasses.replace(document, content=_parse(document, text)))
-    return rows
+    lines = Path(path).read_bytes().split(b"\n")
+    return [
+        parse_json(line, path=path, what=what, remedy=remedy, first_line=number)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def parse_json(
+    content: bytes, *, path: str | os.PathLike[str], what: str, remedy: str, first_line: int = 1
+) -> Document:
+    """Parse a part of a file that holds one JSON object.
+
+    Args:
+        content: the part, in UTF-8.
+        path: the file, for the errors.
+        what: what the part should be, such as "the metrics of a run".
+        remedy: what the user can do otherwise, as a clause for the errors.
+        first_line: number of its first line.
+
+    Returns:
+        The object; its `check` tests the entries.
+
+    Raises:
+        ValueError: not JSON, not an object, or an entry that occurs twice; the message has the
+            file, the line and the remedy.
+    """
+    document = Document(Path(path), what, remedy, {}, "", first_line=first_line)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise document.error("it is not text in UTF-8", line=line) from error
+    document = dataclasses.replace(document, text=text)
+    return dataclasses.replace(document, content=_parse(document, text))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,10 +35,13 @@ from jaxnets.core import tree_path
 from jaxnets.training import row_files
 from jaxnets.training.checkpoint_folder import (
     CheckpointError,
+    Leaf,
+    Manifest,
     begin,
     complete_steps,
     digest,
     folder_of,
+    is_history,
     load_manifest,
     read_manifest,
     remove,
@@ -244,7 +248,7 @@ def best_steps(directory: str | os.PathLike[str], metric: str, mode: Mode) -> li
     ranked = rank({step: values[step] for step in steps if step in values}, mode)
     if not ranked:
         names = sorted({name for row in history.rows for name in row} - {"step"})
-        near = difflib.get_close_matches(metric, names, n=len(names), cutoff=0)
+        near = difflib.get_close_matches(metric, names, n=len(names) or 1, cutoff=0)
         raise ValueError(
             f"no checkpoint in {directory} has a value of {metric}; there are values of "
             f"{', '.join(near) or 'nothing'}"
@@ -365,7 +369,7 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
 def _quiet_orbax() -> Iterator[None]:
     """Silence Orbax's threads, which print tracebacks besides the error that is raised.
 
-    After a failed write Orbax closes the event loop of the other writes, and each of them reports
+    After a failed read or write Orbax closes the event loop of the others, and each of them reports
     that as it ends.
     """
     logger, report = logging.getLogger("absl"), sys.unraisablehook
@@ -382,9 +386,9 @@ def _quiet_orbax() -> Iterator[None]:
     sys.unraisablehook = keep_quiet
     try:
         yield
-    except (OSError, ValueError):
+    except Exception:
         last = time.monotonic()
-        while time.monotonic() < last + 0.2:  # until the other writes have ended
+        while time.monotonic() < last + 0.2:  # until the others have ended
             time.sleep(0.02)
         raise
     finally:
@@ -412,7 +416,7 @@ def _to_host(leaf: Any) -> Any:
 
 
 def _read_arrays(
-    folder: Path, manifest: Mapping[str, Any], template: Any, targets: Mapping[str, Any]
+    folder: Path, manifest: Manifest, template: Any, targets: Mapping[str, Any]
 ) -> Any:
     import orbax.checkpoint as ocp
 
@@ -420,24 +424,51 @@ def _read_arrays(
     arguments = {path: _restore_argument(leaf) for path, leaf in stored.items()}
     arrays = {}
     if stored:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            arrays = checkpointer.restore(
-                folder / manifest["payload"],
-                args=ocp.args.PyTreeRestore(
-                    item=stored, restore_args=arguments, partial_restore=True
-                ),
-            )
+        try:
+            with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                arrays = checkpointer.restore(
+                    folder / manifest["payload"],
+                    args=ocp.args.PyTreeRestore(
+                        item=stored, restore_args=arguments, partial_restore=True
+                    ),
+                )
+        except Exception as error:  # of any type, by what Orbax misses
+            raise CheckpointError(
+                f"cannot read the arrays in {folder / manifest['payload']}: {error}"
+            ) from error
     keys = {leaf["path"]: leaf["key"] for leaf in manifest["leaves"] if "key" in leaf}
     leaves = []
     for path, target in targets.items():
-        array = arrays.get(path, np.zeros(target.shape, None if path in keys else target.dtype))
-        if path not in keys:
-            array = _cast(path, array, target.dtype)
-        if not isinstance(target, np.ndarray):
-            # Uncommitted if the template is, so that jit can place it on any mesh.
-            array = jnp.asarray(array)
-        leaves.append(jax.random.wrap_key_data(array, impl=keys[path]) if path in keys else array)
+        if path in stored:
+            array = arrays[path]
+        else:
+            array = np.zeros(target.shape, np.uint32 if path in keys else target.dtype)
+        if path in keys:
+            leaves.append(_wrap(path, array, keys[path], target, folder))
+            continue
+        if array.shape != target.shape:
+            raise CheckpointError(
+                f"{path} is an array of {list(array.shape)} in {folder}, not of "
+                f"{list(target.shape)} as its manifest says"
+            )
+        array = _cast(path, array, target.dtype)
+        # Uncommitted if the template is, so that jit can place it on any mesh.
+        leaves.append(array if isinstance(target, np.ndarray) else jnp.asarray(array))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _wrap(path: str, data: Any, impl: str, target: Any, folder: Path) -> Any:
+    """Return an array of random keys."""
+    try:
+        keys = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
+        right = (keys.shape, keys.dtype) == (target.shape, target.dtype)
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise CheckpointError(
+            f"{path} in {folder} has no random keys of {target.dtype}, as its manifest says"
+        )
+    return keys
 
 
 def _cast(path: str, array: Any, dtype: Any) -> Any:
@@ -464,7 +495,7 @@ def _restore_argument(leaf: Any) -> Any:
 def _check_template(
     template: Any,
     targets: Mapping[str, Any],
-    saved: list[dict[str, Any]],
+    saved: Sequence[Leaf],
     where: Path,
     *,
     cast: bool,
@@ -487,7 +518,7 @@ def _check_template(
         shapes = tuple(known[path]["shape"]), tuple(targets[path].shape)
         dtypes = known[path]["dtype"], str(targets[path].dtype)
         both_float = "key" not in known[path] and all(
-            jnp.issubdtype(dtype, jnp.floating) for dtype in (dtypes[0], targets[path].dtype)
+            re.match(r"b?float\d", dtype) for dtype in dtypes
         )
         same = dtypes[0] == dtypes[1] or _widens(*dtypes) or (cast and both_float)
         if shapes[0] != shapes[1] or not same:
@@ -508,7 +539,7 @@ def _widens(saved: str, wanted: str) -> bool:
 
 
 class _Content(NamedTuple):
-    manifest: dict[str, Any]
+    manifest: Manifest
     metadata: dict[str, Any]
 
 
@@ -524,7 +555,7 @@ def _first_intact(directory: Path, candidates: Sequence[int], other: str) -> _Co
                 raise
             problem = str(error)
         else:
-            metadata = manifest["metadata"]
+            metadata: dict[str, Any] = manifest["metadata"]
             rows, damaged = row_files.read(directory, manifest.get("rows", ()))
             if "history" in manifest:
                 metadata = {**metadata, "history": {**manifest["history"], "rows": rows}}
@@ -548,11 +579,12 @@ def _first_intact(directory: Path, candidates: Sequence[int], other: str) -> _Co
 
 def _row_parts(directory: str | os.PathLike[str], steps: Sequence[int]) -> list[row_files.Part]:
     """Return what is on disk of the history of the last of these checkpoints."""
+    if not steps:
+        return []
     try:
-        manifest = load_manifest(folder_of(directory, steps[-1])) if steps else {}
+        return load_manifest(folder_of(directory, steps[-1])).get("rows", [])
     except CheckpointError:  # it is overwritten, or an earlier one was resumed from
         return []
-    return manifest.get("rows", [])
 
 
 def _rows(directory: Path, steps: Sequence[int]) -> list[Any]:
@@ -564,6 +596,7 @@ def _rows(directory: Path, steps: Sequence[int]) -> list[Any]:
             continue
         if "history" in manifest:
             return row_files.read(directory, manifest["rows"])[0]
-        if "history" in manifest["metadata"]:
-            return manifest["metadata"]["history"]["rows"]
+        former = manifest["metadata"].get("history")
+        if is_history(former):
+            return former["rows"]
     return []

@@ -7,9 +7,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeGuard
+
+from jaxnets.storage import Document, parse_json
+from jaxnets.training import row_files
 
 _FORMAT = 2  # 1: the rows of the history are in the manifest
 _MANIFEST = "manifest.json"
@@ -17,8 +20,67 @@ _UNFINISHED = "manifest.json.new"
 _FOLDER = re.compile(r"step_(\d+)")
 
 
+_PAYLOAD = re.compile(r"state_\d+")
+
+
 class CheckpointError(OSError):
     """A checkpoint cannot be written, or its files are damaged."""
+
+
+class Leaf(TypedDict):
+    """An array of a state.
+
+    Attributes:
+        path: in the state.
+        shape: its shape.
+        dtype: name of its type.
+        key: of an array of random keys their kind, such as "threefry2x32".
+    """
+
+    path: str
+    shape: list[int]
+    dtype: str
+    key: NotRequired[str]
+
+
+class Summary(TypedDict):
+    """What `History.summary` returns."""
+
+    sums: dict[str, list[float | list[float]]]
+    step: int | None
+    seconds: NotRequired[float]
+    first_call_seconds: NotRequired[float]
+    spent: NotRequired[dict[str, float]]
+
+
+class WholeHistory(Summary):
+    """What `History.to_json` returns."""
+
+    rows: list[row_files.Row]
+
+
+class Manifest(TypedDict):
+    """The content of a manifest.
+
+    Attributes:
+        format: 2, or 1.
+        step: of the state.
+        payload: folder of the arrays.
+        files: {path in the folder of the checkpoint: sha256}.
+        leaves: every array.
+        metadata: any JSON values; in format 1 the history is one of them.
+        history: without its rows.
+        rows: where they are.
+    """
+
+    format: int
+    step: int
+    payload: str
+    files: dict[str, str]
+    leaves: list[Leaf]
+    metadata: dict[str, Any]
+    history: NotRequired[Summary]
+    rows: NotRequired[list[row_files.Part]]
 
 
 def folder_of(directory: str | os.PathLike[str], step: int) -> Path:
@@ -111,7 +173,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> Manifest:
     """Read a manifest, without a look at the files that it names.
 
     Raises:
@@ -125,27 +187,75 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"damaged checkpoint: cannot read {path}: {error}") from error
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
-    manifest: dict[str, Any] = json.loads(body)
-    if manifest["format"] > _FORMAT:
-        raise ValueError(
-            f"{folder} has format {manifest['format']}, and this version of jaxnets reads formats "
-            f"up to {_FORMAT}; install the version that wrote it, or a later one"
+    remedy = "restore another checkpoint, and move this one away"
+    try:
+        document = parse_json(
+            body, path=path, what="the manifest of a checkpoint", remedy=remedy, first_line=2
         )
+        document.check(_Format)
+    except ValueError as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
+    if document.content["format"] > _FORMAT:
+        raise ValueError(
+            f"{folder} has format {document.content['format']}, and this version of jaxnets reads "
+            f"formats up to {_FORMAT}; install the version that wrote it, or a later one"
+        )
+    try:
+        manifest = document.check(Manifest)
+        for key, reason in _faults(manifest):
+            raise document.error(reason, key=key)
+    except ValueError as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class _Format(TypedDict):
+    format: int
+
+
+def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield (entry, reason) of what has the right type and still cannot be."""
+    if not _PAYLOAD.fullmatch(manifest["payload"]):
+        yield "payload", f"payload is {manifest['payload']!r}, not such as 'state_0'"
+    for name in manifest["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            yield "files", f"{name!r} is outside of the folder"
+    if ("history" in manifest) != ("rows" in manifest):
+        yield "history", "it has only one of history and rows"
+    for part in manifest.get("rows", ()):
+        if not row_files.NAME.fullmatch(part["file"]) or part["rows"] < 1 or part["bytes"] < 1:
+            yield "rows", f"{part['file']!r} is no file of rows"
+    for name, sums in manifest.get("history", {"sums": {}})["sums"].items():
+        if len(sums) != 2:
+            yield "history", f"{name} has {len(sums)} sums, not a total and a count"
+    for leaf in manifest["leaves"]:
+        if leaf["dtype"].startswith("key<") != ("key" in leaf):
+            yield "leaves", f"{leaf['path']} is {leaf['dtype']}, and its kind of key does not fit"
+
+
+def read_manifest(folder: Path) -> Manifest:
     """Read a manifest, and check every file of its folder; raises as `load_manifest` does."""
     manifest = load_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
         try:
             intact = digest(path) == expected
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a null
             raise CheckpointError(f"damaged checkpoint: cannot read {path}: {error}") from error
         if not intact:
             raise CheckpointError(f"damaged checkpoint: {path} is truncated or altered")
     return manifest
+
+
+def is_history(content: Any) -> TypeGuard[WholeHistory]:
+    """Return whether metadata are a history, as of format 1, and not something of the user's."""
+    if not isinstance(content, dict):
+        return False
+    try:
+        Document(Path(), "a history", "", content, "").check(WholeHistory)
+    except ValueError:
+        return False
+    return all(len(sums) == 2 for sums in content["sums"].values())
 
 
 def _is_complete(folder: Path) -> bool:

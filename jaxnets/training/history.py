@@ -148,7 +148,8 @@ class History:
     def from_json(cls, content: Mapping[str, Any]) -> History:
         """Build a history from the result of `to_json`."""
         sums = {name: _double(total, count) for name, (total, count) in content["sums"].items()}
-        return cls(**{**content, "rows": list(content["rows"]), "sums": sums})
+        known = {name: content[name] for name in _KEPT if name in content}
+        return cls(rows=list(content["rows"]), sums=sums, **known)
 
     def begin(self, step: int, writers: Sequence[Writer]) -> None:
         """Start or continue a run at `step`; called by `fit`.
@@ -247,6 +248,9 @@ class History:
             for show in (getattr(writer, "show", None) for writer in self._writers):
                 if show is not None:
                     show(call.last, name, medium)
+
+
+_KEPT = ("step", "seconds", "first_call_seconds", "spent")  # beside rows and sums
 
 
 def sign(mode: Mode) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Mean, Metrics
 from jaxnets.training import checkpoint
+from jaxnets.training.checkpoint_folder import is_history
 from jaxnets.training.history import (
     History,
     Mode,
@@ -399,7 +400,7 @@ def resume(directory: str | os.PathLike[str], state: State) -> tuple[State, Hist
         return state, History()
     restored, metadata = checkpoint.restore(directory, state)
     content = metadata.get("history")
-    if isinstance(content, dict) and content.keys() >= {"rows", "sums", "step"}:
+    if is_history(content):
         return restored, History.from_json(content)
     return restored, History(step=current_step(restored))
 

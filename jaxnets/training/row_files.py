@@ -12,13 +12,38 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypedDict
 
-#: The beginning of one file: {"file", "rows", "bytes", "sha256" (chained over the lines), "last"
-#: (sha256 of the last line)}.
-Part: TypeAlias = dict[str, Any]
+from jaxnets.storage import parse_json
+
+NAME = re.compile(r"history_\d+\.jsonl")
+
+
+class Part(TypedDict):
+    """The beginning of one file of rows.
+
+    Attributes:
+        file: its name.
+        rows: number of the rows.
+        bytes: their size.
+        sha256: chained over the lines.
+        last: sha256 of the last line.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    last: str
+
+
+class Row(TypedDict):
+    """What every row has; the other values are numbers, in a population lists of them."""
+
+    step: int
 
 
 def extend(directory: Path, rows: Sequence[Any], parts: Sequence[Part]) -> list[Part]:
@@ -83,9 +108,15 @@ def read(directory: Path, parts: Sequence[Part]) -> tuple[list[Any], Path | None
         digest = ""
         for line in lines:
             digest = _chain(digest, line)
-        if digest != part["sha256"]:
+        if digest != part["sha256"] or len(lines) != part["rows"]:
             return rows, path
-        rows += map(json.loads, lines)
+        for line in lines:
+            try:
+                row = parse_json(line, path=path, what="a row of a history", remedy="")
+                row.check(Row)
+            except ValueError:
+                return rows, path
+            rows.append(row.content)
     return rows, None
 
 
