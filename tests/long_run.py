@@ -33,7 +33,8 @@ BOUNDS = {
     "cpu_ms": 10.0,
 }
 GROWING = ("wall_ms", "rows_mb", "log_mb")  # by design, or with the other work
-EVERY = 500  # steps between rows, validations and checkpoints
+EVERY = 500  # steps between rows and validations
+SAVE_EVERY = 10 * EVERY
 WARM_UP = 0.1  # share of the samples that is left out
 MEGABYTE = 1e6
 
@@ -141,7 +142,7 @@ def main(folder: Path, seconds: float, share: float) -> None:
     hooks = [
         jn.every(EVERY, jn.validation(jn.make_eval_step(objective), test)),
         jn.Checkpointing(
-            folder / "checkpoints", every=EVERY, keep=2, best=("validation/accuracy", "max")
+            folder / "checkpoints", every=SAVE_EVERY, keep=2, best=("validation/accuracy", "max")
         ),
         Sampling(folder, seconds=seconds, share=share, interval=min(60.0, seconds / 20)),
     ]

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import pytest
 from checkpoint_problem import make_state, source, train_step
@@ -10,6 +11,7 @@ from checkpoint_problem import make_state, source, train_step
 from jaxnets.training.checkpoint import (
     CheckpointError,
     all_steps,
+    best_steps,
     latest_step,
     prune,
     restore,
@@ -100,3 +102,65 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_not_taken_for_damaged(fo
     write_manifest(newest, {**load_manifest(newest), "format": 3})
     with pytest.raises(ValueError, match=re.escape(f"{newest} has format 3, and this version of")):
         restore(folder, {"step": jnp.int32(0), "w": jnp.ones(2)})
+
+
+STATE = {"step": jnp.int32(0), "w": jnp.ones(2)}
+ROWS = {"file": "history_0.jsonl", "rows": 1, "bytes": 9, "sha256": "", "last": ""}
+SUMMARY = {"sums": {}, "step": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": None}, "format is null, not an integer"),
+        ({"step": "20"}, 'step is "20", not an integer'),
+        ({"payload": "../step_00000010/state_0"}, "payload is '../step"),
+        ({"files": {"../../secret": "0"}}, "'../../secret' is outside of the folder"),
+        ({"files": {"/etc/passwd": "0"}}, "'/etc/passwd' is outside of the folder"),
+        ({"files": ["state_0"]}, "files is .*, not an object"),
+        ({"leaves": [{"path": "w", "dtype": "float32"}]}, "leaves: it has no 'shape'|'shape'"),
+        ({"leaves": [{"path": "w", "dtype": "key<fry>", "shape": []}]}, "kind of key does not fit"),
+        ({"history": SUMMARY}, "only one of history and rows"),
+        ({"history": SUMMARY, "rows": [{**ROWS, "file": "../notes"}]}, "'../notes' is no file of"),
+        ({"history": {**SUMMARY, "sums": {"loss": [1.0]}}, "rows": []}, "loss has 1 sums"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_damaged_though_its_digest_fits(folder, changes, message):
+    newest = folder / "step_00000020"
+    write_manifest(newest, {**load_manifest(newest), **changes})
+    with pytest.raises(CheckpointError, match=rf"{newest}/manifest.json, line 2: .*({message})"):
+        restore(folder, STATE, step=20)
+    with pytest.warns(UserWarning, match="trying the previous checkpoint"):
+        assert int(restore(folder, STATE)[0]["step"]) == 10
+
+
+def test_arrays_that_are_not_those_of_the_manifest_are_refused(folder, tmp_path):
+    key = jax.random.key(0)
+    for name, state in (("one", {"w": jnp.ones(2), "key": key}), ("two", {"w": jnp.ones(3)})):
+        save(tmp_path / name, state, step=20)
+    one, two = (tmp_path / name / "step_00000020" for name in ("one", "two"))
+    manifest = load_manifest(one)
+    leaves = [{**leaf, "key": "rbg"} if "key" in leaf else leaf for leaf in manifest["leaves"]]
+    write_manifest(one, {**manifest, "leaves": leaves})
+    with pytest.raises(CheckpointError, match=rf"key in {one} has no random keys of key<fry>"):
+        restore(tmp_path / "one", {"w": jnp.ones(2), "key": key})
+    shutil.rmtree(one / "state_0")
+    shutil.copytree(two / "state_0", one / "state_0")
+    write_manifest(one, {**manifest, "files": load_manifest(two)["files"]})
+    with pytest.raises(CheckpointError, match=rf"w is an array of \[3\] in {one}, not of \[2\]"):
+        restore(tmp_path / "one", {"w": jnp.ones(2)})
+    shutil.rmtree(one / "state_0" / "d")
+    files = {
+        name: digest for name, digest in load_manifest(two)["files"].items() if "/d/" not in name
+    }
+    write_manifest(one, {**manifest, "files": files})
+    with pytest.raises(CheckpointError, match=rf"cannot read the arrays in {one}/state_0"):
+        restore(tmp_path / "one", {"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("history", ["told by hand", {"rows": 3}, {"rows": [1], "sums": {}}])
+def test_metadata_that_are_called_history_are_none(tmp_path, history):
+    state = {"step": jnp.int32(1), "w": jnp.ones(2)}
+    save(tmp_path, state, metadata={"history": history}, step=1)
+    with pytest.raises(ValueError, match=r"no checkpoint .* value of loss; there are values of no"):
+        best_steps(tmp_path, "loss", "min")

@@ -143,6 +143,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     for document in documents:
         document.check(_Row)
         row = document.check(dict[str, float | list[float | None] | None])
+        before = rows[-1]["step"] if rows else 0
+        if row["step"] < before:
+            reason = f"step is {row['step']}, which is below {before}"
+            raise document.error(reason, key="step")
         for name, value in row.items():
             if several.setdefault(name, isinstance(value, list)) != isinstance(value, list):
                 reason = f"{name} is one number in some rows and a list in others"

@@ -126,6 +126,7 @@ def test_networks_that_diverged_are_named(folder):
     [
         ("metrics.jsonl", '{"step": 1, "lo', r"line 1: not the metrics of a run: it is cut"),
         ("metrics.jsonl", '{"step": 1}\n{"loss": 1}', "line 2: .* it has no 'step'"),
+        ("metrics.jsonl", '{"step": 4}\n{"step": -5}', "line 2: .* step is -5, which is below 4"),
         ("metrics.jsonl", '{"step": 1, "loss": "1"}', r'line 1: .* loss is "1"'),
         ("metrics.jsonl", '{"step": 1, "loss": [[1]]}', r"line 1: .* loss\[0\] is \[1\]"),
         ("metrics.jsonl", f'{{"step": {10**400}}}', "line 1: .* step is 10*"),
