@@ -415,6 +415,9 @@ def _to_host(leaf: Any) -> Any:
     return np.asarray(leaf) if one_device else leaf
 
 
+_ABSENT = 0  # no array
+
+
 def _read_arrays(
     folder: Path, manifest: Manifest, template: Any, targets: Mapping[str, Any]
 ) -> Any:
@@ -429,7 +432,10 @@ def _read_arrays(
                 arrays = checkpointer.restore(
                     folder / manifest["payload"],
                     args=ocp.args.PyTreeRestore(
-                        item=stored, restore_args=arguments, partial_restore=True
+                        # An array that is not in the files would come back as its template.
+                        item=dict.fromkeys(stored, _ABSENT),
+                        restore_args=arguments,
+                        partial_restore=True,
                     ),
                 )
         except Exception as error:  # of any type, by what Orbax misses
@@ -439,9 +445,10 @@ def _read_arrays(
     keys = {leaf["path"]: leaf["key"] for leaf in manifest["leaves"] if "key" in leaf}
     leaves = []
     for path, target in targets.items():
-        if path in stored:
-            array = arrays[path]
-        else:
+        array = arrays.get(path)
+        if isinstance(array, int):
+            raise CheckpointError(f"{path} is not in the files of {folder}, as its manifest says")
+        if array is None:
             array = np.zeros(target.shape, np.uint32 if path in keys else target.dtype)
         if path in keys:
             leaves.append(_wrap(path, array, keys[path], target, folder))

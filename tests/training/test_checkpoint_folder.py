@@ -149,6 +149,8 @@ def test_arrays_that_are_not_those_of_the_manifest_are_refused(folder, tmp_path)
     write_manifest(one, {**manifest, "files": load_manifest(two)["files"]})
     with pytest.raises(CheckpointError, match=rf"w is an array of \[3\] in {one}, not of \[2\]"):
         restore(tmp_path / "one", {"w": jnp.ones(2)})
+    with pytest.raises(CheckpointError, match=f"key is not in the files of {one}"):
+        restore(tmp_path / "one", {"key": key})
     shutil.rmtree(one / "state_0" / "d")
     files = {
         name: digest for name, digest in load_manifest(two)["files"].items() if "/d/" not in name

@@ -135,18 +135,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of the log, whose values are numbers, or one number per network."""
     remedy = "mend or remove the line, or resume the run, which writes the log anew"
     rows: list[dict[str, Any]] = []
-    members, several = None, dict[str, bool]()
+    members, several, before = None, dict[str, bool](), 0
     try:
         documents = read_json_lines(path, what="the metrics of a run", remedy=remedy)
     except FileNotFoundError:
         return []
     for document in documents:
-        document.check(_Row)
+        step = document.check(_Row)["step"]
         row = document.check(dict[str, float | list[float | None] | None])
-        before = rows[-1]["step"] if rows else 0
-        if row["step"] < before:
-            reason = f"step is {row['step']}, which is below {before}"
-            raise document.error(reason, key="step")
+        if step < before:
+            raise document.error(f"step is {step}, which is below {before}", key="step")
+        before = step
         for name, value in row.items():
             if several.setdefault(name, isinstance(value, list)) != isinstance(value, list):
                 reason = f"{name} is one number in some rows and a list in others"
