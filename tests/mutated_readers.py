@@ -8,50 +8,27 @@ import copy
 import dataclasses
 import gzip
 import hashlib
-import html
 import io
 import json
 import lzma
 import shutil
 import struct
 import tarfile
-import tempfile
-import warnings
 import wave
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from checkpoint_problem import make_state, raw, source, train_step
-from mutations import OUTPUT, Reader
-from tiny_run import TINY
+from mutations import OUTPUT, Reader, reader, written
 
-from experiments.harness.run_folder import RunError, RunFolder
 from jaxnets import data
 from jaxnets.data import driving
 from jaxnets.data.datasets import cifar, images, speech, text
 from jaxnets.data.files import DataFile, cached_array, read_verified
 from jaxnets.storage import read_json, write_json
-from jaxnets.tools.comparison import compare, read_run
-from jaxnets.tools.report import write_report
-from jaxnets.tools.results import Result, write_result
-from jaxnets.training import checkpoint
-from jaxnets.training.history import History
-from jaxnets.training.hooks import Checkpointing, resume
-from jaxnets.training.loop import fit
-from jaxnets.training.writers import jsonl_writer
-
-#: {name: context in which the reader works}
-READERS: dict[str, Callable[[], contextlib.AbstractContextManager[Reader]]] = {}
-
-
-def _reader(make: Callable[[], Iterator[Reader]]) -> None:
-    READERS[make.__name__] = contextlib.contextmanager(make)
 
 
 def _noise(size: int, seed: int = 0) -> bytes:
@@ -68,7 +45,7 @@ def _idx(shape: tuple[int, ...], values: bytes, code: int = 8) -> bytes:
     return struct.pack(f">4B{len(shape)}I", 0, 0, code, len(shape), *shape) + values
 
 
-@_reader
+@reader
 def idx() -> Iterator[Reader]:
     name = "values-idx"
 
@@ -84,7 +61,7 @@ def idx() -> Iterator[Reader]:
     )
 
 
-@_reader
+@reader
 def mnist() -> Iterator[Reader]:
     plain_contents = [
         _idx((3, 28, 28), _noise(3 * 784)),
@@ -100,7 +77,7 @@ def mnist() -> Iterator[Reader]:
         yield Reader(contents, lambda folder: data.mnist(folder, download=False))
 
 
-@_reader
+@reader
 def pinned_gzip() -> Iterator[Reader]:
     content = b"the published content" * 50
     file = _pinned(DataFile("letters.gz", "", 0, folders=("words",)), content)
@@ -152,12 +129,12 @@ def _tar_reader(content: bytes) -> Reader:
     )
 
 
-@_reader
+@reader
 def tar() -> Iterator[Reader]:
     yield _tar_reader(_tar(MEMBERS))
 
 
-@_reader
+@reader
 def tar_with_extended_headers() -> Iterator[Reader]:
     long = {f"{'long ' * 30}{name}": content for name, content in MEMBERS.items()}
     for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
@@ -165,7 +142,7 @@ def tar_with_extended_headers() -> Iterator[Reader]:
     yield _tar_reader(_tar(long, tarfile.PAX_FORMAT)[:-10240] + packed)
 
 
-@_reader
+@reader
 def compressed_tar() -> Iterator[Reader]:
     packers = {"gz": lambda c: gzip.compress(c, mtime=0), "bz2": bz2.compress, "xz": lzma.compress}
     contents = {f"archive.tar.{kind}": pack(_tar(MEMBERS)) for kind, pack in packers.items()}
@@ -180,7 +157,7 @@ def compressed_tar() -> Iterator[Reader]:
     yield Reader(contents, read)
 
 
-@_reader
+@reader
 def zip_archive() -> Iterator[Reader]:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
@@ -201,7 +178,7 @@ def _cifar_binaries() -> dict[str, bytes]:
     }
 
 
-@_reader
+@reader
 def cifar_records() -> Iterator[Reader]:
     def check(value: dict[str, np.ndarray], contents: dict[str, bytes]) -> None:
         planes = value["inputs"].transpose(0, 3, 1, 2).reshape(-1, 3072)
@@ -215,7 +192,7 @@ def cifar_records() -> Iterator[Reader]:
     )
 
 
-@_reader
+@reader
 def cifar10() -> Iterator[Reader]:
     contents = _cifar_binaries()
     files = tuple(_pinned(file, contents[file.name]) for file in cifar.BINARIES)
@@ -224,7 +201,7 @@ def cifar10() -> Iterator[Reader]:
         yield Reader(contents, lambda folder: data.cifar10(folder, download=False))
 
 
-@_reader
+@reader
 def cifar10_archive() -> Iterator[Reader]:
     members = {f"cifar-10-batches-bin/{n}": c for n, c in _cifar_binaries().items()}
     content = gzip.compress(_tar(members), mtime=0)
@@ -233,7 +210,7 @@ def cifar10_archive() -> Iterator[Reader]:
         yield Reader({file.name: content}, lambda folder: data.cifar10(folder, download=False))
 
 
-@_reader
+@reader
 def cifar10_jpeg() -> Iterator[Reader]:
     arrays = {}
     for part in ("train", "test"):
@@ -259,7 +236,7 @@ def _jpeg() -> bytes:
     return stream.getvalue()
 
 
-@_reader
+@reader
 def cache() -> Iterator[Reader]:
     pixels = np.frombuffer(_noise(600), np.uint8).reshape(10, 60)
     np.save(stream := io.BytesIO(), pixels)
@@ -285,7 +262,7 @@ def _float_wav() -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-@_reader
+@reader
 def wav() -> Iterator[Reader]:
     def check(value: list[Any], contents: dict[str, bytes]) -> None:
         pairs = zip(value[::2], value[1::2], contents.values(), strict=True)
@@ -349,13 +326,13 @@ def _pinned_recordings() -> Iterator[None]:
         yield
 
 
-@_reader
+@reader
 def spoken_digits() -> Iterator[Reader]:
     with _pinned_recordings():
         yield Reader(_RECORDINGS, lambda folder: data.spoken_digits(folder, download=False))
 
 
-@_reader
+@reader
 def spoken_digits_archive() -> Iterator[Reader]:
     with _pinned_recordings():
         yield Reader(
@@ -378,14 +355,6 @@ def _drives() -> Iterator[driving.Drive]:
         yield driving.Drive(seed, driving.Score(points=10.0 * seed), arrays)
 
 
-def _written(write: Callable[[Path], Any]) -> dict[str, bytes]:
-    """Return the files that a function writes into a folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
-
-
 def _write_drives(folder: Path) -> None:
     driving.write_recordings(folder, _drives(), _SETTINGS)
 
@@ -395,15 +364,15 @@ def _read_drives(folder: Path) -> dict[str, np.ndarray]:
     return driving.read_recordings(folder, _SETTINGS)
 
 
-@_reader
+@reader
 def recordings() -> Iterator[Reader]:
-    yield Reader(_written(_write_drives), _read_drives)
+    yield Reader(written(_write_drives), _read_drives)
 
 
-@_reader
+@reader
 def recordings_whose_digests_fit() -> Iterator[Reader]:
-    written = _written(_write_drives)
-    index = json.loads(written.pop("recordings.json"))
+    contents = written(_write_drives)
+    index = json.loads(contents.pop("recordings.json"))
     del index["sha256"]
 
     def read(folder: Path) -> dict[str, np.ndarray]:
@@ -418,13 +387,13 @@ def recordings_whose_digests_fit() -> Iterator[Reader]:
         assert set(value) == {"frames", "speeds", "decisions"}
         assert len({len(array) for array in value.values()}) == 1
 
-    yield Reader(written, read, check)
+    yield Reader(contents, read, check)
 
 
 _SENTENCES = ["Ein Mann fährt mit dem Zug.", "A dog runs.", "Zwei Hunde laufen am Meer."]
 
 
-@_reader
+@reader
 def tokenizers() -> Iterator[Reader]:
     made = {
         "character.json": data.CharacterTokenizer.from_text("".join(_SENTENCES)),
@@ -441,7 +410,7 @@ def tokenizers() -> Iterator[Reader]:
         assert all(tokenizer in made.values() for tokenizer in value)  # one file may be another
 
     yield Reader(
-        _written(save), lambda folder: [data.load_tokenizer(folder / name) for name in made], check
+        written(save), lambda folder: [data.load_tokenizer(folder / name) for name in made], check
     )
 
 
@@ -449,7 +418,7 @@ def _lines(content: bytes) -> list[bytes]:
     return [line.removesuffix(b"\r") for line in content.removesuffix(b"\n").split(b"\n")]
 
 
-@_reader
+@reader
 def parallel_text() -> Iterator[Reader]:
     def read(folder: Path) -> Any:
         paths = [folder / "a.de", folder / "a.en"]
@@ -464,7 +433,7 @@ def parallel_text() -> Iterator[Reader]:
     yield Reader(contents, read, check)
 
 
-@_reader
+@reader
 def labeled_text() -> Iterator[Reader]:
     def read(folder: Path) -> Any:
         path = folder / "a.tsv"
@@ -478,7 +447,7 @@ def labeled_text() -> Iterator[Reader]:
     yield Reader({"a.tsv": "".join(lines).encode()}, read, check)
 
 
-@_reader
+@reader
 def pinned_text() -> Iterator[Reader]:
     content = "\n".join(_SENTENCES).encode()
     file = _pinned(text.TINY_SHAKESPEARE_FILE, content)
@@ -492,7 +461,7 @@ class _Config(TypedDict):
     options: dict[str, int | None]
 
 
-@_reader
+@reader
 def document() -> Iterator[Reader]:
     content = {"name": "mnist", "rates": [0.1, 1e-3], "options": {"seed": 3, "out": None}}
 
@@ -500,199 +469,4 @@ def document() -> Iterator[Reader]:
         document = read_json(folder / "config.json", what="a configuration", remedy="remove it")
         return document.check(_Config, closed=True)
 
-    yield Reader(_written(lambda folder: write_json(folder / "config.json", content)), read)
-
-
-_STATE = {
-    "kernel": jnp.arange(12.0).reshape(3, 4),
-    "bias": jnp.ones(4, jnp.bfloat16),
-    "step": jnp.int32(7),
-}
-
-
-@_reader
-def saved_state() -> Iterator[Reader]:
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _STATE)
-    yield Reader(
-        _written(lambda folder: checkpoint.save(folder, _STATE, step=7, metadata={"a": [1]})),
-        lambda folder: checkpoint.restore(folder, template),
-    )
-
-
-def _train(folder: Path) -> None:
-    """Write the log and the checkpoints of steps 4 and 5."""
-    fit(
-        train_step,
-        make_state(),
-        source,
-        num_steps=5,
-        log_every=1,
-        hooks=[Checkpointing(folder / "checkpoints", every=2, keep=2)],
-        writers=[jsonl_writer(folder / "metrics.jsonl")],
-    )
-
-
-def _plain(state: Any, history: History) -> tuple[int, bytes, list[Any], dict[str, Any]]:
-    """Return step and bits of a state, the rows and the sums of a history."""
-    bits = b"".join(raw(leaf).tobytes() for leaf in jax.tree.leaves(state))
-    content = history.to_json()
-    return int(state.step), bits, content["rows"], content["sums"]
-
-
-def _resumed(folder: Path) -> tuple[int, bytes, list[Any], dict[str, Any]]:
-    """Resume; what is not the last state with all of its rows must come with a warning."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = _plain(*resume(folder, make_state(7)))
-    if found[0] != 5 or len(found[2]) != 5:
-        assert any(str(folder) in str(each.message) for each in caught)
-    return found
-
-
-class _Checkpoints:
-    """What the two checkpoints of `_train` hold, and the check of what was resumed."""
-
-    def __init__(self, contents: dict[str, bytes]) -> None:
-        self._found = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in contents.items():
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                (Path(folder) / name).write_bytes(content)
-            for step in (4, 5):
-                state, metadata = checkpoint.restore(folder, make_state(7), step=step)
-                self._found[step] = _plain(state, History.from_json(metadata["history"]))
-
-    def check(self, value: tuple[int, bytes, list[Any], dict[str, Any]]) -> None:
-        _, bits, rows, sums = self._found[value[0]]
-        assert value[1] == bits and value[3] == sums
-        assert value[2] == rows[: len(value[2])]
-
-
-def _below(contents: dict[str, bytes], folder: str) -> dict[str, bytes]:
-    return {
-        name.removeprefix(folder): content
-        for name, content in contents.items()
-        if name.startswith(folder)
-    }
-
-
-@_reader
-def checkpoints_of_a_run() -> Iterator[Reader]:
-    contents = _below(_written(_train), "checkpoints/")
-    known = _Checkpoints(contents)
-    yield Reader(contents, _resumed, lambda value, _: known.check(value))
-
-
-def _fix_checkpoints(contents: dict[str, bytes]) -> dict[str, bytes]:
-    """Make every digest fit: of the files of arrays and of rows, and of the manifests."""
-    fixed = dict(contents)
-    for name, content in contents.items():
-        folder, _, last = name.rpartition("/")
-        if last != "manifest.json":
-            continue
-        body = content.partition(b"\n")[2]
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            manifest = json.loads(body)
-            for file in manifest["files"]:
-                if (path := f"{folder}/{file}") in contents:
-                    manifest["files"][file] = hashlib.sha256(contents[path]).hexdigest()
-            for part in manifest["rows"]:
-                lines = contents[part["file"]][: part["bytes"]].splitlines(keepends=True)
-                digest = ""
-                for line in lines:
-                    digest = hashlib.sha256(digest.encode() + line).hexdigest()
-                last_digest = hashlib.sha256(lines[-1]).hexdigest()
-                part |= {"sha256": digest, "last": last_digest, "rows": len(lines)}
-            body = json.dumps(manifest).encode()
-        fixed[name] = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-    return fixed
-
-
-@_reader
-def checkpoints_whose_digests_fit() -> Iterator[Reader]:
-    contents = _below(_written(_train), "checkpoints/")
-    specs = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(make_state())]
-
-    def read(folder: Path) -> Any:
-        with warnings.catch_warnings(record=True):
-            warnings.simplefilter("always")
-            state, history = resume(folder, make_state())
-            checkpoint.best_steps(folder, "loss", "min")
-        leaves = jax.tree.leaves(state)
-        return [(leaf.shape, leaf.dtype) for leaf in leaves], history.to_json()["rows"]
-
-    def check(value: Any, _: dict[str, bytes]) -> None:
-        assert value[0] == specs
-        assert all(type(row["step"]) is int for row in value[1])
-
-    yield Reader(contents, read, check, _fix_checkpoints)
-
-
-@_reader
-def log() -> Iterator[Reader]:
-    contents = {"metrics.jsonl": _written(_train)["metrics.jsonl"]}
-    contents["metrics.jsonl"] += b'{"step": 6, "loss": null, "test/accuracy": 0.5}\n'
-
-    def check(page: str, contents: dict[str, bytes]) -> None:
-        rows = [json.loads(line) for line in contents["metrics.jsonl"].split(b"\n") if line.strip()]
-        assert all(type(row["step"]) is int for row in rows)
-        names = [name for row in rows for name, value in row.items() if value is not None]
-        for name in {name for name in names if name != "step" and names.count(name) > 1}:
-            assert html.escape(name.rsplit("/", 1)[-1]) in page  # a curve
-
-    def read(folder: Path) -> str:
-        return write_report(folder).read_text()
-
-    yield Reader(contents, read, check)
-
-
-@_reader
-def results() -> Iterator[Reader]:
-    def write(folder: Path) -> None:
-        for name, values in (("one", [0.5, 0.75, np.nan]), ("two", [0.25, 0.5])):
-            write_result(folder / name, dataset="digits", metric="accuracy", values=values, steps=3)
-
-    def read(folder: Path) -> Any:
-        runs = [read_run(folder / name) for name in ("one", "two")]
-        compare(runs)
-        pages = [write_report(folder / name).read_text() for name in ("one", "two")]
-        return [(run.values, page) for run, page in zip(runs, pages, strict=True)]
-
-    contents = _written(write)
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        known = read(Path(folder))
-
-    def check(value: Any, contents: dict[str, bytes]) -> None:
-        for run, content in zip(value, contents.values(), strict=True):
-            file = json.loads(content)
-            assert run[0] == tuple(each for each in file["values"] if each is not None)
-            assert run in known or "sha256" not in file  # one file may be another
-
-    yield Reader(contents, read, check)
-
-
-@_reader
-def run_folder() -> Iterator[Reader]:
-    def write(folder: Path) -> None:
-        run = RunFolder(folder)
-        run.check("digits", TINY, resume=False, other_code=False)
-        run.open("digits", TINY, data="a digest", kind=Result)
-        _train(folder)
-
-    contents = _written(write)
-    known = _Checkpoints(_below(contents, "checkpoints/"))
-
-    def read(folder: Path) -> Any:
-        run = RunFolder(folder)
-        with run.locked():
-            try:
-                run.check("digits", TINY, resume=True, other_code=False)
-                assert run.open("digits", TINY, data="a digest", kind=Result) is None
-            except RunError as error:
-                raise ValueError(str(error)) from error
-            found = _resumed(run.checkpoints)
-        write_report(folder)
-        return found
-
-    yield Reader(contents, read, lambda value, _: known.check(value))
+    yield Reader(written(lambda folder: write_json(folder / "config.json", content)), read)

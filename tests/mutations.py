@@ -3,7 +3,7 @@
 A reader of a mutated file returns the right value, or raises a ValueError or an OSError that names
 the file. It raises nothing else, ends in time, unpickles and starts nothing, and writes only where
 it should. No mutated file is stored anywhere: each is a pure function of a seed, the name of the
-reader and a number. The readers are in `mutated_readers`.
+reader and a number. The readers are in `mutated_readers` and `mutated_runs`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -114,6 +115,23 @@ class Reader:
     never_fails: bool = False
 
 
+#: {name: context in which the reader works}
+READERS: dict[str, Callable[[], contextlib.AbstractContextManager[Reader]]] = {}
+
+
+def reader(make: Callable[[], Iterator[Reader]]) -> None:
+    """Enter a reader in the list."""
+    READERS[make.__name__] = contextlib.contextmanager(make)
+
+
+def written(write: Callable[[Path], Any]) -> dict[str, bytes]:
+    """Return the files that a function writes into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
+
+
 def plain(value: Any) -> Any:
     """Return a value that can be compared: arrays as dtype, shape and bytes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -161,12 +179,12 @@ def campaign(name: str, reader: Reader, *, count: int, seed: int, folder: Path) 
         AssertionError: the reader broke its promise; the message has the number of the file.
     """
     where = folder / "files"
-    _write(where, reader.contents)
+    write(where, reader.contents)
     expected = plain(reader.read(where))
     shutil.rmtree(where / OUTPUT, ignore_errors=True)
     tally, before = Tally(), _peak_bytes()
     for number in range(count):
-        _write(where, (contents := mutated_contents(name, reader, number, seed=seed)))
+        write(where, (contents := mutated_contents(name, reader, number, seed=seed)))
         started = time.perf_counter()
         try:
             value = _read(reader, where)
@@ -204,7 +222,8 @@ def mutated_contents(name: str, reader: Reader, number: int, *, seed: int) -> di
     return contents
 
 
-def _write(folder: Path, contents: dict[str, bytes]) -> None:
+def write(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write {name: content} into a folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

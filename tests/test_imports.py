@@ -78,7 +78,7 @@ def test_flax_and_orbax_are_imported_only_where_they_belong():
     packages = {parts: {name[0] for name in names} for parts, names in IMPORTS.items()}
     assert {parts[1] for parts, names in packages.items() if "flax" in names} <= USE_FLAX
     with_orbax = [parts for parts, names in packages.items() if "orbax" in names]
-    assert with_orbax == [("jaxnets", "training", "checkpoint")]
+    assert with_orbax == [("jaxnets", "training", "checkpoint_arrays")]
 
 
 def defines_something(node):

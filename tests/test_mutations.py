@@ -2,9 +2,10 @@
 
 import random
 
+import mutated_readers  # noqa: F401  enters its readers
+import mutated_runs  # noqa: F401
 import pytest
-from mutated_readers import READERS
-from mutations import campaign, mutate
+from mutations import READERS, campaign, mutate
 
 SEED = 0
 FILES = 4_348  # of each reader

@@ -1,4 +1,4 @@
-"""Save and restore training states: atomic, with checksums. The only module that imports Orbax.
+"""Save and restore training states: atomic, with checksums.
 
 A checkpoint is a folder `step_00000100` with the arrays in Orbax's format (`state_0/`) and a
 `manifest.json` with the path of every leaf and the sha256 of every file. The rows of its history
@@ -10,29 +10,25 @@ intact and no partial one, and its remains differ from a checkpoint that has los
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
-import sys
-import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxnets.core import tree_path
 from jaxnets.training import row_files
+from jaxnets.training.checkpoint_arrays import is_key, key_data, read_arrays, write_arrays
 from jaxnets.training.checkpoint_folder import (
     CheckpointError,
     Leaf,
@@ -105,7 +101,7 @@ def save(
             begin(folder)
         multihost_utils.sync_global_devices("checkpoint folder is made")
         payload = next(p for n in itertools.count() if not (p := folder / f"state_{n}").exists())
-        _write_arrays(payload, leaves)
+        write_arrays(payload, leaves)
         if jax.process_index() == 0:
             files = {str(f.relative_to(folder)): digest(f, sync=True) for f in _files(payload)}
             if history is not None:
@@ -193,7 +189,7 @@ def restore(
     where = folder_of(directory, content.manifest["step"])
     targets = _named_leaves(template)
     _check_template(template, targets, content.manifest["leaves"], where, cast=cast)
-    return _read_arrays(where, content.manifest, template, targets), content.metadata
+    return read_arrays(where, content.manifest, template, targets), content.metadata
 
 
 def all_steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -331,7 +327,7 @@ def parameters_sha256(params: Any) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(_named_leaves(params).items()):
-        array = np.asarray(_key_data(leaf))
+        array = np.asarray(key_data(leaf))
         digest.update(f"{path} {leaf.dtype} {array.shape}\n".encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return digest.hexdigest()
@@ -352,151 +348,9 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
 def _describe(path: str, leaf: Any) -> dict[str, Any]:
     description = {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    return description | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silence Orbax's threads, which print tracebacks besides the error that is raised.
-
-    After a failed read or write Orbax closes the event loop of the others, and each of them reports
-    that as it ends.
-    """
-    logger, report = logging.getLogger("absl"), sys.unraisablehook
-    level, last = logger.level, 0.0
-
-    def keep_quiet(unraisable: Any) -> None:
-        nonlocal last
-        if str(unraisable.exc_value) == "Event loop is closed":
-            last = time.monotonic()
-        else:
-            report(unraisable)
-
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = keep_quiet
-    try:
-        yield
-    except Exception:
-        last = time.monotonic()
-        while time.monotonic() < last + 0.2:  # until the others have ended
-            time.sleep(0.02)
-        raise
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = report
-
-
-def _write_arrays(payload: Path, leaves: Mapping[str, Any]) -> None:
-    import orbax.checkpoint as ocp
-
-    # Orbax does not accept arrays without elements; the manifest has their shape and dtype.
-    stored = {path: _to_host(_key_data(leaf)) for path, leaf in leaves.items() if leaf.size}
-    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(payload, args=ocp.args.PyTreeSave(stored))
-
-
-def _to_host(leaf: Any) -> Any:
-    """Return an array on one device as a NumPy array; others as they are.
-
-    Orbax reads `addressable_shards`, which ties an array on one device into a reference cycle: it
-    would stay alive until Python's cyclic collector runs. See findings/addressable_shards_cycle.sh.
-    """
-    one_device = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == 1
-    return np.asarray(leaf) if one_device else leaf
-
-
-_ABSENT = 0  # no array
-
-
-def _read_arrays(
-    folder: Path, manifest: Manifest, template: Any, targets: Mapping[str, Any]
-) -> Any:
-    import orbax.checkpoint as ocp
-
-    stored = {path: leaf for path, leaf in targets.items() if np.prod(leaf.shape, dtype=int)}
-    arguments = {path: _restore_argument(leaf) for path, leaf in stored.items()}
-    arrays = {}
-    if stored:
-        try:
-            with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                arrays = checkpointer.restore(
-                    folder / manifest["payload"],
-                    args=ocp.args.PyTreeRestore(
-                        # An array that is not in the files would come back as its template.
-                        item=dict.fromkeys(stored, _ABSENT),
-                        restore_args=arguments,
-                        partial_restore=True,
-                    ),
-                )
-        except Exception as error:  # of any type, by what Orbax misses
-            raise CheckpointError(
-                f"cannot read the arrays in {folder / manifest['payload']}: {error}"
-            ) from error
-    keys = {leaf["path"]: leaf["key"] for leaf in manifest["leaves"] if "key" in leaf}
-    leaves = []
-    for path, target in targets.items():
-        array = arrays.get(path)
-        if isinstance(array, int):
-            raise CheckpointError(f"{path} is not in the files of {folder}, as its manifest says")
-        if array is None:
-            array = np.zeros(target.shape, np.uint32 if path in keys else target.dtype)
-        if path in keys:
-            leaves.append(_wrap(path, array, keys[path], target, folder))
-            continue
-        if array.shape != target.shape:
-            raise CheckpointError(
-                f"{path} is an array of {list(array.shape)} in {folder}, not of "
-                f"{list(target.shape)} as its manifest says"
-            )
-        array = _cast(path, array, target.dtype)
-        # Uncommitted if the template is, so that jit can place it on any mesh.
-        leaves.append(array if isinstance(target, np.ndarray) else jnp.asarray(array))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _wrap(path: str, data: Any, impl: str, target: Any, folder: Path) -> Any:
-    """Return an array of random keys."""
-    try:
-        keys = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
-        right = (keys.shape, keys.dtype) == (target.shape, target.dtype)
-    except (TypeError, ValueError):
-        right = False
-    if not right:
-        raise CheckpointError(
-            f"{path} in {folder} has no random keys of {target.dtype}, as its manifest says"
-        )
-    return keys
-
-
-def _cast(path: str, array: Any, dtype: Any) -> Any:
-    if array.dtype == dtype:
-        return array
-    xp = jnp if isinstance(array, jax.Array) else np
-    with np.errstate(over="ignore"):
-        converted = array.astype(dtype)
-    if xp.any(xp.isfinite(array) & ~xp.isfinite(converted)):
-        largest = float(xp.max(xp.where(xp.isfinite(array), xp.abs(array), 0)))
-        raise ValueError(f"{path} has values up to {largest:.3g}, which {dtype} cannot hold")
-    return converted
-
-
-def _restore_argument(leaf: Any) -> Any:
-    import orbax.checkpoint as ocp
-
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not getattr(leaf, "committed", True):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
+    return description | ({"key": str(jax.random.key_impl(leaf))} if is_key(leaf) else {})
 
 
 def _check_template(

@@ -201,8 +201,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("victim", "step"),
     [
-        *[("_write_arrays", 1), ("digest", 2), ("write_manifest", 1), ("replace", 2)],
-        *[("_write_arrays", 2), ("replace", 1)],
+        *[("write_arrays", 1), ("digest", 2), ("write_manifest", 1), ("replace", 2)],
+        *[("write_arrays", 2), ("replace", 1)],
         pytest.param("digest", 1, marks=pytest.mark.slow),
         pytest.param("write_manifest", 2, marks=pytest.mark.slow),
     ],
@@ -407,7 +407,7 @@ def test_the_error_of_a_full_disk_has_a_file_where_the_system_gives_none(tmp_pat
     def full(*args):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", full)
+    monkeypatch.setattr(checkpoint, "write_arrays", full)
     with pytest.raises(CheckpointError, match=r"step_00000002/state_0: .*Disk quota exceeded"):
         save(tmp_path, at_step(2))
 
