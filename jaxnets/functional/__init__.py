@@ -19,6 +19,7 @@ from jaxnets.functional.lengths import (
     check_lengths,
     clear_padding,
     clear_tokens,
+    max_over_time,
     mean_over_time,
     padding_mask,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "linear",
     "linear_recurrence",
     "mask_padding",
+    "max_over_time",
     "max_pool",
     "mean_over_time",
     "padding_mask",

@@ -150,3 +150,27 @@ def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     inside = check_lengths(lengths, rows=x.shape[0], most=x.shape[1])
     divisor = jnp.where(inside, jnp.maximum(jnp.asarray(lengths), 1), jnp.nan)
     return total / divisor.astype(total.dtype)[:, None]
+
+
+def max_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Return the largest value of each feature among the steps of each sequence.
+
+    Args:
+        x: [batch, time, features], 0 beyond the lengths.
+        lengths: integer [batch]; by default all steps are valid.
+
+    Returns:
+        [batch, features]; 0 for an empty sequence. NaN where a length known only at run time is out
+        of range, if `x` is NaN there, as `clear_padding` makes it.
+
+    Example:
+        >>> max_over_time(jnp.array([[[-3.0], [-1.0], [0.0]]]), jnp.array([2])).tolist()
+        [[-1.0]]
+    """
+    if lengths is None:
+        return jnp.max(x, axis=1)
+    lengths = jnp.asarray(lengths)[:, None]
+    valid = jnp.arange(x.shape[1])[None] < lengths
+    maximum = jnp.max(jnp.where(valid[..., None], x, -jnp.inf), axis=1)
+    # Length 0 gives the 0 of the padding, a negative length the NaN that marks it as out of range.
+    return jnp.where(lengths > 0, maximum, x[:, 0])

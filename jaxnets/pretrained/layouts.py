@@ -312,6 +312,29 @@ class ChannelsFirstRows:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnusedRows:
+    """Rows at the start of a tensor that no input selects, as of RoBERTa's positions.
+
+    Attributes:
+        count: number of rows. Written back, they are 0.
+
+    Example:
+        >>> UnusedRows(2).from_file([np.arange(5)])[0].tolist()
+        [2, 3, 4]
+    """
+
+    count: int
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Remove the rows of each tensor."""
+        return [array[self.count :] for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Add rows of 0."""
+        return [_concatenate([array[:1] * 0] * self.count + [array], 0) for array in arrays]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sum:
     """Several tensors of the file that are added to one array here, such as torch's two biases.
 

@@ -21,6 +21,7 @@ from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors, read_tensors
 from jaxnets.pretrained.module_config import JAXNETS, own_rules, read_module
 from jaxnets.pretrained.rules import Plan, Rule
+from jaxnets.pretrained.sentence_folders import read_sentence_folder
 
 #: The file of a folder that says how its network generates.
 GENERATION = "generation_config.json"
@@ -66,7 +67,8 @@ def load(
     """Load a pretrained network from a folder of Hugging Face, or one that `save` wrote.
 
     Args:
-        path: a folder with config.json and its tensors, or a file that has both (.gguf). A name
+        path: a folder with config.json and its tensors, or a file that has both (.gguf). A folder
+            of sentence-transformers (modules.json) is a `SentenceEncoder`. A name
             "organization/name" that is no folder is downloaded by `huggingface_hub` if that is
             installed.
         architecture: class of transformers to build, such as "BertForSequenceClassification"; by
@@ -99,6 +101,10 @@ def load(
         8
     """
     path = _local(path)
+    sentences = read_sentence_folder(path) if architecture is None else None
+    if sentences is not None:
+        path, architecture = sentences.encoder, "SentenceTransformer"
+        fields = {**sentences.fields, **fields}
     tensors = read_tensors(path)
     config = _read_config(path, tensors)
     if config.content.get("model_type") == JAXNETS:
@@ -120,6 +126,8 @@ def load(
         plan = _without_copies(plan, known, tensors, [] if architecture is None else table)
         processor = known.processor(path, config) if known.processor and path.is_dir() else None
         initialize = functools.partial(_initialize, module, rng, inputs)
+    if sentences is not None and sentences.max_length is not None and processor is not None:
+        processor = dataclasses.replace(processor, max_length=sentences.max_length)
     problem = rules.describe_plan(plan)
     if problem and strict:
         raise ValueError(

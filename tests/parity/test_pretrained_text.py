@@ -26,7 +26,7 @@ TEXTS = [
 
 
 def check(folder):
-    """Compare ids, segments and TEXTS, in full and at several lengths."""
+    """Compare ids, segments and texts, in full and at several lengths."""
     ours = TextProcessor.from_folder(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     if theirs.pad_token is None:

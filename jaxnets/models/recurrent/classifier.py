@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxnets.checks import check_rank, check_rate, check_sizes
 from jaxnets.core import Precision, record
-from jaxnets.functional.lengths import clear_tokens, mean_over_time
+from jaxnets.functional.lengths import clear_tokens, max_over_time, mean_over_time
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
 from jaxnets.layers.embedding import check_token_type
@@ -98,7 +98,7 @@ class SequenceClassifier(nn.Module):
         )
         outputs, _ = recurrent(inputs, lengths, train=train)
         pools: dict[str, Callable[..., jax.Array]]
-        pools = {"last": self._last_outputs, "mean": mean_over_time, "max": _max_over_time}
+        pools = {"last": self._last_outputs, "mean": mean_over_time, "max": max_over_time}
         x = pools[self.pool](outputs, lengths)
         record(self, "features", x)
         x = Dropout(self.dropout_rate, name="dropout_head")(x, train=train)
@@ -208,13 +208,3 @@ def _check_fields(module: SequenceClassifier | TextClassifier) -> None:
     find_cell(module.cell)
     if module.pool not in _POOLS:
         raise ValueError(f"pool is {module.pool!r}; choose one of {_POOLS}")
-
-
-def _max_over_time(outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    if lengths is None:
-        return jnp.max(outputs, axis=1)
-    lengths = jnp.asarray(lengths)[:, None]
-    valid = jnp.arange(outputs.shape[1])[None] < lengths
-    maximum = jnp.max(jnp.where(valid[..., None], outputs, -jnp.inf), axis=1)
-    # Length 0 gives the 0 of the padding, a negative length the NaN that marks it as out of range.
-    return jnp.where(lengths > 0, maximum, outputs[:, 0])

@@ -12,6 +12,8 @@ from jaxnets.models.transformer.config import BlockConfig, Positions
 from jaxnets.models.transformer.embeddings import InputEmbedding, PositionEmbedding
 from jaxnets.models.transformer.encoder import (
     MaskedLM,
+    SentenceEncoder,
+    SentencePool,
     TransformerClassifier,
     TransformerEncoder,
     bert_base,
@@ -95,6 +97,8 @@ __all__ = [
     "PositionEmbedding",
     "Positions",
     "RopeScaling",
+    "SentenceEncoder",
+    "SentencePool",
     "SpeechEncoder",
     "SpeechTransformer",
     "Stack",

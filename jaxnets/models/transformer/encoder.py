@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxnets.checks import check_sizes
-from jaxnets.core import Precision, record
+from jaxnets.core import Precision, at_least_float32, record
 from jaxnets.functional.activations import activation
-from jaxnets.functional.lengths import mean_over_time
+from jaxnets.functional.lengths import max_over_time, mean_over_time
 from jaxnets.layers import Dense, Dropout
 from jaxnets.models.transformer.block import make_norm
 from jaxnets.models.transformer.config import BlockConfig, build_preset
 from jaxnets.models.transformer.embeddings import InputEmbedding
 from jaxnets.models.transformer.stack import Stack
+
+#: Reduction of the features of a sentence over its tokens.
+SentencePool: TypeAlias = Literal["mean", "first", "max", "mean_sqrt_length"]
 
 
 class TransformerEncoder(nn.Module):
@@ -112,8 +115,9 @@ class TransformerClassifier(TransformerEncoder):
 
     Attributes:
         num_outputs: size of the output; None returns the pooled features.
-        pool: "first" applies a dense layer and tanh to the first token's features (BERT's
+        pool: "first" applies a dense layer and an activation to the first token's features (BERT's
             pooler); "mean" averages over the tokens.
+        pooler_activation: of that layer: a name of `layers.activation`.
 
     Raises:
         ValueError: a field is out of range.
@@ -128,12 +132,14 @@ class TransformerClassifier(TransformerEncoder):
 
     num_outputs: int | None = 2
     pool: Literal["first", "mean"] = "first"
+    pooler_activation: str = "tanh"
 
     def __post_init__(self) -> None:
         if self.num_outputs is not None:
             check_sizes(num_outputs=self.num_outputs)
         if self.pool not in ("first", "mean"):
             raise ValueError(f"pool is {self.pool!r}; choose 'first' or 'mean'")
+        activation(self.pooler_activation)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -160,10 +166,77 @@ class TransformerClassifier(TransformerEncoder):
         The arguments are those of `TransformerEncoder`; records "features" and "pooled".
         """
         x = self.encode(tokens, lengths, segments=segments, train=train)
-        x = jnp.tanh(self.pooler(x[:, 0])) if self.pool == "first" else mean_over_time(x, lengths)
+        if self.pool == "first":
+            x = activation(self.pooler_activation)(self.pooler(x[:, 0]))
+        else:
+            x = mean_over_time(x, lengths)
         record(self, "pooled", x)
         if self.num_outputs is not None:
             x = self.head(self.dropout(x, train=train))
+        return x.astype(self.precision.output)
+
+
+class SentenceEncoder(TransformerEncoder):
+    """An encoder of sentences as single vectors, whose cosines tell how similar they are.
+
+    Corresponds to `sentence_transformers.SentenceTransformer` with the modules Transformer, Pooling
+    and Normalize.
+
+    Attributes:
+        pool: over the tokens: "mean"; "first" takes the first one; "max" takes the largest value
+            of each feature; "mean_sqrt_length" divides the sum by the square root of the length.
+        normalize: scale the vectors to length 1, so that their products are cosines.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> module = SentenceEncoder(100, num_layers=2, config=BlockConfig(features=16))
+        >>> tokens, lengths = jnp.zeros((3, 8), jnp.int32), jnp.array([8, 5, 1])
+        >>> vectors = module.apply(module.init(jax.random.key(0), tokens), tokens, lengths)
+        >>> jnp.linalg.norm(vectors, axis=1).round(3).tolist()
+        [1.0, 1.0, 1.0]
+
+    References:
+        Reimers and Gurevych 2019, arXiv:1908.10084, section 3.
+    """
+
+    pool: SentencePool = "mean"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pool not in get_args(SentencePool):
+            raise ValueError(f"pool is {self.pool!r}; choose one of {get_args(SentencePool)}")
+        super().__post_init__()
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Map integer [batch, time] to [batch, features], 0 for an empty sentence.
+
+        The arguments are those of `TransformerEncoder`; records "features" and "pooled".
+        """
+        x = self.encode(tokens, lengths, segments=segments, train=train)
+        if self.pool == "first":
+            x = x[:, 0]
+        elif self.pool == "max":
+            x = max_over_time(x, lengths)
+        else:
+            x = mean_over_time(x, lengths)
+        if self.pool == "mean_sqrt_length":
+            count = jnp.full(x.shape[0], tokens.shape[1]) if lengths is None else lengths
+            x = x * jnp.sqrt(count.astype(x.dtype))[:, None]
+        record(self, "pooled", x)
+        if self.normalize:
+            x = at_least_float32(x)
+            square = jnp.sum(x * x, axis=-1, keepdims=True)
+            # As in torch, at most 1e12; the maximum also keeps the gradient at 0 finite.
+            x = x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         return x.astype(self.precision.output)
 
 

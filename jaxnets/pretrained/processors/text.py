@@ -284,20 +284,29 @@ class TextProcessor:
         return type(self), tuple(values)
 
 
-def read_text_processor(folder: Path, config: Any = None) -> TextProcessor | None:
+def read_text_processor(
+    folder: Path, *, max_length: int | None = None, segments: bool | None = None
+) -> TextProcessor | None:
     """Return the processor of a network's folder; None if the folder has no tokenizer.
 
     Args:
         folder: as in `TextProcessor.from_folder`.
-        config: of the network; not needed.
+        max_length: most tokens of the network, if it has a limit; the tokenizer's may be lower.
+        segments: whether the network takes segments; by default what the tokenizer says.
 
     Raises:
         ValueError: as in `TextProcessor.from_folder`.
     """
     try:
-        return TextProcessor.from_folder(folder)
+        processor = TextProcessor.from_folder(folder)
     except FileNotFoundError:
         return None
+    limits = [limit for limit in (processor.max_length, max_length) if limit is not None]
+    return dataclasses.replace(
+        processor,
+        max_length=min(limits, default=None),
+        segments=processor.segments if segments is None else segments,
+    )
 
 
 def _check_text(text: Any, index: int) -> None:

@@ -20,7 +20,12 @@ from transformer_problem import (
 )
 
 from jaxnets import transformer
-from jaxnets.models.transformer import MaskedLM, TransformerClassifier, TransformerEncoder
+from jaxnets.models.transformer import (
+    MaskedLM,
+    SentenceEncoder,
+    TransformerClassifier,
+    TransformerEncoder,
+)
 
 BERT = TransformerClassifier(
     11,
@@ -170,3 +175,68 @@ def test_tokens_of_another_rank_are_told_what_is_missing_and_nothing_else(shape,
     module = TransformerEncoder(11, 1, config())
     with pytest.raises(ValueError, match=rf"give \[batch, time\]{remedy}(\n|$)"):
         jax.eval_shape(module.init, jax.random.key(0), np.zeros(shape, int))
+
+
+SENTENCES = SentenceEncoder(11, 1, config(positions="alibi"))
+
+
+@pytest.mark.slow  # padding is below
+def test_a_sentence_encoder_passes_every_check():
+    num_parameters = 11 * 8 + BLOCK + NORM
+    check_module(SENTENCES, tokens(), LENGTHS, num_parameters=num_parameters)
+
+
+def test_padding_changes_no_sentence():
+    check_padding(SENTENCES, tokens(), LENGTHS, more=3, stepwise=False)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pool", ["mean", "first", "max", "mean_sqrt_length"])
+def test_a_sentence_is_the_pool_of_its_tokens(pool, normalize):
+    module = SENTENCES.clone(pool=pool, normalize=normalize)
+    variables, lengths = made(module, tokens()), np.array([7, 4, 1])
+    features = np.asarray(
+        TransformerEncoder(11, 1, module.config).apply(variables, tokens(), lengths)
+    )
+    rows = [row[:length] for row, length in zip(features, lengths, strict=True)]
+    pools = {
+        "mean": lambda row: row.mean(0),
+        "first": lambda row: row[0],
+        "max": lambda row: row.max(0),
+        "mean_sqrt_length": lambda row: row.sum(0) / len(row) ** 0.5,
+    }
+    expected = np.stack([pools[pool](row) for row in rows])
+    if normalize:
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    close(module.apply(variables, tokens(), lengths), expected, 1e-5)
+
+
+def test_an_empty_sentence_is_0_with_a_finite_gradient():
+    variables = made(SENTENCES, tokens())
+
+    def total(variables):
+        return jnp.sum(SENTENCES.apply(variables, tokens(), np.array([7, 0, 1]))[1])
+
+    assert total(variables) == 0
+    gradients = jax.grad(total)(variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_pooler_has_the_activation_that_is_given():
+    pooler = BERT.clone(num_outputs=None)
+    variables = made(pooler, tokens())
+    features = TransformerEncoder.encode
+    first = pooler.apply(variables, tokens(), LENGTHS, method=features)[:, 0]
+    dense = variables["params"]["pooler"]
+    hidden = np.asarray(first) @ dense["kernel"] + dense["bias"]
+    assert (hidden < 0).any()
+    relu = pooler.clone(pooler_activation="relu")
+    close(relu.apply(variables, tokens(), LENGTHS), np.maximum(hidden, 0), 1e-5)
+    close(pooler.apply(variables, tokens(), LENGTHS), np.tanh(hidden), 1e-5)
+    with pytest.raises(ValueError, match="unknown activation 'rule'"):
+        BERT.clone(pooler_activation="rule")
+
+
+def test_an_unknown_pool_of_sentences_is_refused():
+    with pytest.raises(ValueError, match="pool is 'sum'; choose one of"):
+        SENTENCES.clone(pool="sum")
