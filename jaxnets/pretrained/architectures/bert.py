@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxnets.models.transformer import MaskedLM, SentenceEncoder, TransformerClassifier
 from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
+from jaxnets.pretrained.architectures.labels import num_labels
 from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.layouts import Layout
@@ -59,12 +60,6 @@ def classifier(entries: Callable[[Config], dict[str, Any]], **options: Any) -> B
         return build_preset(TransformerClassifier, preset, dict(fields))
 
     return build
-
-
-def num_labels(config: Config) -> int:
-    """Return the number of classes; as in transformers, `num_labels` precedes the names."""
-    labels = config.content.get("id2label")
-    return config.integer("num_labels", len(labels) if isinstance(labels, dict) and labels else 2)
 
 
 def encoder_fields(config: Config) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _architecture(kind: str, prefix: str) -> Architecture:
         },
         adapt=_adapt,
         to_config=functools.partial(_to_config, kind),
-        processor=read_text_processor,
+        processor=lambda folder, config: read_text_processor(folder),
     )
 
 

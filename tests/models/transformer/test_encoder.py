@@ -228,7 +228,7 @@ def test_the_pooler_has_the_activation_that_is_given():
     features = TransformerEncoder.encode
     first = pooler.apply(variables, tokens(), LENGTHS, method=features)[:, 0]
     dense = variables["params"]["pooler"]
-    hidden = np.asarray(first) @ dense["kernel"] + dense["bias"]
+    hidden = np.asarray(first) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
     assert (hidden < 0).any()
     relu = pooler.clone(pooler_activation="relu")
     close(relu.apply(variables, tokens(), LENGTHS), np.maximum(hidden, 0), 1e-5)
