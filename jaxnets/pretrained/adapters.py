@@ -142,6 +142,7 @@ def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> di
     known, assignments = _table(network)
     factors, whole = _read_factors(tensors, known, assignments)
     leaves = rules.variable_leaves(network.variables)
+    flat = rules.flatten_paths(network.variables["params"])
     found: dict[str, dict[str, Any]] = {}
     for module, own in factors.items():
         target = _target(module, assignments, f"{tensors.path}: {module}")
@@ -160,7 +161,15 @@ def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> di
                     f"{tensors.path}: {one.names[0]} does not fit {target_path} of shape "
                     f"{leaves[target_path].shape}; give the network that the adapter was made for"
                 )
-            found[target_path.removeprefix("params/")] = {"whole": array}
+            name = target_path.removeprefix("params/")
+            if name not in found:
+                found[name] = {"whole": array}
+            # With an update of an embedding or head PEFT writes its frozen weights too.
+            elif not np.array_equal(array, np.asarray(_layer(flat, name), np.float32)):
+                raise ValueError(
+                    f"{tensors.path} has other frozen weights {one.names[0]} than the network; "
+                    "give the network that the adapter was made for"
+                )
     variables = _assembled(found, network.variables["params"])
     try:
         jax.eval_shape(merge_lora, network.variables["params"], variables)

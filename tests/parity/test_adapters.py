@@ -127,8 +127,6 @@ def check_other(tmp_path, model, config, inputs, call):
         expected = call(adapted).logits.numpy()
     np.testing.assert_allclose(outputs, expected, atol=1e-4)
     jn.pretrained.save_adapter(tmp_path / "again", network, variables)
-    names = [set(jn.pretrained.read_tensors(tmp_path / name)) for name in ("adapter", "again")]
-    assert names[0] == names[1]
     adapted = peft.PeftModel.from_pretrained(adapted.unload(), tmp_path / "again").eval()
     with torch.no_grad():
         np.testing.assert_allclose(call(adapted).logits.numpy(), expected, atol=1e-5)
@@ -145,24 +143,4 @@ def test_an_adapter_of_llama(tmp_path, use_dora):
     check_other(
         *(tmp_path, transformers.LlamaForCausalLM(config), lora, TOKENS),
         lambda model: model(torch.tensor(TOKENS)),
-    )
-
-
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_an_adapter_of_a_vision_transformer(tmp_path, use_dora):
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, num_attention_heads=2, num_labels=3, **sizes
-    )
-    lora = peft.LoraConfig(
-        r=2,
-        lora_alpha=5,
-        target_modules=r".*(attention\.(query|value)|q_proj|v_proj|projection)",
-        modules_to_save=["classifier"],
-        use_dora=use_dora,
-    )
-    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    check_other(
-        *(tmp_path, transformers.ViTForImageClassification(config), lora, images),
-        lambda model: model(torch.tensor(images.transpose(0, 3, 1, 2))),
     )
