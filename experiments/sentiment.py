@@ -1,13 +1,15 @@
-"""Binary sentiment of sentences from film reviews: SST-2, 6,920 sentences, from scratch.
+"""Binary sentiment of sentences from film reviews: SST-2, 6,920 sentences.
 
 python -m experiments.sentiment --model lstm --seeds 3
 python -m experiments.sentiment --model transformer --seeds 3
+python -m experiments.sentiment --pretrained FOLDER --seeds 3
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -28,7 +30,10 @@ class Config(Options):
     """Options of the sentiment experiment."""
 
     model: Literal["lstm", "gru", "transformer"] = "lstm"
-    """Bidirectional recurrent network or transformer encoder."""
+    """Bidirectional recurrent network or transformer encoder, from scratch."""
+    pretrained: Path | None = None
+    """Folder of a pretrained encoder to fine-tune, such as a sentence encoder, in place of them;
+    its options other than --dropout are those of the folder."""
     tokens: Literal["words", "subwords"] = "words"
     """Tokens of the network."""
     min_count: int = 2
@@ -65,8 +70,11 @@ class Sentiment(SentenceProblem):
         self.options = self.config = config
         if not 0 <= config.word_dropout < 1:
             raise RunError(f"--word-dropout is {config.word_dropout}; give a number in [0, 1)")
+        if config.pretrained and config.average_decay:
+            raise RunError("--average-decay does not know where --pretrained starts; give 0")
         self.dataset = dataset = jn.data.sst2(config.data)
         self.dataset_name = dataset.name
+        self.network = self._load()
         self.tokenizer = self._make_tokenizer()
         self.train = self._encode(dataset.train)
         mean_length = np.mean([len(ids) for ids, _ in self.train])
@@ -79,8 +87,22 @@ class Sentiment(SentenceProblem):
         self.steps_per_epoch = self.member_source(0).steps_per_epoch
         self.eval_batches = self.one_pass(self._encode(dataset.validation))
 
+    def _load(self) -> jn.pretrained.PretrainedNetwork | None:
+        """Load the encoder to fine-tune."""
+        if self.config.pretrained is None:
+            return None
+        network = jn.pretrained.load(self.config.pretrained)
+        if not isinstance(network.module, jn.TransformerEncoder) or network.processor is None:
+            raise RunError(
+                f"{self.config.pretrained} is a {type(network.module).__name__}, not an encoder of "
+                "texts with its tokenizer; give the folder of one"
+            )
+        return network
+
     def _make_tokenizer(self) -> Any:
         config, texts = self.config, self.dataset.train.texts
+        if self.network is not None:
+            return self.network.processor
         if config.tokens == "words":
             return jn.data.WordTokenizer.train(texts, min_count=config.min_count)
         return jn.data.SubwordTokenizer.train(texts, vocabulary_size=config.vocabulary)
@@ -88,6 +110,19 @@ class Sentiment(SentenceProblem):
     def _make_module(self) -> Any:
         config, size = self.config, self.tokenizer.vocabulary_size
         precision = jn.Precision(compute=jnp.dtype(config.precision))
+        if self.network is not None:
+            encoder = self.network.module
+            fields = {
+                field.name: getattr(encoder, field.name)
+                for field in dataclasses.fields(jn.TransformerEncoder)
+                if field.init and field.name not in ("parent", "name")
+            }
+            rates = {"dropout_rate": config.dropout, "attention_dropout_rate": 0.0}
+            fields["config"] = dataclasses.replace(encoder.config, **rates)
+            fields["precision"] = precision
+            return jn.TransformerClassifier(
+                **fields, num_outputs=self.dataset.num_classes, pool="mean"
+            )
         if config.model == "transformer":
             block = jn.BlockConfig(
                 features=config.width,
@@ -120,12 +155,26 @@ class Sentiment(SentenceProblem):
         ids = map(self.tokenizer.encode, sentences.texts)
         return list(zip(ids, sentences.labels.tolist(), strict=True))
 
+    def create_states(self) -> jn.TrainState:
+        states = super().create_states()
+        if self.network is None:
+            return states
+        trained = self.network.variables["params"]
+        encoder = {
+            name: jax.tree.map(
+                lambda x: jnp.repeat(x[None], len(self.seeds), axis=0), trained[name]
+            )
+            for name in ("embedding", "stack")
+        }
+        return dataclasses.replace(states, params={**states.params, **encoder})
+
     def drop_words(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Replace random tokens by the unknown token in training."""
-        if not train:
+        if not train or not self.config.word_dropout:
             return batch
         dropped = jax.random.bernoulli(rng, self.config.word_dropout, batch["inputs"].shape)
-        return {**batch, "inputs": jnp.where(dropped, jn.data.UNKNOWN, batch["inputs"])}
+        unknown = jn.data.UNKNOWN if self.network is None else self.tokenizer.special_ids["unk"]
+        return {**batch, "inputs": jnp.where(dropped, unknown, batch["inputs"])}
 
     def example(self) -> tuple[Any, ...]:
         return (self.eval_batches[0]["inputs"][:1],)
@@ -166,7 +215,7 @@ class Sentiment(SentenceProblem):
         figures.curves(history, panels, folder.path / "curves.png")
         place = folder.path / "confusion.png"
         figures.confusion(self.confusion, names, place, num_networks=self.config.seeds)
-        self.tokenizer.save(folder.path / "tokenizer.json")
+        self.tokenizer.save(folder.path / "tokenizer.json" if self.network is None else folder.path)
         probabilities = self.probabilities(states, test)
         lines = mistakes(test.texts, test.labels, probabilities, names)
         (folder.path / "mistakes.txt").write_text("".join(lines), encoding="utf-8")
@@ -241,6 +290,19 @@ RECIPES = {
         average_decay=0.998,
         dropout=0.2,
         word_dropout=0.2,
+    ),
+    "pretrained": Config(
+        executor="jit",
+        batch_size=32,
+        epochs=3,
+        learning_rate=5e-5,
+        schedule="linear",
+        warmup=0.1,
+        weight_decay=0.01,
+        clip=1.0,
+        dropout=0.1,
+        word_dropout=0.0,
+        buckets=6,
     ),
 }
 

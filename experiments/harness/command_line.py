@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +23,8 @@ class Stopped(Exception):
 def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     """Read the options of an experiment.
 
-    `--preset`, else `--model` or `--kind`, chooses the recipe. Every other option overrides it.
+    `--preset`, else `--model` or `--kind`, else an option of the name of a recipe, chooses the
+    recipe. Every other option overrides it.
 
     Args:
         name: of the experiment.
@@ -35,8 +37,13 @@ def parse(name: str, recipes: Mapping[str, Any]) -> Any:
     first.add_argument("--preset")
     first.add_argument("--model")
     first.add_argument("--kind")
+    options = {field.name for field in dataclasses.fields(next(iter(recipes.values())))}
+    named = [recipe for recipe in recipes if recipe in options]
+    for recipe in named:
+        first.add_argument(f"--{recipe}")
     chosen, _ = first.parse_known_args()
-    key = chosen.preset or chosen.model or chosen.kind or next(iter(recipes))
+    given = [recipe for recipe in named if getattr(chosen, recipe)]
+    key = chosen.preset or chosen.model or chosen.kind or (given or list(recipes))[0]
     if chosen.preset and chosen.preset not in recipes:
         fail(f"unknown preset {chosen.preset!r}; choose one of {', '.join(recipes)}")
     return tyro.cli(
