@@ -17,6 +17,7 @@ from experiments.harness.problem import Measured
 from experiments.harness.run_folder import RunError
 from experiments.harness.training import main, run
 from jaxnets.data.datasets.text import SentenceDataset, Sentences
+from jaxnets.pretrained.processors import TextProcessor
 from jaxnets.tools import read_result
 
 SHORT = {
@@ -184,6 +185,43 @@ def test_a_sentiment_run_writes_result_figures_tokenizer_and_mistakes(reviews, m
             said != truth
             and reviews.class_names[reviews.test.labels[reviews.test.texts.index(text)]] == truth
         )
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """Return the folder of a tiny sentence encoder and its variables."""
+    module = jn.transformer.SentenceEncoder(
+        12, 1, jn.BlockConfig(8, 2, mlp_dim=8, norm_first=False, key_bias=True), 16
+    ).clone(num_segments=2, embedding_norm=True)
+    variables = module.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+    folder = tmp_path / "encoder"
+    network = jn.pretrained.PretrainedNetwork(module, variables)
+    jn.pretrained.save(folder, network, layout="torch")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    names += ["the", "film", "is", "and", "a", "good", "bad"]
+    (folder / "vocab.txt").write_text("\n".join(names))
+    return folder, variables["params"]
+
+
+def test_a_pretrained_encoder_is_where_every_seed_starts(reviews, encoder):
+    folder, params = encoder
+    problem = sentiment.Sentiment(sentiment.Config(pretrained=folder, seeds=2, buckets=2))
+    states = problem.create_states()
+    for name in ("embedding", "stack"):
+        for found, expected in zip(
+            jax.tree.leaves(states.params[name]), jax.tree.leaves(params[name]), strict=True
+        ):
+            np.testing.assert_array_equal(found, np.stack([expected] * 2))
+    heads = states.params["head"]["kernel"]
+    assert (heads[0] != heads[1]).any()
+    assert problem.train[0][0][0] == 2  # [CLS]
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_is_fine_tuned(reviews, encoder, tmp_path):
+    result = judge(tmp_path / "run", pretrained=encoder[0], executor="jit")
+    assert result["vocabulary"] == 12
+    assert TextProcessor.from_folder(tmp_path / "run").vocabulary_size == 12
 
 
 @pytest.mark.slow
