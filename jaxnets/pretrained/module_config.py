@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from jaxnets.core import Precision
 from jaxnets.models import autoencoder, convolutional, feedforward, gan, recurrent, transformer
+from jaxnets.objectives import likelihoods
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.rules import Rule, variable_leaves
 
 #: `model_type` of a config.json that this library wrote.
 JAXNETS = "jaxnets"
 
-_FAMILIES = (autoencoder, convolutional, feedforward, gan, recurrent, transformer)
+_MODULES = (autoencoder, convolutional, feedforward, gan, recurrent, transformer, likelihoods)
 _INTERNAL = ("parent", "name")
 
 
@@ -48,12 +49,13 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: a class or a field that JSON cannot hold, such as a function.
     """
-    encoded: dict[str, Any] = _encode(module, type(module).__name__)
-    if "class" not in encoded:
+    name = type(module).__name__
+    if _classes().get(name) is not type(module):
         raise ValueError(
-            f"{type(module).__name__} is no network of this library, which alone can be written; "
+            f"{name} is no network of this library, which alone can be written; "
             "write its variables with a Rule for each array"
         )
+    encoded: dict[str, Any] = _encode(module, name)
     return encoded
 
 
@@ -123,7 +125,7 @@ def _replace(module: nn.Module, fields: Mapping[str, Any]) -> nn.Module:
 
 def _classes() -> dict[str, type[Any]]:
     classes: dict[str, type[Any]] = {"Precision": Precision}
-    for family in _FAMILIES:
+    for family in _MODULES:
         for name, value in vars(family).items():
             if isinstance(value, type) and dataclasses.is_dataclass(value):
                 classes[name] = value
@@ -150,7 +152,7 @@ def _encode(value: Any, where: str) -> Any:
         return encoded
     try:
         return {"dtype": jnp.dtype(value).name}
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(
             f"{where} is {value!r}, which a file cannot hold; give a name, or a network of this "
             "library"

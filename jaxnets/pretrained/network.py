@@ -74,8 +74,8 @@ def load(
         architecture: class of transformers to build, such as "BertForSequenceClassification"; by
             default the one that config.json names. Tensors of another head are left out then. For a
             file of torchvision the name of its function, such as "resnet50".
-        strict: refuse tensors that are not used and arrays that are missing. False reports them in
-            the result.
+        strict: refuse tensors that are not used, arrays that are missing, and shapes that differ.
+            False reports them in the result; a tensor of another shape counts as unused.
         rng: key for the arrays that are missing, such as a new head; needs `strict=False`.
         sharding: of the arrays: a `Sharding`, or a pytree of them like the variables. Arrays are
             read shard by shard. By default they lie on the default device.
@@ -128,6 +128,8 @@ def load(
         initialize = functools.partial(_initialize, module, rng, inputs)
     if sentences is not None and sentences.max_length is not None and processor is not None:
         processor = dataclasses.replace(processor, max_length=sentences.max_length)
+    if not strict:
+        plan = rules.without_misfits(plan, tensors, leaves)
     problem = rules.describe_plan(plan)
     if problem and strict:
         raise ValueError(

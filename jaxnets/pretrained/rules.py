@@ -183,29 +183,44 @@ def check_shapes(plan: Plan, tensors: Tensors, leaves: Leaves) -> None:
             file, the tensor and the array.
     """
     for one in plan.assignments:
-        specs = [tensors.specs[name] for name in one.names]
-        where = f"{specs[0].path}: {_list(one.names)} of shape {_list(s.shape for s in specs)}"
-        try:
-            shapes = _shapes(one.layout, tuple(spec.shape for spec in specs))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{where} cannot be {_list(one.paths)}: {error}; the configuration is of another "
-                "network than the tensors"
-            ) from error
-        expected = tuple(leaves[path].shape for path in one.paths)
-        if shapes != expected:
-            raise ValueError(
-                f"{where} does not fit {_list(one.paths)} of shape {_list(expected)}; the "
-                "configuration is of another network than the tensors"
-            )
-        for path in one.paths:
-            wanted = leaves[path].dtype
-            for spec in specs:
-                if jnp.issubdtype(wanted, jnp.floating) != jnp.issubdtype(spec.dtype, jnp.floating):
-                    raise ValueError(
-                        f"{where} has type {spec.stored}, and {path} has {wanted}; get a file "
-                        "with tensors of the right type"
-                    )
+        reason = _misfit(one, tensors, leaves)
+        if reason:
+            raise ValueError(reason)
+
+
+def without_misfits(plan: Plan, tensors: Tensors, leaves: Leaves) -> Plan:
+    """Return the plan with arrays whose tensors do not fit among the missing ones."""
+    fits, missing, unused = [], dict(plan.missing), list(plan.unused)
+    for one in plan.assignments:
+        if _misfit(one, tensors, leaves):
+            missing |= dict.fromkeys(one.paths, one.names)
+            unused += one.names
+        else:
+            fits.append(one)
+    return Plan(tuple(fits), missing, tuple(unused))
+
+
+def _misfit(one: Assignment, tensors: Tensors, leaves: Leaves) -> str | None:
+    """Return why tensors do not fit their arrays; None if they do."""
+    specs = [tensors.specs[name] for name in one.names]
+    where = f"{specs[0].path}: {_list(one.names)} of shape {_list(s.shape for s in specs)}"
+    other = "the configuration is of another network than the tensors"
+    try:
+        shapes = _shapes(one.layout, tuple(spec.shape for spec in specs))
+    except (ValueError, TypeError) as error:
+        return f"{where} cannot be {_list(one.paths)}: {error}; {other}"
+    expected = tuple(leaves[path].shape for path in one.paths)
+    if shapes != expected:
+        return f"{where} does not fit {_list(one.paths)} of shape {_list(expected)}; {other}"
+    for path in one.paths:
+        wanted = leaves[path].dtype
+        for spec in specs:
+            if jnp.issubdtype(wanted, jnp.floating) != jnp.issubdtype(spec.dtype, jnp.floating):
+                return (
+                    f"{where} has type {spec.stored}, and {path} has {wanted}; get a file with "
+                    "tensors of the right type"
+                )
+    return None
 
 
 def read_variables(

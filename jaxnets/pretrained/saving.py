@@ -131,28 +131,32 @@ def torch_config(
     """Return the architecture that a network is, and its config.json."""
     own = ARCHITECTURES.get(str(network.config.get("model_type")))
     known = [own] if own else list(ARCHITECTURES.values())
+    reasons = []
+    structure = _structure(network.module)
     for architecture in known:
         if architecture.to_config is None:
             continue
         try:
             entries = architecture.to_config(network.module)
-        except (AttributeError, KeyError):  # another class of networks
+        except (AttributeError, KeyError, TypeError):  # another class of networks
             continue
         content = name_labels({**network.config, **entries, "model_type": architecture.model_type})
         for name, build in _preferred(architecture, network.config):
             content["architectures"] = [name]
             config = Config.of(Path("config.json"), content)
             try:
-                same = _structure(build(config, {})) == _structure(network.module)
+                difference = _difference(_structure(build(config, {})), structure)
             except ValueError:
-                same = False
-            if same and architecture.sizes is not None:
-                content |= architecture.sizes(content, leaves)
-            if same:
+                continue
+            if difference is None:
+                if architecture.sizes is not None:
+                    content |= architecture.sizes(content, leaves)
                 return architecture, content
+            reasons.append(f"{name} has {difference}")
     kinds = ", ".join(one.model_type for one in known if one.to_config)
+    nearest = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
     raise ValueError(
-        f"{type(network.module).__name__} as it is configured is no {kinds}; save with "
+        f"{type(network.module).__name__} as it is configured is no {kinds}{nearest}; save with "
         "layout='jaxnets'"
     )
 
@@ -182,3 +186,15 @@ def _structure(module: nn.Module) -> Any:
         return {name: without(one) for name, one in value.items() if name not in _FREE}
 
     return without(encode_module(module))
+
+
+def _difference(expected: Any, found: Any, where: str = "") -> str | None:
+    """Return the first field in which two networks of one class differ, if their class is one."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        names = expected.keys() | found.keys()
+        for name in sorted(names, key=lambda name: (name != "class", name)):
+            inner = _difference(expected.get(name), found.get(name), f"{where}.{name}".lstrip("."))
+            if inner is not None:
+                return inner
+        return None
+    return None if expected == found else f"{where} {expected!r}, not {found!r}"

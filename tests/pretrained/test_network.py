@@ -1,0 +1,246 @@
+"""Whole networks, written and read, in both layouts; folders that are not what they say."""
+
+import dataclasses
+import json
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxnets as jn
+from jaxnets.pretrained import PretrainedNetwork, load, save
+
+TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+GPT2 = jn.transformer.gpt2_small(
+    num_layers=2, features=8, num_heads=2, vocabulary_size=11, max_length=8
+)
+
+
+def network(module, *inputs):
+    variables = jn.initialize(module, jax.random.key(0), *inputs)
+    noise = lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) / x.size  # noqa: E731
+    return PretrainedNetwork(module, jax.tree.map(noise, variables))
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def images(*shape):
+    return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2") / "torch"
+    trained = network(GPT2, TOKENS)
+    save(folder, trained, layout="torch")
+    return folder, trained
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (jn.MLP(features=(4,), num_outputs=2, activation="tanh"), images(3)),
+        (jn.ConvNet(features=(2, 3), hidden_features=(4,), norm="batch"), images(8, 8, 1)),
+        (jn.convolutional.resnet18(width=2), images(16, 16, 3)),
+        (jn.recurrent.TextClassifier(9, hidden_size=4, bidirectional=True), TOKENS),
+        (jn.VAE(jn.autoencoder.EncoderDecoderConfig((4, 4, 1), features=(4,))), images(4, 4, 1)),
+        (jn.DCGANGenerator(image_shape=(8, 8, 1), latent_size=3, width=2), images(3)),
+        (GPT2, TOKENS),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_every_family_comes_back_bit_for_bit(tmp_path, module, inputs):
+    trained = network(module, inputs)
+    save(tmp_path / "network", trained)
+    found = load(tmp_path / "network")
+    assert found.module == module
+    assert_equal(found.variables, trained.variables)
+
+
+def test_shards_and_16_bits_come_back_bit_for_bit(tmp_path):
+    module = GPT2.clone(precision=jn.Precision(parameter=jnp.bfloat16))
+    trained = network(module, TOKENS)
+    for layout in ("jaxnets", "torch"):
+        save(tmp_path / layout, trained, layout=layout, max_shard_bytes=500)
+        assert (tmp_path / layout / "model.safetensors.index.json").exists()
+        found = load(tmp_path / layout, precision=module.precision)
+        assert_equal(found.variables, trained.variables)
+
+
+def test_torch_has_the_names_of_hugging_face(gpt2):
+    folder, _ = gpt2
+    specs = jn.pretrained.read_tensors(folder).specs
+    assert specs["transformer.h.1.attn.c_attn.weight"].shape == (8, 24)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["architectures"] == ["GPT2LMHeadModel"] and content["n_layer"] == 2
+
+
+@pytest.mark.parametrize("layout", ["jaxnets", "torch"])
+def test_a_stack_is_scanned_as_asked(tmp_path, layout, gpt2):
+    _, trained = gpt2
+    save(tmp_path / "network", trained, layout=layout)
+    found = load(tmp_path / "network", scan_layers=True)
+    assert_equal(
+        found.variables["params"], jn.transformer.stack_layers(trained.variables["params"])
+    )
+    tokens = jnp.arange(6).reshape(2, 3)
+    np.testing.assert_allclose(
+        found.module.apply(found.variables, tokens),
+        GPT2.apply(trained.variables, tokens),
+        atol=1e-5,
+    )
+    save(tmp_path / "again", found, layout=layout)
+    assert_equal(load(tmp_path / "again", scan_layers=False).variables, trained.variables)
+
+
+def test_arrays_lie_where_a_sharding_says(gpt2):
+    folder, trained = gpt2
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    sharding = jax.tree.map(
+        lambda x: NamedSharding(mesh, PartitionSpec("data" if x.shape[0] % 2 == 0 else None)),
+        trained.variables,
+    )
+    found = load(folder, sharding=sharding)
+    assert_equal(found.variables, trained.variables)
+    kernel = found.variables["params"]["stack"]["layer_0"]["attention"]["query"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (4, 8)
+    with pytest.raises(ValueError, match="only one of both has params/"):
+        load(folder, sharding={"params": {}})
+
+
+def test_a_file_without_the_prefix_and_with_a_copy_is_read(tmp_path, gpt2):
+    folder, trained = gpt2
+    tensors = dict(jn.pretrained.read_tensors(folder))
+    plain = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    plain |= {"lm_head.weight": plain["wte.weight"], "h.0.attn.bias": np.ones((1, 1, 4, 4))}
+    copy = change(tmp_path / "copy", folder, plain)
+    assert_equal(load(copy).variables, trained.variables)
+    other = change(tmp_path / "other", folder, plain | {"lm_head.weight": -plain["wte.weight"]})
+    with pytest.raises(ValueError, match=r"1 tensors of the file have no array: lm_head\.weight"):
+        load(other)
+
+
+def change(folder, source, tensors=None, **entries):
+    shutil.copytree(source, folder)
+    if tensors is not None:
+        np.savez(folder / "model.npz", **tensors)
+        (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}, indent=1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"n_layer": 3}, r"12 arrays.*layer_2.*in the file transformer\.h\.2|16 arrays"),
+        ({"n_layer": 1}, r"12 tensors of the file have no array: transformer\.h\.1"),
+        ({"n_embd": 16}, r"does not fit params/embedding/token/embedding of shape \(11, 16\)"),
+        ({"n_embd": "8"}, r'config.json, line \d+: .*n_embd, "8", is no integer'),
+        ({"n_embd": 7}, "7 features do not split into 2 heads"),
+        ({"n_layer": 0}, "n_layer, 0, is not 1 or more"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon, null, is no finite number"),
+        ({"resid_pdrop": "0.1"}, "resid_pdrop, \"0.1\", is no finite number"),
+        ({"n_inner": None, "n_embd": None}, "n_embd, null, is no integer"),
+        ({"scale_attn_weights": False}, "scale_attn_weights, false, is not supported"),
+        ({"activation_function": "mish"}, 'activation_function, "mish", is not supported'),
+        (
+            {"model_type": "bloom"},
+            'model_type, "bloom", is no known architecture; known are .*gpt2',
+        ),
+        ({"model_type": ["gpt2"]}, "is no known architecture"),
+        ({"architectures": ["GPT2ForQA"]}, "'GPT2ForQA' of gpt2 is not supported; give architec"),
+        ({"tie_word_embeddings": False}, r"params/head/kernel \(in the file lm_head\.weight\)"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_a_configuration_that_does_not_fit_is_refused_by_name(tmp_path, gpt2, entries, message):
+    folder = change(tmp_path / "changed", gpt2[0], **entries)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_not_strict_reports_what_is_missing_and_initializes_it(tmp_path, gpt2):
+    folder = change(tmp_path / "untied", gpt2[0], tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="give rng"):
+        load(folder, strict=False)
+    found = load(folder, strict=False, rng=jax.random.key(1))
+    assert found.missing == ("params/head/kernel",) and found.unused == ()
+    head = found.variables["params"].pop("head")["kernel"]
+    assert head.shape == (8, 11) and 0.01 < float(head.std()) < 0.03
+    assert_equal(found.variables, gpt2[1].variables)
+
+
+def test_not_strict_initializes_what_has_another_shape(tmp_path, gpt2):
+    """Such as a head of another number of classes."""
+    folder, trained = gpt2
+    found = load(folder, strict=False, rng=jax.random.key(1), vocabulary_size=13)
+    assert found.missing == ("params/embedding/token/embedding",)
+    assert found.unused == ("transformer.wte.weight",)
+    table = found.variables["params"]["embedding"].pop("token")["embedding"]
+    assert table.shape == (13, 8) and float(table.std()) > 0
+    del trained.variables["params"]["embedding"]["token"]
+    assert_equal(found.variables, trained.variables)
+
+
+def test_folders_that_are_none(tmp_path, gpt2):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty.*config\.json|empty.*no file"):
+        load(tmp_path / "empty")
+    bare = change(tmp_path / "bare", gpt2[0])
+    (bare / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"bare has no config\.json"):
+        load(bare)
+    with pytest.raises(ValueError, match="known are"):
+        load(gpt2[0] / "model.safetensors")
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, gpt2):
+    _, trained = gpt2
+    with pytest.raises(FileExistsError, match="exists"):
+        save(tmp_path, trained)
+    local = GPT2.clone(config=dataclasses.replace(GPT2.config, window=3))
+    with pytest.raises(ValueError, match=r"is no .*gpt2.*GPT2LMHeadModel has config\.window None"):
+        save(tmp_path / "x", PretrainedNetwork(local, trained.variables), layout="torch")
+    with pytest.raises(ValueError, match="Dense is no network of this library"):
+        save(tmp_path / "x", network(nn.Dense(2), images(3)))
+    function = jn.MLP(features=(4,), activation=jnp.sin)
+    with pytest.raises(ValueError, match=r"MLP\.activation is .*sin"):
+        save(tmp_path / "x", network(function, images(3)))
+    with pytest.raises(ValueError, match="layout is 'keras'"):
+        save(tmp_path / "x", trained, layout="keras")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("module", {"class": "Popen"}, "is no network of this version: class 'Popen'"),
+        ("module", {"class": "MLP", "depth": 3}, "is no network of this version"),
+        ("module", [], "is no network of this version"),
+        ("arrays", {"params/a": {"shape": [2]}}, "are no shapes and dtypes"),
+        ("arrays", {}, "tensors of the file have no array"),
+    ],
+)
+def test_a_changed_configuration_of_this_library_is_refused(tmp_path, entry, value, message):
+    save(tmp_path / "mlp", network(jn.MLP(features=(4,)), images(3)))
+    file = tmp_path / "mlp" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, entry: value}))
+    with pytest.raises(ValueError, match="sha256"):
+        load(tmp_path / "mlp")
+    content.pop("sha256")
+    file.write_text(json.dumps({**content, entry: value}))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "mlp")
