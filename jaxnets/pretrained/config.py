@@ -66,13 +66,13 @@ class Config:
         return Config(self.document, (*self.within, name))
 
     def integer(self, name: str, default: Any = _MISSING, *, least: int = 1) -> Any:
-        """Return an integer entry of at least `least`.
+        """Return an integer entry of at least `least`; null only where the default is None.
 
         Raises:
             ValueError: missing without a default, no integer, or too small.
         """
         value = self._get(name, default)
-        if name in self.content and value is not None:
+        if name in self.content and not (value is None is default):
             if type(value) is not int:
                 raise self.error(name, "is no integer")
             if value < least:
@@ -93,26 +93,26 @@ class Config:
         return tuple(value)
 
     def number(self, name: str, default: Any = _MISSING) -> Any:
-        """Return an entry that is a finite number.
+        """Return an entry that is a finite number; null only where the default is None.
 
         Raises:
             ValueError: missing without a default, or no finite number.
         """
         value = self._get(name, default)
-        if name in self.content and value is not None:
+        if name in self.content and not (value is None is default):
             if type(value) not in (int, float) or not abs(value) < float("inf"):
                 raise self.error(name, "is no finite number")
             value = float(value)
         return value
 
     def flag(self, name: str, default: Any = _MISSING) -> Any:
-        """Return an entry that is true or false.
+        """Return an entry that is true or false; null only where the default is None.
 
         Raises:
             ValueError: missing without a default, or neither.
         """
         value = self._get(name, default)
-        if name in self.content and value is not None and type(value) is not bool:
+        if name in self.content and not (value is None is default) and type(value) is not bool:
             raise self.error(name, "is neither true nor false")
         return value
 

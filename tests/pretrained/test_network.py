@@ -149,7 +149,7 @@ def change(folder, source, tensors=None, **entries):
         ({"n_embd": 7}, "7 features do not split into 2 heads"),
         ({"n_layer": 0}, "n_layer, 0, is not 1 or more"),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon, null, is no finite number"),
-        ({"resid_pdrop": "0.1"}, "resid_pdrop, \"0.1\", is no finite number"),
+        ({"resid_pdrop": "0.1"}, 'resid_pdrop, "0.1", is no finite number'),
         ({"n_inner": None, "n_embd": None}, "n_embd, null, is no integer"),
         ({"scale_attn_weights": False}, "scale_attn_weights, false, is not supported"),
         ({"activation_function": "mish"}, 'activation_function, "mish", is not supported'),

@@ -121,7 +121,7 @@ def rope(**entries):
         ("llama2_7b", rope(rope_type="dynamic"), 'rope_type, "dynamic", is not supported'),
         ("llama2_7b", rope(rope_type="linear"), "no 'rope_parameters.factor'"),
         ("llama2_7b", rope(rope_type="linear", factor=0.5), "do not fit: factor is 0.5"),
-        ("llama2_7b", rope(rope_type="linear", factor=None), "factor, null, is no number"),
+        ("llama2_7b", rope(rope_type="linear", factor=None), "factor, null, is no finite number"),
         ("llama2_7b", rope(factor=2.0), "rope_parameters.factor, 2.0, is no option of default"),
         ("llama2_7b", rope(mrope_section=[1, 2]), r"mrope_section, \[1, 2\], is no option"),
         ("llama2_7b", rope(partial_rotary_factor=0.5), "rope_parameters.partial_rotary_factor, 0"),
