@@ -21,6 +21,7 @@ from .core import (
     rng_streams,
     weights_keyword,
 )
+from .export import Program, export_program, load_program
 from .finetuning.heads import replace_head
 from .finetuning.learning_rates import freeze, layerwise_decay
 from .finetuning.lora import (
@@ -197,6 +198,7 @@ __all__ = [
     "PilotNet",
     "PopulationExecutor",
     "Precision",
+    "Program",
     "Recurrent",
     "RecurrentLM",
     "RecurrentTranslator",
@@ -252,6 +254,7 @@ __all__ = [
     "evaluate",
     "evaluate_sums",
     "every",
+    "export_program",
     "feedforward",
     "find_learning_rate",
     "fit",
@@ -275,6 +278,7 @@ __all__ = [
     "language_modeling",
     "layers",
     "layerwise_decay",
+    "load_program",
     "lora_init",
     "lora_objective",
     "lora_summary",

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 
 def check_source(batches: Any) -> None:
@@ -166,9 +167,14 @@ def check_sizes(**sizes: int | Sequence[int]) -> None:
     """
     for name, size in sizes.items():
         values = size if isinstance(size, Sequence) else (size,)
-        if not all(_is_integer(value) and value > 0 for value in values):
+        if not all(_is_size(value) for value in values):
             kind = "made of positive integers" if values is size else "a positive integer"
             raise ValueError(f"{name}={size} must be {kind}")
+
+
+def _is_size(value: Any) -> bool:
+    # A symbolic size of `jax.export` stands for 1 or more.
+    return value > 0 if _is_integer(value) else is_symbolic_dim(value)
 
 
 def _is_integer(value: Any) -> bool:

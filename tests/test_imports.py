@@ -16,6 +16,7 @@ LEVELS = (
     ("layers", "generation", "data", "objectives", "finetuning"),
     ("models",),
     ("pretrained", "tools"),
+    ("export",),
     ("__main__",),
 )
 FAMILIES = ("feedforward", "convolutional", "recurrent", "transformer", "autoencoder", "gan")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional.lowering import layout
-from jaxnets.functional.lowering.platforms import platform_dependent
+from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_known
 
 # At most this many columns are summed in the first step.
 _COLUMNS = 4096
@@ -108,7 +108,7 @@ def _plain_sum(x: jax.Array) -> jax.Array:
 
 def _num_neighbors(shape: tuple[int, ...]) -> int:
     """Return how many neighboring positions are columns of the first sum; 1 for a plain sum."""
-    if len(shape) < 3 or 0 in shape:
+    if len(shape) < 3 or not sizes_are_known(shape) or 0 in shape:
         return 1
     width, channels = shape[-2:]
     divisors = [n for n in range(2, width + 1) if width % n == 0]

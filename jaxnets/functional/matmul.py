@@ -28,7 +28,7 @@ from jaxnets.functional.channels import along_channels
 from jaxnets.functional.int8 import Int8Array
 from jaxnets.functional.low_rank import LowRankKernel
 from jaxnets.functional.lowering.layout import materialize, row_major
-from jaxnets.functional.lowering.platforms import platform_dependent
+from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_known
 
 # Transposing a kernel gradient pays for the copies of dy and of the result where features are few,
 # and rows and channels at least this many times as many: it takes 0.02 to 0.9 of the time (JAX 0.10
@@ -145,6 +145,8 @@ def bfloat16_matmul(x: jax.Array, y: jax.Array, axes: _Axes = (1, 0)) -> jax.Arr
 
 
 def _transposing_pays(rows_and_channels: tuple[int, ...], features: int) -> bool:
+    if not sizes_are_known(rows_and_channels):
+        return False
     fewest = min(rows_and_channels)
     return 1 < features <= min(_FEW_FEATURES, fewest / _MIN_ROWS_AND_CHANNELS_PER_FEATURE)
 

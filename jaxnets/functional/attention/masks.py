@@ -110,7 +110,7 @@ def distances(queries: int | jax.Array, keys: jax.Array | None) -> jax.Array:
         queries = jnp.arange(queries)[None]
     keys = queries if keys is None else keys
     query_positions, key_positions = check_positions(queries), check_positions(keys)
-    if len({len(query_positions), len(key_positions)} - {1}) > 1:
+    if len({query_positions.shape[0], key_positions.shape[0]} - {1}) > 1:
         raise ValueError(
             f"positions of queries {query_positions.shape} and of keys {key_positions.shape} are "
             "of different batches; give [batch or 1, time]"

@@ -12,6 +12,7 @@ from jax import lax
 from jaxnets.checks import check_sizes
 from jaxnets.functional.attention.masks import LocalMask
 from jaxnets.functional.lowering.layout import row_major
+from jaxnets.functional.lowering.platforms import sizes_are_known
 
 # With fewer queries, transposed copies of keys and values cost more than they save.
 _MIN_QUERIES_TO_COPY = 4
@@ -256,7 +257,9 @@ def group_heads(x: jax.Array, kv_heads: int) -> jax.Array:
 def heads_before_time(x: jax.Array, queries: int) -> jax.Array:
     """Transpose keys or values [batch, keys, kv_heads, dim] to [batch, kv_heads, keys, dim]."""
     transposed = jnp.swapaxes(x, 1, 2)
-    return transposed if queries < _MIN_QUERIES_TO_COPY else row_major(transposed)
+    if not sizes_are_known((queries,)) or queries < _MIN_QUERIES_TO_COPY:
+        return transposed
+    return row_major(transposed)
 
 
 def batched_matmul(x: jax.Array, y: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:

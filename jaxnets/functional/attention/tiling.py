@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.functional.attention.masks import LocalMask
-from jaxnets.functional.lowering.platforms import platform_dependent
+from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_known
 
 # Smaller tiles make slower matrix products; more tiles, longer programs. Without a local mask
 # tiling saves no multiplications, and pays only where the scores of all queries exceed the cache.
@@ -118,6 +118,9 @@ def tilings(
         allow_per_head: whether examples and heads may be computed one at a time.
     """
     queries, keys = query.shape[1], key.shape[1]
+    if not sizes_are_known((queries, keys)):
+        one = Tiling((Tile(0, queries, 0, keys),))
+        return TilingPerPlatform(cpu=one, default=one, partitioned=None)
     local = local_mask != LocalMask()
     rows = _TILE_QUERIES if local and queries < _LONG_SEQUENCE else _LARGE_TILE_QUERIES
     several = local or keys >= _MANY_KEYS

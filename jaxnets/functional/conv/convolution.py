@@ -24,7 +24,7 @@ from jaxnets.functional.conv import (
     selection,
     winograd,
 )
-from jaxnets.functional.lowering.platforms import platform_dependent
+from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_known
 from jaxnets.functional.matmul import linear
 from jaxnets.functional.windows import (
     Axes,
@@ -133,6 +133,8 @@ _shared_strided_pointwise = jax.jit(_strided_pointwise, static_argnums=2)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolution(x: jax.Array, kernel: jax.Array, spec: ConvSpec) -> jax.Array:
     xla = functools.partial(_xla_convolution, spec=spec)
+    if not sizes_are_known(x.shape):
+        return xla(x, kernel)
     problem = selection.describe(x, kernel, spec)
     algorithm = selection.select(selection.FORWARD, problem)
     if algorithm == "xla":

@@ -8,7 +8,7 @@ from jaxnets.functional.lowering.layout import (
     row_major,
     swap_batch_and_channels,
 )
-from jaxnets.functional.lowering.platforms import platform_dependent
+from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_known
 
 __all__ = [
     "batch_innermost_if_few",
@@ -17,6 +17,7 @@ __all__ = [
     "materialize",
     "platform_dependent",
     "row_major",
+    "sizes_are_known",
     "sum_over_chunks",
     "swap_batch_and_channels",
 ]

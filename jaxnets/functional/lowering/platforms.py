@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -23,6 +24,14 @@ _ArrayFunction = Callable[..., list[jax.Array]]
 _CPU, _PARTITIONED = "cpu", "partitioned"
 
 
+def sizes_are_known(*shapes: Sequence[int]) -> bool:
+    """Whether all sizes are numbers: `jax.export` also traces with symbols, such as "batch".
+
+    What is chosen by a size has to be chosen without it there.
+    """
+    return all(isinstance(size, (int, np.integer)) for shape in shapes for size in shape)
+
+
 def platform_dependent(
     *operands: Any, cpu: _Function, default: _Function, partitioned: _Function | None = None
 ) -> Any:
@@ -30,7 +39,8 @@ def platform_dependent(
 
     Differentiable, transposable and batchable as often as both functions are. Derivatives save no
     residuals but recompute them, so a nonlinear function belongs inside a `jax.custom_vjp`.
-    Unlike `lax.platform_dependent` it leaves no conditional in the program.
+    Unlike `lax.platform_dependent` it leaves no conditional in the program. With symbolic sizes
+    (`sizes_are_known`) the default is applied on every platform.
 
     Args:
         operands: the arguments of the functions, pytrees of arrays.
@@ -45,6 +55,8 @@ def platform_dependent(
     Raises:
         TypeError: the functions return other structures, shapes or dtypes.
     """
+    if not sizes_are_known(*(jax.numpy.shape(x) for x in jax.tree.leaves(operands))):
+        return default(*operands)
     functions = {_CPU: cpu, "default": default, _PARTITIONED: partitioned}
     branches, returned = {}, {}
     for name, function in functions.items():

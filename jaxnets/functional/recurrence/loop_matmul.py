@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnets.functional.lowering.layout import row_major
-from jaxnets.functional.lowering.platforms import platform_dependent
+from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_known
 
 # A smaller kernel is the right operand: packed, it stays in the innermost caches. From this size on
 # the left side takes 0.3 to 1 of the time for up to 128 rows (JAX 0.10 and 0.12, 2 cores).
@@ -49,7 +49,7 @@ def loop_matmuls(
     Returns:
         Functions from [rows, hidden] to [rows, columns], float32 or wider.
     """
-    if steps < _STEPS_TO_TRANSPOSE:
+    if not sizes_are_known((steps,)) or steps < _STEPS_TO_TRANSPOSE:
         return [functools.partial(multiply, kernel) for kernel in kernels]
     return [functools.partial(_loop_matmul, *LoopKernel.of(kernel)) for kernel in kernels]
 

@@ -180,7 +180,7 @@ def recurrent_scan(
         >>> outputs.shape, bool(jnp.all(outputs[-1] == hidden))
         ((4, 2, 5), True)
     """
-    if x.ndim != 3 or not len(x):
+    if x.ndim != 3 or x.shape[0] == 0:
         raise ValueError(f"inputs of shape {x.shape} are not [time, batch, channels]")
     if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != bool):
         raise ValueError(
@@ -211,7 +211,7 @@ def _scan(
     carry: Carry,
     valid: jax.Array | None,
 ) -> tuple[jax.Array, Carry]:
-    products = loop_matmuls(kernels, steps=len(projected))
+    products = loop_matmuls(kernels, steps=projected.shape[0])
 
     def advance(carry: Carry, inputs: tuple[Gates, jax.Array | None]) -> tuple[Carry, jax.Array]:
         gates, valid = inputs

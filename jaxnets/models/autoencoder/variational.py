@@ -139,7 +139,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: images of another size, labels that are missing or do not fit.
         """
-        condition = self._condition(labels, len(images))
+        condition = self._condition(labels, images.shape[0])
         x = self.encoder(images, condition, train=train, weights=weights)
         x, dtype = x.reshape(x.shape[0], -1), self.precision.output  # [batch, features]
         return self.mean(x).astype(dtype), self.log_variance(x).astype(dtype)
@@ -162,7 +162,7 @@ class VAE(nn.Module):
             ValueError: codes of another size, labels that are missing or do not fit.
         """
         check_code(code, self.latent_size)
-        condition = self._condition(labels, len(code))
+        condition = self._condition(labels, code.shape[0])
         if condition is not None:
             code = jnp.concatenate([code, condition.astype(code.dtype)], axis=-1)
         return self.decoder(code, train=train, weights=weights)

@@ -1,0 +1,5 @@
+"""Networks for programs without this library: compiled by JAX, with symbolic sizes."""
+
+from jaxnets.export.program import Program, export_program, load_program
+
+__all__ = ["Program", "export_program", "load_program"]
