@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -30,7 +31,7 @@ NAMES = (
 def resized(network, batch):
     """Repeat or cut the examples of the inputs."""
     rows = np.arange(batch) % 3
-    return jax.tree.map(lambda x: np.asarray(x)[rows], network.inputs)
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], network.inputs)
 
 
 def assert_equal(actual, expected):
