@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxnets.pretrained.formats.files import read_tensors
-from jaxnets.pretrained.formats.tensors import Tensors
 from jaxnets.storage import read_json
+from jaxnets.storage.tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from jaxnets.storage.atomic import atomic_file, atomic_folder
 from jaxnets.storage.documents import Document, parse_json, read_json, read_json_lines, write_json
 from jaxnets.storage.lock import FolderInUseError, lock_folder
-from jaxnets.storage.safetensors import write_safetensors
+from jaxnets.storage.safetensors import read_safetensors, write_safetensors
 
 __all__ = [
     "Document",
@@ -14,6 +14,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_json_lines",
+    "read_safetensors",
     "write_json",
     "write_safetensors",
 ]

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import ByteRange, aligned_bytes
+from jaxnets.storage.byte_ranges import ByteRange, aligned_bytes
 
 _CHUNK_BLOCKS = 1 << 13
 _NIBBLES = np.array([0, 4], np.uint8)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jaxnets.pretrained.formats.byte_ranges import damaged
 from jaxnets.pretrained.formats.gguf import read_gguf
 from jaxnets.pretrained.formats.hdf5 import read_h5, read_keras
 from jaxnets.pretrained.formats.numpy_files import read_npy, read_npz
 from jaxnets.pretrained.formats.onnx import read_onnx
-from jaxnets.pretrained.formats.safetensors import read_safetensors
-from jaxnets.pretrained.formats.tensors import Tensors, TensorSpec
 from jaxnets.pretrained.formats.torch import read_torch
 from jaxnets.storage import read_json
+from jaxnets.storage.byte_ranges import damaged
+from jaxnets.storage.safetensors import read_safetensors
+from jaxnets.storage.tensors import Tensors, TensorSpec
 
 _READERS: Mapping[str, Callable[[Path], Tensors]] = {
     ".safetensors": read_safetensors,

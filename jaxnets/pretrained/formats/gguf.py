@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import Cursor, FileRange, damaged
 from jaxnets.pretrained.formats.dequantization import BLOCKS, dequantize
-from jaxnets.pretrained.formats.tensors import (
+from jaxnets.storage.byte_ranges import Cursor, FileRange, damaged
+from jaxnets.storage.safetensors import DTYPES
+from jaxnets.storage.tensors import (
     Tensors,
     TensorSpec,
     check_shape,
     contiguous,
     whole,
 )
-from jaxnets.storage.safetensors import DTYPES
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import ByteRange, Cursor, FileRange, damaged
-from jaxnets.pretrained.formats.tensors import Tensors, TensorSpec, contiguous
 from jaxnets.pretrained.formats.zip_members import zip_members
+from jaxnets.storage.byte_ranges import ByteRange, Cursor, FileRange, damaged
 from jaxnets.storage.safetensors import DTYPES
+from jaxnets.storage.tensors import Tensors, TensorSpec, contiguous
 
 _WEIGHTS = "model.weights.h5"
 _CONFIG = "config.json"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import ByteRange, FileRange, damaged
-from jaxnets.pretrained.formats.tensors import Strided, Tensors, TensorSpec, check_shape, row_major
 from jaxnets.pretrained.formats.zip_members import zip_members
+from jaxnets.storage.byte_ranges import ByteRange, FileRange, damaged
+from jaxnets.storage.tensors import Strided, Tensors, TensorSpec, check_shape, row_major
 
 _MAGIC = b"\x93NUMPY"
 # NumPy's own bound is 10,000 characters.

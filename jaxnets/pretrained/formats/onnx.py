@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import Cursor, FileRange, damaged
-from jaxnets.pretrained.formats.tensors import (
+from jaxnets.storage.byte_ranges import Cursor, FileRange, damaged
+from jaxnets.storage.safetensors import DTYPES
+from jaxnets.storage.tensors import (
     Tensors,
     TensorSpec,
     check_shape,
     contiguous,
     whole,
 )
-from jaxnets.storage.safetensors import DTYPES
 
 # ModelProto.graph and GraphProto.initializer.
 _GRAPH, _INITIALIZER = 7, 5

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxnets.pretrained.formats.byte_ranges import Cursor, damaged
+from jaxnets.storage.byte_ranges import Cursor, damaged
 
 _MOST_LINE = 1000
 _MARK = object()

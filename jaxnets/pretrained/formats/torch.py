@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import ByteRange, Cursor, FileRange, damaged
 from jaxnets.pretrained.formats.pickled import Attributed, read_pickle
-from jaxnets.pretrained.formats.tensors import Strided, Tensors, TensorSpec, flatten
 from jaxnets.pretrained.formats.zip_members import zip_members
+from jaxnets.storage.byte_ranges import ByteRange, Cursor, FileRange, damaged
 from jaxnets.storage.safetensors import DTYPES
+from jaxnets.storage.tensors import Strided, Tensors, TensorSpec, flatten
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import FileRange, aligned_bytes, damaged, errors_named
+from jaxnets.storage.byte_ranges import FileRange, aligned_bytes, damaged, errors_named
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED, _PATCHED, _STRONGLY_ENCRYPTED = 0x1, 0x20, 0x40

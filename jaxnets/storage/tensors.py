@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnets.pretrained.formats.byte_ranges import ByteRange, damaged
+from jaxnets.storage.byte_ranges import ByteRange, damaged
 
 #: Slices of the leading axes.
 Index = tuple[slice, ...]
