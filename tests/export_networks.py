@@ -26,12 +26,14 @@ class Network:
         inputs: arrays.
         shapes: of the inputs, in the words of `jax.export.symbolic_args_specs`.
         method: of the module, or a function of it and its variables.
+        constraints: on the symbolic sizes.
     """
 
     module: Any
     inputs: tuple[Any, ...]
     shapes: Any = IMAGES
     method: str | Callable[..., Any] = "__call__"
+    constraints: tuple[str, ...] = ()
 
     @property
     def function(self):
@@ -198,8 +200,10 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "resnet_discriminator": lambda: Network(
         jn.ResNetDiscriminator(1, 1, 4, num_classes=3), (IMAGE, np.array([0, 2, 1], np.int32))
     ),
-    "transformer_lm": lambda: Network(_LM, (TOKENS, LENGTHS), _PROMPT),
-    "transformer_lm_start": lambda: Network(_LM, (TOKENS, LENGTHS), _PROMPT, start_and_extend),
+    "transformer_lm": lambda: Network(_LM, (TOKENS, LENGTHS), _PROMPT, constraints=("time <= 12",)),
+    "transformer_lm_start": lambda: Network(
+        _LM, (TOKENS, LENGTHS), _PROMPT, start_and_extend, ("time <= 10",)
+    ),
     "transformer_lm_extend": lambda: extending(NETWORKS["transformer_lm_start"]()),
     "llama": lambda: Network(_LLAMA, (TOKENS,), "batch, time"),
     "llama_start": lambda: Network(_LLAMA, (TOKENS, LENGTHS), _PROMPT, start_and_extend),
@@ -218,9 +222,13 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         jn.TransformerClassifier(11, num_layers=1, config=block(norm_first=False), pool="mean"),
         (TOKENS, LENGTHS),
         _PROMPT,
+        constraints=("time <= 512",),
     ),
     "masked_lm": lambda: Network(
-        MaskedLM(11, num_layers=1, config=PLAIN), (TOKENS,), "batch, time"
+        MaskedLM(11, num_layers=1, config=PLAIN),
+        (TOKENS,),
+        "batch, time",
+        constraints=("time <= 512",),
     ),
     "transformer_translator": lambda: Network(
         jn.TransformerTranslator(

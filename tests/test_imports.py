@@ -15,8 +15,7 @@ LEVELS = (
     ("functional", "training", "metrics"),
     ("layers", "generation", "data", "objectives", "finetuning"),
     ("models",),
-    ("pretrained", "tools"),
-    ("export",),
+    ("pretrained", "export", "tools"),
     ("__main__",),
 )
 FAMILIES = ("feedforward", "convolutional", "recurrent", "transformer", "autoencoder", "gan")

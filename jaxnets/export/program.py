@@ -1,37 +1,64 @@
 """Exported programs: functions of a network as StableHLO, and its weights beside them.
 
-A program is a folder: `program.json`, one file `NAME.jax` for each function, as written by
-`jax.export.Exported.serialize`, and `weights.safetensors`.
+A program is a folder: `program.json`, `program.bin` as written by `jax.export.Exported.serialize`
+(with several functions one file NAME.bin for each), and `weights.safetensors`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import json
+import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
-import jax.export
 import jax.numpy as jnp
+from jax import export
 
 import jaxnets
-from jaxnets.pretrained import read_tensors
-from jaxnets.storage import atomic_folder, write_safetensors
+from jaxnets.storage import (
+    atomic_folder,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 _FORMAT = 1
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_ONLY = "program"  # name of the only function
+
+
+class _Array(TypedDict):
+    name: str
+    shape: list[int | str]
+    dtype: str
+
+
+class _Function(TypedDict):
+    inputs: list[_Array]
+    outputs: list[_Array]
+    sha256: str
+
+
+class _Description(TypedDict):
+    format: int
+    jax: str
+    jaxnets: str
+    platforms: list[str]
+    functions: dict[str, _Function]
+    weights: list[str]
 
 
 def export_program(
     path: str | os.PathLike[str],
     network: Any,
     variables: Any,
-    inputs: Any,
-    *,
+    *inputs: Any,
     shapes: Any = "batch, ...",
     constraints: Sequence[str] = (),
     platforms: Sequence[str] = _PLATFORMS,
@@ -45,18 +72,21 @@ def export_program(
 
     Args:
         path: folder to write, which does not exist.
-        network: a module, a function of the variables and the inputs, or several of them by name.
+        network: a module, a function of the variables and the inputs, or a dict of several of them
+            by name, which share the variables.
         variables: of the network.
-        inputs: tuple of example inputs, each an array, a `jax.ShapeDtypeStruct`, or nested dicts,
-            lists and tuples of them; with several functions one such tuple by name.
+        inputs: examples, each an array, a `jax.ShapeDtypeStruct`, or nested dicts, lists and
+            tuples of them. With several functions it is one dict with a tuple of inputs by name.
         shapes: sizes of the inputs, as in `jax.export.symbolic_args_specs`: a text for all of
-            them, a tuple with one for each, or such by name; None leaves all sizes fixed.
+            them, a tuple with one for each, or a dict of such by name; None leaves all sizes fixed.
         constraints: on the symbolic sizes, such as "time <= 512" for learned positions.
-        platforms: that the program runs on.
+        platforms: that the program runs on; the machine that exports needs none of them.
 
     Raises:
         ImportError: flatbuffers is not installed.
-        ValueError: a network that does not trace with symbolic sizes, named with the reason.
+        TypeError: a weight of a type that safetensors does not have, such as a random key.
+        ValueError: a network that does not trace with symbolic sizes, with the reason and the
+            remedy; names that do not fit.
         FileExistsError: `path` exists.
 
     Example:
@@ -64,97 +94,162 @@ def export_program(
         >>> folder = Path(tempfile.mkdtemp()) / "mlp"
         >>> module, x = jaxnets.MLP(features=(4,), num_outputs=2), jnp.ones((1, 3))
         >>> variables = module.init(jax.random.key(0), x)
-        >>> export_program(folder, module, variables, (x,))
+        >>> export_program(folder, module, variables, x)
         >>> load_program(folder)(jnp.ones((5, 3))).shape
         (5, 2)
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError("exporting needs flatbuffers; pip install 'jaxnets[export]'")
+    _check_flatbuffers()
     path = Path(path)
     if path.exists():
-        raise FileExistsError(f"{path} exists; remove it, or choose another folder")
-    several = isinstance(network, Mapping)
-    networks = dict(network) if several else {"call": network}
-    examples, texts = (inputs, shapes) if several else ({"call": inputs}, {"call": shapes})
-    if not isinstance(texts, Mapping):
-        texts = dict.fromkeys(networks, texts)
-    for name, given in (("inputs", examples), ("shapes", texts)):
-        if given.keys() != networks.keys():
-            raise ValueError(f"{name} are of {list(given)}; give them for {list(networks)}")
-    weights = {
-        _name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]
-    }
+        raise FileExistsError(f"{path} exists; give another folder, or remove it first")
+    unknown = sorted(set(platforms) - set(_PLATFORMS))
+    if isinstance(platforms, str) or unknown or not platforms:
+        raise ValueError(f"platforms is {platforms!r}; give some of {_PLATFORMS}")
+    networks, examples, texts = _by_name(network, inputs, shapes)
+    weights = _weights(variables)
     structure = jax.tree.structure(variables)
-    serialized = {
-        name: _serialize(
-            name, one, structure, weights, examples[name], texts[name], constraints, platforms
-        )
-        for name, one in networks.items()
-    }
-    description = {
+    functions: dict[str, _Function] = {}
+    serialized: dict[str, bytes] = {}
+    for name, one in networks.items():
+        call = _of_weights(one, structure, tuple(weights), examples[name])
+        arguments = _plain(jax.eval_shape(lambda *values: values, *examples[name]))
+        exported = _export(name, call, weights, arguments, texts[name], constraints, platforms)
+        serialized[name] = bytes(exported.serialize(vjp_order=0))
+        (_, *given), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        named = zip(_input_names(one, len(given)), given, strict=True)
+        functions[name] = {
+            "inputs": [each for pair in named for each in _arrays(*pair)],
+            "outputs": list(
+                _arrays("output", jax.tree.unflatten(exported.out_tree, exported.out_avals))
+            ),
+            "sha256": hashlib.sha256(serialized[name]).hexdigest(),
+        }
+    description: _Description = {
         "format": _FORMAT,
         "jax": jax.__version__,
         "jaxnets": jaxnets.__version__,
         "platforms": list(platforms),
-        "functions": list(serialized),
+        "functions": functions,
+        "weights": sorted(weights),  # the order of a dict's leaves
     }
     with atomic_folder(path) as folder:
         for name, content in serialized.items():
-            (folder / f"{name}.jax").write_bytes(content)
+            (folder / f"{name}.bin").write_bytes(content)
         write_safetensors(folder / "weights.safetensors", weights, {"format": "jaxnets"})
-        (folder / "program.json").write_text(json.dumps(description, indent=2) + "\n")
+        write_json(folder / "program.json", {**description})
 
 
-def _serialize(
-    name: str,
-    network: Any,
-    structure: Any,
-    weights: Mapping[str, Any],
-    inputs: Any,
-    shapes: Any,
-    constraints: Sequence[str],
-    platforms: Sequence[str],
-) -> bytes:
-    from jax import export
+def _by_name(
+    network: Any, inputs: tuple[Any, ...], shapes: Any
+) -> tuple[dict[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """Return functions, inputs and shapes by name, checked."""
+    if not isinstance(network, Mapping):
+        return {_ONLY: network}, {_ONLY: inputs}, {_ONLY: shapes}
+    names = list(network)
+    if not names or not all(isinstance(name, str) and name.isidentifier() for name in names):
+        raise ValueError(f"the functions are named {names}; give identifiers, such as 'start'")
+    examples: Any = inputs[0] if len(inputs) == 1 else inputs
+    texts = shapes if isinstance(shapes, Mapping) else dict.fromkeys(names, shapes)
+    for what, given in (("inputs", examples), ("shapes", texts)):
+        if not isinstance(given, Mapping) or given.keys() != network.keys():
+            kind = list(given) if isinstance(given, Mapping) else f"a {type(given).__name__}"
+            raise ValueError(f"{what} of several functions are {kind}; give a dict with {names}")
+    for name, values in examples.items():
+        if not isinstance(values, tuple):
+            raise ValueError(
+                f"the inputs of {name!r} are a {type(values).__name__}; give a tuple with one for "
+                "each input, such as (tokens,)"
+            )
+    return dict(network), examples, texts
 
+
+def _weights(variables: Any) -> dict[str, Any]:
+    """Return the leaves by name, such as "params/Dense_0/kernel"."""
+    weights: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if name in weights:
+            raise ValueError(f"two variables are named {name!r}; rename one of them")
+        weights[name] = jnp.asarray(leaf)
+    return weights
+
+
+def _of_weights(
+    network: Any, structure: Any, names: Sequence[str], inputs: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """Return the function of {name: weight} and of plain inputs, as `_plain` makes them."""
     function = network.apply if hasattr(network, "apply") else network
-    names = list(weights)
+    given, kind = jax.tree.flatten(inputs)
+    # A named tuple and the dict that is made of it differ in the order of their leaves.
+    order = jax.tree.leaves(_plain(jax.tree.unflatten(kind, range(len(given)))))
 
-    def call(weights: dict[str, jax.Array], *inputs: Any) -> Any:
+    def call(weights: dict[str, jax.Array], *plain_inputs: Any) -> Any:
+        leaves = dict(zip(order, jax.tree.leaves(plain_inputs), strict=True))
+        arguments = jax.tree.unflatten(kind, [leaves[i] for i in range(len(given))])
         variables = jax.tree.unflatten(structure, [weights[name] for name in names])
-        return plain(function(variables, *inputs))
+        return _plain(function(variables, *arguments))
 
-    arguments = tuple(inputs)
-    specs: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), arguments)
-    if shapes is not None:
-        specs = export.symbolic_args_specs(specs, shapes, constraints=constraints)
-    try:
-        exported = export.export(jax.jit(call), platforms=tuple(platforms))(dict(weights), *specs)
-    except Exception as error:
-        if shapes is None:
-            raise
-        raise ValueError(
-            f"the function {name!r} does not trace with the symbolic sizes {shapes!r} "
-            f"({str(error).splitlines()[0]}); fix a size by its number or by '_', or give "
-            "constraints such as 'time <= 512'"
-        ) from error
-    return bytes(exported.serialize(vjp_order=0))
+    return call
 
 
-def plain(tree: Any) -> Any:
+def _plain(tree: Any) -> Any:
     """Return nested dicts and tuples: named tuples become dicts, which need no class to read."""
     if isinstance(tree, Mapping):
-        return {key: plain(value) for key, value in tree.items()}
+        return {key: _plain(value) for key, value in tree.items()}
     if hasattr(tree, "_asdict"):
-        return {key: plain(value) for key, value in tree._asdict().items()}
+        return {key: _plain(value) for key, value in tree._asdict().items()}
     if isinstance(tree, tuple | list):
-        return tuple(plain(value) for value in tree)
+        return tuple(_plain(value) for value in tree)
     return tree
 
 
-def _name(keys: Sequence[Any]) -> str:
-    """Return the name of a weight, such as "params/Dense_0/kernel"."""
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+def _export(
+    name: str,
+    call: Callable[..., Any],
+    weights: Mapping[str, Any],
+    arguments: tuple[Any, ...],
+    shapes: Any,
+    constraints: Sequence[str],
+    platforms: Sequence[str],
+) -> export.Exported:
+    jax.eval_shape(call, dict(weights), *arguments)  # inputs that do not fit are its own errors
+    try:
+        specs = arguments
+        if shapes is not None:
+            specs = export.symbolic_args_specs(arguments, shapes, constraints=constraints)
+        return export.export(jax.jit(call), platforms=tuple(platforms))(dict(weights), *specs)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if shapes is None:
+            raise ValueError(f"{name!r} cannot be exported for {platforms} ({reason})") from error
+        raise ValueError(
+            f"{name!r} does not trace with the symbolic sizes {shapes!r} ({reason}); fix a size by "
+            "its number or by '_', all of them by shapes=None, or give constraints such as "
+            "['time <= 512']"
+        ) from error
+
+
+def _input_names(network: Any, count: int) -> list[str]:
+    """Return the names of the inputs in the signature, after the variables of a function."""
+    # The first parameter is `self` of a module, the variables of a function.
+    function = type(network).__call__ if hasattr(network, "apply") else network
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):  # a builtin has no signature
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [*names, *(f"input{i}" for i in range(len(names), count))][:count]
+
+
+def _arrays(name: str, tree: Any) -> Iterator[_Array]:
+    """Yield name, shape and type of each array of a tree."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        yield {
+            "name": f"{name}/{path}" if path else name,
+            "shape": [size if isinstance(size, int) else str(size) for size in leaf.shape],
+            "dtype": str(leaf.dtype),
+        }
 
 
 class Program:
@@ -164,13 +259,13 @@ class Program:
         functions: {name: function of the inputs}.
         weights: {name: array}, the first argument of the exported functions.
         exported: {name: `jax.export.Exported`}.
-        description: versions, platforms and names, as in program.json.
+        description: versions, platforms, inputs, outputs and names, as in program.json.
     """
 
     def __init__(
         self,
         weights: Mapping[str, jax.Array],
-        exported: Mapping[str, Any],
+        exported: Mapping[str, export.Exported],
         description: Mapping[str, Any],
     ) -> None:
         self.weights = weights
@@ -197,10 +292,10 @@ class Program:
         return next(iter(self.functions.values()))(*inputs)
 
     def _function(self, name: str) -> Callable[..., Any]:
-        exported = self.exported[name]
-        run = jax.jit(exported.call)
+        run = jax.jit(self.exported[name].call)
 
         def call(*inputs: Any) -> Any:
+            inputs = _plain(inputs)
             for leaf in jax.tree.leaves(inputs):
                 if 0 in jnp.shape(leaf):
                     raise ValueError(
@@ -222,37 +317,66 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         The program, its weights on the default device.
 
     Raises:
+        ImportError: flatbuffers is not installed.
         OSError: no such folder, or a file of it cannot be read.
-        ValueError: no exported program, or one that this version of JAX does not read.
+        ValueError: no exported program, a damaged one, or one that this version of JAX does not
+            read; the message names its version and this one.
     """
+    _check_flatbuffers()
     path = Path(path)
-    file = path / "program.json"
-    try:
-        description = json.loads(file.read_text())
-        names, version = list(description["functions"]), str(description["jax"])
-        known = description["format"] == _FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is no description of a program ({error}); export it again"
-        ) from error
-    if not known:
-        raise ValueError(
-            f"{file} has the format {description['format']!r}, and this version reads {_FORMAT}; "
-            "install the version of jaxnets that wrote it, or export it again"
+    remedy = "export it again"
+    document = read_json(
+        path / "program.json", what="the description of an exported program", remedy=remedy
+    )
+    if document.content.get("format", _FORMAT) != _FORMAT:
+        raise document.error(
+            f"it has the format {document.content['format']!r}, this version reads {_FORMAT}",
+            key="format",
         )
-    weights = {
-        name: jnp.asarray(array)
-        for name, array in read_tensors(path / "weights.safetensors").items()
-    }
+    description = document.check(_Description)
+    file = path / "weights.safetensors"
+    weights = {name: jnp.asarray(array) for name, array in read_safetensors(file).items()}
     exported = {}
-    for name in names:
-        content = bytearray((path / f"{Path(name).name}.jax").read_bytes())
-        try:
-            exported[name] = jax.export.deserialize(content)
-        except Exception as error:
+    for name, function in description["functions"].items():
+        if not name.isidentifier():
+            raise document.error(f"a function is named {name!r}", key="functions")
+        one = _deserialize(path / f"{name}.bin", function["sha256"], description["jax"])
+        (stored, *_), _ = jax.tree.unflatten(one.in_tree, one.in_avals)
+        wanted, given = map(_types, (stored, weights))
+        if wanted != given:
+            wrong = sorted({key for key, _ in wanted.items() ^ given.items()})
             raise ValueError(
-                f"{path} was exported by JAX {version}, and JAX {jax.__version__} does not read it "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); install "
-                f"JAX {version}, or export it again by this one"
-            ) from error
-    return Program(MappingProxyType(weights), MappingProxyType(exported), description)
+                f"{file} does not fit {name}.bin: {', '.join(map(repr, wrong[:4]))} differ in "
+                f"shape or type, or are in one of them only; {remedy}"
+            )
+        exported[name] = one
+    return Program(MappingProxyType(weights), MappingProxyType(exported), {**description})
+
+
+def _deserialize(path: Path, digest: str, version: str) -> export.Exported:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"{path} is damaged: its sha256 is not that of program.json; export it again"
+        )
+    try:
+        exported = export.deserialize(bytearray(content))
+        exported.mlir_module()  # operations that are too new are refused here
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} was exported by JAX {version}, and JAX {jax.__version__} does not read it "
+            f"({reason}); install JAX {version}, or export it again by this one"
+        ) from error
+    return exported
+
+
+def _types(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(array.shape), str(array.dtype)) for name, array in arrays.items()}
+
+
+def _check_flatbuffers() -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError(
+            "exported programs need flatbuffers; install it with pip install 'jaxnets[export]'"
+        )

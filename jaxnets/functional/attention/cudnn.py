@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jaxnets.functional.attention.masks import LocalMask, causal_mask, window_mask
+from jaxnets.functional.lowering.platforms import sizes_are_known
 
 #: Attention as a function of query, key, value and mask.
 AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -36,12 +37,13 @@ def is_eligible(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
 
     Returns:
         True if every GPU of the process has the kernel, it supports the shapes and dtypes, and
-        they are large enough.
+        they are large enough. False with symbolic sizes: no exported program holds the kernel.
     """
     dtypes = {query.dtype, key.dtype, value.dtype}
     batch, queries, heads, head_dim = query.shape
     return (
-        len(dtypes) == 1
+        sizes_are_known(query.shape, key.shape)
+        and len(dtypes) == 1
         and dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
         and value.shape[3] == head_dim
         and head_dim % 8 == 0

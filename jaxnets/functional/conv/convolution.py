@@ -163,6 +163,8 @@ def _convolution_backward(
     def xla_dkernel(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda v: _xla_convolution(x, v, spec), kernel)(dy)[0]
 
+    if not sizes_are_known(x.shape):
+        return xla_dx(kernel, dy), xla_dkernel(x, dy)
     problem = selection.describe(x, kernel, spec)
     input_gradient = INPUT_GRADIENT[selection.select(selection.INPUT_GRADIENT, problem)]
     kernel_gradient = KERNEL_GRADIENT[selection.select(selection.KERNEL_GRADIENT, problem)]

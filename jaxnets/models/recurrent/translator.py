@@ -222,7 +222,9 @@ class RecurrentTranslator(nn.Module):
             "states": tuple(zip(*starts, strict=True)),
         }
         if self.attention == "luong" and self.input_feeding:
-            carry["input_feed"] = jnp.zeros((len(source), self.hidden_size), self.precision.compute)
+            carry["input_feed"] = jnp.zeros(
+                (source.shape[0], self.hidden_size), self.precision.compute
+            )
         return carry
 
     def _decode(
@@ -235,10 +237,10 @@ class RecurrentTranslator(nn.Module):
     ) -> tuple[jax.Array, DecoderCarry]:
         check_token_type(tokens)
         check_rank(tokens, self, layouts=["[batch, target]"])
-        if len(tokens) != len(carry["memory"]):
+        if tokens.shape[0] != carry["memory"].shape[0]:
             raise ValueError(
-                f"{len(tokens)} targets do not fit {len(carry['memory'])} sources; give one "
-                "target for each source"
+                f"{tokens.shape[0]} targets do not fit {carry['memory'].shape[0]} sources; give "
+                "one target for each source"
             )
         embeddings = self.target_embedding(clear_tokens(tokens, lengths))
         x = self.dropout_target(embeddings, train=train)
