@@ -215,7 +215,7 @@ class Driving(Problem):
             points.mean(axis=1),
             unit="points",
             details={
-                "score_ci95_over_tracks": None if half_width is None else round(half_width, 2),
+                "score_ci95_over_tracks": round(half_width, 2) if np.isfinite(half_width) else None,
                 "worst_track": round(float(points.min()), 1),
                 "expert_score": round(expert_points, 2),
                 "share_of_expert": round(float(points.mean()) / expert_points, 4),

@@ -197,13 +197,12 @@ def summarize(
 
 def describe(measured: Measured) -> str:
     """Return the outcome as text, with its confidence interval over the seeds."""
-    finite = measured.values[np.isfinite(measured.values)]
-    if not finite.size:
+    value, interval = jn.metrics.confidence_interval(measured.values)
+    if np.isnan(value):
         return f"{measured.metric} none, because every network diverged"
-    value, interval = jn.metrics.confidence_interval(finite)
     shown = show_number(value, measured.unit)
     spread = ""
-    if interval is not None:
+    if np.isfinite(interval):
         spread = f" +- {show_number(interval, measured.unit)} over the seeds (95%)"
     unit = "" if measured.unit == "%" else f" {measured.unit}"
     return f"{measured.metric} {shown}{spread}{unit}"

@@ -283,18 +283,20 @@ def error_rate(
 
 def confidence_interval(
     values: Sequence[float] | np.ndarray, *, level: float = 0.95
-) -> tuple[float, float | None]:
+) -> tuple[float, float]:
     """Return the mean over seeds and the half-width of its confidence interval.
 
     mean +- t s / sqrt(n), with the standard deviation s of the n values and the quantile t of
     Student's distribution with n - 1 degrees of freedom.
 
     Args:
-        values: one per seed, [seeds].
+        values: one per seed, [seeds]. Those that are NaN or infinite, of networks that diverged,
+            do not count, as in `tools.write_result`.
         level: probability that the interval covers the mean, in (0, 1).
 
     Returns:
-        mean, and half-width; None for a single value, which has no interval.
+        mean, and half-width: NaN for a single value, which has no interval. Both are NaN if no
+        value is finite.
 
     Example:
         >>> mean, half_width = confidence_interval([0.90, 0.92, 0.97])
@@ -304,8 +306,9 @@ def confidence_interval(
     import scipy.stats  # takes as long to import as the rest of the library
 
     array = np.asarray(values, np.float64)
+    array = array[np.isfinite(array)]
     if array.size < 2:
-        return float(np.mean(array)), None
+        return float(array[0]) if array.size else np.nan, np.nan
     t = scipy.stats.t.ppf((1 + level) / 2, array.size - 1)
     return float(np.mean(array)), float(t * np.std(array, ddof=1) / np.sqrt(array.size))
 

@@ -97,7 +97,7 @@ class Comparison:
             shown = "none"
             if run.values:
                 mean, half = confidence_interval(run.values)
-                shown = run.show(mean) + ("" if half is None else f" +- {run.show(half)}")
+                shown = run.show(mean) + (f" +- {run.show(half)}" if np.isfinite(half) else "")
             rows.append(
                 (
                     run.name,

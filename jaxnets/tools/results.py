@@ -89,14 +89,13 @@ def make_result(
     array = np.atleast_1d(np.asarray(values, np.float64))
     if array.ndim != 1 or not array.size:
         raise ValueError(f"values have shape {array.shape}; give one number per seed, [seeds]")
-    finite = array[np.isfinite(array)]
-    value, interval = confidence_interval(finite) if finite.size else (None, None)
+    value, interval = confidence_interval(array)
     result: dict[str, Any] = {
         "dataset": dataset,
         "metric": metric,
         "unit": unit,
-        "value": None if value is None else round(value, 6),
-        "ci95": None if interval is None else round(interval, 6),
+        "value": round(value, 6) if np.isfinite(value) else None,
+        "ci95": round(interval, 6) if np.isfinite(interval) else None,
         "values": [round(float(v), 6) if np.isfinite(v) else None for v in array],
         "seeds": len(array),
     }

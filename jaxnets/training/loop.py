@@ -112,7 +112,8 @@ def fit(
             images and histograms of hooks. With several processes only process 0 writes.
         log_every: steps between rows of training metrics; the last step always gets a row.
         history: history of the run that `state` was restored from; extended in place.
-        progress: show a progress line on standard error; None: only if that is a terminal.
+        progress: show a progress line on standard error, and at the end why the run stopped early;
+            None: only if that is a terminal.
 
     Returns:
         The state after the last step, and the history.
@@ -146,6 +147,7 @@ def fit(
         return state, history
     watched = WatchedValues(hooks)
     with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(ProgressBar(num_steps, progress))
         ctrl_c = stack.enter_context(_CtrlC(state, history))
         parts: list[Any] = [*hooks, *writers]
         try:
@@ -155,11 +157,11 @@ def fit(
         except (StopTraining, Interrupted) as stop:
             history.stopped = str(stop)
             history.interrupted = isinstance(stop, Interrupted)
+            bar.stopped(first, str(stop))
             return state, history
         source = iter(batches(first))
         stack.callback(getattr(source, "close", _nothing))
         size = steps_per_batch(batches)
-        bar = stack.enter_context(ProgressBar(num_steps, progress))
         bar.compiling(history.first_call_seconds)
         now = last_logged = first
         began, earlier = time.perf_counter(), history.seconds
@@ -211,6 +213,8 @@ def fit(
                 raise
         history.seconds = earlier + time.perf_counter() - began
         ctrl_c.state = state
+        if history.stopped is not None:
+            bar.stopped(now, history.stopped)
     return state, history
 
 

@@ -32,6 +32,7 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         self._num_steps = num_steps
         self._bar: tqdm.tqdm[Any] | None = None
         self._open_line = False
+        self._end: str | None = None
         self._began, self._examples = 0.0, 0
 
     def compiling(self, seconds: float) -> None:
@@ -86,12 +87,18 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
                 f"loss {loss:.4g}, {self._bar.format_sizeof(rate)} examples/s"
             )
 
+    def stopped(self, step: int, reason: str) -> None:
+        """Remember why the run ends before its last step, for a line at the end."""
+        self._end = f"stopped at step {step} of {self._num_steps}: {reason}"
+
     def __exit__(self, *exception: object) -> None:
         if self._open_line:
             self._print()
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
+        if self._end is not None and not self._hidden:
+            self._print(self._end)
 
     def _print(self, text: str = "", end: str = "\n") -> None:
         with contextlib.suppress(OSError):

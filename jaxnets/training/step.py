@@ -404,8 +404,28 @@ def _updated(
     update: Update, gradients: Params, params: Params, opt_state: Any, loss: Any
 ) -> tuple[Params, Any]:
     optimizer = optax.with_extra_args_support(update.optimizer)
-    changes, opt_state = optimizer.update(gradients, opt_state, params, value=loss.compute())
-    return optax.apply_updates(params, changes), opt_state
+    empty = loss.count == 0  # 0 / 0 is NaN, which an optimizer that reads the loss would keep
+    value = jnp.where(empty, 0.0, loss.compute())
+    changes, new_state = optimizer.update(gradients, opt_state, params, value=value)
+    return optax.apply_updates(params, changes), _without_loss(empty, opt_state, new_state)
+
+
+def _without_loss(empty: jax.Array, old: Any, new: Any) -> Any:
+    """Return the new optimizer state; where a batch has no loss, the old of what averages losses.
+
+    Any value in its place would count as an evaluation, such as 0 as the best one of all.
+    """
+
+    def select(before: Any, after: Any) -> Any:
+        if not _averages_losses(after):
+            return after
+        return jax.tree.map(lambda x, y: jnp.where(empty, x, y), before, after)
+
+    return jax.tree.map(select, old, new, is_leaf=_averages_losses)
+
+
+def _averages_losses(state: Any) -> bool:
+    return isinstance(state, optax.contrib.ReduceLROnPlateauState)
 
 
 def _cast_like(tree: Any, like: Any) -> Any:

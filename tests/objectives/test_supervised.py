@@ -280,7 +280,14 @@ def test_the_confidence_interval_is_that_of_students_distribution():
     mean, half = supervised.confidence_interval(values)
     expected = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx(expected)
-    assert supervised.confidence_interval([0.5]) == (0.5, None)
+    with_diverged = [*values, np.nan, np.inf]
+    assert supervised.confidence_interval(with_diverged) == (mean, half)
+
+
+@pytest.mark.parametrize(("values", "shown"), [([0.5], "0.50 +- nan"), ([np.nan], "nan +- nan")])
+def test_an_interval_that_does_not_exist_is_nan_and_can_be_formatted(values, shown):
+    mean, half = supervised.confidence_interval(values)
+    assert f"{mean:.2f} +- {half:.2f}" == shown
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int64", "uint64"])

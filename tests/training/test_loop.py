@@ -41,7 +41,7 @@ from jaxnets.objectives.supervised import classification
 from jaxnets.training.executors import jit_step
 from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, every, validation
-from jaxnets.training.loop import evaluate, fit, value_ranges
+from jaxnets.training.loop import StopTraining, evaluate, fit, value_ranges
 from jaxnets.training.nonfinite import first_nonfinite
 from jaxnets.training.step import create_train_state, make_train_step
 from jaxnets.training.writers import jsonl_writer
@@ -475,6 +475,17 @@ def test_the_jsonl_log_is_cut_back_to_the_history_on_resume(tmp_path):
     )
     assert path.read_bytes() == whole
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_that_stops_early_shows_the_reason_where_it_shows_progress(capsys):
+    def stop(step, state, metrics):
+        if step >= 3:
+            raise StopTraining("no better")
+
+    for shown in (True, False):
+        fit(train_step, make_state(), source, num_steps=9, hooks=[stop], progress=shown)
+        lines = capsys.readouterr().err.splitlines()
+        assert (lines[-1] == "stopped at step 3 of 9: no better") if shown else not lines
 
 
 def test_the_progress_bar_shows_loss_and_rates_if_enabled(capsys):

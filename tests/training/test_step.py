@@ -111,6 +111,17 @@ def test_padding_with_weight_zero_changes_nothing(batch):
     close(metrics, padded_metrics)
 
 
+def test_a_batch_of_padding_only_is_no_loss_for_an_optimizer_that_reads_it(batch):
+    plateau = optax.contrib.reduce_on_plateau(patience=1, accumulation_size=2)
+    update, state = make(Linear(), optax.chain(optax.sgd(0.1), plateau), batch)
+    step = jitted(update)
+    state, _ = step(state, batch)
+    padding, _ = step(state, {**batch, "weights": np.zeros(8, np.float32)})
+    assert float(state.opt_state[1].avg_value) > 0
+    close(padding.opt_state[1], state.opt_state[1])
+    close(padding.params, state.params)
+
+
 def test_a_batch_of_padding_only_leaves_finite_parameters(batch):
     update, state = make(Linear(), optax.sgd(0.1), batch)
     new, metrics = jitted(update)(state, {**batch, "weights": np.zeros(8, np.float32)})
