@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxnets.pretrained import rules
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
+from jaxnets.pretrained.architectures.gguf import GGUF_ARCHITECTURES, KIND, read_gguf_config
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors, read_tensors
 from jaxnets.pretrained.module_config import JAXNETS, own_rules, read_module
@@ -38,7 +39,7 @@ class PretrainedNetwork:
         module: a network of this library, configured.
         variables: of the module, {"params": ...} and further collections.
         processor: what turns texts, images or sounds into inputs; None without one.
-        config: as read from config.json; {} without one.
+        config: as read from config.json, or as the metadata of a GGUF file amount to; {} without.
         missing: paths of arrays that the file did not have, which are newly initialized; only with
             `strict=False`.
         unused: names of tensors that were not used; only with `strict=False`.
@@ -67,8 +68,9 @@ def load(
     """Load a pretrained network from a folder of Hugging Face, or one that `save` wrote.
 
     Args:
-        path: a folder with config.json and its tensors, or a file that has both (.gguf). A folder
-            of sentence-transformers (modules.json) is a `SentenceEncoder`. A name
+        path: a folder with config.json and its tensors, or a file that has both (.gguf; its
+            tokenizer is not read). A folder of sentence-transformers (modules.json) is a
+            `SentenceEncoder`. A name
             "organization/name" that is no folder is downloaded by `huggingface_hub` if that is
             installed.
         architecture: class of transformers to build, such as "BertForSequenceClassification"; by
@@ -113,7 +115,8 @@ def load(
         plan = rules.make_plan(own_rules(leaves), tensors.specs, leaves)
         processor, initialize = None, _refuse_missing
     else:
-        known, build = _architecture(config, architecture)
+        architectures = GGUF_ARCHITECTURES if KIND in tensors.metadata else ARCHITECTURES
+        known, build = _architecture(config, architecture, architectures)
         module = build(config, fields)
         if known.adapt is not None:
             module = known.adapt(module, tensors)
@@ -218,21 +221,23 @@ def _read_config(path: Path, tensors: Tensors) -> Config:
                 f"{path} has no config.json; give the whole folder of a network, or read its "
                 "tensors alone by read_tensors"
             ) from error
+    if KIND in tensors.metadata:
+        return read_gguf_config(path, tensors)
     return Config.of(path, tensors.metadata)
 
 
 def _architecture(
-    config: Config, name: str | None
+    config: Config, name: str | None, architectures: Mapping[str, Architecture]
 ) -> tuple[Architecture, Callable[[Config, Mapping[str, Any]], nn.Module]]:
     """Return the architecture of a configuration and what builds its network."""
     kind = str(config.content.get("model_type"))
     if kind == "None" and name in ARCHITECTURES["torchvision"].classes:
         kind = "torchvision"  # whose files have no configuration
-    if kind not in ARCHITECTURES:
+    if kind not in architectures:
         raise config.error(
-            "model_type", f"is no known architecture; known are {', '.join(sorted(ARCHITECTURES))}"
+            "model_type", f"is no known architecture; known are {', '.join(sorted(architectures))}"
         )
-    known = ARCHITECTURES[kind]
+    known = architectures[kind]
     names = config.content.get("architectures")
     if name is None and isinstance(names, list) and names:
         name = names[0]
