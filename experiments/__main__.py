@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: an experiment is a module of its own; {remedy}", file=sys.stderr)
         return 2
     width = max(map(len, modules))
-    tools = ("benchmark", "reproduce")
+    tools = ("benchmark", "embeddings", "reproduce")
     print("python -m experiments.NAME trains, evaluates and writes runs/NAME_MODEL/report.html.")
     print("python -m experiments.NAME --help shows the recipes and every option.\n")
     for name, sentence in modules.items():

@@ -1,4 +1,4 @@
-"""The commands of `python -m jaxnets`: doctor, summary, compare, report, inspect."""
+"""The commands of `python -m jaxnets`: doctor, summary, compare, report, inspect, convert."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
 
 from jaxnets.models import registry
-from jaxnets.pretrained import inspect
+from jaxnets.pretrained import inspect, load, save
 from jaxnets.tools import comparison, doctor, summary
 from jaxnets.tools.report import write_report
 from jaxnets.training.optimizers import OPTIMIZERS
@@ -53,6 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     inspection.add_argument(
         "path", metavar="FILE_OR_FOLDER", help="in any format of jn.pretrained.read_tensors"
+    )
+    change = "write a pretrained network anew, in another layout"
+    conversion = commands.add_parser("convert", help=change, description=change, allow_abbrev=False)
+    conversion.add_argument(
+        "source", metavar="IN", help="folder or .gguf file of a network of jn.pretrained.load"
+    )
+    conversion.add_argument("target", metavar="OUT", help="folder that does not exist yet")
+    conversion.add_argument(
+        "--layout",
+        choices=("jaxnets", "torch"),
+        default="jaxnets",
+        help="names of this library, or those of transformers and torch (default %(default)s)",
     )
     describe = "layers, parameters, FLOPs and, on request, memory of a network"
     summarize = commands.add_parser(
@@ -105,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             inspected = inspect(options.path)
             print(json.dumps(inspected.to_json()) if options.json else inspected)
             return 0
+        if options.command == "convert":
+            print(_convert(options.source, options.target, options.layout))
+            return 0
         result = summary.summarize_model(
             options.model,
             input_shape=tuple(options.input) if options.input else None,
@@ -121,6 +140,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(result.table(depth=options.depth, shapes=options.shapes))
     return 0
+
+
+def _convert(source: str, target: str, layout: Literal["jaxnets", "torch"]) -> str:
+    """Write a network in another layout, and return what was written."""
+    if Path(target).exists():  # before gigabytes are read
+        raise FileExistsError(f"{target} exists; give another folder, or remove it first")
+    network = load(source)
+    save(target, network, layout=layout)
+    parameters = sum(array.size for array in jax.tree.leaves(network.variables["params"]))
+    size = sum(file.stat().st_size for file in Path(target).iterdir())
+    name = type(network.module).__name__
+    return f"wrote {target}: {name}, {parameters:,} parameters, {size:,} bytes, layout {layout}"
 
 
 if __name__ == "__main__":
