@@ -101,6 +101,7 @@ def test_every_network_and_preset_of_the_families_has_a_name():
             (jn.recurrent, "SpeechRecognizer"),
             (jn.transformer, "TransformerLM TransformerClassifier TransformerTranslator"),
             (jn.transformer, "VisionTransformer AudioTransformer MaskedAutoencoder"),
+            (jn.transformer, "SpeechTransformer"),
         )
         for name in names.split()
     }
@@ -115,6 +116,7 @@ def test_the_output_of_a_layer_is_that_of_its_call_whatever_method_ran_before():
 
 TINY_BLOCK = jn.transformer.BlockConfig(features=8, num_heads=2)
 TINY_MAE = {"num_layers": 1, "decoder_num_layers": 1}
+TINY_WHISPER = {"num_layers": 1, "features": 8, "num_heads": 2}
 # One model for each task: options of a tiny one, the shape of an example, outputs, inputs.
 TASKS = {
     "mlp": ({"features": (4,)}, (5,), 3, ("float32[2, 5]",)),
@@ -124,6 +126,7 @@ TASKS = {
     "recurrent_translator": ({"hidden_size": 4}, (5,), 11, ("int32[2, 5]", "int32[2, 5]")),
     "text_classifier": ({"hidden_size": 4}, (5,), 3, ("int32[2, 5]",)),
     "speech_recognizer": ({"hidden_size": 4}, (32, 4), 5, ("float32[2, 32, 4]",)),
+    "whisper_tiny": (TINY_WHISPER, (32, 4), 11, ("float32[2, 32, 4]", "int32[2, 2]")),
 }
 MEASURED = ["transformer_lm", "recurrent_translator", "text_classifier", "speech_recognizer"]
 

@@ -248,10 +248,12 @@ def send(number, at):
 
 @pytest.fixture
 def interruptible():
-    """Handle SIGINT as in a terminal; background jobs of a shell ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Handle signals as in a terminal; background jobs of a shell and of nohup ignore some."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("interruptible")

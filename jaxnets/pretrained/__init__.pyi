@@ -1,0 +1,22 @@
+from .adapters import load_adapter, save_adapter
+from .formats import Tensors, TensorSpec, read_tensors
+from .inspection import Inspection, inspect
+from .network import PretrainedNetwork, load
+from .processors import SoundProcessor
+from .rules import Rule
+from .saving import save
+
+__all__ = [
+    "Inspection",
+    "PretrainedNetwork",
+    "Rule",
+    "SoundProcessor",
+    "TensorSpec",
+    "Tensors",
+    "inspect",
+    "load",
+    "load_adapter",
+    "read_tensors",
+    "save",
+    "save_adapter",
+]
