@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -180,3 +182,26 @@ def _is_size(value: Any) -> bool:
 def _is_integer(value: Any) -> bool:
     # True is an int in Python, and is a flag in the wrong place.
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def class_scope(num_classes: int) -> contextlib.AbstractContextManager[Any]:
+    """Name the comparison of labels with classes in the program, so that errors can name both.
+
+    Args:
+        num_classes: number of outputs.
+
+    Returns:
+        Context for the comparison; `classes_in_scope` reads it.
+    """
+    return jax.named_scope(f"labels_of_{num_classes}_classes")
+
+
+def classes_in_scope(scope: str) -> int | None:
+    """Return the number of classes in a name of JAX's name stack, None without `class_scope`.
+
+    Example:
+        >>> classes_in_scope("jvp(labels_of_10_classes)"), classes_in_scope("attention")
+        (10, None)
+    """
+    match = re.search(r"labels_of_(\d+)_classes", scope)
+    return int(match[1]) if match else None

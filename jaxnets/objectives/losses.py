@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.checks import check_same_shape
+from jaxnets.checks import check_same_shape, class_scope
 from jaxnets.core import Batch, at_least_float32, at_least_int32
 
 # Of the sum of class probabilities from 1: rounding to 16 bits deviates by less.
@@ -58,7 +58,8 @@ def cross_entropy(
     if integer:
         labels = at_least_int32(labels)
         probabilities = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
-        valid = jnp.asarray((labels >= 0) & (labels < num_classes))
+        with class_scope(num_classes):
+            valid = jnp.asarray((labels >= 0) & (labels < num_classes))
     else:
         probabilities = jnp.asarray(labels, logits.dtype)
         valid = _are_distributions(probabilities)

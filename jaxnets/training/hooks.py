@@ -30,7 +30,8 @@ from jaxnets.training.loop import (
     StopTraining,
     check_evaluation,
     current_step,
-    evaluate,
+    evaluate_sums,
+    means_of_sums,
     write_from_handler,
 )
 from jaxnets.training.nonfinite import first_nonfinite
@@ -115,9 +116,11 @@ class _Validation:
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         jax.block_until_ready(state)  # do not count pending steps as evaluation
         with self._history.spending("evaluation"):
-            measured = evaluate(
+            # Without the warning of `evaluate`: `fit` warns of the values that a hook returns.
+            sums = evaluate_sums(
                 self._eval_step, state, self._batches, num_batches=self._num_batches
             )
+            measured = means_of_sums(sums, state)
         behind = np.asarray(state.step) < current_step(state)  # frozen members of a population
         values = {
             f"{self._prefix}/{name}": np.where(behind, np.nan, value).tolist()

@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -32,7 +33,7 @@ from jaxnets.core import (
     steps_per_batch,
 )
 from jaxnets.training.history import History, NonFiniteError, Writer
-from jaxnets.training.nonfinite import first_nonfinite, order_of_use
+from jaxnets.training.nonfinite import class_counts, first_nonfinite, order_of_use
 from jaxnets.training.progress import ProgressBar
 from jaxnets.training.watched import WatchedValues
 
@@ -209,7 +210,8 @@ def fit(
                 if first_nonfinite(state) is not None:
                     order = order_of_use(step, state, batch)
                     error.parameter = first_nonfinite(state, order)
-                error.batch = f"the training batch of step {now} has {value_ranges(batch)}"
+                described = _describe(step, state, batch)
+                error.batch = f"the training batch of step {now} has {described}"
                 raise
         history.seconds = earlier + time.perf_counter() - began
         ctrl_c.state = state
@@ -246,6 +248,9 @@ def evaluate(
         confusion matrix as shares of all examples, whose counts `evaluate_sums` returns. NaN if
         the weights of a metric sum to 0.
 
+    Warns:
+        RuntimeWarning: the total of a metric is NaN or infinite; it names the first such batch.
+
     Raises:
         ValueError: there are no batches, or no end of them.
         TypeError: `batches` is neither a source nor an iterable of batches, or a batch is no dict.
@@ -258,11 +263,28 @@ def evaluate(
         >>> evaluate(scaled, state, [{"inputs": jnp.ones(3)}, {"inputs": jnp.full(1, 5.0)}])
         {'mean': 4.0}
     """
+    totals, first_bad = _sums(eval_step, state, batches, num_batches)
+    for name, index in first_bad.items():
+        reason = "look for NaN in the inputs and the state"
+        if not isinstance(batches, Iterator):
+            source = batches(0) if callable(batches) else batches
+            batch = next(itertools.islice(source, index, None))
+            reason = f"batch {index} has {_describe(eval_step, state, batch)}; {reason}"
+        finite = np.isfinite(totals[name].total)
+        member = f" of member {int(np.argmin(finite))}" if finite.ndim else ""
+        warnings.warn(
+            f"{name}{member} is NaN or infinite: {reason}, and for labels out of range, for n "
+            "classes 0 to n - 1",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return means_of_sums(totals, state)
+
+
+def means_of_sums(sums: Metrics, state: Any) -> dict[str, Any]:
+    """Return the means of `evaluate` from the result of `evaluate_sums`."""
     rank = np.ndim(state.step)
-    means = {
-        name: np.asarray(sums.compute())
-        for name, sums in evaluate_sums(eval_step, state, batches, num_batches=num_batches).items()
-    }
+    means = {name: np.asarray(mean.compute()) for name, mean in sums.items()}
     return {name: mean.tolist() if mean.ndim == rank else mean for name, mean in means.items()}
 
 
@@ -298,6 +320,16 @@ def evaluate_sums(
         >>> evaluate_sums(hits, None, [batch, batch])["confusion"].total.tolist()
         [[2.0, 2.0], [0.0, 2.0]]
     """
+    return _sums(eval_step, state, batches, num_batches)[0]
+
+
+def _sums(
+    eval_step: Callable[[Any, Batch], Metrics],
+    state: Any,
+    batches: BatchSource | Iterable[Batch],
+    num_batches: int | None,
+) -> tuple[dict[str, Mean], dict[str, int]]:
+    """Return the sums, and {name: number of the first batch whose total is not finite}."""
     check_evaluation(batches, num_batches)
     with contextlib.ExitStack() as stack:
         source = iter(batches(0) if callable(batches) else batches)
@@ -309,13 +341,14 @@ def evaluate_sums(
             measured.append(eval_step(state, batch))
     if not measured:
         raise ValueError("no batches to evaluate; give a source or a list, not a used iterator")
-    return {
-        name: jax.tree.map(
-            lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0),
-            *jax.device_get([metrics[name] for metrics in measured]),
-        )
-        for name in measured[0]
-    }
+    sums, first_bad = {}, {}
+    for name in measured[0]:
+        parts = jax.device_get([metrics[name] for metrics in measured])
+        sums[name] = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *parts)
+        if not np.all(np.isfinite(sums[name].total)):
+            finite = [bool(np.all(np.isfinite(part.total))) for part in parts]
+            first_bad[name] = int(np.argmin(finite))
+    return sums, first_bad
 
 
 def check_evaluation(batches: Any, num_batches: int | None) -> None:
@@ -351,6 +384,12 @@ def check_evaluation(batches: Any, num_batches: int | None) -> None:
 def current_step(state: Any) -> int:
     """Return `state.step` as an int; in a population that of the members that are not frozen."""
     return int(np.max(state.step))
+
+
+def _describe(step: Callable[..., Any], state: Any, batch: Batch) -> str:
+    """Describe the values of a batch, and the number of classes of its labels."""
+    counts = " or ".join(map(str, class_counts(step, state, batch)))
+    return value_ranges(batch) + (f", and the network has {counts} outputs" if counts else "")
 
 
 def value_ranges(batch: Batch) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.checks import classes_in_scope
 from jaxnets.core import tree_path
 
 # Their output is one of their operands, moved or converted: not yet a use by a layer.
@@ -85,6 +86,29 @@ def order_of_use(step: Callable[..., Any], state: Any, batch: Any) -> list[str]:
     found: dict[str, None] = {}
     _follow(jaxpr, dict(zip(jaxpr.invars, paths, strict=False)), found)
     return list(found)
+
+
+def class_counts(step: Callable[..., Any], state: Any, batch: Any) -> list[int]:
+    """Return the numbers of classes with which a step compares labels, such as [10].
+
+    Args:
+        step: as for `order_of_use`.
+        state: its state.
+        batch: a batch.
+
+    Returns:
+        In ascending order; [] if there are none or the step cannot be traced.
+    """
+    try:
+        jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
+    except Exception:  # any error of any step
+        return []
+    programs, counts = [jaxpr], set[int]()
+    while programs:
+        for equation in programs.pop().eqns:
+            counts |= {classes_in_scope(str(equation.source_info.name_stack)) or 0}
+            programs += _inner(equation.params)
+    return sorted(counts - {0})
 
 
 def _follow(jaxpr: Any, names: Mapping[Any, str], found: dict[str, None]) -> None:

@@ -43,7 +43,7 @@ from jaxnets.training.history import History, NonFiniteError
 from jaxnets.training.hooks import Checkpointing, every, validation
 from jaxnets.training.loop import StopTraining, evaluate, fit, value_ranges
 from jaxnets.training.nonfinite import first_nonfinite
-from jaxnets.training.step import create_train_state, make_train_step
+from jaxnets.training.step import create_train_state, make_eval_step, make_train_step
 from jaxnets.training.writers import jsonl_writer
 
 
@@ -359,8 +359,26 @@ def test_labels_from_one_on_are_named_before_the_learning_rate():
         fit(jit_step(make_train_step(update)), state, lambda _: iter([arrays]), num_steps=1)
     message = str(caught.value)
     assert "the training batch of step 1 has inputs from 1 to 1, labels from 1 to 10" in message
+    assert "weights from 1 to 1, and the network has 10 outputs" in message
     assert message.index("for n classes 0 to n - 1") < message.index("learning rate")
     assert value_ranges(batch) == "inputs from 1 to 1, labels from 1 to 10, weights from 1 to 1"
+
+
+def test_an_evaluation_with_labels_out_of_range_names_metric_batch_and_outputs():
+    module = MLP(features=(), num_outputs=10)
+    objective = classification(module)
+    good = {"inputs": np.ones((2, 3), np.float32), "labels": np.array([0, 9])}
+    bad = {**good, "labels": np.array([3, 12])}
+    variables = module.init(jax.random.key(0), good["inputs"])
+    update = Update(objective, optax.sgd(0.1))
+    state = create_train_state(variables, update, rng=jax.random.key(0))
+    step = jax.jit(make_eval_step(objective))
+    assert np.isfinite(evaluate(step, state, [good])["loss"])
+    message = "loss is NaN or infinite: batch 1 has .*labels from 3 to 12, and .* 10 outputs"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert np.isnan(evaluate(step, state, [good, bad])["loss"])
+    with pytest.warns(RuntimeWarning, match="loss is NaN or infinite: look for .* labels out of"):
+        evaluate(step, state, iter([bad]))
 
 
 def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():
