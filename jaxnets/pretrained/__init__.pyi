@@ -1,3 +1,4 @@
+from . import torch_layers
 from .adapters import load_adapter, save_adapter
 from .formats import Tensors, TensorSpec, read_tensors
 from .inspection import Inspection, inspect
@@ -5,6 +6,7 @@ from .network import PretrainedNetwork, load
 from .processors import SoundProcessor
 from .rules import Rule
 from .saving import save
+from .state_dicts import from_torch
 
 __all__ = [
     "Inspection",
@@ -13,10 +15,12 @@ __all__ = [
     "SoundProcessor",
     "TensorSpec",
     "Tensors",
+    "from_torch",
     "inspect",
     "load",
     "load_adapter",
     "read_tensors",
     "save",
     "save_adapter",
+    "torch_layers",
 ]

@@ -356,6 +356,30 @@ class Sum:
         return [array, *[array * 0] * (self.count - 1)]
 
 
+@dataclasses.dataclass(frozen=True)
+class GRUBiases:
+    """Two biases of torch's GRU, and those here: of all gates, and of the recurrent candidate.
+
+    Written back, the second bias of the reset and update gates is 0.
+
+    Example:
+        >>> ones, twos = np.ones(3), np.full(3, 2.0)
+        >>> [one.tolist() for one in GRUBiases().from_file([ones, twos])]
+        [[3.0, 3.0, 1.0], [2.0]]
+    """
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Add the biases of the reset and update gates."""
+        bias, recurrent = arrays
+        reset, update, candidate = Split(3).from_file([recurrent])
+        return [bias + _concatenate([reset, update, candidate * 0], 0), candidate]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the bias, and the candidate's after zeros."""
+        bias, candidate = arrays
+        return [bias, _concatenate([candidate * 0, candidate * 0, candidate], 0)]
+
+
 def _check_rank(ndim: int, wanted: int) -> None:
     if ndim != wanted:
         raise ValueError(f"{ndim} axes, not {wanted}")

@@ -14,11 +14,11 @@ from jaxnets.models.transformer import MaskedLM, SentenceEncoder, TransformerCla
 from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.labels import num_labels
-from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.layouts import Layout
 from jaxnets.pretrained.processors import TextProcessor, read_text_processor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import dense, norm
 
 #: {activation of transformers: of this library}; the first name of each is written.
 ACTIVATIONS = {

@@ -12,9 +12,9 @@ from jaxnets.models.convolutional import ConvNeXt
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.images import image_input, read_image_processor, square
 from jaxnets.pretrained.architectures.labels import num_labels
-from jaxnets.pretrained.architectures.tables import convolution, dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.rules import Leaves, Rule
+from jaxnets.pretrained.torch_layers import convolution, dense, norm
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} | {
     name: name for name in ("relu", "silu", "tanh")

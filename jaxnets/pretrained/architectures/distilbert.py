@@ -18,10 +18,10 @@ from jaxnets.pretrained.architectures.bert import (
     encoder_inputs,
     labels,
 )
-from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.processors import TextProcessor, read_text_processor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import dense, norm
 
 
 def _fields(config: Config) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxnets.models.transformer import TransformerLM
 from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
-from jaxnets.pretrained.architectures.tables import norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.layouts import Split, Transpose
 from jaxnets.pretrained.processors import read_text_processor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import norm
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"} | {
     name: name for name in ("relu", "silu", "tanh")

@@ -17,11 +17,11 @@ from jaxnets.models.transformer import TransformerLM
 from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.rotary import rope, windows, write_rope, write_windows
-from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.layouts import Transpose
 from jaxnets.pretrained.processors import read_text_processor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import dense, norm
 
 #: {hidden_act of config.json: `activation` of a `BlockConfig`}.
 GATED_ACTIVATIONS = {

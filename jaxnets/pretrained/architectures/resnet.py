@@ -13,9 +13,9 @@ from jaxnets.models.convolutional import ResNet
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.images import image_input, read_image_processor
 from jaxnets.pretrained.architectures.labels import num_labels
-from jaxnets.pretrained.architectures.tables import batch_norm, convolution, dense
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.rules import Leaves, Rule
+from jaxnets.pretrained.torch_layers import batch_norm, convolution, dense
 
 
 def _build(config: Config, fields: Mapping[str, Any], *, with_head: bool = True) -> nn.Module:

@@ -21,11 +21,11 @@ from jaxnets.pretrained.architectures.bert import (
     encoder_inputs,
     encoder_rules,
 )
-from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.layouts import UnusedRows
 from jaxnets.pretrained.processors import TextProcessor, read_text_processor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import dense, norm
 
 # Positions are counted from the id of the padding, 1, plus 1.
 _FIRST_POSITION = 2

@@ -14,12 +14,12 @@ import numpy as np
 from jaxnets.models.transformer import TransformerEncoder, TransformerTranslator
 from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
-from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors
 from jaxnets.pretrained.layouts import Transpose
 from jaxnets.pretrained.processors import read_text_processor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import dense, norm
 
 _ACTIVATIONS = {
     **{"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "tanh": "tanh"},

@@ -21,11 +21,11 @@ from jaxnets.pretrained.architectures.images import (
     square,
 )
 from jaxnets.pretrained.architectures.labels import num_labels
-from jaxnets.pretrained.architectures.tables import dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors
 from jaxnets.pretrained.layouts import PatchKernel, Squeeze
 from jaxnets.pretrained.rules import Leaves, Rule
+from jaxnets.pretrained.torch_layers import dense, norm
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"} | {
     **{name: name for name in ("relu", "relu6", "sigmoid", "silu", "tanh", "mish")},

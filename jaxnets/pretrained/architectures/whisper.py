@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxnets.models.transformer import SpeechTransformer
 from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
-from jaxnets.pretrained.architectures.tables import convolution, dense, norm
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.processors import SoundProcessor
 from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.torch_layers import convolution, dense, norm
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 _ACTIVATIONS |= {"swish": "silu", "tanh": "tanh"}

@@ -1,0 +1,73 @@
+"""Rules of torch's layers, against the equations that torch documents, in NumPy."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import jaxnets as jn
+from jaxnets.pretrained import from_torch, torch_layers
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def torch_step(kind, x, state, weights):
+    """Return the next (hidden, memory) by the equations of torch."""
+    hidden, memory = state
+    w, u, b, c = weights
+    inputs, recurrent = w @ x + b, u @ hidden + c
+    if kind == "rnn":
+        return np.tanh(inputs + recurrent), memory
+    if kind == "gru":
+        (r, z, n), (rr, rz, rn) = np.split(inputs, 3), np.split(recurrent, 3)
+        update = sigmoid(z + rz)
+        return (1 - update) * np.tanh(n + sigmoid(r + rr) * rn) + update * hidden, memory
+    i, f, g, o = np.split(inputs + recurrent, 4)
+    memory = sigmoid(f) * memory + sigmoid(i) * np.tanh(g)
+    return sigmoid(o) * np.tanh(memory), memory
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("rnn", 1), ("lstm", 4), ("gru", 3)])
+def test_recurrent_layers_follow_torchs_equations_in_both_directions(kind, gates):
+    rng, size, time = np.random.default_rng(0), 4, 5
+    module = jn.Recurrent(size, cell=kind, num_layers=2, bidirectional=True)
+    x = rng.normal(size=(1, time, 3)).astype(np.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    state, y = {}, x[0]
+    for layer in range(2):
+        outputs = []
+        for suffix, order in (("", 1), ("_reverse", -1)):
+            width = y.shape[1]
+            shapes = [(gates * size, width), (gates * size, size), (gates * size,), (gates * size,)]
+            weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            for name, value in zip(names, weights, strict=True):
+                state[f"rnn.{name}_l{layer}{suffix}"] = value
+            carry, steps = (np.zeros(size), np.zeros(size)), []
+            for one in y[::order]:
+                carry = torch_step(kind, one, carry, weights)
+                steps.append(carry[0])
+            outputs.append(np.stack(steps)[::order])
+        y = np.concatenate(outputs, axis=1)
+    network = from_torch(state, module, variables, rules=torch_layers.recurrent("rnn", "params"))
+    result = jax.tree.leaves(module.apply(network.variables, x))[0]
+    np.testing.assert_allclose(result[0], y, atol=1e-5)
+
+
+def test_a_flatten_and_batch_norm_counters_are_known_and_leftovers_are_listed():
+    module, rng = nn.Dense(2), np.random.default_rng(0)
+    image = rng.normal(size=(3, 4, 5)).astype(np.float32)  # [channels, height, width]
+    kernel = rng.normal(size=(2, 60)).astype(np.float32)
+    here = image.transpose(1, 2, 0).reshape(1, 60)
+    variables = jax.eval_shape(module.init, jax.random.key(0), here)
+    state = {"fc.weight": kernel, "fc.bias": np.ones(2, np.float32), "n.num_batches_tracked": 3}
+    rules = torch_layers.flattened_dense("fc", "params", (4, 5, 3))
+    network = from_torch(state, module, variables, rules=rules)
+    result = module.apply(network.variables, here)[0]
+    np.testing.assert_allclose(result, kernel @ image.reshape(-1) + 1, atol=1e-4)
+    with pytest.raises(ValueError, match="no array: other"):
+        from_torch({**state, "other": kernel}, module, variables, rules=rules)
+    with pytest.raises(ValueError, match="params/bias"):
+        from_torch({"fc.weight": kernel}, module, variables, rules=rules)
