@@ -65,14 +65,16 @@ class Config:
             raise self.error(name, "is no object")
         return Config(self.document, (*self.within, name))
 
-    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1) -> Any:
-        """Return an integer entry of at least `least`; null only where the default is None.
+    def integer(
+        self, name: str, default: Any = _MISSING, *, least: int = 1, null: bool = False
+    ) -> Any:
+        """Return an integer entry of at least `least`; None for null, if `null` or by default.
 
         Raises:
             ValueError: missing without a default, no integer, or too small.
         """
         value = self._get(name, default)
-        if name in self.content and not (value is None is default):
+        if name in self.content and not (value is None and (null or default is None)):
             if type(value) is not int:
                 raise self.error(name, "is no integer")
             if value < least:
@@ -92,14 +94,14 @@ class Config:
             raise self.error(name, "holds something else than integers above 0")
         return tuple(value)
 
-    def number(self, name: str, default: Any = _MISSING) -> Any:
-        """Return an entry that is a finite number; null only where the default is None.
+    def number(self, name: str, default: Any = _MISSING, *, null: bool = False) -> Any:
+        """Return an entry that is a finite number; None for null, if `null` or by default.
 
         Raises:
             ValueError: missing without a default, or no finite number.
         """
         value = self._get(name, default)
-        if name in self.content and not (value is None is default):
+        if name in self.content and not (value is None and (null or default is None)):
             if type(value) not in (int, float) or not abs(value) < float("inf"):
                 raise self.error(name, "is no finite number")
             value = float(value)

@@ -59,7 +59,7 @@ def from_torch(
         )
     tables.check_shapes(plan, tensors, leaves)
     flat = tables.read_variables(
-        plan, tensors, variables, lambda path, shape, dtype, read: jnp.asarray(read())
+        plan, tensors, variables, lambda path, shape, dtype, read: jnp.asarray(read(()))
     )
     arrays = [flat[path] for path in tables.flatten_paths(variables)]
     return PretrainedNetwork(module, jax.tree.unflatten(jax.tree.structure(variables), arrays))

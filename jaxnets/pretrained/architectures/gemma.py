@@ -42,7 +42,7 @@ def _read(config: Config, *, softcap: float | None) -> dict[str, Any]:
         "attention_scale": None if scalar == fields["head_dim"] else scalar**-0.5,
         "scale_embedding": True,
         "tied": config.flag("tie_word_embeddings", True),
-        "logit_softcap": config.number("final_logit_softcapping", softcap),
+        "logit_softcap": config.number("final_logit_softcapping", softcap, null=True),
     }
 
 
@@ -59,13 +59,13 @@ def _write(module: nn.Module) -> dict[str, Any]:
 
 
 def _windows(config: Config, every: int) -> dict[str, Any]:
-    window = config.integer("sliding_window", 4096)
+    window = config.integer("sliding_window", 4096, null=True)
     default = {"window": window, "global_every": None if window is None else every}
     return windows(config, window, config.integer("num_hidden_layers"), default)
 
 
 def _read_gemma2(config: Config) -> dict[str, Any]:
-    cap = config.number("attn_logit_softcapping", 50.0)
+    cap = config.number("attn_logit_softcapping", 50.0, null=True)
     fields = _read(config, softcap=30.0) | rope(config) | _windows(config, 2)
     return fields | {"attention_softcap": cap}
 

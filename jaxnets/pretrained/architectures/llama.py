@@ -166,7 +166,9 @@ def _write_llama(module: nn.Module) -> dict[str, Any]:
 
 def _read_mistral(config: Config) -> dict[str, Any]:
     config.require(layer_types=None)
-    return sizes(config) | rope(config) | {"window": config.integer("sliding_window", 4096)}
+    return (
+        sizes(config) | rope(config) | {"window": config.integer("sliding_window", 4096, null=True)}
+    )
 
 
 def _write_mistral(module: nn.Module) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def _qwen_windows(config: Config) -> dict[str, Any]:
     num_layers = config.integer("num_hidden_layers")
     window = None
     if config.flag("use_sliding_window", False):
-        window = config.integer("sliding_window", 4096)
+        window = config.integer("sliding_window", 4096, null=True)
     first = config.integer("max_window_layers", 28, least=0)
     if window is not None and "layer_types" not in config.content and 0 < first < num_layers:
         raise config.error(

@@ -92,6 +92,14 @@ def test_fields_of_the_caller_override_those_of_the_file(tmp_path):
         jn.pretrained.load(tmp_path / "gemma", scan_layers=True)
 
 
+@pytest.mark.parametrize("name", ["mistral_7b", "gemma2_2b"])
+def test_a_window_of_null_is_none(name, tmp_path):
+    """As later versions of Mistral have it."""
+    write(tmp_path / "network", name, sliding_window=None)
+    config = jn.pretrained.load(tmp_path / "network").module.config
+    assert config.window is None and config.global_every is None
+
+
 def test_a_network_that_no_architecture_expresses_is_not_written(tmp_path):
     module = transformer.llama2_7b(**SMALL, attention_softcap=2.0)
     network = jn.pretrained.PretrainedNetwork(module, made(module))
