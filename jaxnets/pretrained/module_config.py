@@ -19,6 +19,13 @@ from jaxnets.pretrained.rules import Rule, variable_leaves
 #: `model_type` of a config.json that this library wrote.
 JAXNETS = "jaxnets"
 
+#: Fields on which the outputs of a trained network do not depend.
+FREE_FIELDS = (
+    *("precision", "init_std", "scan_layers", "remat"),
+    *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
+    *("mlp_dropout_rate", "output_dropout_rate"),
+)
+
 _MODULES = (autoencoder, convolutional, feedforward, gan, recurrent, transformer, likelihoods)
 _INTERNAL = ("parent", "name")
 
@@ -64,17 +71,23 @@ def read_module(config: Config, fields: Mapping[str, Any]) -> tuple[nn.Module, A
 
     Args:
         config: as `module_to_json` wrote it.
-        fields: override those of the network and of its `config`.
+        fields: override those of the network and of its `config`, on which no array depends.
 
     Raises:
-        ValueError: damaged, or of a network that this version does not have.
+        ValueError: another field; damaged, or of a network that this version does not have.
     """
+    for name in fields:
+        if name not in FREE_FIELDS:
+            raise ValueError(
+                f"{config.document.path}: {name} cannot be given for a network of this library, "
+                f"only {', '.join(FREE_FIELDS)}; change the module that is loaded by clone"
+            )
     try:
         module = _decode(config.content.get("module"))
         if not isinstance(module, nn.Module):
             raise ValueError("it is no network")
         module = _replace(module, fields)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise config.error("module", f"is no network of this version: {error}") from error
     tree: dict[str, Any] = {}
     for path, leaf in _leaves(config).items():
@@ -109,7 +122,7 @@ def _leaves(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
             path: jax.ShapeDtypeStruct(tuple(map(int, one["shape"])), jnp.dtype(one["dtype"]))
             for path, one in config.content["arrays"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise config.error("arrays", f"are no shapes and dtypes: {error}") from error
 
 

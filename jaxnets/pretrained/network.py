@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.core import Precision
 from jaxnets.pretrained import rules
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.architectures.gguf import GGUF_ARCHITECTURES, KIND, read_gguf_config
@@ -26,6 +27,17 @@ from jaxnets.pretrained.sentence_folders import read_sentence_folder
 
 #: The file of a folder that says how its network generates.
 GENERATION = "generation_config.json"
+
+#: Entries of config.json that say how many layers there are.
+_DEPTHS = (
+    *("n_layer", "n_layers", "num_layers", "num_hidden_layers", "num_decoder_layers"),
+    *("encoder_layers", "decoder_layers", "depths"),
+)
+_HEADS = (
+    *("n_head", "n_heads", "num_heads", "num_attention_heads", "num_key_value_heads"),
+    *("encoder_attention_heads", "decoder_attention_heads", "head_dim", "d_kv"),
+)
+_IMAGES = ("image_size",)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
@@ -102,6 +114,7 @@ def load(
         >>> jn.pretrained.load(folder).module.config.features
         8
     """
+    _check_options(rng, sharding, fields)
     path = _local(path)
     sentences = read_sentence_folder(path) if architecture is None else None
     if sentences is not None:
@@ -117,11 +130,7 @@ def load(
     else:
         architectures = GGUF_ARCHITECTURES if KIND in tensors.metadata else ARCHITECTURES
         known, build = _architecture(config, architecture, architectures)
-        module = build(config, fields)
-        if known.adapt is not None:
-            module = known.adapt(module, tensors)
-        inputs = known.inputs(module, config)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        module, inputs, shapes = _build(known, build, config, tensors, fields)
         leaves = rules.variable_leaves(shapes)
         table = list(known.rules(module))
         tensors = _full_names(tensors, known, table)
@@ -160,6 +169,63 @@ def load(
         plan.unused,
         generation,
     )
+
+
+def _check_options(rng: Any, sharding: Any, fields: Mapping[str, Any]) -> None:
+    """Check the types of what the caller gives, before anything is read."""
+    precision = fields.get("precision", Precision())
+    if not isinstance(precision, Precision):
+        raise ValueError(
+            f"precision is {precision!r}; give a Precision, such as "
+            "Precision(parameter=jnp.bfloat16)"
+        )
+    if rng is not None and not hasattr(rng, "shape"):
+        raise ValueError(f"rng is {rng!r}; give a key, such as jax.random.key(0)")
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding | Mapping):
+        raise ValueError(
+            f"sharding is {sharding!r}; give a Sharding, such as NamedSharding(mesh, spec), or a "
+            "tree of them like the variables"
+        )
+
+
+def _build(
+    architecture: Architecture,
+    build: Callable[[Config, Mapping[str, Any]], nn.Module],
+    config: Config,
+    tensors: Tensors,
+    fields: Mapping[str, Any],
+) -> tuple[nn.Module, Sequence[jax.ShapeDtypeStruct], Any]:
+    """Return the network of a configuration, its inputs, and the shapes of its variables."""
+    _bound_sizes(config, tensors)
+    try:
+        module = build(config, fields)
+        if architecture.adapt is not None:
+            module = architecture.adapt(module, tensors)
+        inputs = architecture.inputs(module, config)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        where = str(config.document.path)
+        if isinstance(error, ValueError) and where in str(error):
+            raise
+        given = f" with {', '.join(fields)}" if fields else ""
+        raise ValueError(f"{where}{given} describes no network: {error}") from error
+    return module, inputs, shapes
+
+
+def _bound_sizes(config: Config, tensors: Tensors) -> None:
+    """Refuse sizes for which tracing takes long, such as tables of rotary positions."""
+    specs = tensors.specs.values()
+    longest = max((size for spec in specs for size in spec.shape), default=0)
+    for names, most, what in (
+        (_DEPTHS, len(specs), f"the {len(specs)} tensors of the file"),
+        (_HEADS, longest, f"{longest}, the longest axis of the tensors of the file"),
+        (_IMAGES, longest**2, "the tensors of the file have room for"),
+    ):
+        for name in names:
+            value = config.content.get(name)
+            sizes = value if isinstance(value, list) else [value]
+            if any(type(size) is int and size > most for size in sizes):
+                raise config.error(name, f"is more than {what}")
 
 
 def _full_names(tensors: Tensors, architecture: Architecture, table: list[Rule]) -> Tensors:
@@ -243,7 +309,7 @@ def _architecture(
         name = names[0]
     if name is None:
         return known, next(iter(known.classes.values()))
-    if name not in known.classes:
+    if not isinstance(name, str) or name not in known.classes:
         raise ValueError(
             f"{config.document.path}: architecture {name!r} of {kind} is not supported; give "
             f"architecture= one of {', '.join(known.classes)}"

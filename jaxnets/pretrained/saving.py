@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from jaxnets.checks import check_sizes
@@ -16,17 +17,10 @@ from jaxnets.pretrained import rules
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.architectures.labels import name_labels
 from jaxnets.pretrained.config import Config
-from jaxnets.pretrained.module_config import encode_module, module_to_json, own_rules
+from jaxnets.pretrained.module_config import FREE_FIELDS, encode_module, module_to_json, own_rules
 from jaxnets.pretrained.network import GENERATION, PretrainedNetwork
 from jaxnets.storage import atomic_folder, write_json
 from jaxnets.storage.safetensors import write_safetensors
-
-#: Fields on which the outputs of a trained network do not depend.
-_FREE = (
-    *("precision", "init_std", "scan_layers", "remat"),
-    *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
-    *("mlp_dropout_rate", "output_dropout_rate"),
-)
 
 
 def save(
@@ -67,6 +61,9 @@ def save(
         raise ValueError(f"layout is {layout!r}; choose 'jaxnets' or 'torch'")
     if path.exists():
         raise FileExistsError(f"{path} exists; give another folder, or remove it first")
+    for place, leaf in rules.flatten_paths(network.variables).items():
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise ValueError(f"{place} is a {type(leaf).__name__}; give variables that are arrays")
     paths = rules.variable_leaves(network.variables)
     if layout == "jaxnets":
         content = module_to_json(network.module, network.variables)
@@ -80,6 +77,8 @@ def save(
             f"{rules.describe_plan(plan)}; save with layout='jaxnets', or save the network without "
             "them"
         )
+    if layout == "torch":
+        _check_shapes(architecture, content, network.module, paths)
     tensors = rules.write_tensors(plan.assignments, network.variables)
     if layout == "torch":
         tensors |= _batch_counters(tensors)
@@ -93,6 +92,22 @@ def save(
             (folder / GENERATION).write_text(json.dumps(dict(network.generation), indent=2) + "\n")
         if network.processor is not None:
             network.processor.save(folder)
+
+
+def _check_shapes(
+    architecture: Architecture, content: Mapping[str, Any], module: nn.Module, leaves: rules.Leaves
+) -> None:
+    """Check that the arrays are those of the network that the configuration describes."""
+    inputs = architecture.inputs(module, Config.of(Path("config.json"), content))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    wanted = {path: leaf.shape for path, leaf in rules.variable_leaves(shapes).items()}
+    given = {path: leaf.shape for path, leaf in leaves.items()}
+    for path in sorted(wanted.keys() | given.keys()):
+        if wanted.get(path) != given.get(path):
+            raise ValueError(
+                f"{path} has shape {given.get(path)} in the variables and {wanted.get(path)} in "
+                f"{type(module).__name__}; give the variables of this network"
+            )
 
 
 def _batch_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -183,7 +198,7 @@ def _structure(module: nn.Module) -> Any:
                 ("head_dim", value["features"] // value["num_heads"]),
             ):
                 value[field] = default if value[field] is None else value[field]
-        return {name: without(one) for name, one in value.items() if name not in _FREE}
+        return {name: without(one) for name, one in value.items() if name not in FREE_FIELDS}
 
     return without(encode_module(module))
 
