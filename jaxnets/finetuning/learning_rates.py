@@ -13,6 +13,9 @@ import optax
 from jaxnets.core import Params, tree_path
 from jaxnets.finetuning.paths import STACKED, leaves_by_path, matching
 
+# Of tokens and positions, and those of images: the patches and the tokens beside them.
+_EMBEDDINGS = r"embed|^(encoder/)?(patch|token|distillation_token)(/|$)"
+
 
 def freeze(
     optimizer: optax.GradientTransformation, pattern: str
@@ -59,7 +62,7 @@ def layerwise_decay(
     optimizer: optax.GradientTransformation,
     decay: float | jax.Array,
     *,
-    order: Sequence[str] = (r"embed", rf"layer_(\d+)/|{STACKED}", r""),
+    order: Sequence[str] = (_EMBEDDINGS, rf"layer_(\d+)/|{STACKED}", r""),
     stacked: str = STACKED,
 ) -> optax.GradientTransformationExtraArgs:
     """Decay the learning rate from the last layer to the first.
@@ -72,7 +75,7 @@ def layerwise_decay(
         decay: in (0, 1], such as 0.8 for a small transformer and 0.9 for a large one.
         order: regular expressions of the paths from the first layer to the last. A path belongs to
             the first one that it matches; the numbers in its groups order the layers of one
-            expression. By default embeddings, layer_0, layer_1, ..., everything else.
+            expression. By default embeddings (also of patches), layer_0, layer_1, ..., the rest.
         stacked: regular expression of the paths whose first axis is that of layers in a loop, each
             of which is a layer here.
 

@@ -177,7 +177,7 @@ def lora_objective(objective: Objective, params: Params) -> Objective:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, as jax.jit needs it
 class _AdapterObjective:
     objective: Objective
     params: Params

@@ -49,7 +49,7 @@ def scheduled(step: StepFn, **schedules: Callable[[jax.Array], Any]) -> StepFn:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["step"], meta_fields=["schedules"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, as jax.jit needs it
 class _Scheduled:
     step: StepFn
     schedules: Mapping[str, Callable[[jax.Array], Any]]

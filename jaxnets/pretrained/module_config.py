@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets.core import Precision
 from jaxnets.models import autoencoder, convolutional, feedforward, gan, recurrent, transformer
@@ -146,6 +147,7 @@ def _classes() -> dict[str, type[Any]]:
 
 
 def _encode(value: Any, where: str) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value  # such as a maximum plus 1
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_sizes
@@ -17,7 +18,13 @@ from jaxnets.pretrained import rules
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.architectures.labels import name_labels
 from jaxnets.pretrained.config import Config
-from jaxnets.pretrained.module_config import FREE_FIELDS, encode_module, module_to_json, own_rules
+from jaxnets.pretrained.module_config import (
+    FREE_FIELDS,
+    JAXNETS,
+    encode_module,
+    module_to_json,
+    own_rules,
+)
 from jaxnets.pretrained.network import GENERATION, PretrainedNetwork
 from jaxnets.storage import atomic_folder, write_json
 from jaxnets.storage.safetensors import write_safetensors
@@ -148,6 +155,14 @@ def torch_config(
     known = [own] if own else list(ARCHITECTURES.values())
     reasons = []
     structure = _structure(network.module)
+    before = {} if network.config.get("model_type") == JAXNETS else network.config
+    # The types of the file that was read are not those of these arrays.
+    names = ("dtype", "torch_dtype")
+    kept = {key: value for key, value in before.items() if key not in names}
+    dtypes = {
+        leaf.dtype.name for leaf in leaves.values() if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    kept |= {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     for architecture in known:
         if architecture.to_config is None:
             continue
@@ -155,7 +170,7 @@ def torch_config(
             entries = architecture.to_config(network.module)
         except (AttributeError, KeyError, TypeError):  # another class of networks
             continue
-        content = name_labels({**network.config, **entries, "model_type": architecture.model_type})
+        content = name_labels({**kept, **entries, "model_type": architecture.model_type})
         for name, build in _preferred(architecture, network.config):
             content["architectures"] = [name]
             config = Config.of(Path("config.json"), content)

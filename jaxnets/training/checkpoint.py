@@ -166,6 +166,7 @@ def restore(
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> folder = tempfile.mkdtemp()
         >>> state = {"params": {"w": jnp.ones(2)}, "opt_state": {"nu": jnp.zeros(2)}}
         >>> path = save(folder, state, step=3)
@@ -322,6 +323,7 @@ def parameters_sha256(params: Any) -> str:
         Hexadecimal sha256 over the leaves, sorted by path.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> parameters_sha256({"a": jnp.zeros(2), "b": jnp.ones(3)})[:8]
         '3565bda7'
     """

@@ -100,6 +100,22 @@ def test_the_rate_of_each_layer_is_decay_to_the_number_of_layers_above_it():
     }
 
 
+def test_patches_and_tokens_are_the_first_layer():
+    config = jn.transformer.BlockConfig(features=4, num_heads=1)
+    module = jn.VisionTransformer(patch_size=4, num_layers=2, config=config, distillation="head")
+    params = jn.initialize(module, KEY, jnp.zeros((1, 8, 8, 1)))["params"]
+    optimizer = jn.layerwise_decay(optax.sgd(1.0), 0.5)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(ones, optimizer.init(params), params)
+    first = {p for p, x in leaves_by_path(updates).items() if np.allclose(x, -(0.5**3))}
+    assert {path.split("/")[0] for path in first} == {
+        "patch",
+        "token",
+        "distillation_token",
+        "position",
+    }
+
+
 def test_layers_in_a_loop_get_the_rates_of_layers_one_by_one():
     layer = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
     single = {"embedding": jnp.ones(2), **{f"layer_{i}": layer for i in range(3)}, "head": layer}

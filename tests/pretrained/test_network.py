@@ -83,6 +83,20 @@ def test_torch_has_the_names_of_hugging_face(gpt2):
     assert specs["transformer.h.1.attn.c_attn.weight"].shape == (8, 24)
     content = json.loads((folder / "config.json").read_text())
     assert content["architectures"] == ["GPT2LMHeadModel"] and content["n_layer"] == 2
+    assert content["dtype"] == "float32"
+
+
+def test_the_type_of_the_arrays_is_written_not_that_of_the_file_they_were_read_from(tmp_path, gpt2):
+    folder = change(tmp_path / "half", gpt2[0], dtype="bfloat16", torch_dtype="bfloat16")
+    save(tmp_path / "again", load(folder), layout="torch")
+    content = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert content["dtype"] == "float32" and "torch_dtype" not in content
+
+
+def test_a_field_that_is_a_number_of_numpy_comes_back(tmp_path):
+    module = jn.MLP(features=(4,), num_outputs=np.array([0, 2]).max() + 1)
+    save(tmp_path / "network", network(module, images(3)))
+    assert load(tmp_path / "network").module.num_outputs == 3
 
 
 @pytest.mark.parametrize("layout", ["jaxnets", "torch"])

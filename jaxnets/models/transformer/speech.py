@@ -163,7 +163,7 @@ class SpeechEncoder(nn.Module):
         positions = self.variable("constants", "position", _sinusoids, *size, policy.parameter)
         x = x + positions.value[None, :steps].astype(x.dtype)
         x = Dropout(config.dropout_rate, name="dropout")(x, train=train)
-        blocks = dataclasses.replace(config, positions=None)
+        blocks = dataclasses.replace(config, positions=None, rope_scaling=None)
         stack = Stack(blocks, self.num_layers, precision=policy, name="stack")
         return stack(x, lengths, train=train), lengths
 

@@ -202,7 +202,8 @@ def _qwen_windows(config: Config) -> dict[str, Any]:
     if config.flag("use_sliding_window", False):
         window = config.integer("sliding_window", 4096, null=True)
     first = config.integer("max_window_layers", 28, least=0)
-    if window is not None and "layer_types" not in config.content and 0 < first < num_layers:
+    listed = config.content.get("layer_types") is not None
+    if window is not None and not listed and 0 < first < num_layers:
         raise config.error(
             "max_window_layers", f"is not supported with windows; supported are 0 and {num_layers}"
         )

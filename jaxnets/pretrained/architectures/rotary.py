@@ -109,7 +109,12 @@ def _scaling(config: Config, parameters: Config, kind: str) -> Callable[[], Rope
     if kind == "linear":
         return functools.partial(LinearScaling, factor)
     length = parameters.integer("original_max_position_embeddings", None)
-    length = length or config.integer("max_position_embeddings")
+    outer = config.integer("original_max_position_embeddings", None)
+    if length is not None and outer not in (None, length):  # transformers would take this one
+        raise config.error(
+            "original_max_position_embeddings", f"is not {length}, as in the scaling"
+        )
+    length = length or outer or config.integer("max_position_embeddings")
     if kind == "llama3":
         low, high = (parameters.number(f"{name}_freq_factor") for name in ("low", "high"))
         return functools.partial(Llama3Scaling, factor, length, low, high)

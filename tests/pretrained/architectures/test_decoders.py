@@ -140,6 +140,16 @@ def rope(**entries):
         ("qwen3_0_6b", {"attention_bias": True}, "attention_bias, true, is not supported"),
         (
             "qwen2_0_5b",
+            {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+            "max_window_layers, 1, is not supported with windows",
+        ),
+        (
+            "llama3_8b",
+            {"original_max_position_embeddings": 32},
+            "original_max_position_embeddings, 32, is not .*, as in the scaling",
+        ),
+        (
+            "qwen2_0_5b",
             {"use_sliding_window": True, "max_window_layers": 1, "layer_types": "MISSING"},
             "max_window_layers, 1, is not supported with windows",
         ),
