@@ -6,10 +6,11 @@ aside). Layouts are applied one after the other; the set is closed, so that a ta
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,22 +38,19 @@ class Layout(Protocol):
         """
 
 
-@runtime_checkable
-class AxisOrder(Protocol):
+class AxisOrder(abc.ABC):
     """A layout that only permutes axes, so that a part of an array is a part of the tensor."""
 
+    @abc.abstractmethod
     def axes(self, ndim: int) -> tuple[int, ...]:
         """Return the axis of the file that each axis of the network is."""
 
-
-class _Permutation:
-    def axes(self, ndim: int) -> tuple[int, ...]:
-        raise NotImplementedError
-
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Permute the axes of each tensor."""
         return [array.transpose(self.axes(array.ndim)) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it."""
         return [
             array.transpose(tuple(int(axis) for axis in np.argsort(self.axes(array.ndim))))
             for array in arrays
@@ -60,7 +58,7 @@ class _Permutation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transpose(_Permutation):
+class Transpose(AxisOrder):
     """A dense kernel: [out, in] in the file, [in, out] here.
 
     Example:
@@ -75,7 +73,7 @@ class Transpose(_Permutation):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvolutionKernel(_Permutation):
+class ConvolutionKernel(AxisOrder):
     """A convolution's kernel: [out, in, *window] in the file, [*window, in, out] here.
 
     Example:
