@@ -33,9 +33,11 @@ _DEPTHS = (
     *("n_layer", "n_layers", "num_layers", "num_hidden_layers", "num_decoder_layers"),
     *("encoder_layers", "decoder_layers", "depths"),
 )
-_HEADS = (
+#: Entries that no axis of a tensor can be shorter than.
+_AXES = (
     *("n_head", "n_heads", "num_heads", "num_attention_heads", "num_key_value_heads"),
     *("encoder_attention_heads", "decoder_attention_heads", "head_dim", "d_kv"),
+    *("d_model", "max_source_positions", "relative_attention_num_buckets"),
 )
 _IMAGES = ("image_size",)
 
@@ -213,12 +215,12 @@ def _build(
 
 
 def _bound_sizes(config: Config, tensors: Tensors) -> None:
-    """Refuse sizes for which tracing takes long, such as tables of rotary positions."""
+    """Refuse sizes for which tracing takes long or much memory, such as tables of positions."""
     specs = tensors.specs.values()
     longest = max((size for spec in specs for size in spec.shape), default=0)
     for names, most, what in (
         (_DEPTHS, len(specs), f"the {len(specs)} tensors of the file"),
-        (_HEADS, longest, f"{longest}, the longest axis of the tensors of the file"),
+        (_AXES, longest, f"{longest}, the longest axis of the tensors of the file"),
         (_IMAGES, longest**2, "the tensors of the file have room for"),
     ):
         for name in names:

@@ -339,27 +339,27 @@ def relative_buckets(
     """
     distance = distances(queries, keys)[:, 0]  # [batch or 1, queries, keys]
     per_side = num_buckets // 2 if bidirectional else num_buckets
-    table = jnp.asarray(_bucket_table(per_side, max_distance))
     magnitude = jnp.abs(distance) if bidirectional else jnp.maximum(distance, 0)
-    buckets = table[jnp.minimum(magnitude, max_distance)]
+    later = _bucket_starts(per_side, max_distance)[None, None, None, 1:]
+    begun = magnitude[..., None] >= later  # [batch or 1, queries, keys, buckets - 1]
+    buckets = jnp.sum(begun, axis=-1, dtype=jnp.int32)  # [batch or 1, queries, keys]
     return buckets + jnp.where(distance < 0, per_side, 0).astype(jnp.int32) * bidirectional
 
 
 @functools.cache
-def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
-    """Return the bucket of each distance in [0, max_distance]."""
+def _bucket_starts(num_buckets: int, max_distance: int) -> np.ndarray:
+    """Return the smallest distance in each bucket, [num_buckets]."""
     exact = num_buckets // 2
     if not 0 < exact < max_distance:
         raise ValueError(
             f"{num_buckets} buckets do not fit distances up to {max_distance}; give at least 2 "
             "buckets in each direction, and fewer than twice the greatest distance"
         )
-    distances = np.arange(max_distance + 1)
-    ratio = np.log(np.maximum(distances, exact) / exact) / np.log(max_distance / exact)
-    # Without the epsilon the distances where a bucket begins depend on rounding.
-    wide = exact + np.floor(ratio * (num_buckets - exact) + 1e-9).astype(np.int32)
-    table = np.where(distances < exact, distances, np.minimum(wide, num_buckets - 1))
-    return table.astype(np.int32)
+    wide = np.arange(num_buckets - exact) / (num_buckets - exact)
+    starts = exact * (max_distance / exact) ** wide
+    # Without the epsilon a start that is an integer depends on rounding.
+    starts = np.ceil(starts * (1 - 1e-10))
+    return np.minimum([*range(exact), *starts], np.iinfo(np.int32).max).astype(np.int32)
 
 
 def _check_factor(factor: float) -> None:
