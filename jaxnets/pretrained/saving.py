@@ -25,7 +25,8 @@ from jaxnets.pretrained.module_config import (
     module_to_json,
     own_rules,
 )
-from jaxnets.pretrained.network import GENERATION, PretrainedNetwork
+from jaxnets.pretrained.network import PretrainedNetwork
+from jaxnets.pretrained.sources import GENERATION
 from jaxnets.storage import atomic_folder, write_json
 from jaxnets.storage.safetensors import write_safetensors
 
