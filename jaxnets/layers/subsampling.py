@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxnets.checks import check_rank
 from jaxnets.core import Precision, at_least_int32
 from jaxnets.functional.activations import activation
 from jaxnets.functional.lengths import clear_padding
@@ -15,9 +17,10 @@ from jaxnets.layers.linear import Convolution, Initializer
 
 
 def subsample(
-    x: jax.Array,
+    inputs: jax.Array,
     lengths: Any,
     *,
+    caller: nn.Module,
     features: int,
     strides: Sequence[int],
     activation_name: str,
@@ -27,8 +30,9 @@ def subsample(
     """Shorten a sound by one convolution per stride, inside a compact module.
 
     Args:
-        x: [batch, frames, channels]; frames beyond the lengths have no influence.
+        inputs: [batch, frames, channels]; frames beyond the lengths have no influence.
         lengths: integer [batch] in [0, frames]; None means that all frames are valid.
+        caller: the module, for messages.
         features: channels of each convolution, of kernel size 3; its name is conv_0, conv_1, ...
         strides: of each convolution.
         activation_name: applied after each convolution.
@@ -38,9 +42,15 @@ def subsample(
     Returns:
         [batch, fewer frames, features], 0 beyond the new lengths, and the new lengths, which are
         `subsampled_lengths`. A length out of range stays out of range.
+
+    Raises:
+        ValueError: inputs of another rank or without a frame, or lengths that do not fit.
     """
+    check_rank(inputs, caller, layouts=["[batch, frames, channels]"])
+    if not inputs.shape[1]:
+        raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
     lengths = None if lengths is None else at_least_int32(jnp.asarray(lengths))
-    x, _ = clear_padding(x.astype(precision.compute), lengths)
+    x, _ = clear_padding(inputs.astype(precision.compute), lengths)
     for index, stride in enumerate(strides):
         # The same padding on both sides for every number of frames, so that an output depends on
         # the same frames whatever the length of the array. "SAME" depends on the number of frames.

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnets.checks import check_rank, check_rate, check_sizes
+from jaxnets.checks import check_rate, check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout
@@ -91,22 +91,19 @@ class SpeechRecognizer(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values of the arguments are invalid.
         """
-        check_rank(inputs, self, layouts=["[batch, frames, channels]"])
-        batch, time = inputs.shape[:2]
-        if not time:
-            raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
         policy = self.precision
-        if lengths is None:
-            lengths = jnp.full(batch, time)
         x, lengths = subsample(
             inputs,
             lengths,
+            caller=self,
             features=self.features,
             strides=self.strides,
             activation_name="relu",
             kernel_init=nn.initializers.he_normal(),
             precision=policy,
         )
+        if lengths is None:
+            lengths = jnp.full(x.shape[0], x.shape[1])
         x = Dropout(self.dropout_rate, name="dropout_input")(x, train=train)
         x, _ = Recurrent(
             self.hidden_size,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from jaxnets.checks import check_rank, check_sizes
+from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.functional.lengths import mean_over_time
 from jaxnets.layers import Dense, Dropout
@@ -70,13 +70,11 @@ class AudioTransformer(nn.Module):
         Raises:
             ValueError: inputs or lengths that do not fit.
         """
-        check_rank(inputs, self, layouts=["[batch, frames, channels]"])
-        if not inputs.shape[1]:
-            raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
         config, policy = self.config, self.precision
         x, lengths = subsample(
             inputs,
             lengths,
+            caller=self,
             features=config.features,
             strides=self.strides,
             activation_name="gelu",

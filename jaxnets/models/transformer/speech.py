@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.checks import check_rank, check_sizes
+from jaxnets.checks import check_sizes
 from jaxnets.core import Precision
 from jaxnets.layers import Dropout
 from jaxnets.layers.subsampling import subsample
@@ -139,13 +139,11 @@ class SpeechEncoder(nn.Module):
         Raises:
             ValueError: inputs or lengths that do not fit, or a sound that is too long.
         """
-        check_rank(inputs, self, layouts=["[batch, frames, channels]"])
-        if not inputs.shape[1]:
-            raise ValueError(f"inputs of shape {inputs.shape} have no frame; give at least 1")
         config, policy = self.config, self.precision
         x, lengths = subsample(
             inputs,
             lengths,
+            caller=self,
             features=config.features,
             strides=self.strides,
             activation_name="gelu",
