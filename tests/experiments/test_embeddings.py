@@ -1,7 +1,6 @@
 """Lines of a text file by a sentence encoder: vectors, search, clusters, the command."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from sentence_networks import save_encoder, write_modules
 
 import jaxnets as jn
 from experiments import embeddings
 from experiments.harness.run_folder import RunError
-from jaxnets.models.transformer import SentenceEncoder
 from jaxnets.pretrained import PretrainedNetwork
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
@@ -22,19 +21,9 @@ LINES = ["a b", "c", "a b", "", "d e " * 10, "  f g h ", "c $x$ d", "h " * 100]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    config = jn.BlockConfig(8, 2, mlp_dim=8, norm_first=False, key_bias=True, norm_epsilon=1e-12)
-    module = SentenceEncoder(13, 1, config, 32, num_segments=2, embedding_norm=True)
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     folder = tmp_path_factory.mktemp("encoder") / "network"
-    jn.pretrained.save(folder, PretrainedNetwork(module, variables), layout="torch")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate({"": "Transformer", "1_Pooling": "Pooling"}.items())
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
+    save_encoder(folder, WORDS, max_length=32)
+    write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling"})
     return folder
 
 
