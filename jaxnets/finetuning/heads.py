@@ -24,8 +24,8 @@ def replace_head(
         The variables of the new network: its head, and everything else pretrained.
 
     Raises:
-        ValueError: the pattern matches nothing, or beside the head a leaf is missing, left over
-            or of another shape.
+        ValueError: the pattern matches nothing or everything, or beside the head a leaf is
+            missing, left over or of another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -44,6 +44,11 @@ def replace_head(
         raise ValueError(
             f"head={head!r} matches no path of the new network; the nearest of {len(new)} are "
             f"{', '.join(near)}"
+        )
+    if all(map(is_head, new)):
+        raise ValueError(
+            f"head={head!r} matches every path of the new network, so nothing would be pretrained; "
+            "make it narrower"
         )
     problems = [f"{path} is pretrained only" for path in old if path not in new]
     for path, leaf in new.items():

@@ -15,6 +15,7 @@ from jaxnets.finetuning.paths import STACKED, leaves_by_path, matching
 
 # Of tokens and positions, and those of images: the patches and the tokens beside them.
 _EMBEDDINGS = r"embed|^(encoder/)?(patch|token|distillation_token)(/|$)"
+_ORDER = (_EMBEDDINGS, rf"layer_(\d+)/|{STACKED}", r"")
 
 
 def freeze(
@@ -62,7 +63,7 @@ def layerwise_decay(
     optimizer: optax.GradientTransformation,
     decay: float | jax.Array,
     *,
-    order: Sequence[str] = (_EMBEDDINGS, rf"layer_(\d+)/|{STACKED}", r""),
+    order: Sequence[str] | None = None,
     stacked: str = STACKED,
 ) -> optax.GradientTransformationExtraArgs:
     """Decay the learning rate from the last layer to the first.
@@ -83,7 +84,8 @@ def layerwise_decay(
         An Optax transformation.
 
     Raises:
-        ValueError: a path matches none of `order`, or `decay` is outside its range.
+        ValueError: `decay` is outside its range; at `init`, a path matches none of `order`, or a
+            pattern of `order` matches no path.
 
     Example:
         >>> params = {"embedding": 1.0, "layer_0": {"bias": 1.0}, "head": 1.0}
@@ -99,8 +101,10 @@ def layerwise_decay(
     if isinstance(decay, (int, float)) and not 0 < decay <= 1:
         raise ValueError(f"decay is {decay}; give a number in (0, 1], such as 0.8")
 
+    patterns = _ORDER if order is None else tuple(order)
+
     def scale(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
-        depths, last = _depths(updates, order, stacked)
+        depths, last = _depths(updates, patterns, stacked)
 
         def scaled(path: Any, update: jax.Array) -> jax.Array:
             # A number, or [layers, 1, ...]
@@ -110,12 +114,23 @@ def layerwise_decay(
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     def init(params: Params) -> optax.EmptyState:
-        _depths(params, order, stacked)
+        _depths(params, patterns, stacked)
+        if order is not None:
+            for pattern in patterns:
+                _check_matches(params, pattern)
         return optax.EmptyState()
 
     return optax.with_extra_args_support(
         optax.chain(optimizer, optax.GradientTransformation(init, scale))
     )
+
+
+def _check_matches(params: Params, pattern: str) -> None:
+    """Refuse a pattern that no path matches; those of leaves that `freeze` leaves out count."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+    )
+    matching({tree_path(path): 0 for path, _ in pairs}, pattern, what="order")
 
 
 def _depths(params: Params, order: Sequence[str], stacked: str) -> tuple[dict[str, Any], int]:

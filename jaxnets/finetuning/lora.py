@@ -146,7 +146,8 @@ def lora_objective(objective: Objective, params: Params) -> Objective:
     their sharding.
 
     A dense kernel is never merged: its inputs are multiplied by W, A and B in turn, so the gradient
-    of W is not computed either. Other kernels are merged at every step.
+    of W is not computed either. Other kernels are merged at every step, in float32 or wider, so
+    that small updates of bfloat16 kernels count; layers cast them to their compute dtype.
 
     Args:
         objective: of the network, such as `classification(module)`.
@@ -206,7 +207,11 @@ def merge_lora(params: Params, variables: Mapping[str, Any]) -> Params:
     Raises:
         ValueError: the adapter is not one of these parameters.
     """
-    return _adapted(params, variables, lambda path, kernel, is_matrix: kernel.merged())
+    return _adapted(
+        params,
+        variables,
+        lambda path, kernel, is_matrix: kernel.merged().astype(kernel.base.dtype),
+    )
 
 
 def unmerge_lora(merged: Params, variables: Mapping[str, Any]) -> Params:

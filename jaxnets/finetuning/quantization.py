@@ -37,7 +37,8 @@ def quantize_int8(
         `lora_objective` takes it as frozen parameters.
 
     Raises:
-        ValueError: the pattern matches no path, or `group_size` does not divide an axis.
+        ValueError: the pattern matches no floating array of two axes or more, or `group_size`
+            does not divide an axis.
 
     Example:
         >>> import jaxnets as jn
@@ -52,12 +53,21 @@ def quantize_int8(
         Jacob et al. 2018, arXiv:1712.05877 (symmetric, weights only). Differs from it: no
         activations are quantized.
     """
-    targets = matching(params, target, what="target")
+    found = matching(params, target, what="target")
+    targets = {
+        path
+        for path, leaf in found.items()
+        if leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    if not targets:
+        raise ValueError(
+            f"target={target!r} matches only {', '.join(list(found)[:4])}, and what is quantized "
+            "are floating arrays of two axes or more; give the paths of kernels"
+        )
 
     def convert(path: Any, leaf: jax.Array) -> Any:
         name = tree_path(path)
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        if name not in targets or leaf.ndim < 2 or not floating:
+        if name not in targets:
             return leaf
         axis = -1 if name.rsplit("/", 1)[-1] == "embedding" else -2
         try:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxnets.core import at_least_float32
 from jaxnets.functional.int8 import cast_kernel
@@ -18,7 +19,8 @@ class LowRankKernel:
 
     A module takes it in place of the array. `functional.linear`, and so `layers.Dense`, multiplies
     by base, a and b in turn: nothing of the size of `base` is made, neither forward nor backward,
-    and members of a population share one `base`. Any other layer gets `merged`, as an array.
+    and members of a population share one `base`. Any other layer gets `merged`, as an array: in
+    float32 or wider, because an update may be smaller than half a step of a bfloat16 base.
 
     Attributes:
         base: [..., channels, features], an array or an `Int8Array`; leading axes are those of
@@ -48,8 +50,8 @@ class LowRankKernel:
 
     @property
     def dtype(self) -> Any:
-        """Type of its elements."""
-        return self.base.dtype
+        """Type of its elements, float32 or wider."""
+        return jnp.promote_types(self.base.dtype, jnp.float32)
 
     @property
     def scaled_a(self) -> jax.Array:
@@ -68,13 +70,13 @@ class LowRankKernel:
         )
 
     def merged(self) -> jax.Array:
-        """Return the kernel as an array, computed in float32 or wider."""
+        """Return the kernel as an array, in float32 or wider."""
         wide = jax.tree.map(at_least_float32, dataclasses.replace(self, base=None))
         update = wide.scaled_a @ wide.b
         kernel = self.base.astype(update.dtype) + update
         if wide.columns is not None:
             kernel = kernel * wide.columns[..., None, :]
-        return kernel.astype(self.dtype)
+        return kernel
 
     @property
     def T(self) -> jax.Array:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 
+from jaxnets.core import tree_path
 from jaxnets.layers.normalization import BatchNorm
 
 
@@ -26,6 +28,10 @@ def frozen_batch_norm(module: Any, pattern: str = "") -> Any:
 
     Returns:
         What objectives take for a module: it has `init` and `apply`.
+
+    Raises:
+        ValueError: at `apply`, the variables have no batch norm whose path the pattern matches; the
+            message has the paths that there are.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -51,6 +57,14 @@ class _FrozenBatchNorm:
 
     def apply(self, variables: Any, *inputs: Any, **keywords: Any) -> Any:
         """Call the module's `apply`."""
+        statistics, _ = jax.tree_util.tree_flatten_with_path(variables.get("batch_stats", {}))
+        norms = dict.fromkeys(tree_path(path[:-1]) for path, _ in statistics)
+        if not any(re.search(self.pattern, norm) for norm in norms):
+            found = ", ".join(list(norms)[:8]) or "the variables have no batch_stats"
+            raise ValueError(
+                f"pattern={self.pattern!r} of frozen_batch_norm matches none of {len(norms)} batch "
+                f"norms ({found}); give a pattern that does, or the module itself"
+            )
         with nn.intercept_methods(self._evaluate_norms):
             return self.module.apply(variables, *inputs, **keywords)
 

@@ -43,6 +43,8 @@ def test_networks_that_differ_elsewhere_are_refused():
         jn.replace_head(variables(10, 0, width=16), variables(2, 1))
     with pytest.raises(ValueError, match=r"head='hed/kernel' matches no path.*params/head/kernel"):
         jn.replace_head(variables(10, 0), variables(2, 1), head="hed/kernel")
+    with pytest.raises(ValueError, match="matches every path of the new network, so nothing"):
+        jn.replace_head(variables(10, 0), variables(2, 1), head="params|batch_stats")
     fewer = variables(10, 0)
     del fewer["params"]["hidden_0"]
     with pytest.raises(ValueError, match="params/hidden_0/kernel is new only"):

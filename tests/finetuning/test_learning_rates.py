@@ -148,6 +148,11 @@ def test_layers_of_a_residual_network_are_ordered_by_their_numbers():
         jn.layerwise_decay(optax.sgd(1.0), 0.1, order=order[:2]).init(params)
     with pytest.raises(ValueError, match=r"decay is 1\.5"):
         jn.layerwise_decay(optax.sgd(1.0), 1.5)
+    with pytest.raises(ValueError, match=r"order='stages_.* matches no path; .* stage_0/block_0"):
+        wrong = ("stem", r"stages_(\d+)/block_(\d+)", "")
+        jn.layerwise_decay(optax.sgd(1.0), 0.1, order=wrong).init(params)
+    # Leaves that are frozen are there, though the optimizer does not get them.
+    jn.freeze(optimizer, "stem").init(params)
 
 
 def test_frozen_batch_norms_keep_their_statistics_and_normalize_by_them():
@@ -164,6 +169,10 @@ def test_frozen_batch_norms_keep_their_statistics_and_normalize_by_them():
     moved = after.model_state["batch_stats"]
     assert_trees_near(moved["norm_0"], statistics["batch_stats"]["norm_0"], 0)
     assert np.abs(moved["norm_1"]["mean"] - statistics["batch_stats"]["norm_1"]["mean"]).max() > 0
+    with pytest.raises(ValueError, match=r"'nrm' of .* none of 2 batch norms \(norm_0, norm_1\)"):
+        jn.layers.frozen_batch_norm(MODULE, "nrm").apply(state.variables, BATCH["inputs"])
+    with pytest.raises(ValueError, match=r"none of 0 batch norms .the variables have no batch_st"):
+        jn.layers.frozen_batch_norm(MODULE).apply({"params": state.params}, BATCH["inputs"])
     everything = copy.copy(jn.layers.frozen_batch_norm(MODULE))
     outputs, _ = jn.apply_module(
         everything, state.params, state.model_state, BATCH["inputs"], train=True

@@ -359,6 +359,20 @@ def test_bfloat16_parameters_get_an_adapter_of_float32():
     assert jn.merge_lora(params, adapter)["hidden_0"]["kernel"].dtype == jnp.bfloat16
 
 
+def test_small_updates_of_bfloat16_convolutions_are_not_rounded_away():
+    module, images = jn.layers.Convolution(3), normal((2, 5, 5, 2), 0, np.float32)
+    wide = module.init(KEY, images)["params"]
+    params = {**wide, "kernel": jnp.round(64 * wide["kernel"]).astype(jnp.bfloat16) / 64}
+    adapter = jn.lora_init(KEY, params, rank=2, target="kernel")
+    step = 2.0**-14  # of updates, far below that of the kernel's bfloat16
+    adapter["params"]["kernel"]["lora_b"] += step
+    update = 8 * step * jnp.sum(adapter["params"]["kernel"]["lora_a"], axis=-1, keepdims=True)
+    exact = {**wide, "kernel": params["kernel"].astype(jnp.float32) + update}
+    expected = module.apply({"params": exact}, images)
+    np.testing.assert_allclose(logits(params, adapter, module, images), expected, atol=1e-5)
+    assert np.abs(expected - module.apply({"params": params}, images)).max() > 5e-4
+
+
 def test_a_low_rank_kernel_is_an_array_for_other_layers():
     base, a, b = (normal(s, 0, np.float32) for s in ((4, 6), (4, 2), (2, 6)))
     kernel = LowRankKernel(base, a, b, jnp.array([2.0, 0.0], a.dtype))

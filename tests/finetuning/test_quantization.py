@@ -130,5 +130,7 @@ def test_bad_input_is_refused():
     params = {"kernel": jnp.ones((6, 2)), "bias": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"target='kernl' matches no path; the nearest.* kernel"):
         jn.quantize_int8(params, target="kernl")
+    with pytest.raises(ValueError, match="target='bias' matches only bias, and what is quantized"):
+        jn.quantize_int8(params, target="bias")
     with pytest.raises(ValueError, match=r"kernel: group_size 4 does not divide axis -2 of an arr"):
         jn.quantize_int8(params, group_size=4)
