@@ -23,6 +23,8 @@ from jaxnets.models.transformer import SentenceEncoder
 
 #: Rows of a batch are padded to these lengths at first, then to their doubles.
 _SHORTEST = 16
+_DEFAULT_CLUSTERS = 8
+_MOST_NAMED = 40  # clusters that a legend lists; more would not fit on a screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Config:
     """Print the lines most similar to this sentence."""
     top: int = 5
     """Number of lines that --query prints."""
-    clusters: int = 8
-    """Clusters of k-means, drawn and printed by their central lines."""
+    clusters: int | None = None
+    """Clusters of k-means, drawn and printed by their central lines; by default 8, or fewer if
+    fewer lines differ."""
     batch_size: int = 32
     """Lines per batch."""
     seed: int = 0
@@ -67,7 +70,7 @@ def read_lines(path: Path) -> list[str]:
     """Return the different lines of a text file that are not blank.
 
     Raises:
-        RunError: the file is not UTF-8, or has no line.
+        RunError: the file is not text in UTF-8, or has no line.
         OSError: the file cannot be read.
     """
     try:
@@ -76,6 +79,12 @@ def read_lines(path: Path) -> list[str]:
         raise RunError(
             f"{path} is not UTF-8 at byte {error.start}; give a text file in UTF-8"
         ) from error
+    if "\0" in content:  # valid UTF-8, but in no text
+        place = len(content[: content.index("\0")].encode())
+        raise RunError(
+            f"{path} is not text in UTF-8: it has a byte 0 at {place}, as binary files and UTF-16 "
+            "have; give a text file in UTF-8"
+        )
     lines = list(dict.fromkeys(line.strip() for line in content.split("\n") if line.strip()))
     if not lines:
         raise RunError(f"{path} has no line of text; give a file with one sentence a line")
@@ -106,13 +115,13 @@ def embed(
 ) -> np.ndarray:
     """Return a vector of length 1 for each text, so that their products are cosines.
 
-    Texts of similar length share a batch. All batches have `batch_size` rows, and lengths that
-    double, so that few programs compile.
+    Texts of similar length share a batch. All batches of a length have the same number of rows, and
+    lengths double, so that few programs compile.
 
     Args:
         network: a sentence encoder, see `load_encoder`.
         texts: what is too long for the network is cut.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch, at most.
 
     Returns:
         float32 [texts, features].
@@ -129,9 +138,10 @@ def embed(
     choices = np.searchsorted(buckets, lengths)
     for choice in np.unique(choices):
         rows = np.flatnonzero(choices == choice)
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            padded = np.resize(part, batch_size)  # repeats rows to fill the last batch
+        size = min(batch_size, len(rows))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            padded = np.resize(part, size)  # repeats rows to fill the last batch
             batch = processor(
                 [texts[row] for row in padded], truncate=True, buckets=[buckets[choice]]
             )
@@ -160,12 +170,12 @@ def search(query: np.ndarray, vectors: np.ndarray, top: int) -> tuple[np.ndarray
     return best, cosines[best]
 
 
-def cluster(vectors: np.ndarray, num_clusters: int, *, seed: int = 0) -> Clusters:
+def cluster(vectors: np.ndarray, num_clusters: int | None = None, *, seed: int = 0) -> Clusters:
     """Group vectors by k-means, the best of ten runs.
 
     Args:
         vectors: [texts, features].
-        num_clusters: at most the number of different vectors.
+        num_clusters: at most the number of different vectors; by default 8, or that number.
         seed: of the first centers.
 
     Raises:
@@ -174,6 +184,8 @@ def cluster(vectors: np.ndarray, num_clusters: int, *, seed: int = 0) -> Cluster
     from sklearn.cluster import KMeans  # slow to import
 
     different = len(np.unique(vectors.round(5), axis=0))
+    if num_clusters is None:
+        num_clusters = min(_DEFAULT_CLUSTERS, different)
     if num_clusters > different:
         raise RunError(
             f"--clusters is {num_clusters}, but only {different} lines differ; give at most "
@@ -194,6 +206,8 @@ def cluster(vectors: np.ndarray, num_clusters: int, *, seed: int = 0) -> Cluster
 def draw(texts: Sequence[str], vectors: np.ndarray, clusters: Clusters, path: Path) -> None:
     """Draw lines as points, by their first two principal components, in the colors of clusters.
 
+    The legend has the central lines of the largest clusters.
+
     Args:
         texts: the lines.
         vectors: [texts, features].
@@ -213,10 +227,13 @@ def draw(texts: Sequence[str], vectors: np.ndarray, clusters: Clusters, path: Pa
         colors = matplotlib.colormaps["tab10"](np.arange(count))
     else:
         colors = matplotlib.colormaps["turbo"](np.linspace(0, 1, count))
-    figure = Figure(figsize=(12, max(5.0, 0.27 * count)), layout="constrained")
+    named = min(count, _MOST_NAMED)
+    figure = Figure(figsize=(12, max(5.0, 0.27 * named)), layout="constrained")
     axis = figure.subplots()
     for index, row in enumerate(clusters.central):
-        label = f"{index + 1}: {_shorten(texts[row], 60)} ({clusters.sizes[index]})"
+        label = None
+        if index < named:
+            label = f"{index + 1}: {_shorten(texts[row], 60)} ({clusters.sizes[index]})"
         chosen = points[clusters.labels == index]
         axis.scatter(*chosen.T, s=8, alpha=0.5, color=colors[index], label=label)
     for index, row in enumerate(clusters.central):
@@ -230,9 +247,10 @@ def draw(texts: Sequence[str], vectors: np.ndarray, clusters: Clusters, path: Pa
         )
     axis.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     axis.set_ylabel(f"second ({shares[1]:.0%})")
-    legend = figure.legend(
-        loc="outside right upper", title="central lines (number of lines)", markerscale=2
-    )
+    title = "central lines (number of lines)"
+    if named < count:
+        title = f"central lines (number of lines), {named} of {count}"
+    legend = figure.legend(loc="outside right upper", title=title, markerscale=2)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a line may have dollars
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,10 +262,14 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _check(config: Config) -> None:
-    for name in ("top", "clusters", "batch_size"):
-        if getattr(config, name) < 1:
-            flag = name.replace("_", "-")
-            raise RunError(f"--{flag} is {getattr(config, name)}; give 1 or more")
+    for name, least in {"top": 1, "clusters": 1, "batch_size": 1, "seed": 0}.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise RunError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
+    if config.seed >= 2**32:
+        raise RunError(f"--seed is {config.seed}; give less than 2^32")
+    if config.out.exists() and not config.out.is_dir():
+        raise RunError(f"--out is {config.out}, a file; give a folder")
     if config.query is not None and not config.query.strip():
         raise RunError(f"--query is {config.query!r}; give a sentence, or leave it out")
 
@@ -270,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with errors_without_traceback():
         _check(config)
         texts = read_lines(config.texts)
-        if config.clusters > len(texts):
+        if config.clusters is not None and config.clusters > len(texts):
             raise RunError(
                 f"--clusters is {config.clusters}, but {config.texts} has {len(texts)} different "
                 f"lines; give at most {len(texts)}"

@@ -3,12 +3,13 @@
 python -m experiments.sentiment --model lstm --seeds 3
 python -m experiments.sentiment --model transformer --seeds 3
 python -m experiments.sentiment --pretrained FOLDER --seeds 3
+python -m experiments.sentiment --pretrained FOLDER --preset lora --seeds 3
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import numpy as np
 import jaxnets as jn
 from experiments.harness import training
 from experiments.harness.options import Options
-from experiments.harness.problem import Measured
+from experiments.harness.problem import Measured, member
 from experiments.harness.run_folder import RunError, RunFolder
 from experiments.sentences import SentenceProblem
 from jaxnets.tools.pictures import figures
@@ -33,7 +34,15 @@ class Config(Options):
     """Bidirectional recurrent network or transformer encoder, from scratch."""
     pretrained: Path | None = None
     """Folder of a pretrained encoder to fine-tune, such as a sentence encoder, in place of them;
-    its options other than --dropout are those of the folder."""
+    its options other than --dropout are those of the folder. --preset lora trains an adapter."""
+    lora_rank: int = 0
+    """Rank of the updates of LoRA, which are trained in place of the --pretrained encoder itself; 0
+    trains all of it."""
+    lora_alpha: float = 16.0
+    """Factor of the updates, divided by their rank."""
+    lora_target: str = r"^stack/.*kernel$"
+    """Regular expression of the paths of the kernels with updates, such as
+    stack/layer_0/attention/query/kernel."""
     tokens: Literal["words", "subwords"] = "words"
     """Tokens of the network."""
     min_count: int = 2
@@ -70,8 +79,11 @@ class Sentiment(SentenceProblem):
         self.options = self.config = config
         if not 0 <= config.word_dropout < 1:
             raise RunError(f"--word-dropout is {config.word_dropout}; give a number in [0, 1)")
-        if config.pretrained and config.average_decay:
-            raise RunError("--average-decay does not know where --pretrained starts; give 0")
+        if config.lora_rank and not config.pretrained:
+            raise RunError(
+                f"--lora-rank is {config.lora_rank}, but nothing is pretrained; give the folder of "
+                "an encoder with --pretrained"
+            )
         self.dataset = dataset = jn.data.sst2(config.data)
         self.dataset_name = dataset.name
         self.network = self._load()
@@ -80,12 +92,15 @@ class Sentiment(SentenceProblem):
         mean_length = np.mean([len(ids) for ids, _ in self.train])
         self.tokens_per_batch = round(config.batch_size * float(mean_length))
         self.module = self._make_module()
-        self.objective = jn.with_batch_transform(
-            jn.classification(self.module, label_smoothing=config.label_smoothing),
-            self.drop_words,
+        self.eval_batches = self.one_pass(self._encode(dataset.validation))
+        self.frozen = self._frozen() if config.lora_rank else None
+        self.objective = self._adapted(
+            jn.with_batch_transform(
+                jn.classification(self.module, label_smoothing=config.label_smoothing),
+                self.drop_words,
+            )
         )
         self.steps_per_epoch = self.member_source(0).steps_per_epoch
-        self.eval_batches = self.one_pass(self._encode(dataset.validation))
 
     def _load(self) -> jn.pretrained.PretrainedNetwork | None:
         """Load the encoder to fine-tune."""
@@ -155,18 +170,64 @@ class Sentiment(SentenceProblem):
         ids = map(self.tokenizer.encode, sentences.texts)
         return list(zip(ids, sentences.labels.tolist(), strict=True))
 
-    def create_states(self) -> jn.TrainState:
-        states = super().create_states()
-        if self.network is None:
-            return states
-        trained = self.network.variables["params"]
-        encoder = {
-            name: jax.tree.map(
-                lambda x: jnp.repeat(x[None], len(self.seeds), axis=0), trained[name]
-            )
-            for name in ("embedding", "stack")
+    def _pretrained(self) -> jn.Params:
+        """Return the parameters of the encoder, without those that only its folder uses."""
+        params = self.network.variables["params"]
+        return {name: params[name] for name in ("embedding", "stack")}
+
+    def _frozen(self) -> jn.Params:
+        """Return the parameters below an adapter; that of each network has a head of its own."""
+        head = jax.eval_shape(self.initial_variables, jax.random.key(0))["params"]["head"]
+        return {
+            **self._pretrained(),
+            "head": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head),
         }
-        return dataclasses.replace(states, params={**states.params, **encoder})
+
+    def _adapted(self, objective: jn.Objective) -> jn.Objective:
+        """Return the objective of the adapter, if one is trained, in place of the network's."""
+        return objective if self.frozen is None else jn.lora_objective(objective, self.frozen)
+
+    def create_states(self) -> jn.TrainState:
+        """Initialize the population: of a pretrained encoder only heads and adapters differ."""
+        if self.network is None:
+            return super().create_states()
+        config = self.config
+
+        def create(seed: jax.Array, encoder: jn.Params) -> jn.TrainState:
+            keys = jn.rng_streams(jax.random.key(seed), "params", "adapter", "run")
+            head = self.initial_variables(keys["params"])["params"]["head"]
+            variables = {"params": {**encoder, "head": head}}
+            if config.lora_rank:
+                variables = jn.lora_init(
+                    keys["adapter"],
+                    variables["params"],
+                    rank=config.lora_rank,
+                    alpha=config.lora_alpha,
+                    target=config.lora_target,
+                    full="^head/",
+                )
+            return jn.create_train_state(variables, self.update, rng=keys["run"])
+
+        # The encoder is an argument, so that it is no constant of the program.
+        return jax.jit(jax.vmap(create, in_axes=(0, None)))(self.seeds, self._pretrained())
+
+    def prepare(self, folder: RunFolder, stage: int, states: jn.TrainState) -> str | None:
+        """Say how much is trained, if it is an adapter."""
+        return None if self.frozen is None else str(self._summary(states))
+
+    def _summary(self, states: jn.TrainState) -> jn.LoRASummary:
+        return jn.lora_summary(self.frozen, member(states, 0).variables)
+
+    def eval_step(
+        self, objective: jn.Objective | None = None
+    ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
+        """Compile the evaluation; frozen parameters are arguments of the program."""
+        if self.frozen is None:
+            return super().eval_step(objective)
+        objective = self.objective if objective is None else self._adapted(objective)
+        step = jn.population_step(jn.make_eval_step(objective), strategy=self.population_strategy)
+        run = jn.jit_step(step)
+        return lambda states, batch: run(self.evaluated(states), batch)
 
     def drop_words(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Replace random tokens by the unknown token in training."""
@@ -193,10 +254,15 @@ class Sentiment(SentenceProblem):
         # Shares of all sentences, [seeds, true class, predicted class], to counts.
         self.confusion = (test["confusion"].mean(axis=0) * len(self.dataset.test)).round(3)
         calibration_error = jn.metrics.expected_calibration_error(test["calibration"])
+        details = {}
+        if self.frozen is not None:
+            summary = self._summary(states)
+            details = {"network_parameters": summary.total, "trained_share": summary.share}
         return Measured(
             "test accuracy",
             np.array(test["accuracy"]),
             details={
+                **details,
                 "validation_accuracy": round(float(np.mean(validation["accuracy"])), 6),
                 "test_loss": round(float(np.mean(test["loss"])), 6),
                 "calibration_error": round(float(np.mean(calibration_error)), 6),
@@ -225,16 +291,19 @@ class Sentiment(SentenceProblem):
         """Return class probabilities [sentences, classes], averaged over the networks."""
 
         @jax.jit
-        def predict(states: jn.TrainState, batch: jn.Batch) -> jax.Array:
+        def predict(states: jn.TrainState, frozen: Any, batch: jn.Batch) -> jax.Array:
             def one(state: jn.TrainState) -> jax.Array:
-                logits = self.module.apply(state.variables, batch["inputs"], batch["lengths"])
+                variables: Any = state.variables
+                if frozen is not None:
+                    variables = {"params": jn.merge_lora(frozen, variables)}
+                logits = self.module.apply(variables, batch["inputs"], batch["lengths"])
                 return jax.nn.softmax(logits)
 
             return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
 
         probabilities = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
         for batch in self.one_pass(self._encode(sentences)):
-            probabilities[batch["indices"]] = predict(states, batch)
+            probabilities[batch["indices"]] = predict(states, self.frozen, batch)
         return probabilities
 
 
@@ -276,6 +345,19 @@ RECURRENT = Config(
     average_decay=0.99,
     eval_every=100,
 )
+FINE_TUNED = Config(
+    executor="jit",
+    batch_size=32,
+    epochs=3,
+    learning_rate=1e-4,
+    schedule="linear",
+    warmup=0.1,
+    weight_decay=0.01,
+    clip=1.0,
+    dropout=0.1,
+    word_dropout=0.0,
+    buckets=6,
+)
 RECIPES = {
     "lstm": RECURRENT,
     "gru": dataclasses.replace(RECURRENT, model="gru"),
@@ -291,19 +373,8 @@ RECIPES = {
         dropout=0.2,
         word_dropout=0.2,
     ),
-    "pretrained": Config(
-        executor="jit",
-        batch_size=32,
-        epochs=3,
-        learning_rate=5e-5,
-        schedule="linear",
-        warmup=0.1,
-        weight_decay=0.01,
-        clip=1.0,
-        dropout=0.1,
-        word_dropout=0.0,
-        buckets=6,
-    ),
+    "pretrained": FINE_TUNED,
+    "lora": dataclasses.replace(FINE_TUNED, epochs=4, learning_rate=1e-3, lora_rank=4),
 }
 
 if __name__ == "__main__":

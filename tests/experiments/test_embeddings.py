@@ -52,7 +52,7 @@ def test_batches_change_no_vector_and_compile_once_a_length(folder, texts):
 
     counted = dataclasses.replace(network, module=Counted())
     vectors = embeddings.embed(counted, lines, batch_size=3)
-    assert sorted(traced) == [(3, 16), (3, 32)]
+    assert sorted(traced) == [(2, 32), (3, 16)]  # no more rows than lines of that length
     assert network.processor.max_length == 32
     batch = network.processor(lines, truncate=True)
     plain = np.asarray(network.module.apply(network.variables, **batch))
@@ -96,9 +96,41 @@ def test_the_command_prints_and_draws(folder, texts, tmp_path, capsys):
         assert picture.width > 1000 and len(set(picture.convert("L").tobytes())) > 50
 
 
+def test_a_file_of_one_line_is_one_cluster(folder, tmp_path, capsys):
+    path = tmp_path / "line.txt"
+    path.write_text("a b")
+    arguments = [f"--pretrained={folder}", f"--texts={path}", f"--out={tmp_path}"]
+    assert embeddings.main([*arguments, "--query", "b"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "      1      1  a b"
+    with Image.open(tmp_path / "clusters.png") as picture:
+        assert picture.width > 1000
+
+
+def test_the_default_is_as_many_clusters_as_lines_differ():
+    vectors = np.eye(3, dtype=np.float32)
+    assert embeddings.cluster(vectors[[0, 1, 1, 2]]).sizes.tolist() == [2, 1, 1]
+    assert len(embeddings.cluster(np.eye(20, dtype=np.float32)).sizes) == 8
+
+
+def test_a_picture_of_many_clusters_fits_on_a_screen(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+    single = embeddings.Clusters(np.arange(300), np.arange(300), np.ones(300, int))
+    embeddings.draw([str(row) for row in range(300)], vectors, single, tmp_path / "many.png")
+    with Image.open(tmp_path / "many.png") as picture:
+        assert picture.height < 1300
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
+        (
+            "a\nb\n".encode("utf-16-le"),
+            [],
+            "lines.txt is not text in UTF-8: it has a byte 0 at 1, as",
+        ),
+        (b"a\nb\n", ["--seed", "-1"], "--seed is -1; give 0 or more"),
+        (b"a\nb\n", ["--seed", "4294967296"], r"--seed is 4294967296; give less than 2\^32"),
+        (b"a\nb\n", ["--out", __file__], "--out is .*test_embeddings.py, a file; give a folder"),
         (b" \n\n", [], "lines.txt has no line of text; give"),
         (b"a\n\xff\n", [], "lines.txt is not UTF-8 at byte 2"),
         (b"a\nb\na\n", ["--clusters", "3"], "--clusters is 3, but .* has 2 different lines"),

@@ -217,6 +217,47 @@ def test_a_pretrained_encoder_is_where_every_seed_starts(reviews, encoder):
     assert problem.train[0][0][0] == 2  # [CLS]
 
 
+def test_an_adapter_starts_as_the_encoder_with_a_head_of_its_own(reviews, encoder):
+    folder, _ = encoder
+    options = sentiment.Config(pretrained=folder, seeds=2, buckets=1, lora_rank=2)
+    problem = sentiment.Sentiment(options)
+    states = problem.create_states()
+    whole = sentiment.Sentiment(dataclasses.replace(options, lora_rank=0))
+    same = whole.create_states()
+    for one, other in zip(
+        jax.tree.leaves(states.params["head"]), jax.tree.leaves(same.params["head"]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert "embedding" not in states.params
+    a = states.params["stack"]["layer_0"]["attention"]["query"]["kernel"]["lora_a"]
+    assert a.shape == (2, 8, 2) and (a[0] != a[1]).any()
+    # 2 (8 + 8) for each of four kernels of attention and of two of the MLP, 18 of the head.
+    assert "trained: 210 of" in problem.prepare(None, 0, states)
+    batch = problem.eval_batches[0]
+    losses = [
+        each.eval_step()(own, batch)["loss"] for each, own in ((problem, states), (whole, same))
+    ]
+    np.testing.assert_allclose(losses[0].total, losses[1].total, rtol=1e-6)
+    sentences = reviews.validation
+    np.testing.assert_allclose(
+        problem.probabilities(states, sentences), whole.probabilities(same, sentences), atol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_an_adapter_is_fine_tuned(reviews, encoder, tmp_path):
+    result = judge(
+        tmp_path / "run",
+        pretrained=encoder[0],
+        executor="jit",
+        lora_rank=2,
+        average_decay=0.9,
+        seeds=2,
+    )
+    assert result["parameters"] == 210 and 0 < result["trained_share"] < 1
+    assert result["network_parameters"] * result["trained_share"] == pytest.approx(210)
+
+
 @pytest.mark.slow
 def test_a_pretrained_encoder_is_fine_tuned(reviews, encoder, tmp_path):
     result = judge(tmp_path / "run", pretrained=encoder[0], executor="jit")
@@ -301,6 +342,7 @@ def test_the_most_confident_mistakes_come_first():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"lora_rank": 4}, "--lora-rank is 4, but nothing is pretrained; give"),
         ({"word_dropout": 1.0}, r"--word-dropout is 1.0; give a number in \[0, 1\)"),
         ({"dropout": 1.0}, "dropout rate 1.0"),
         ({"min_count": 10_000}, "none of the 7 words of the texts occurs 10000 times"),
