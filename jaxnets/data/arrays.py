@@ -124,7 +124,18 @@ def pad_batch(batch: Batch, batch_size: int) -> Arrays:
 
 
 def pad_arrays(arrays: Arrays, batch_size: int) -> Arrays:
-    """`pad_batch` for arrays that are checked already."""
+    """Pad arrays that are checked already, see `pad_batch`.
+
+    Args:
+        arrays: [examples, ...].
+        batch_size: number of examples afterwards.
+
+    Returns:
+        The arrays and float32 "weights", [batch_size], 0 for padding.
+
+    Raises:
+        ValueError: more examples than `batch_size`.
+    """
     num_examples = len(next(iter(arrays.values())))
     if num_examples > batch_size:
         raise ValueError(
@@ -143,7 +154,14 @@ def pad_arrays(arrays: Arrays, batch_size: int) -> Arrays:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError for a negative seed, which NumPy's generators reject."""
+    """Check that a seed is not negative; NumPy's generators reject such seeds.
+
+    Args:
+        seed: an integer.
+
+    Raises:
+        ValueError: it is negative.
+    """
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; give a seed of 0 or more")
 

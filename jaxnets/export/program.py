@@ -281,6 +281,9 @@ class Program:
         Args:
             inputs: as in the export, of any size where it was symbolic.
 
+        Returns:
+            What the network returns.
+
         Raises:
             ValueError: an input of another shape or size, or several functions.
         """

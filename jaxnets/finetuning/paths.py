@@ -16,7 +16,14 @@ STACKED = r"(^|/)layers/"
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their paths, such as "stack/layer_0/attention_norm/scale"."""
+    """Return the leaves of a tree by their paths.
+
+    Args:
+        tree: nested dicts of arrays; an `Int8Array` is one leaf.
+
+    Returns:
+        {"stack/layer_0/attention_norm/scale": leaf}.
+    """
     pairs, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, Int8Array)
     )
@@ -53,7 +60,13 @@ def matching(tree: Any, pattern: str, *, what: str) -> dict[str, Any]:
 
 
 def insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Put a value into nested dicts, which are made where they are missing."""
+    """Put a value into nested dicts, which are made where they are missing.
+
+    Args:
+        tree: changed in place.
+        path: names with slashes.
+        value: replaces one that is there.
+    """
     *parents, name = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})

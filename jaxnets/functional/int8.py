@@ -50,7 +50,14 @@ class Int8Array:
         return int(self.values.nbytes + self.scale.nbytes)
 
     def astype(self, dtype: Any) -> jax.Array:
-        """Return the array of floats, multiplied in float32 and then converted."""
+        """Return the array of floats, multiplied in float32 and then converted.
+
+        Args:
+            dtype: floating.
+
+        Returns:
+            [...], the shape of `values`.
+        """
         grouped = _grouped(self.values, self.axis, self.scale.shape[self.axis])
         scale = jnp.expand_dims(self.scale, self.axis)
         return (grouped.astype(jnp.float32) * scale).reshape(self.shape).astype(dtype)
@@ -114,7 +121,15 @@ def quantize_int8_array(
 
 
 def cast_kernel(kernel: Any, dtype: Any) -> Any:
-    """Convert a kernel for `linear`, which converts an `Int8Array` itself, where it multiplies."""
+    """Convert a kernel for `linear`, which converts an `Int8Array` itself, where it multiplies.
+
+    Args:
+        kernel: [channels, features], or an `Int8Array`.
+        dtype: of the arithmetic.
+
+    Returns:
+        The kernel in that dtype; an `Int8Array` as it is.
+    """
     return kernel if isinstance(kernel, Int8Array) else kernel.astype(dtype)
 
 

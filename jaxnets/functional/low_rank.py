@@ -59,7 +59,14 @@ class LowRankKernel:
         return self.a * self.scale[..., None, :]
 
     def astype(self, dtype: Any) -> LowRankKernel:
-        """Convert the factors."""
+        """Convert the base, the factors and the scales.
+
+        Args:
+            dtype: of the arithmetic; a base in int8 stays so.
+
+        Returns:
+            The kernel, still in factors.
+        """
         columns = None if self.columns is None else self.columns.astype(dtype)
         return LowRankKernel(
             base=cast_kernel(self.base, dtype),
@@ -70,7 +77,11 @@ class LowRankKernel:
         )
 
     def merged(self) -> jax.Array:
-        """Return the kernel as an array, in float32 or wider."""
+        """Return the kernel as an array.
+
+        Returns:
+            [..., channels, features], in float32 or wider.
+        """
         wide = jax.tree.map(at_least_float32, dataclasses.replace(self, base=None))
         update = wide.scaled_a @ wide.b
         kernel = self.base.astype(update.dtype) + update

@@ -96,7 +96,18 @@ class SpectralNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Apply the layer with its normalized kernel: [batch, ...] to [batch, ..., features]."""
+        """Apply the layer with its normalized kernel.
+
+        Args:
+            x: input of the layer, [batch, ...].
+            train: advance the power iteration.
+
+        Returns:
+            [batch, ..., features], in the compute dtype.
+
+        Raises:
+            ValueError: the layer has other parameters than one kernel.
+        """
         y, policy = self.layer(x), self.precision
         kernels = jax.tree.leaves(self.layer.variables["params"])
         if len(kernels) != 1:

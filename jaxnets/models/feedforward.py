@@ -71,9 +71,15 @@ class MLP(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Flatten [batch, ...] and map it to [batch, num_outputs]; records "features".
+        """Map flattened inputs to [batch, num_outputs]; records "features".
 
-        `weights` [batch], 0 = padding, are for the batch norms in training.
+        Args:
+            inputs: [batch, ...], flattened to [batch, inputs].
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: inputs without a batch axis.
         """
         if inputs.ndim < 2:
             raise ValueError(
@@ -182,7 +188,15 @@ class MLPMixer(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, num_outputs]; records "features"."""
+        """Map images to [batch, num_outputs]; records "features".
+
+        Args:
+            inputs: [batch, height, width, channels].
+            train: training mode.
+
+        Raises:
+            ValueError: inputs of another rank, or patches that do not tile the images.
+        """
         check_rank(inputs, self, layouts=IMAGES)
         size, policy = self.patch_size, self.precision
         if any(side % size for side in inputs.shape[1:3]):

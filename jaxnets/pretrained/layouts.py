@@ -21,20 +21,35 @@ Array = Any
 
 
 class Layout(Protocol):
-    """An arrangement of tensors, invertible."""
+    """An arrangement of tensors, invertible.
+
+    Both directions take NumPy or JAX arrays, or abstract ones, and return the same kind.
+    """
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Map the tensors of a file to arrays of a network.
 
+        Args:
+            arrays: the tensors of one `Rule`, in the order of its sources.
+
+        Returns:
+            The arrays, in the order of its targets.
+
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes or a number of tensors that do not fit.
         """
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Map arrays of a network to the tensors of a file.
+        """Map arrays of a network to the tensors of a file, as the inverse of `from_file`.
+
+        Args:
+            arrays: in the order of the targets of a `Rule`.
+
+        Returns:
+            The tensors, in the order of its sources.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes or a number of arrays that do not fit.
         """
 
 
@@ -43,14 +58,21 @@ class AxisOrder(abc.ABC):
 
     @abc.abstractmethod
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """Return the axis of the file that each axis of the network is."""
+        """Return the axis of the file that each axis of the network is.
+
+        Args:
+            ndim: number of axes.
+
+        Raises:
+            ValueError: a number of axes that the layout does not have.
+        """
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Permute the axes of each tensor."""
         return [array.transpose(self.axes(array.ndim)) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Undo it."""
+        """Permute the axes of each array back."""
         return [
             array.transpose(tuple(int(axis) for axis in np.argsort(self.axes(array.ndim))))
             for array in arrays
@@ -67,7 +89,11 @@ class Transpose(AxisOrder):
     """
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """Return (1, 0)."""
+        """Return (1, 0).
+
+        Raises:
+            ValueError: not 2 axes.
+        """
         _check_rank(ndim, 2)
         return (1, 0)
 
@@ -82,7 +108,11 @@ class ConvolutionKernel(AxisOrder):
     """
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """Return (2, ..., 1, 0)."""
+        """Return (2, ..., 1, 0).
+
+        Raises:
+            ValueError: fewer than 3 axes.
+        """
         if ndim < 3:
             raise ValueError(f"{ndim} axes, and a convolution's kernel has 3 or more")
         return (*range(2, ndim), 1, 0)
@@ -105,7 +135,11 @@ class Split:
     axis: int = 0
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Split one tensor."""
+        """Split one tensor.
+
+        Raises:
+            ValueError: the axis does not have the size of the parts, or no equal ones.
+        """
         (array,) = arrays
         size = array.shape[self.axis]
         sizes = self.parts
@@ -145,7 +179,11 @@ class Join:
         return Split(self.parts, self.axis).to_file(arrays)
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Split the array."""
+        """Split the array.
+
+        Raises:
+            ValueError: the axis does not have the size of the parts, or no equal ones.
+        """
         return Split(self.parts, self.axis).from_file(arrays)
 
 
@@ -168,11 +206,15 @@ class Blocks:
     axis: int = 0
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Reorder the blocks of each tensor."""
+        """Reorder the blocks of each tensor.
+
+        Raises:
+            ValueError: the axis has no equal blocks.
+        """
         return [self._take(array, self.order) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Undo it."""
+        """Bring the blocks of each array to the order of the file."""
         inverse = [self.order.index(block) for block in range(len(self.order))]
         return [self._take(array, inverse) for array in arrays]
 
@@ -200,7 +242,11 @@ class RotaryPairs:
     axis: int = 0
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Bring each tensor to halves."""
+        """Bring each tensor to halves.
+
+        Raises:
+            ValueError: the axis has not an even number of outputs for each head.
+        """
         return [self._swap(array, (-1, 2)) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
@@ -263,7 +309,11 @@ class PatchKernel:
     window: tuple[int, ...]
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Flatten each kernel."""
+        """Flatten each kernel.
+
+        Raises:
+            ValueError: another window, or fewer than 3 axes.
+        """
         results = []
         for array in ConvolutionKernel().from_file(arrays):
             if array.shape[:-2] != self.window:
@@ -272,7 +322,7 @@ class PatchKernel:
         return results
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Undo it."""
+        """Bring each dense kernel to that of a convolution."""
         kernels = [array.reshape(*self.window, -1, array.shape[-1]) for array in arrays]
         return ConvolutionKernel().to_file(kernels)
 
@@ -294,12 +344,16 @@ class ChannelsFirstRows:
     size: tuple[int, ...]
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Reorder the first axis of each array."""
+        """Reorder the first axis of each array.
+
+        Raises:
+            ValueError: it does not have the size of the image.
+        """
         *window, channels = self.size
         return [self._swap(array, (channels, math.prod(window))) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Undo it."""
+        """Reorder the first axis of each array back."""
         *window, channels = self.size
         return [self._swap(array, (math.prod(window), channels)) for array in arrays]
 
@@ -343,7 +397,11 @@ class Sum:
     count: int = 2
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
-        """Add the tensors."""
+        """Add the tensors.
+
+        Raises:
+            ValueError: they differ in shape.
+        """
         if len({array.shape for array in arrays}) != 1:
             raise ValueError(f"shapes {[array.shape for array in arrays]} cannot be added")
         return [sum(arrays[1:], start=arrays[0])]

@@ -54,6 +54,9 @@ def module_to_json(module: nn.Module, variables: Any) -> dict[str, Any]:
 def encode_module(module: nn.Module) -> dict[str, Any]:
     """Return a network as JSON values: its class and its fields, in nested objects.
 
+    Args:
+        module: a network of this library.
+
     Raises:
         ValueError: a class or a field that JSON cannot hold, such as a function.
     """
@@ -73,6 +76,9 @@ def read_module(config: Config, fields: Mapping[str, Any]) -> tuple[nn.Module, A
     Args:
         config: as `module_to_json` wrote it.
         fields: override those of the network and of its `config`, on which no array depends.
+
+    Returns:
+        The network, and shape and dtype of each of its variables, in nested dicts.
 
     Raises:
         ValueError: another field; damaged, or of a network that this version does not have.
@@ -113,7 +119,11 @@ def read_module(config: Config, fields: Mapping[str, Any]) -> tuple[nn.Module, A
 
 
 def own_rules(paths: Iterable[str]) -> list[Rule]:
-    """Return the table of the layout "jaxnets": dots instead of slashes, layers one by one."""
+    """Return the table of the layout "jaxnets": dots instead of slashes, layers one by one.
+
+    Args:
+        paths: of the arrays.
+    """
     return [Rule(path.replace("/", "."), path) for path in paths]
 
 

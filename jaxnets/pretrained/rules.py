@@ -62,7 +62,14 @@ class Rule:
         return (self.target,) if isinstance(self.target, str) else self.target
 
     def expand(self, bindings: Bindings) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names and the paths for some numbers."""
+        """Return the names and the paths for some numbers.
+
+        Args:
+            bindings: (name of a placeholder, number) of each.
+
+        Returns:
+            The names of the tensors and the paths of the arrays.
+        """
         numbers = dict(bindings)
         return (
             tuple(_fill(pattern, numbers) for pattern in self.sources),
@@ -85,14 +92,34 @@ class Assignment:
     layout: tuple[Layout, ...]
 
     def from_file(self, tensors: Sequence[Any]) -> list[Any]:
-        """Arrange tensors as the network has them."""
+        """Arrange tensors as the network has them.
+
+        Args:
+            tensors: one for each of `names`.
+
+        Returns:
+            An array for each of `paths`.
+
+        Raises:
+            ValueError: shapes that do not fit the layout.
+        """
         arrays = list(tensors)
         for layout in self.layout:
             arrays = layout.from_file(arrays)
         return arrays
 
     def to_file(self, arrays: Sequence[Any]) -> list[Any]:
-        """Arrange arrays as the file has them."""
+        """Arrange arrays as the file has them.
+
+        Args:
+            arrays: one for each of `paths`.
+
+        Returns:
+            A tensor for each of `names`.
+
+        Raises:
+            ValueError: shapes that do not fit the layout.
+        """
         tensors = list(arrays)
         for layout in reversed(self.layout):
             tensors = layout.to_file(tensors)
@@ -170,13 +197,25 @@ def variable_leaves(variables: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def flatten_paths(tree: Any) -> dict[str, Any]:
-    """Return the leaves of nested dicts by paths with slashes."""
+    """Return the leaves of nested dicts by paths with slashes.
+
+    Args:
+        tree: nested dicts.
+
+    Returns:
+        {"params/head/kernel": leaf}.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def check_shapes(plan: Plan, tensors: Tensors, leaves: Leaves) -> None:
     """Check that every tensor fits its array, without reading data.
+
+    Args:
+        plan: of these tensors and arrays.
+        tensors: of the file.
+        leaves: shape and dtype of each array by its path.
 
     Raises:
         ValueError: another shape, or integers for a floating-point array; the message names the
@@ -189,7 +228,10 @@ def check_shapes(plan: Plan, tensors: Tensors, leaves: Leaves) -> None:
 
 
 def without_misfits(plan: Plan, tensors: Tensors, leaves: Leaves) -> Plan:
-    """Return the plan with arrays whose tensors do not fit among the missing ones."""
+    """Return the plan with arrays whose tensors do not fit among the missing ones.
+
+    The arguments are those of `check_shapes`; the tensors that do not fit are unused.
+    """
     fits, missing, unused = [], dict(plan.missing), list(plan.unused)
     for one in plan.assignments:
         if _misfit(one, tensors, leaves):
@@ -240,6 +282,10 @@ def read_variables(
 
     Returns:
         {path: array}, of a scanned stack the whole array.
+
+    Raises:
+        ValueError: damaged data; the message names the file.
+        OSError: the file cannot be read, or was changed since it was opened.
     """
     sources = {
         path: (one, index) for one in plan.assignments for index, path in enumerate(one.paths)
@@ -317,6 +363,9 @@ def file_assignments(rules: Iterable[Rule], paths: Iterable[str]) -> Plan:
     Args:
         rules: the table; the first rule that fits an array counts.
         paths: of the arrays.
+
+    Returns:
+        A plan whose `missing` are the arrays that no rule fits, and without unused tensors.
     """
     paths = dict.fromkeys(paths)
     names: dict[str, None] = {}
@@ -335,7 +384,11 @@ def file_assignments(rules: Iterable[Rule], paths: Iterable[str]) -> Plan:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Return what is missing and left over, as text; empty if nothing is."""
+    """Return what is missing and left over, as text; empty if nothing is.
+
+    Args:
+        plan: as of `make_plan`. Of many names the first eight are shown.
+    """
     parts = []
     if plan.missing:
         wanted = [
@@ -350,7 +403,16 @@ def describe_plan(plan: Plan) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Return whether a name fits a pattern."""
+    """Return whether a name fits a pattern.
+
+    Args:
+        pattern: a source or target of a `Rule`, such as "h.{layer}.weight".
+        name: of a tensor, or the path of an array.
+
+    Example:
+        >>> matches("h.{layer}.weight", "h.11.weight"), matches("h.{layer}.weight", "h.x.weight")
+        (True, False)
+    """
     return _regex(pattern).fullmatch(name) is not None
 
 
@@ -390,7 +452,16 @@ def _fill(pattern: str, numbers: Mapping[str, int]) -> str:
 
 
 def layer_paths(path: str, shape: tuple[int, ...]) -> list[str]:
-    """Return the paths of the layers of a stacked array, or the path itself."""
+    """Return the paths of the layers of a stacked array, or the path itself.
+
+    Args:
+        path: of an array; "layers" in it stands for the layers of a scanned stack.
+        shape: of the array, [layers, ...] if it is stacked.
+
+    Example:
+        >>> layer_paths("params/layers/bias", (2, 5))
+        ['params/layer_0/bias', 'params/layer_1/bias']
+    """
     parts = path.split("/")
     if "layers" not in parts:
         return [path]

@@ -37,6 +37,10 @@ def errors_named(path: Path, what: str) -> Iterator[None]:
     Args:
         path: the file.
         what: what it should be, such as "a zip archive".
+
+    Raises:
+        ValueError: in place of the error of the reader, which is its cause. A ValueError or OSError
+            that names the file already stays as it is.
     """
     try:
         yield
@@ -61,11 +65,30 @@ class ByteRange(Protocol):
         """Number of bytes."""
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """Return `size` bytes from `offset` as a new array of uint8."""
+        """Return a part of the bytes.
+
+        Args:
+            offset: of the first byte, from the start of the range.
+            size: number of bytes.
+
+        Returns:
+            A new array of uint8, [size].
+
+        Raises:
+            ValueError: the bytes do not lie within the range, or the file is damaged.
+            OSError: the file cannot be read, or was changed since it was opened.
+        """
 
 
 def aligned_bytes(size: int) -> np.ndarray:
-    """Return an array of bytes whose address XLA takes without a copy; its values are arbitrary."""
+    """Return an array of bytes whose address XLA takes without a copy; its values are arbitrary.
+
+    Args:
+        size: number of bytes.
+
+    Returns:
+        uint8, [size].
+    """
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size]
@@ -91,6 +114,9 @@ class FileRange:
     def of(cls, path: Path) -> FileRange:
         """Return the range of a whole file.
 
+        Args:
+            path: the file.
+
         Raises:
             ValueError: not a regular file.
             OSError: it cannot be read.
@@ -103,6 +129,10 @@ class FileRange:
     def part(self, start: int, size: int) -> FileRange:
         """Return a range within this one.
 
+        Args:
+            start: its first byte, from the start of this range.
+            size: number of bytes.
+
         Raises:
             ValueError: it does not lie within this one.
         """
@@ -113,6 +143,9 @@ class FileRange:
 
     def open(self) -> IO[bytes]:
         """Open the file at the start of the range.
+
+        Returns:
+            An unbuffered stream, which the caller closes.
 
         Raises:
             OSError: it cannot be read, or was changed since it was first opened.
@@ -126,7 +159,12 @@ class FileRange:
         return stream
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """Return `size` bytes from `offset` as a new array of uint8."""
+        """Return `size` bytes from `offset` as a new array of uint8.
+
+        Raises:
+            ValueError: they do not lie within the range.
+            OSError: the file cannot be read, ends early, or was changed since it was first opened.
+        """
         part = self.part(offset, size)
         data = aligned_bytes(size)
         view, position = data.data, 0
@@ -139,7 +177,11 @@ class FileRange:
         return data
 
     def chunks(self) -> Iterator[bytes]:
-        """Iterate over the bytes, at most 1 MiB at a time."""
+        """Iterate over the bytes, at most 1 MiB at a time.
+
+        Raises:
+            OSError: as `read` does.
+        """
         for offset in range(0, self.size, _CHUNK_BYTES):
             yield self.read(offset, min(_CHUNK_BYTES, self.size - offset)).tobytes()
 
@@ -147,7 +189,12 @@ class FileRange:
 class Cursor:
     """Reads values one after another and never past the end of a range.
 
+    Args:
+        data: the bytes, or a range of a file, which is read in pieces of 1 MiB or more.
+        path: the file, for errors.
+
     Attributes:
+        size: number of bytes in all.
         position: bytes read so far.
     """
 
@@ -158,7 +205,10 @@ class Cursor:
         self._buffer, self._start = (data, 0) if isinstance(data, bytes) else (b"", 0)
 
     def take(self, size: int) -> bytes:
-        """Return the next `size` bytes.
+        """Return the next bytes.
+
+        Args:
+            size: number of bytes.
 
         Raises:
             ValueError: there are fewer.
@@ -176,14 +226,24 @@ class Cursor:
         return self._buffer[begin : begin + size]
 
     def unpack(self, layout: str) -> int:
-        """Return the next integer, whose type is that of the module `struct`."""
+        """Return the next integer.
+
+        Args:
+            layout: type and byte order, as in the module `struct`, such as "<Q".
+
+        Raises:
+            ValueError: too few bytes are left.
+        """
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
     def text(self, size: int) -> str:
-        """Return the next `size` bytes as text.
+        """Return the next bytes as text.
+
+        Args:
+            size: number of bytes.
 
         Raises:
-            ValueError: they are not UTF-8.
+            ValueError: there are fewer, or they are not UTF-8.
         """
         try:
             return self.take(size).decode()
@@ -191,10 +251,13 @@ class Cursor:
             raise damaged(self._path, "a name is not UTF-8") from error
 
     def line(self, most: int) -> bytes:
-        """Return the bytes up to the next newline, at most `most`, without it.
+        """Return the bytes up to the next newline, without it.
+
+        Args:
+            most: bound on the number of bytes, the newline included.
 
         Raises:
-            ValueError: there is no newline.
+            ValueError: there is no newline among them.
         """
         start = self.position
         line = self.take(min(most, self.size - start))

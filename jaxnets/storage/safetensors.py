@@ -126,6 +126,12 @@ def _dtype(name: str, arrays: Mapping[str, Any]) -> np.dtype[Any]:
 def read_safetensors(path: Path) -> Tensors:
     """Open a safetensors file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors, whose data are read when asked, and the texts of the header as metadata.
+
     Raises:
         ValueError: damaged, or a type that is not read; the message names the file.
         OSError: it cannot be read.

@@ -30,7 +30,7 @@ class TensorSpec:
         dtype: of the array; those of `ml_dtypes` for bfloat16 and float8.
         stored: type in the file, in its own words, such as "BF16" or "Q4_K".
         path: the file.
-        read: read some slices of the data.
+        read: slices of the leading axes -> that part as an array; () reads all of it.
     """
 
     shape: tuple[int, ...]
@@ -143,8 +143,11 @@ class Strided:
     def check(self, name: str) -> None:
         """Check that every element lies within the bytes.
 
+        Args:
+            name: of the tensor, for the error.
+
         Raises:
-            ValueError: it does not; the message names the tensor and the file.
+            ValueError: one does not; the message names the tensor and the file.
         """
         path = self.data.path
         check_shape(path, name, self.shape, self.dtype.itemsize)
@@ -156,12 +159,31 @@ class Strided:
             raise damaged(path, f"{name!r} ends at byte {end} of {self.data.size} that hold it")
 
     def spec(self, name: str, stored: str) -> TensorSpec:
-        """Return the tensor, checked."""
+        """Return the tensor, checked.
+
+        Args:
+            name: of the tensor, for errors.
+            stored: its type in the file, see `TensorSpec`.
+
+        Raises:
+            ValueError: an element lies outside of the bytes.
+        """
         self.check(name)
         return TensorSpec(self.shape, self.dtype, stored, self.data.path, self.read)
 
     def read(self, index: Index) -> np.ndarray:
-        """Read some slices of the elements."""
+        """Read some slices of the elements.
+
+        Args:
+            index: slices of the leading axes; () reads all.
+
+        Returns:
+            A new array in the byte order of this machine; read-only where elements share memory.
+
+        Raises:
+            ValueError: a boolean that is neither 0 nor 1, or damaged data.
+            OSError: the file cannot be read, or was changed since it was opened.
+        """
         shape, strides, offset = list(self.shape), list(self.strides), self.offset
         for axis, one in enumerate(index):
             start, stop, step = one.indices(self.shape[axis])
@@ -198,12 +220,32 @@ class Strided:
 def contiguous(
     data: ByteRange, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], **options: Any
 ) -> Strided:
-    """Return elements that follow each other in row-major order."""
+    """Return elements that follow each other in row-major order.
+
+    Args:
+        data: the bytes.
+        offset: bytes before the first element.
+        shape: of the array.
+        dtype: of an element.
+        options: further fields of `Strided`.
+    """
     return Strided(data, offset, shape, row_major(shape, dtype.itemsize), dtype, **options)
 
 
 def row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Return the strides of the row-major order, in bytes."""
+    """Return the strides of the row-major order.
+
+    Args:
+        shape: of the array.
+        itemsize: bytes of an element.
+
+    Returns:
+        Bytes from one element to the next, of each axis.
+
+    Example:
+        >>> row_major((2, 3, 5), itemsize=4)
+        (60, 20, 4)
+    """
     sizes = itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=itemsize)
     return tuple(sizes)[::-1][: len(shape)] if shape else ()
 
@@ -211,8 +253,14 @@ def row_major(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 def check_shape(path: Path, name: str, shape: Sequence[int], itemsize: int) -> None:
     """Check that an array can have this shape.
 
+    Args:
+        path: the file, for the error.
+        name: of the tensor, for the error.
+        shape: of the array.
+        itemsize: bytes of an element.
+
     Raises:
-        ValueError: a negative size, too many axes, or more elements than a machine can address.
+        ValueError: a negative size, more than 32 axes, or more than 2^62 bytes.
     """
     # As NumPy does, sizes of 0 do not make up for the others.
     product = math.prod(max(size, 1) for size in shape) if len(shape) <= _MOST_AXES else 0
@@ -233,7 +281,11 @@ def _extent(
 
 
 def whole(read: Callable[[], np.ndarray]) -> Callable[[Index], np.ndarray]:
-    """Return the reader of slices of a tensor that is read whole."""
+    """Return the reader of slices of a tensor that is read whole.
+
+    Args:
+        read: returns the whole tensor.
+    """
     return lambda index: read()[index] if index else read()
 
 

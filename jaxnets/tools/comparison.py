@@ -25,6 +25,9 @@ def show_number(value: float, unit: str, *, sign: str = "") -> str:
         unit: "%" or any other.
         sign: "+" also prints the sign of positive numbers.
 
+    Returns:
+        Two decimals of a percentage, four digits of any other number.
+
     Example:
         >>> show_number(0.9926, "%"), show_number(1.88972, "nats", sign="+")
         ('99.26%', '+1.89')
@@ -139,6 +142,9 @@ def read_run(folder: str | Path) -> Run:
 
     Args:
         folder: contains a `result.json`, see `jaxnets.tools.results`.
+
+    Returns:
+        The run; networks that diverged have no value in it, but a note.
 
     Raises:
         ValueError: the file does not exist, or is not the result of a run; the message has the

@@ -34,6 +34,12 @@ class Result(TypedDict):
         parameters: number of parameters of one network.
         train_seconds: of the training of all networks; the other times are parts of it, or of the
             final evaluation.
+        compile_seconds: of the first call, which compiles.
+        step_seconds: of the later calls, without evaluation, checkpoints and batches.
+        evaluation_seconds: of the evaluations during the training.
+        checkpoints_seconds: of saving.
+        batches_seconds: of waiting for batches.
+        measure_seconds: of the final evaluation.
         command: that repeats the run.
         notes: sentences on what to compare the value with.
         captions: {name of a picture, without its suffix: sentence}.
@@ -82,6 +88,9 @@ def make_result(
         details: further entries, such as parameters=21_482, command="python train.py",
             model="convnet", notes=["published: 99.2%"], captions={"kernels": "first layer"}, or
             any of your own.
+
+    Returns:
+        The entries of `Result`, numbers rounded to 6 decimals and times to 0.01 s.
 
     Raises:
         ValueError: no value, or more than one axis.
@@ -161,6 +170,9 @@ def read_result(folder: str | os.PathLike[str]) -> Result:
     Args:
         folder: of the run.
 
+    Returns:
+        Its content, checked.
+
     Raises:
         ValueError: it has no `result.json`, or one that is not the result of a run; the message
             has the file and the line.
@@ -183,7 +195,11 @@ def read_result(folder: str | os.PathLike[str]) -> Result:
 
 
 def diverged(values: Sequence[float | None]) -> str | None:
-    """Return a sentence on networks without a value, None if all have one."""
+    """Return a sentence on networks without a value, None if all have one.
+
+    Args:
+        values: one per seed, None for a network that diverged.
+    """
     lost = sum(value is None for value in values)
     if not lost:
         return None

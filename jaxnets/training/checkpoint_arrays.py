@@ -25,7 +25,11 @@ def is_key(leaf: Any) -> bool:
 
 
 def key_data(leaf: Any) -> Any:
-    """Return the numbers of random keys, and other arrays as they are."""
+    """Return the uint32 data of random keys, and other arrays as they are.
+
+    Args:
+        leaf: an array.
+    """
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
@@ -61,7 +65,15 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def write_arrays(payload: Path, leaves: Mapping[str, Any]) -> None:
-    """Write {path: array} into a new folder."""
+    """Write arrays into a new folder.
+
+    Args:
+        payload: the folder, which does not exist.
+        leaves: {path in the state: array}.
+
+    Raises:
+        OSError, ValueError: the disk is full or not writable, as Orbax says it.
+    """
     import orbax.checkpoint as ocp
 
     # Orbax does not accept arrays without elements; the manifest has their shape and dtype.
@@ -89,8 +101,12 @@ def read_arrays(folder: Path, manifest: Manifest, template: Any, targets: Mappin
         template: pytree of the arrays to read.
         targets: its leaves by their paths.
 
+    Returns:
+        The pytree, with arrays of the template's dtypes.
+
     Raises:
         CheckpointError: the files do not have the arrays of the manifest.
+        ValueError: values that the template's dtype cannot hold.
     """
     import orbax.checkpoint as ocp
 

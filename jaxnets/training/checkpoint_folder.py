@@ -44,7 +44,15 @@ class Leaf(TypedDict):
 
 
 class Summary(TypedDict):
-    """What `History.summary` returns."""
+    """What `History.summary` returns.
+
+    Attributes:
+        sums: {metric: [total, count]}, of a population one of each for every member.
+        step: the last one, None before the first.
+        seconds: of the training, without the first call.
+        first_call_seconds: of the first call, which compiles.
+        spent: {what: seconds of it}, such as of evaluation.
+    """
 
     sums: dict[str, list[float | list[float]]]
     step: int | None
@@ -54,7 +62,11 @@ class Summary(TypedDict):
 
 
 class WholeHistory(Summary):
-    """What `History.to_json` returns."""
+    """What `History.to_json` returns: a summary and its rows.
+
+    Attributes:
+        rows: one for each logged step.
+    """
 
     rows: list[row_files.Row]
 
@@ -84,12 +96,24 @@ class Manifest(TypedDict):
 
 
 def folder_of(directory: str | os.PathLike[str], step: int) -> Path:
-    """Return the folder of the checkpoint of a step."""
+    """Return the folder of the checkpoint of a step, an absolute path.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: of the checkpoint.
+    """
     return Path(directory).absolute() / f"step_{step:08d}"
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """See `checkpoint.all_steps`."""
+    """Return the steps that have a checkpoint, in order; see `checkpoint.all_steps`.
+
+    Args:
+        directory: of the run's checkpoints.
+
+    Raises:
+        CheckpointError: a folder was renamed, or lost its manifest.
+    """
     steps = []
     for folder in directory.glob("step_*") if directory.is_dir() else ():
         match = _FOLDER.fullmatch(folder.name)
@@ -109,7 +133,14 @@ def complete_steps(directory: Path) -> list[int]:
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of a save; unless it has a checkpoint already, mark it as unfinished."""
+    """Make the folder of a save; unless it has a checkpoint already, mark it as unfinished.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
     folder.mkdir(exist_ok=True)
     if not _is_complete(folder):
         (folder / _UNFINISHED).touch()
@@ -150,7 +181,15 @@ def remove(folder: Path) -> None:
 
 
 def digest(path: Path, *, sync: bool = False) -> str:
-    """Return the sha256 of a file; with `sync` after it has reached the disk."""
+    """Return the sha256 of a file in hexadecimal digits.
+
+    Args:
+        path: the file.
+        sync: wait until it has reached the disk.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -158,7 +197,15 @@ def digest(path: Path, *, sync: bool = False) -> str:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest atomically: from then on the folder is a checkpoint."""
+    """Write the manifest atomically: from then on the folder is a checkpoint.
+
+    Args:
+        folder: of the checkpoint, with all of its files.
+        content: the entries of `Manifest`, without the format.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     body = json.dumps({"format": _FORMAT, **content})
     temporary = folder / _UNFINISHED
     with temporary.open("w") as file:
@@ -175,6 +222,9 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 def load_manifest(folder: Path) -> Manifest:
     """Read a manifest, without a look at the files that it names.
+
+    Args:
+        folder: of the checkpoint.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -234,7 +284,15 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a manifest, and check every file of its folder; raises as `load_manifest` does."""
+    """Read a manifest, and check every file of its folder.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing or damaged.
+        ValueError: a later version of this library wrote it.
+    """
     manifest = load_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -248,7 +306,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_history(content: Any) -> TypeGuard[WholeHistory]:
-    """Return whether metadata are a history, as of format 1, and not something of the user's."""
+    """Return whether metadata are a history, as of format 1, and not something of the user's.
+
+    Args:
+        content: any JSON value.
+    """
     if not isinstance(content, dict):
         return False
     try:

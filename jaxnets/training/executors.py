@@ -136,12 +136,29 @@ def check_on_non_finite(on_non_finite: str) -> None:
 
 
 def newest_step(state: TrainState, on_non_finite: str) -> jax.Array | None:
-    """Return the step of the members that are not frozen; None where none can be."""
+    """Return the step of the members that are not frozen; None where none can be.
+
+    Args:
+        state: of all members, with a leading axis.
+        on_non_finite: "stop" or "freeze".
+    """
     return jnp.max(state.step) if on_non_finite == "freeze" else None
 
 
 def member_step(step: StepFn, newest: jax.Array | None, axis_name: str | None = None) -> MemberStep:
-    """Return the step of one member, which freezes it unless `newest` is None."""
+    """Return the step of one member, which freezes it unless `newest` is None.
+
+    A member that a call makes NaN or infinite stays as it was before that call, in later calls too,
+    because its step falls behind `newest`. The metric "frozen" counts it; its other metrics are 0.
+
+    Args:
+        step: of one network.
+        newest: see `newest_step`.
+        axis_name: mapped axis over which the batch is split, if any.
+
+    Raises:
+        ValueError: (when traced) a metric of the step is named "frozen".
+    """
 
     def advance(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         after, metrics = _call(step, state, batch, axis_name)
@@ -164,7 +181,17 @@ def member_step(step: StepFn, newest: jax.Array | None, axis_name: str | None = 
 def map_members(
     member: MemberStep, state: TrainState, batch: Batch, *, shared_batch: bool
 ) -> tuple[TrainState, Metrics]:
-    """Call the step of a member sequentially for each of them."""
+    """Call the step of a member sequentially for each of them.
+
+    Args:
+        member: the step of one of them.
+        state: of all members, with a leading axis.
+        batch: of all members, or one with a leading axis of members.
+        shared_batch: whether the batch is that of all.
+
+    Returns:
+        The states and the metrics, with a leading axis of members.
+    """
     if shared_batch:
         return jax.lax.map(lambda state: member(state, batch), state)
     return jax.lax.map(lambda pair: member(*pair), (state, dict(batch)))

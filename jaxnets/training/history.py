@@ -127,12 +127,23 @@ class History:
         self.settle(until=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Flush, and return everything that a resumed run needs, exactly, for JSON."""
+        """Flush, and return everything that a resumed run needs, exactly, for JSON.
+
+        Returns:
+            Rows, sums, step, and times in seconds: the argument of `from_json`.
+
+        Raises:
+            NonFiniteError: the total of a metric is NaN or infinite.
+        """
         summary = self.summary()
         return {"rows": list(self.rows), **summary}
 
     def summary(self) -> dict[str, Any]:
-        """Flush, and return what `to_json` does without the rows, which grow with the run."""
+        """Flush, and return what `to_json` does without the rows, which grow with the run.
+
+        Raises:
+            NonFiniteError: the total of a metric is NaN or infinite.
+        """
         self.flush()
         return {
             "sums": {
@@ -146,13 +157,21 @@ class History:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> History:
-        """Build a history from the result of `to_json`."""
+        """Build a history from the result of `to_json`.
+
+        Args:
+            content: rows and sums; step and times are optional.
+        """
         sums = {name: _double(total, count) for name, (total, count) in content["sums"].items()}
         known = {name: content[name] for name in _KEPT if name in content}
         return cls(rows=list(content["rows"]), sums=sums, **known)
 
     def begin(self, step: int, writers: Sequence[Writer]) -> None:
         """Start or continue a run at `step`; called by `fit`.
+
+        Args:
+            step: of the state.
+            writers: get each row as it is added.
 
         Raises:
             ValueError: the history ends at another step.
@@ -175,11 +194,26 @@ class History:
     def append(
         self, first: int, last: int, metrics: Metrics, values: Mapping[str, Any], *, logged: bool
     ) -> None:
-        """Queue the metrics of a call without waiting for them; called by `fit`."""
+        """Queue the metrics of a call without waiting for them; called by `fit`.
+
+        Args:
+            first: the first step of the call.
+            last: the last one, which may be the same.
+            metrics: sums of the call.
+            values: that hooks returned after it.
+            logged: whether they become a row.
+        """
         self._queue.append(_Call(first, last, metrics, values, logged))
 
     def settle(self, *, until: int | None) -> None:
-        """Fetch the queued calls up to step `until` (None: all), add them and write rows."""
+        """Fetch the queued calls, add them and write rows.
+
+        Args:
+            until: the last step to wait for; None waits for all.
+
+        Raises:
+            NonFiniteError: the total of a metric is NaN or infinite.
+        """
         while self._queue and (until is None or self._queue[0].last <= until):
             self._add(self._queue.popleft())
 
@@ -256,6 +290,9 @@ _KEPT = ("step", "seconds", "first_call_seconds", "spent")  # beside rows and su
 def sign(mode: Mode) -> float:
     """Return the factor that makes lower values of a metric better.
 
+    Args:
+        mode: "min" or "max".
+
     Raises:
         ValueError: the mode is another one.
     """
@@ -282,6 +319,13 @@ def rank(values: Mapping[int, Any], mode: Mode) -> list[int]:
 
     The value of a population is the mean of its members; those that are NaN, such as frozen ones,
     are left out.
+
+    Args:
+        values: numbers, or arrays [members].
+        mode: "min" or "max".
+
+    Raises:
+        ValueError: the mode is another one.
     """
     arrays = {step: np.asarray(value, np.float64) for step, value in values.items()}
     costs = [

@@ -211,13 +211,31 @@ class EarlyStopping:
         self._stale = 0
 
     def start(self, history: History, step: int) -> None:
-        """Initialize the count from the history."""
+        """Initialize the count from the history.
+
+        Args:
+            history: of the run so far.
+            step: at which it goes on.
+
+        Raises:
+            StopTraining: the run had stopped already.
+        """
         self._best, self._stale = np.inf, 0
         for value in history.column(self._metric)[1]:
             self._observe(value)
         self._check()
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Compare the metric with its best value.
+
+        Args:
+            step: completed steps.
+            state: not used.
+            metrics: those of the step and of earlier hooks.
+
+        Raises:
+            StopTraining: no improvement for `patience` evaluations.
+        """
         value = _read(metrics, self._metric)
         if value is not None:
             self._observe(value)
@@ -292,7 +310,16 @@ class Checkpointing:
         self._handlers: dict[int, Any] = {}
 
     def start(self, history: History, step: int) -> None:
-        """Check that the folder has no later checkpoint, and install the signal handlers."""
+        """Check that the folder has no later checkpoint, and install the signal handlers.
+
+        Args:
+            history: of the run, saved with each checkpoint.
+            step: at which the run starts.
+
+        Raises:
+            ValueError: an intact checkpoint of a later step.
+            CheckpointError: a folder was changed by hand.
+        """
         steps = checkpoint.verify_names(self._directory)
         for later in (s for s in steps if s > step):
             try:
@@ -313,6 +340,16 @@ class Checkpointing:
                     self._handlers[number] = signal.signal(number, self._listen)
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Note the value of the metric of `best`.
+
+        Args:
+            step: completed steps.
+            state: not used; `commit` saves it, after all hooks.
+            metrics: those of the step and of earlier hooks.
+
+        Raises:
+            Interrupted: a signal came during the step.
+        """
         value = None if self._best is None else _read(metrics, self._best[0])
         self._measured = value is not None
         if self._measured:
@@ -323,7 +360,17 @@ class Checkpointing:
             raise Interrupted(f"{name} at step {step}")
 
     def commit(self, step: int, state: Any, *, last: bool) -> None:
-        """Save a checkpoint if one is due."""
+        """Save a checkpoint if one is due; called by `fit` after all hooks.
+
+        Args:
+            step: completed steps.
+            state: the state after them.
+            last: whether the run ends here, so that one is due.
+
+        Raises:
+            NonFiniteError: a metric or the state to save is not finite.
+            CheckpointError: the disk is full or not writable, or a folder was changed by hand.
+        """
         due = last or step // self._every > self._step // self._every
         self._step = step
         if not (due or self._measured):

@@ -282,7 +282,16 @@ def evaluate(
 
 
 def means_of_sums(sums: Metrics, state: Any) -> dict[str, Any]:
-    """Return the means of `evaluate` from the result of `evaluate_sums`."""
+    """Return the means of `evaluate` from the result of `evaluate_sums`.
+
+    Args:
+        sums: by name.
+        state: the state, of a population with a leading axis.
+
+    Returns:
+        A float for each metric, a list of them for a population; an array for a metric that has
+        further axes.
+    """
     rank = np.ndim(state.step)
     means = {name: np.asarray(mean.compute()) for name, mean in sums.items()}
     return {name: mean.tolist() if mean.ndim == rank else mean for name, mean in means.items()}
@@ -393,7 +402,11 @@ def _describe(step: Callable[..., Any], state: Any, batch: Batch) -> str:
 
 
 def value_ranges(batch: Batch) -> str:
-    """Describe the values of each array of a batch, such as "labels from 1 to 10"."""
+    """Describe the values of each array of a batch, such as "labels from 1 to 10".
+
+    Args:
+        batch: arrays; those whose values are not known, as inside of a compiled step, are left out.
+    """
     parts = []
     for name, array in batch.items():
         dtype = getattr(array, "dtype", np.dtype(object))

@@ -192,13 +192,22 @@ def averaged_parameters(state: TrainState) -> Params:
 
 
 class Float32Masters(NamedTuple):
-    """Optimizer state of an update with `float32_masters`: the masters, and the optimizer's."""
+    """Optimizer state of an update with `float32_masters`.
+
+    Attributes:
+        masters: the parameters in float32.
+        inner: state of the optimizer for the masters.
+    """
 
     masters: Params
     inner: Any
 
     def current(self, params: Params) -> Params:
-        """Return the masters; where parameters were set from outside, those in float32."""
+        """Return the masters; where parameters were set from outside, those in float32.
+
+        Args:
+            params: of 16 bits; equal to the rounded masters unless they were set.
+        """
         return jax.tree.map(
             lambda master, array: jnp.where(
                 master.astype(array.dtype) == array, master, array.astype(master.dtype)
@@ -209,7 +218,12 @@ class Float32Masters(NamedTuple):
 
 
 def initial_state(update: Update, params: Params) -> Any:
-    """Return the optimizer state of an update for the parameters that it trains."""
+    """Return the optimizer state of an update for the parameters that it trains.
+
+    Args:
+        update: the gradient phase.
+        params: those that it trains.
+    """
     if not update.float32_masters:
         return update.optimizer.init(params)
     # A copy: a step that donates its state must not get the same buffer twice.
@@ -218,7 +232,14 @@ def initial_state(update: Update, params: Params) -> Any:
 
 
 def narrow_states(opt_state: Any) -> list[str]:
-    """Name the parts of an optimizer state that have leaves of 16 bits, "ScaleByAdamState.nu"."""
+    """Name the parts of an optimizer state that have leaves of 16 bits.
+
+    Args:
+        opt_state: of any Optax transformation.
+
+    Returns:
+        Names such as "ScaleByAdamState.nu", each once.
+    """
     fields = getattr(opt_state, "_fields", None)
     if fields is None:
         children = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "_fields"))

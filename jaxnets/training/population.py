@@ -111,7 +111,17 @@ class PopulationExecutor:
         self.strategy: PopulationStrategy | None = strategy
 
     def __call__(self, states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Return the states after the step and its metrics, all with a leading member axis."""
+        """Train every member for a step.
+
+        The first call measures the strategies, unless one is given or remembered.
+
+        Args:
+            states: of all members, with a leading axis.
+            batch: arrays [batch, ...], or [members, batch, ...] without `shared_batch`.
+
+        Returns:
+            The states after the step and its metrics, with a leading axis of members.
+        """
         if self._run is None:
             self._run = self._make(self.strategy) if self.strategy else self._fastest(states, batch)
         return self._run(states, batch)

@@ -288,10 +288,19 @@ class LogMel:
     pad_mode: PadMode = "constant"
 
     def __call__(self, samples: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Map int16 or floating [batch, time] to [batch, frames, num_mels].
+        """Map a batch of signals to features, the logarithm of the power in nats.
 
-        With `lengths` (samples of each signal) samples after each length are ignored, frames from
-        `frames(lengths)` on are 0, and the others equal those of the unpadded signal.
+        Args:
+            samples: int16 or floating, [batch, time].
+            lengths: integer [batch], samples of each signal; by default all samples count. Samples
+                after them are ignored, frames from `frames(lengths)` on are 0, and the others
+                equal those of the unpadded signal.
+
+        Returns:
+            [batch, frames, num_mels].
+
+        Raises:
+            ValueError: samples or lengths that do not fit, or lengths with pad_mode="reflect".
         """
         samples = to_waveform(samples)
         if samples.ndim != 2:
@@ -330,7 +339,11 @@ class LogMel:
         return num_valid_frames(lengths, fft_length, hop, center=self.center)
 
     def filters(self) -> np.ndarray:
-        """Compute the mel filters, [bins, num_mels]."""
+        """Compute the mel filters.
+
+        Returns:
+            [bins, num_mels], of the FFT's bins from 0 Hz to half the sample rate.
+        """
         num_bins = self._sizes[2] // 2 + 1
         band = (self.sample_rate, self.low, self.high)
         return mel_filterbank(self.num_mels, num_bins, *band, scale=self.scale, norm=self.norm)

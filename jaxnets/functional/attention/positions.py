@@ -74,7 +74,15 @@ class LinearScaling:
         return 1.0
 
     def frequencies(self, features: int, theta: float) -> np.ndarray:
-        """Return the frequencies, [features / 2], from those of base `theta`."""
+        """Return the scaled frequencies.
+
+        Args:
+            features: number of rotated features, even.
+            theta: base of the frequencies before they are scaled, theta^(-2 i / features).
+
+        Returns:
+            [features / 2], in radians a position.
+        """
         return _frequencies(features, theta) / self.factor
 
 
@@ -120,7 +128,15 @@ class Llama3Scaling:
         return 1.0
 
     def frequencies(self, features: int, theta: float) -> np.ndarray:
-        """Return the frequencies, [features / 2], from those of base `theta`."""
+        """Return the scaled frequencies.
+
+        Args:
+            features: number of rotated features, even.
+            theta: base of the frequencies before they are scaled, theta^(-2 i / features).
+
+        Returns:
+            [features / 2], in radians a position.
+        """
         original = _frequencies(features, theta)
         periods = self.original_length * original / (2 * math.pi)
         low, high = self.low_frequency_factor, self.high_frequency_factor
@@ -183,7 +199,15 @@ class YarnScaling:
         return 0.1 * math.log(self.factor) + 1
 
     def frequencies(self, features: int, theta: float) -> np.ndarray:
-        """Return the frequencies, [features / 2], from those of base `theta`."""
+        """Return the scaled frequencies.
+
+        Args:
+            features: number of rotated features, even.
+            theta: base of the frequencies before they are scaled, theta^(-2 i / features).
+
+        Returns:
+            [features / 2], in radians a position.
+        """
         original = _frequencies(features, theta)
         # The index at which a frequency has so many periods in the original context.
         first, last = (

@@ -43,9 +43,14 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, 28, 28, channels] or [batch, 32, 32, channels] to [batch, num_outputs].
+        """Map images to [batch, num_outputs]; records "features".
 
-        Images of 28x28 are zero-padded to 32x32. Records "features".
+        Args:
+            inputs: [batch, 28, 28, channels], zero-padded to 32x32, or [batch, 32, 32, channels].
+            train: has no effect, as there is neither dropout nor a norm.
+
+        Raises:
+            ValueError: inputs of another size.
         """
         check_rank(inputs, self, layouts=IMAGES)
         if inputs.shape[1:3] not in ((28, 28), (32, 32)):
@@ -129,9 +134,15 @@ class ConvNet(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs]; records "features".
+        """Map images or audio to [batch, num_outputs]; records "features".
 
-        `weights` [batch], 0 = padding, are for the batch norms in training.
+        Args:
+            inputs: [batch, height, width, channels] or [batch, time, channels].
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: inputs of another rank, or too small for the pools.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy, act = self.precision, activation(self.activation)

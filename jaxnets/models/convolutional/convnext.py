@@ -114,9 +114,16 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs], or to features without a head.
+        """Map images or audio to [batch, num_outputs], or to the pooled features without a head.
 
         Records "stage_1", "stage_2", ... and "features".
+
+        Args:
+            inputs: [batch, height, width, channels] or [batch, time, channels].
+            train: training mode.
+
+        Raises:
+            ValueError: inputs of another rank, or too small for the stages.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy = self.precision

@@ -54,9 +54,16 @@ class PilotNet(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, *, train: bool = False) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, num_outputs].
+        """Map images to [batch, num_outputs].
 
         Records "map_0" to "map_4", the feature maps after each activation, and "features".
+
+        Args:
+            inputs: [batch, height, width, channels].
+            train: has no effect, as there is neither dropout nor a norm.
+
+        Raises:
+            ValueError: inputs of another rank, or too small for the convolutions.
         """
         check_rank(inputs, self, layouts=IMAGES)
         policy, act = self.precision, activation(self.activation)
@@ -90,5 +97,9 @@ class PilotNet(nn.Module):
 
 
 def pilotnet(num_outputs: int = 1) -> PilotNet:
-    """Build PilotNet: 252,219 parameters for one output at 66x200x3."""
+    """Build PilotNet: 252,219 parameters for one output at 66x200x3.
+
+    Args:
+        num_outputs: size of the output.
+    """
     return PilotNet(num_outputs=num_outputs)

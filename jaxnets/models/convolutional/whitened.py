@@ -123,9 +123,15 @@ class WhitenedConvNet(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, num_outputs]; records "features".
+        """Map images to [batch, num_outputs]; records "features".
 
-        `weights` [batch], 0 = padding, are for the batch norms in training.
+        Args:
+            inputs: [batch, height, width, channels].
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: inputs of another rank, or too small for the blocks.
         """
         check_rank(inputs, self, layouts=IMAGES)
         smallest = 2 ** len(self.features) + self.patch - 1

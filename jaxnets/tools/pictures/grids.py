@@ -14,7 +14,16 @@ _SHOWN_SIDE = 56
 
 
 def to_pixels(images: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map images in [low, high] to uint8; values outside are clipped, NaN becomes `low`."""
+    """Map images in [low, high] to uint8; values outside are clipped, NaN becomes `low`.
+
+    Args:
+        images: floating, of any shape.
+        low: the value of black, 0.
+        high: the value of white, 255.
+
+    Returns:
+        uint8 of the same shape.
+    """
     shares = (np.nan_to_num(images, nan=low) - low) / (high - low)
     return np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8)
 
