@@ -23,10 +23,12 @@ class Config:
     Attributes:
         document: the file and its entries.
         within: names of the entries around it, for a configuration inside another one.
+        renamed: {name of an entry: its name in the file, where that is another one}.
     """
 
     document: Document
     within: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Config:
@@ -51,6 +53,26 @@ class Config:
         for name in self.within:
             content = content[name]
         return content
+
+    def rename(self, aliases: Mapping[str, str]) -> Config:
+        """Return the same entries under the names of an architecture.
+
+        Args:
+            aliases: {another name that the file may use: the name}.
+
+        Raises:
+            ValueError: two names of one entry have different values. transformers 5 takes the
+                alias, whose value may be an old one.
+        """
+        content, renamed = dict(self.content), dict(self.renamed)
+        for alias in [alias for alias in content if alias in aliases]:
+            name, value = aliases[alias], content.pop(alias)
+            if name not in content:
+                content[name], renamed[name] = value, alias
+            elif content[name] != value:
+                other, known = renamed.get(name, name), f"{content[name]!r:.60}"
+                raise self.error(alias, f"is another name of {other}, which is {known}; leave one")
+        return Config(dataclasses.replace(self.document, content=content), renamed=renamed)
 
     def inside(self, name: str) -> Config | None:
         """Return the configuration that an entry holds; None if it is null or missing.
@@ -148,8 +170,8 @@ class Config:
         """
         text = json.dumps(self.content.get(name), default=str)
         text = text if len(text) <= 60 else f"{text[:60]} ..."
-        full = ".".join([*self.within, name])
-        return self.document.error(f"{full}, {text}, {reason}", key=(*self.within, name)[0])
+        path = (*self.within, self.renamed.get(name, name))
+        return self.document.error(f"{'.'.join(path)}, {text}, {reason}", key=path[0])
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.content.get(name, default)

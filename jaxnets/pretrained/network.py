@@ -25,7 +25,8 @@ class PretrainedNetwork:
         module: a network of this library, configured.
         variables: of the module, {"params": ...} and further collections.
         processor: what turns texts, images or sounds into inputs; None without one.
-        config: as read from config.json, or as the metadata of a GGUF file amount to; {} without.
+        config: as read from config.json, under the architecture's own names (n_layer, also if the
+            file has num_hidden_layers), or as the metadata of a GGUF file amount to; {} without.
         missing: paths of arrays that the file did not have, which are newly initialized; only with
             `strict=False`.
         unused: names of tensors that were not used; only with `strict=False`.

@@ -171,7 +171,9 @@ def torch_config(
             entries = architecture.to_config(network.module)
         except (AttributeError, KeyError, TypeError):  # another class of networks
             continue
-        content = name_labels({**kept, **entries, "model_type": architecture.model_type})
+        # transformers takes an alias, if there is one, for the entry.
+        plain = {key: value for key, value in kept.items() if key not in architecture.aliases}
+        content = name_labels({**plain, **entries, "model_type": architecture.model_type})
         for name, build in _preferred(architecture, network.config):
             content["architectures"] = [name]
             config = Config.of(Path("config.json"), content)

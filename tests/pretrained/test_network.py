@@ -184,6 +184,54 @@ def test_a_configuration_that_does_not_fit_is_refused_by_name(tmp_path, gpt2, en
         load(folder)
 
 
+def test_other_names_of_entries_are_read_and_not_written(tmp_path, gpt2):
+    """The names that transformers accepts for them."""
+    folder = change(tmp_path / "renamed", gpt2[0])
+    content = json.loads((folder / "config.json").read_text())
+    names = {
+        "n_layer": "num_hidden_layers",
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+    }
+    names["n_positions"] = "max_position_embeddings"
+    renamed = {names.get(name, name): value for name, value in content.items()}
+    (folder / "config.json").write_text(json.dumps(renamed))
+    found = load(folder)
+    assert found.module == load(gpt2[0]).module
+    assert found.config["n_layer"] == 2 and "num_hidden_layers" not in found.config
+    stale = dataclasses.replace(found, config={**found.config, "num_hidden_layers": 9})
+    save(tmp_path / "again", stale, layout="torch")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["n_layer"] == 2 and written.keys().isdisjoint(names.values())
+    assert load(tmp_path / "again").module == found.module
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 2}, None),
+        ({"num_hidden_layers": 3}, "num_hidden_layers, 3, is another name of n_layer, which is 2"),
+        ({"n_layer": 3, "num_hidden_layers": None}, "num_hidden_layers, null, is another name"),
+    ],
+)
+def test_two_names_of_an_entry_must_agree(tmp_path, gpt2, entries, message):
+    folder = change(tmp_path / "changed", gpt2[0], **entries)
+    if message is None:
+        assert load(folder).module.num_layers == 2
+        return
+    with pytest.raises(ValueError, match=rf"config\.json, line \d+: .*{message}"):
+        load(folder)
+
+
+def test_an_error_names_the_entry_as_the_file_does(tmp_path, gpt2):
+    folder = change(tmp_path / "changed", gpt2[0])
+    content = json.loads((folder / "config.json").read_text())
+    content["num_hidden_layers"] = str(content.pop("n_layer"))
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(ValueError, match=r'line \d+: .*num_hidden_layers, "2", is no integer'):
+        load(folder)
+
+
 def test_not_strict_reports_what_is_missing_and_initializes_it(tmp_path, gpt2):
     folder = change(tmp_path / "untied", gpt2[0], tie_word_embeddings=False)
     with pytest.raises(ValueError, match="give rng"):

@@ -27,6 +27,7 @@ class Architecture:
         rules: network -> its table.
         inputs: (network, config) -> shapes of inputs that initialize it.
         prefix: of the tensors below the base model, such as "transformer."; a file may lack it.
+        aliases: {another name that transformers accepts in config.json: the own name}.
         ignored: patterns of tensors that are no parameters.
         copies: {name of a tensor: name of another one that it equals}; of tied parameters a file
             may hold both.
@@ -43,6 +44,7 @@ class Architecture:
     rules: Callable[[nn.Module], Sequence[Rule]]
     inputs: Callable[[nn.Module, Config], Sequence[jax.ShapeDtypeStruct]]
     prefix: str = ""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: Sequence[str] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adapt: Callable[[nn.Module, Tensors], nn.Module] | None = None

@@ -99,6 +99,7 @@ CONVNEXT = Architecture(
     rules=_rules,
     inputs=_inputs,
     prefix="convnext.",
+    aliases={"num_hidden_layers": "num_stages"},
     to_config=_to_config,
     sizes=_sizes,
     processor=read_image_processor,

@@ -104,6 +104,11 @@ DISTILBERT = Architecture(
     rules=_rules,
     inputs=encoder_inputs,
     prefix="distilbert.",
+    aliases={
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    },
     ignored=("distilbert.embeddings.position_ids",),
     copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     to_config=_to_config,

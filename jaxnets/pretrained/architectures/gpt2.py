@@ -106,6 +106,12 @@ GPT2 = Architecture(
     rules=_rules,
     inputs=lambda module, config: [jax.ShapeDtypeStruct((1, 2), jnp.int32)],
     prefix="transformer.",
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     ignored=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
     copies={"lm_head.weight": "transformer.wte.weight"},
     to_config=_to_config,

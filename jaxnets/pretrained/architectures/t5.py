@@ -171,6 +171,12 @@ def _architecture(kind: str, prefix: str) -> Architecture:
         inputs=lambda module, config: (
             [token, token] if isinstance(module, TransformerTranslator) else [token]
         ),
+        aliases={
+            "hidden_size": "d_model",
+            "num_attention_heads": "num_heads",
+            "num_hidden_layers": "num_layers",
+            "head_dim": "d_kv",
+        },
         # An array of the first published files that their own code did not use.
         ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         copies={

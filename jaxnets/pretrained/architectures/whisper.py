@@ -134,6 +134,12 @@ WHISPER = Architecture(
     rules=_rules,
     inputs=_inputs,
     prefix="model.",
+    aliases={
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_key_value_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+    },
     copies={"proj_out.weight": "model.decoder.embed_tokens.weight"},
     to_config=_to_config,
     processor=_processor,
