@@ -15,10 +15,19 @@ from experiments.benchmark.workloads import NUM_BATCHES, WORKLOADS, shrink
 from jaxnets.data import ImageDataset
 
 SIDES = ("jaxnets", "flax")
-PEERS = [pytest.param(name, marks=pytest.mark.parity) for name in ("torch", "keras", "equinox")]
+PEERS = ("torch", "keras", "equinox")
 #: See test_generative.
 GENERATIVE = ("vae", "dcgan")
 TRAINED = ("cnn", "gpt-bf16", "lstm", "resnet18", "vit", "bigru", "small-mlp")
+TAKING_PART = [
+    pytest.param(
+        *(name, side),
+        marks=[pytest.mark.slow] * (name != "small-mlp") + [pytest.mark.parity] * (side in PEERS),
+    )
+    for name in TRAINED
+    for side in (*SIDES, *PEERS)
+    if COMPETITORS[side].takes_part(WORKLOADS[name])
+]
 
 
 def prepare(side, name, variant="", **files):
@@ -44,13 +53,10 @@ def size_in_jaxnets(workload, side="jaxnets"):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("side", [*SIDES, *PEERS])
-@pytest.mark.parametrize("name", mostly_slow(TRAINED, ["small-mlp"]))
+@pytest.mark.parametrize(("name", "side"), TAKING_PART)
 def test_every_side_has_the_same_parameters_and_its_loss_decreases(name, side):
     if COMPETITORS[side].missing():
         pytest.skip(f"{side} is not installed")
-    if not COMPETITORS[side].takes_part(WORKLOADS[name]):
-        pytest.skip(f"{side} takes no part")
     # The other libraries need the promotion that the tests forbid.
     with jax.numpy_rank_promotion("raise" if side in SIDES else "allow"):
         prepared = prepare(side, name)
