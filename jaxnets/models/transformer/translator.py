@@ -221,7 +221,6 @@ def _t5(
     vocabulary_size: int,
     fields: dict[str, Any],
 ) -> TransformerTranslator:
-    rate = fields.get("dropout_rate", 0.1)
     preset = {
         "vocabulary_size": vocabulary_size,
         "num_layers": num_layers,
@@ -230,15 +229,29 @@ def _t5(
         "head_dim": 64,
         "mlp_dim": mlp_dim,
         "activation": "relu",
+        "output_scale": features**-0.5,
+        **t5_options(fields.get("dropout_rate", 0.1)),
+    }
+    return build_preset(TransformerTranslator, preset, fields)
+
+
+def t5_options(dropout_rate: float) -> dict[str, Any]:
+    """Return the options of the blocks of every T5, whatever its size and activation.
+
+    Args:
+        dropout_rate: at all places of the paper, in [0, 1).
+
+    References:
+        Raffel et al. 2020, arXiv:1910.10683, section 2.1, and their published code.
+    """
+    return {
         "norm": "rms",
         "positions": "relative",
         "attention_scale": 1.0,
         "use_bias": False,
-        "dropout_rate": rate,
-        "attention_dropout_rate": rate,
-        "mlp_dropout_rate": rate,
-        "output_dropout_rate": rate,
+        "dropout_rate": dropout_rate,
+        "attention_dropout_rate": dropout_rate,
+        "mlp_dropout_rate": dropout_rate,
+        "output_dropout_rate": dropout_rate,
         "init_std": "fan_in",
-        "output_scale": features**-0.5,
     }
-    return build_preset(TransformerTranslator, preset, fields)

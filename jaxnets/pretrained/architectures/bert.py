@@ -34,6 +34,16 @@ ACTIVATIONS = {
 #: {activation of this library: of transformers}.
 ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 LAYER = "params/stack/layer_{layer}"
+#: {field of an encoder: its entry in config.json}.
+_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "features": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "activation": "hidden_act",
+    "dropout_rate": "hidden_dropout_prob",
+    "attention_dropout_rate": "attention_probs_dropout_prob",
+}
 
 Build = Callable[[Config, Mapping[str, Any]], nn.Module]
 
@@ -64,45 +74,69 @@ def classifier(entries: Callable[[Config], dict[str, Any]], **options: Any) -> B
 
 def encoder_fields(config: Config) -> dict[str, Any]:
     """Return the fields of BERT and RoBERTa."""
-    config.require(
-        is_decoder=False,
-        add_cross_attention=False,
-        position_embedding_type="absolute",
-        tie_word_embeddings=True,
-    )
+    config.require(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
+    return {
+        **block_fields(config, _NAMES, num_layers=12),
+        "num_segments": config.integer("type_vocab_size", 2),
+        "norm_epsilon": config.number("layer_norm_eps", 1e-12),
+    }
+
+
+def encoder_entries(module: nn.Module) -> dict[str, Any]:
+    """Return the entries of config.json of BERT and RoBERTa."""
+    return {
+        **block_entries(module, _NAMES),
+        "type_vocab_size": module.num_segments,
+        "layer_norm_eps": module.config.norm_epsilon,
+    }
+
+
+def block_fields(config: Config, names: Mapping[str, str], *, num_layers: int) -> dict[str, Any]:
+    """Return the fields that the encoders of BERT, RoBERTa and DistilBERT share.
+
+    Args:
+        config: of the network.
+        names: {field: its entry in config.json}, of the entries with a name of their own.
+        num_layers: number of blocks, where the configuration does not have it.
+
+    Raises:
+        ValueError: an entry of the wrong type, or one that is not supported.
+    """
+    config.require(tie_word_embeddings=True)
     return {
         "vocabulary_size": config.integer("vocab_size", 30_522),
-        "num_layers": config.integer("num_hidden_layers", 12),
-        "features": config.integer("hidden_size", 768),
-        "num_heads": config.integer("num_attention_heads", 12),
-        "mlp_dim": config.integer("intermediate_size", 3072),
         "max_length": config.integer("max_position_embeddings", 512),
-        "num_segments": config.integer("type_vocab_size", 2),
-        "activation": config.choice("hidden_act", ACTIVATIONS, "gelu"),
-        "norm_epsilon": config.number("layer_norm_eps", 1e-12),
-        "dropout_rate": config.number("hidden_dropout_prob", 0.1),
-        "attention_dropout_rate": config.number("attention_probs_dropout_prob", 0.1),
+        "num_layers": config.integer(names["num_layers"], num_layers),
+        "features": config.integer(names["features"], 768),
+        "num_heads": config.integer(names["num_heads"], 12),
+        "mlp_dim": config.integer(names["mlp_dim"], 3072),
+        "activation": config.choice(names["activation"], ACTIVATIONS, "gelu"),
+        "dropout_rate": config.number(names["dropout_rate"], 0.1),
+        "attention_dropout_rate": config.number(names["attention_dropout_rate"], 0.1),
         "embedding_norm": True,
         "norm_first": False,
         "key_bias": True,
     }
 
 
-def encoder_entries(module: nn.Module) -> dict[str, Any]:
-    """Return the entries of config.json of BERT and RoBERTa."""
+def block_entries(module: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the entries of config.json for `block_fields`, and the number of classes.
+
+    Args:
+        module: the network.
+        names: {field: its entry in config.json}.
+    """
     config = module.config
     return {
         "vocab_size": module.vocabulary_size,
-        "num_hidden_layers": module.num_layers,
-        "hidden_size": config.features,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_dim or 4 * config.features,
         "max_position_embeddings": module.max_length,
-        "type_vocab_size": module.num_segments,
-        "hidden_act": ACTIVATION_NAMES[config.activation],
-        "layer_norm_eps": config.norm_epsilon,
-        "hidden_dropout_prob": config.dropout_rate,
-        "attention_probs_dropout_prob": config.attention_dropout_rate,
+        names["num_layers"]: module.num_layers,
+        names["features"]: config.features,
+        names["num_heads"]: config.num_heads,
+        names["mlp_dim"]: config.mlp_dim or 4 * config.features,
+        names["activation"]: ACTIVATION_NAMES[config.activation],
+        names["dropout_rate"]: config.dropout_rate,
+        names["attention_dropout_rate"]: config.attention_dropout_rate,
         "tie_word_embeddings": True,
         **labels(module),
     }

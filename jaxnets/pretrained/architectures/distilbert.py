@@ -10,54 +10,35 @@ import flax.linen as nn
 from jaxnets.models.transformer import MaskedLM, SentenceEncoder, TransformerEncoder
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.architectures.bert import (
-    ACTIVATION_NAMES,
-    ACTIVATIONS,
     LAYER,
+    block_entries,
+    block_fields,
     builder,
     classifier,
     encoder_inputs,
-    labels,
 )
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.processors import TextProcessor, read_text_processor
 from jaxnets.pretrained.rules import Rule
 from jaxnets.pretrained.torch_layers import dense, norm
 
+_NAMES = {
+    "num_layers": "n_layers",
+    "features": "dim",
+    "num_heads": "n_heads",
+    "mlp_dim": "hidden_dim",
+    "activation": "activation",
+    "dropout_rate": "dropout",
+    "attention_dropout_rate": "attention_dropout",
+}
+
 
 def _fields(config: Config) -> dict[str, Any]:
-    config.require(tie_word_embeddings=True)
-    return {
-        "vocabulary_size": config.integer("vocab_size", 30_522),
-        "num_layers": config.integer("n_layers", 6),
-        "features": config.integer("dim", 768),
-        "num_heads": config.integer("n_heads", 12),
-        "mlp_dim": config.integer("hidden_dim", 3072),
-        "max_length": config.integer("max_position_embeddings", 512),
-        "activation": config.choice("activation", ACTIVATIONS, "gelu"),
-        "norm_epsilon": 1e-12,
-        "dropout_rate": config.number("dropout", 0.1),
-        "attention_dropout_rate": config.number("attention_dropout", 0.1),
-        "embedding_norm": True,
-        "norm_first": False,
-        "key_bias": True,
-    }
+    return {**block_fields(config, _NAMES, num_layers=6), "norm_epsilon": 1e-12}
 
 
 def _to_config(module: nn.Module) -> dict[str, Any]:
-    config = module.config
-    return {
-        "vocab_size": module.vocabulary_size,
-        "n_layers": module.num_layers,
-        "dim": config.features,
-        "n_heads": config.num_heads,
-        "hidden_dim": config.mlp_dim or 4 * config.features,
-        "max_position_embeddings": module.max_length,
-        "activation": ACTIVATION_NAMES[config.activation],
-        "dropout": config.dropout_rate,
-        "attention_dropout": config.attention_dropout_rate,
-        "tie_word_embeddings": True,
-        **labels(module),
-    }
+    return block_entries(module, _NAMES)
 
 
 def _processor(folder: Path, config: Config) -> TextProcessor | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxnets.models.transformer import TransformerEncoder, TransformerTranslator
 from jaxnets.models.transformer.config import build_preset
+from jaxnets.models.transformer.translator import t5_options
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors
@@ -39,7 +40,6 @@ def _blocks(kind: str, config: Config) -> dict[str, Any]:
     """Return the fields of the encoder."""
     config.require(is_decoder=False)
     sizes = {name: config.integer(name, size) for name, size in _DEFAULTS[kind].items()}
-    rate = config.number("dropout_rate", 0.1)
     return {
         "vocabulary_size": sizes["vocab_size"],
         "num_layers": sizes["num_layers"],
@@ -48,18 +48,10 @@ def _blocks(kind: str, config: Config) -> dict[str, Any]:
         "head_dim": config.integer("d_kv", 64),
         "mlp_dim": sizes["d_ff"],
         "activation": config.choice("feed_forward_proj", _ACTIVATIONS, _FEED_FORWARD[kind]),
-        "norm": "rms",
         "norm_epsilon": config.number("layer_norm_epsilon", 1e-6),
-        "positions": "relative",
         "num_relative_buckets": config.integer("relative_attention_num_buckets", 32),
         "max_relative_distance": config.integer("relative_attention_max_distance", 128),
-        "attention_scale": 1.0,
-        "use_bias": False,
-        "dropout_rate": rate,
-        "attention_dropout_rate": rate,
-        "mlp_dropout_rate": rate,
-        "output_dropout_rate": rate,
-        "init_std": "fan_in",
+        **t5_options(config.number("dropout_rate", 0.1)),
     }
 
 

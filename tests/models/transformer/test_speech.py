@@ -34,6 +34,7 @@ FRAMES, TARGET, LENGTHS = floats(3, 11, 5), tokens(), np.array([11, 4, 0], np.in
 VARIABLES = made(MODULE, FRAMES, TARGET)
 CONVOLUTIONS = 3 * 5 * 8 + 8 + 3 * 8 * 8 + 8
 forward = jax.jit(MODULE.apply)
+start = jax.jit(lambda variables: MODULE.apply(variables, FRAMES, LENGTHS, 9, method="start"))
 
 
 def by_hand(variables, frames, target):
@@ -100,8 +101,8 @@ def test_logits_are_those_of_the_formulas():
 
 def test_positions_are_sines_and_then_cosines_from_1_to_a_ten_thousandth():
     module = MODULE.clone(config=config(features=32), max_source_length=1500)
-    variables = module.init(jax.random.key(0), FRAMES, TARGET)
-    positions = np.asarray(variables["constants"]["encoder"]["position"])
+    constants = jax.jit(lambda key: module.init(key, FRAMES, TARGET)["constants"])
+    positions = np.asarray(constants(jax.random.key(0))["encoder"]["position"])
     for i in range(16):
         frequency = 10_000 ** (-i / 15)
         np.testing.assert_allclose(positions[:, i], np.sin(np.arange(1500) * frequency), atol=1e-6)
@@ -132,9 +133,9 @@ def test_frames_beyond_the_lengths_change_neither_logits_nor_gradients():
 
 def test_ragged_pieces_of_a_text_give_the_logits_of_the_whole():
     whole = forward(VARIABLES, FRAMES, TARGET, LENGTHS)
-    carry = MODULE.apply(VARIABLES, FRAMES, LENGTHS, 8, method="start")
+    carry = start(VARIABLES)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(carry)} == {3}
-    assert MODULE.room(carry) == 8
+    assert MODULE.room(carry) == 9
     found, position, _ = append_pieces(compiled_extend(MODULE), VARIABLES, carry, TARGET, PIECES)
     for row, end in enumerate(position):
         np.testing.assert_allclose(found[row, :end], whole[row, :end], atol=2e-5)
@@ -147,8 +148,7 @@ def test_greedy_and_beam_search_continue_the_prompt_of_the_decoder():
         padded = np.pad(text, [(0, 0), (0, 7 - text.shape[1])])
         logits = forward(VARIABLES, FRAMES, padded, LENGTHS)[:, text.shape[1] - 1]
         text = np.concatenate([text, np.argmax(logits, axis=-1)[:, None]], axis=1)
-    carry = MODULE.apply(VARIABLES, FRAMES, LENGTHS, 9, method="start")
-    options = {"num_tokens": 4, "carry": carry}
+    options = {"num_tokens": 4, "carry": start(VARIABLES)}
     greedy = generate(
         *(MODULE, VARIABLES, prompt),
         rng=jax.random.key(0),
