@@ -149,7 +149,7 @@ def _convert(source: str, target: str, layout: Literal["jaxnets", "torch"]) -> s
     network = load(source)
     save(target, network, layout=layout)
     parameters = sum(array.size for array in jax.tree.leaves(network.variables["params"]))
-    size = sum(file.stat().st_size for file in Path(target).iterdir())
+    size = sum(file.stat().st_size for file in Path(target).rglob("*") if file.is_file())
     name = type(network.module).__name__
     return f"wrote {target}: {name}, {parameters:,} parameters, {size:,} bytes, layout {layout}"
 

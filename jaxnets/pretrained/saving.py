@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.checks import check_sizes
+from jaxnets.models.transformer import SentenceEncoder
 from jaxnets.pretrained import rules
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.architectures.labels import name_labels
@@ -26,6 +27,7 @@ from jaxnets.pretrained.module_config import (
     own_rules,
 )
 from jaxnets.pretrained.network import PretrainedNetwork
+from jaxnets.pretrained.sentence_folders import write_sentence_modules
 from jaxnets.pretrained.sources import GENERATION
 from jaxnets.storage import atomic_folder, write_json
 from jaxnets.storage.safetensors import write_safetensors
@@ -47,7 +49,7 @@ def save(
         network: for a network that was trained here, `PretrainedNetwork(module, variables)`.
         layout: "jaxnets" has the paths of this library, for every network; "torch" the names and
             the configuration of Hugging Face, for the architectures that `load` reads, so that
-            transformers and torch load it.
+            transformers and torch load it; a `SentenceEncoder` also those of sentence-transformers.
         max_shard_bytes: a file is split above this size.
 
     Raises:
@@ -100,6 +102,9 @@ def save(
             (folder / GENERATION).write_text(json.dumps(dict(network.generation), indent=2) + "\n")
         if network.processor is not None:
             network.processor.save(folder)
+        if layout == "torch" and isinstance(network.module, SentenceEncoder):
+            limit = getattr(network.processor, "max_length", None)
+            write_sentence_modules(folder, network.module, max_length=limit)
 
 
 def _check_shapes(
@@ -155,7 +160,8 @@ def torch_config(
     own = ARCHITECTURES.get(str(network.config.get("model_type")))
     known = [own] if own else list(ARCHITECTURES.values())
     reasons = []
-    structure = _structure(network.module)
+    module = network.module
+    structure = _structure(module)
     before = {} if network.config.get("model_type") == JAXNETS else network.config
     # The types of the file that was read are not those of these arrays.
     names = ("dtype", "torch_dtype")
@@ -168,7 +174,7 @@ def torch_config(
         if architecture.to_config is None:
             continue
         try:
-            entries = architecture.to_config(network.module)
+            entries = architecture.to_config(module)
         except (AttributeError, KeyError, TypeError):  # another class of networks
             continue
         # transformers takes an alias, if there is one, for the entry.
@@ -178,7 +184,12 @@ def torch_config(
             content["architectures"] = [name]
             config = Config.of(Path("config.json"), content)
             try:
-                difference = _difference(_structure(build(config, {})), structure)
+                built = build(config, {})
+                if isinstance(built, SentenceEncoder) and isinstance(module, SentenceEncoder):
+                    # Files of their own say both, and that the encoder is a part of it.
+                    built = built.clone(pool=module.pool, normalize=module.normalize)
+                    content["architectures"] = [next(iter(architecture.classes))]
+                difference = _difference(_structure(built), structure)
             except ValueError:
                 continue
             if difference is None:
@@ -189,7 +200,7 @@ def torch_config(
     kinds = ", ".join(one.model_type for one in known if one.to_config)
     nearest = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
     raise ValueError(
-        f"{type(network.module).__name__} as it is configured is no {kinds}{nearest}; save with "
+        f"{type(module).__name__} as it is configured is no {kinds}{nearest}; save with "
         "layout='jaxnets'"
     )
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NotRequired, TypedDict
 
-from jaxnets.models.transformer import SentencePool
+from jaxnets.models.transformer import SentenceEncoder, SentencePool
 from jaxnets.storage import Document, read_json
 
 _REMEDY = "load its encoder alone by architecture="
+#: Where the modules were up to version 5; later ones still find them there.
+_TYPES = "sentence_transformers.models"
 #: {pooling of sentence-transformers: pool of `SentenceEncoder`}.
 _POOLS: Mapping[str, SentencePool] = MappingProxyType(
     {
@@ -23,7 +25,7 @@ _POOLS: Mapping[str, SentencePool] = MappingProxyType(
     }
 )
 
-#: {entry of older folders: pooling}.
+#: {entry of older folders, which later versions still read: pooling}.
 _FLAGS = MappingProxyType(
     {
         "pooling_mode_mean_tokens": "mean",
@@ -90,8 +92,42 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     content = options.check(_Encoder)
     if content.get("do_lower_case"):
         raise options.error("lower case of all texts is not supported", key="do_lower_case")
+    length = content.get("max_seq_length")
+    if length is not None and length < 1:
+        raise options.error(f"max_seq_length is {length}, not 1 or more", key="max_seq_length")
     fields = {"pool": _pool(_read(pooling / "config.json")), "normalize": "Normalize" in kinds}
-    return SentenceFolder(encoder, fields, content.get("max_seq_length"))
+    return SentenceFolder(encoder, fields, length)
+
+
+def write_sentence_modules(
+    folder: Path, module: SentenceEncoder, *, max_length: int | None
+) -> None:
+    """Write what makes the folder of an encoder one of sentence-transformers.
+
+    Args:
+        folder: that has the encoder.
+        module: the encoder.
+        max_length: most tokens of a sentence; None is the encoder's.
+    """
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"{_TYPES}.{kind}"}
+        for index, (kind, path) in enumerate(kinds.items())
+        if kind != "Normalize" or module.normalize
+    ]
+    mode = {ours: theirs for theirs, ours in _POOLS.items()}[module.pool]
+    pooling = {
+        "word_embedding_dimension": module.config.features,
+        **{flag: name == mode for flag, name in _FLAGS.items()},
+    }
+    limit = {} if max_length is None else {"max_seq_length": max_length}
+    (folder / "1_Pooling").mkdir()
+    for name, content in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", pooling),
+        ("sentence_bert_config.json", {**limit, "do_lower_case": False}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _modules(path: Path) -> tuple[Document, list[_Module]]:

@@ -90,7 +90,9 @@ def _open_sentence_folder(sentences: SentenceFolder, fields: Mapping[str, Any]) 
     source = _open_folder(sentences.encoder, "SentenceTransformer", {**sentences.fields, **fields})
     if sentences.max_length is None or source.processor is None:
         return source
-    processor = dataclasses.replace(source.processor, max_length=sentences.max_length)
+    # It replaces the tokenizer's, as there; but the network has no further positions.
+    limit = min(sentences.max_length, source.module.max_length)
+    processor = dataclasses.replace(source.processor, max_length=limit)
     return dataclasses.replace(source, processor=processor)
 
 

@@ -259,3 +259,26 @@ def test_minilm_embeds_as_sentence_transformers_does(minilm):
     library = pytest.importorskip("sentence_transformers")
     theirs = library.SentenceTransformer(str(minilm), device="cpu").encode(SENTENCES)
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["mean", "first", "max", "mean_sqrt_length"])
+def test_sentence_transformers_embeds_by_what_is_written(minilm, tmp_path, pool):
+    library = pytest.importorskip("sentence_transformers")
+    network = jn.pretrained.load(minilm)
+    module = network.module.clone(pool=pool, normalize=pool != "max")
+    changed = dataclasses.replace(
+        network, module=module, processor=dataclasses.replace(network.processor, max_length=40)
+    )
+    jn.pretrained.save(tmp_path / "ours", changed, layout="torch")
+    theirs = library.SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    assert theirs.max_seq_length == 40
+    batch = changed.processor(SENTENCES, truncate=True)
+    expected = jax.jit(module.apply)(network.variables, **batch)
+    scale = float(abs(expected).max())
+    np.testing.assert_allclose(
+        theirs.encode(SENTENCES) / scale, expected / scale, rtol=0, atol=1e-5
+    )
+    theirs.save(str(tmp_path / "theirs"))  # by the entries of its version
+    again = jn.pretrained.load(tmp_path / "theirs")
+    assert again.module.pool == pool and again.module.normalize == module.normalize
+    assert again.processor.max_length == 40
