@@ -140,7 +140,7 @@ def plain(value: Any) -> Any:
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if hasattr(value, "dtype"):
+    if hasattr(value, "dtype") and not isinstance(value, type):
         return str(value.dtype), value.shape, np.asarray(value).tobytes()
     return value
 

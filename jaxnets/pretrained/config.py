@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from jaxnets.storage import Document, read_json
 
 V = TypeVar("V")
 
 _WHAT = "a configuration that is supported"
 _MISSING = object()
+# Beyond these JAX wraps integers around, and floats become infinite.
+_MOST_INTEGER, _MOST_NUMBER = 2**31 - 1, float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Config:
         """Return an integer entry of at least `least`; None for null, if `null` or by default.
 
         Raises:
-            ValueError: missing without a default, no integer, or too small.
+            ValueError: missing without a default, no integer, too small, or of more than 32 bits.
         """
         value = self._get(name, default)
         if name in self.content and not (value is None and (null or default is None)):
@@ -101,6 +105,8 @@ class Config:
                 raise self.error(name, "is no integer")
             if value < least:
                 raise self.error(name, f"is not {least} or more")
+            if value > _MOST_INTEGER:
+                raise self.error(name, f"is more than {_MOST_INTEGER}")
         return value
 
     def integers(self, name: str, default: Any = _MISSING) -> tuple[int, ...]:
@@ -112,20 +118,20 @@ class Config:
         value = self._get(name, default)
         if not isinstance(value, list | tuple) or not value:
             raise self.error(name, "is no list of integers")
-        if any(type(one) is not int or one < 1 for one in value):
-            raise self.error(name, "holds something else than integers above 0")
+        if any(type(one) is not int or not 1 <= one <= _MOST_INTEGER for one in value):
+            raise self.error(name, "holds something else than integers above 0 of 32 bits")
         return tuple(value)
 
     def number(self, name: str, default: Any = _MISSING, *, null: bool = False) -> Any:
-        """Return an entry that is a finite number; None for null, if `null` or by default.
+        """Return an entry that is a number of float32; None for null, if `null` or by default.
 
         Raises:
-            ValueError: missing without a default, or no finite number.
+            ValueError: missing without a default, or no finite number of float32.
         """
         value = self._get(name, default)
         if name in self.content and not (value is None and (null or default is None)):
-            if type(value) not in (int, float) or not abs(value) < float("inf"):
-                raise self.error(name, "is no finite number")
+            if type(value) not in (int, float) or not abs(value) <= _MOST_NUMBER:
+                raise self.error(name, "is no finite number of float32")
             value = float(value)
         return value
 

@@ -109,8 +109,8 @@ def parse_json(
         The object; its `check` tests the entries.
 
     Raises:
-        ValueError: not JSON, not an object, or an entry that occurs twice; the message has the
-            file, the line and the remedy.
+        ValueError: not JSON, not an object, an entry that occurs twice, or half a surrogate pair;
+            the message has the file, the line and the remedy.
     """
     document = Document(Path(path), what, remedy, {}, "", first_line=first_line)
     try:
@@ -200,6 +200,12 @@ def _parse(document: Document, text: str) -> dict[str, Any]:
         depth += 1 if bracket[0] in "[{" else -1
         if depth > _MAX_DEPTH:
             raise document.error("it is nested too deeply", line=_line(text, None))
+    if "\\ud" in text.lower():  # no text that can be printed, or name a file
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            line = text.count("\n", 0, text.lower().index("\\ud")) + 1
+            raise document.error("it has half a surrogate pair", line=line) from error
     return content
 
 

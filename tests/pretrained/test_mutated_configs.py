@@ -17,12 +17,6 @@ from jaxnets.pretrained import network as loading
 from jaxnets.pretrained.architectures import ARCHITECTURES
 from jaxnets.pretrained.config import Config
 
-# Tracing with absurd sizes and numbers warns, and then the tensors do not fit.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64:UserWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
-]
-
 TOKENS = jax.ShapeDtypeStruct((1, 3), jnp.int32)
 SIZES = {"num_layers": 2, "features": 8, "num_heads": 2, "mlp_dim": 12}
 DECODER = {**SIZES, "vocabulary_size": 11, "num_kv_heads": 1}

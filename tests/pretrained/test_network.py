@@ -164,6 +164,8 @@ def change(folder, source, tensors=None, **entries):
         ({"n_embd": 7}, "7 features do not split into 2 heads"),
         ({"n_layer": 0}, "n_layer, 0, is not 1 or more"),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon, null, is no finite number"),
+        ({"layer_norm_epsilon": 1e300}, "layer_norm_epsilon, 1e\\+300, is no finite number"),
+        ({"n_embd": 2**63}, "n_embd, 9223372036854775808, is more than 2147483647"),
         ({"resid_pdrop": "0.1"}, 'resid_pdrop, "0.1", is no finite number'),
         ({"n_inner": None, "n_embd": None}, "n_embd, null, is no integer"),
         ({"scale_attn_weights": False}, "scale_attn_weights, false, is not supported"),

@@ -114,6 +114,7 @@ TEXT = """{
         ("true", 'true,\n "discounts": {"a": []}', 9, r"discounts\['a'\] is \[\], not a finite"),
         ("corner", "c\udc80", 2, "not text in UTF-8"),
         ("corner", "c\tr", 2, "cut or no JSON"),
+        ("corner", "\\uD800 corner", 2, "half a surrogate pair"),
     ],
 )
 def test_a_fault_is_named_with_file_line_and_remedy(old, new, line, reason, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ConvNext": {"size": {"shortest_edge": 384}, "resample": 3, "crop_pct": 224 / 256, **_HALF},
 }
+_MOST_NUMBER = float(np.finfo(np.float32).max)
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
@@ -221,7 +221,7 @@ class ImageProcessor:
 
 def _is_finite(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= _MOST_NUMBER
 
 
 def _type_of(config: Mapping[str, Any]) -> str:

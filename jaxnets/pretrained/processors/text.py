@@ -96,7 +96,11 @@ class TextProcessor:
                 model without tokenizer.json; the message names the file.
             ImportError: `tokenizers` is not installed.
         """
-        return cls(**read_folder(Path(path)))
+        fields = read_folder(Path(path))
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers` reads too.

@@ -27,6 +27,8 @@ _GPT2 = {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"}
 _CLASSES = ("BertTokenizer", "DistilBertTokenizer", "GPT2Tokenizer", "RobertaTokenizer")
 #: A limit that is larger stands for none.
 _NO_LIMIT = 10**9
+#: Ids of a tokenizer; to write one as JSON the library goes through all of them.
+_MOST_IDS = 1 << 24
 
 
 class _Added(TypedDict):
@@ -108,10 +110,13 @@ def read_folder(folder: Path) -> dict[str, Any]:
     if not tokens:
         tokens = _usual_tokens(tokenizer)
     _add_tokens(folder, tokenizer, tokens, config)
+    _check_ids(folder, tokenizer)
     special = {name: token["content"] for name, token in tokens.items()}
     if config.keys() & {"add_bos_token", "add_eos_token"} and not _is_whisper(config):
         _begin_and_end(tokenizer, special, config, document)
     limit = config.get("model_max_length")
+    if limit is not None and limit < 1:
+        raise document.error(f"model_max_length is {limit}, not 1 or more", key="model_max_length")
     return {
         "model": tokenizer.to_str(),
         "special_tokens": special,
@@ -302,6 +307,16 @@ def _add_tokens(folder: Path, tokenizer: Any, tokens: dict[str, _Added], config:
             options.pop("content")
             tokenizer.add_special_tokens([library.AddedToken(token["content"], **options)])
             present.add(token["content"])
+
+
+def _check_ids(folder: Path, tokenizer: Any) -> None:
+    """Refuse ids so large that handling the vocabulary takes minutes and gigabytes."""
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if index >= _MOST_IDS:
+        raise ValueError(
+            f"{folder}: the token {token!r} has the id {index}, which is more than any "
+            f"vocabulary's; {_REMEDY}"
+        )
 
 
 def _extra_tokens(folder: Path, config: _Config) -> Iterator[tuple[int, _Added]]:

@@ -164,6 +164,7 @@ def test_an_option_that_is_not_supported_is_refused_by_name_and_value(config, me
         ({"rescale": float("nan")}, "rescale is nan"),
         ({"mean": None}, "give both"),
         ({"std": (1.0, 1.0, float("inf"))}, "std is"),
+        ({"mean": (0.0, 0.0, -1e300)}, "mean is"),
     ],
 )
 def test_a_wrong_field_is_refused_with_its_value(fields, message):

@@ -12,6 +12,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "good", "film", "##s"]
 PAD, UNKNOWN, CLS, SEP, MASK, A, B, C, GOOD, FILM, S = range(len(WORDS))
+BERT = {"vocab": "\n".join(WORDS)}
 TEXTS = ["the quick brown fox", "jumps over", "the lazy dog's 3 bones", "über alles"]
 
 
@@ -26,7 +27,7 @@ def write(folder, **files):
 
 @pytest.fixture
 def bert(tmp_path):
-    return write(tmp_path / "bert", vocab="\n".join(WORDS))
+    return write(tmp_path / "bert", **BERT)
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +239,15 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         ({"vocab": "a", "tokenizer_config": {"pad_token": 3}}, "pad_token is 3"),
         ({"tokenizer_config": {"tokenizer_class": "T5Tokenizer"}}, "the T5Tokenizer that it has"),
         ({"tokenizer_config": {"split_special_tokens": True}}, "not supported"),
+        ({**BERT, "tokenizer_config": {"model_max_length": -1}}, "model_max_length is -1"),
+        ({**BERT, "added_tokens": {"\ud800": 11}}, "added_tokens.json.* surrogate pair"),
+        ({**BERT, "tokenizer_config": {"pad_token": ""}}, "bert.* pad token '' is not in"),
+        ({"vocab": {"a": 10**9}, "merges": ""}, "bert.* 'a' has the id 1000000000"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
-        TextProcessor.from_folder(write(tmp_path, **files))
+        TextProcessor.from_folder(write(tmp_path / "bert", **files))
 
 
 def test_a_sentencepiece_model_alone_is_refused_with_the_remedy(tmp_path):
