@@ -18,19 +18,17 @@ import gguf_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sentence_networks
 import tokenizers
 from mutations import Reader, written
 
 import jaxnets as jn
-from jaxnets.models.transformer import SentenceEncoder
 from jaxnets.pretrained import PretrainedNetwork
 from jaxnets.pretrained import network as loading
 from jaxnets.pretrained.processors import ImageProcessor, SoundProcessor, TextProcessor
 
 TOKENS = jax.ShapeDtypeStruct((1, 3), jnp.int32)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "##s"]
-BLOCK = jn.BlockConfig(8, 2, mlp_dim=8, norm_first=False, key_bias=True, norm_epsilon=1e-12)
-SENTENCES = SentenceEncoder(9, 1, BLOCK, 16, num_segments=2, embedding_norm=True)
 LLAMA = jn.transformer.llama3_8b(
     num_layers=1, features=8, num_heads=2, num_kv_heads=1, mlp_dim=12, vocabulary_size=11
 )
@@ -200,9 +198,8 @@ def reader(make: Callable[[], Reader]) -> None:
     NETWORKS[make.__name__] = context
 
 
-def word_pieces(folder: Path) -> None:
-    """Write the vocabulary of a BERT without tokenizer.json."""
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
+def tokenizer_options(folder: Path) -> None:
+    """Write the files beside the vocabulary of a BERT without tokenizer.json."""
     tokens = {"pad_token": "[PAD]", "cls_token": {"content": "[CLS]", "lstrip": False}}
     (folder / "special_tokens_map.json").write_bytes(as_json(tokens))
     (folder / "added_tokens.json").write_bytes(as_json({"<new>": 9}))
@@ -225,26 +222,17 @@ def byte_pairs() -> TextProcessor:
 
 @reader
 def sentence_encoder() -> Reader:
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(
-            (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    def write(folder: Path) -> None:
+        sentence_networks.save_encoder(folder / "network", WORDS, max_length=16)
+        sentence_networks.write_modules(
+            folder / "network",
+            {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"},
+            pooling={"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+            sentence_bert_config={"max_seq_length": 5, "do_lower_case": False},
+            config_sentence_transformers={"default_prompt_name": None},
         )
-    ]
-    folder = saved(network(SENTENCES, TOKENS), layout="torch")
-    return of_network(
-        folder
-        | written(word_pieces)
-        | {
-            "modules.json": as_json(modules),
-            "1_Pooling/config.json": as_json(
-                {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
-            ),
-            "sentence_bert_config.json": as_json({"max_seq_length": 5, "do_lower_case": False}),
-            "config_sentence_transformers.json": as_json({"default_prompt_name": None}),
-        },
-        load,
-    )
+
+    return of_network(below(written(write), "network/") | written(tokenizer_options), load)
 
 
 @reader
