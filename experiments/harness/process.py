@@ -97,6 +97,9 @@ def leave(line: str, code: int) -> NoReturn:
 def _exit_now(advice: str, number: int, frame: Any) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"stopped by {signal.Signals(number).name}; {advice}\n".encode())
+    # What was printed into a pipe or a file; RuntimeError: the signal came inside of a print.
+    with contextlib.suppress(OSError, RuntimeError):
+        sys.stdout.flush()
     os._exit(STOPPED)
 
 

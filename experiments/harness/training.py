@@ -21,7 +21,7 @@ from experiments.harness.problem import Measured, Problem
 from experiments.harness.run_folder import RunFolder, environment
 from experiments.pictures import event_pictures
 from jaxnets.tools.comparison import show_number
-from jaxnets.tools.results import Result, make_result
+from jaxnets.tools.results import Result, diverged, make_result
 from jaxnets.training.history import Writer
 
 
@@ -197,12 +197,14 @@ def summarize(
 
 def describe(measured: Measured) -> str:
     """Return the outcome as text, with its confidence interval over the seeds."""
-    value, interval = jn.metrics.confidence_interval(measured.values)
-    if np.isnan(value):
+    finite = np.isfinite(measured.values)
+    value, interval = jn.metrics.confidence_interval(measured.values[finite])
+    if not np.any(finite):
         return f"{measured.metric} none, because every network diverged"
     shown = show_number(value, measured.unit)
     spread = ""
     if np.isfinite(interval):
         spread = f" +- {show_number(interval, measured.unit)} over the seeds (95%)"
     unit = "" if measured.unit == "%" else f" {measured.unit}"
-    return f"{measured.metric} {shown}{spread}{unit}"
+    lost = diverged([value if good else None for value, good in zip(measured.values, finite)])
+    return f"{measured.metric} {shown}{spread}{unit}{f' ({lost})' if lost else ''}"

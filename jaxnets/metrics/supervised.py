@@ -6,6 +6,7 @@ named in the docstring.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 
 import jax
@@ -291,12 +292,16 @@ def confidence_interval(
 
     Args:
         values: one per seed, [seeds]. Those that are NaN or infinite, of networks that diverged,
-            do not count, as in `tools.write_result`.
+            do not count.
         level: probability that the interval covers the mean, in (0, 1).
 
     Returns:
         mean, and half-width: NaN for a single value, which has no interval. Both are NaN if no
         value is finite.
+
+    Warns:
+        RuntimeWarning: values do not count; it says how many, and which. Select the finite ones
+            yourself to leave them out without it.
 
     Example:
         >>> mean, half_width = confidence_interval([0.90, 0.92, 0.97])
@@ -306,7 +311,15 @@ def confidence_interval(
     import scipy.stats  # takes as long to import as the rest of the library
 
     array = np.asarray(values, np.float64)
-    array = array[np.isfinite(array)]
+    finite = np.isfinite(array)
+    if not np.all(finite):
+        warnings.warn(
+            f"{np.sum(~finite)} of {array.size} values are NaN or infinite and do not count in the "
+            f"mean: those at {np.flatnonzero(~finite).tolist()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    array = array[finite]
     if array.size < 2:
         return float(array[0]) if array.size else np.nan, np.nan
     t = scipy.stats.t.ppf((1 + level) / 2, array.size - 1)

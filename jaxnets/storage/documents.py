@@ -41,7 +41,9 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
         stream.write(json.dumps({**plain, _DIGEST: _digest(plain)}, indent=2).encode() + b"\n")
 
 
-def read_json(path: str | os.PathLike[str], *, what: str, remedy: str) -> Document:
+def read_json(
+    path: str | os.PathLike[str], *, what: str, remedy: str, if_missing: str | None = None
+) -> Document:
     """Read a JSON file that holds one object.
 
     If it has a digest, as `write_json` adds one, the content must have it. The digest is of the
@@ -51,6 +53,8 @@ def read_json(path: str | os.PathLike[str], *, what: str, remedy: str) -> Docume
         path: the file.
         what: what it should be, such as "the result of a run".
         remedy: what the user can do otherwise, as a clause for the errors.
+        if_missing: what the user can do where there is no such file; then the error is one
+            sentence with the folder.
 
     Returns:
         The content without the digest; its `check` tests the entries.
@@ -60,7 +64,16 @@ def read_json(path: str | os.PathLike[str], *, what: str, remedy: str) -> Docume
         ValueError: not JSON, not an object, an entry that occurs twice, or changed since it was
             written; the message has the file, the line and the remedy.
     """
-    document = parse_json(Path(path).read_bytes(), path=path, what=what, remedy=remedy)
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if if_missing is None:
+            raise
+        raise FileNotFoundError(
+            f"{path.parent} has no {path.name} ({error.strerror}); {if_missing}"
+        ) from error
+    document = parse_json(raw, path=path, what=what, remedy=remedy)
     content = document.content
     if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
         raise document.error(

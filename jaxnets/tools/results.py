@@ -98,7 +98,7 @@ def make_result(
     array = np.atleast_1d(np.asarray(values, np.float64))
     if array.ndim != 1 or not array.size:
         raise ValueError(f"values have shape {array.shape}; give one number per seed, [seeds]")
-    value, interval = confidence_interval(array)
+    value, interval = confidence_interval(array[np.isfinite(array)])  # the file has all of them
     result: dict[str, Any] = {
         "dataset": dataset,
         "metric": metric,
@@ -174,16 +174,15 @@ def read_result(folder: str | os.PathLike[str]) -> Result:
         Its content, checked.
 
     Raises:
-        ValueError: it has no `result.json`, or one that is not the result of a run; the message
-            has the file and the line.
+        FileNotFoundError: it has no `result.json`.
+        ValueError: that is not the result of a run; the message has the file and the line.
     """
-    path = Path(folder) / RESULT_FILE
-    try:
-        document = read_json(path, what="the result of a run", remedy="run it again")
-    except OSError as error:
-        raise ValueError(
-            f"{folder} has no {RESULT_FILE} ({error.strerror}); name the folder of a finished run"
-        ) from error
+    document = read_json(
+        Path(folder) / RESULT_FILE,
+        what="the result of a run",
+        remedy="run it again",
+        if_missing="name the folder of a finished run",
+    )
     result = document.check(Result)
     if not result["values"]:
         raise document.error("it has no value", key="values")

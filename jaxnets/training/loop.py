@@ -252,7 +252,7 @@ def evaluate(
         RuntimeWarning: the total of a metric is NaN or infinite; it names the first such batch.
 
     Raises:
-        ValueError: there are no batches, or no end of them.
+        ValueError: there are no batches, no end of them, or they are those of `data.chunked`.
         TypeError: `batches` is neither a source nor an iterable of batches, or a batch is no dict.
 
     Example:
@@ -270,8 +270,10 @@ def evaluate(
             source = batches(0) if callable(batches) else batches
             batch = next(itertools.islice(source, index, None))
             reason = f"batch {index} has {_describe(eval_step, state, batch)}; {reason}"
-        finite = np.isfinite(totals[name].total)
-        member = f" of member {int(np.argmin(finite))}" if finite.ndim else ""
+        member = ""
+        if np.ndim(state.step):
+            finite = np.isfinite(totals[name].total).reshape(len(state.step), -1).all(axis=1)
+            member = f" of member {int(np.argmin(finite))}"
         warnings.warn(
             f"{name}{member} is NaN or infinite: {reason}, and for labels out of range, for n "
             "classes 0 to n - 1",
@@ -318,8 +320,8 @@ def evaluate_sums(
         {name: Mean} of NumPy arrays in float64; in a population with a leading member axis.
 
     Raises:
-        ValueError: there are no batches, or no end of them.
-        TypeError: `batches` is neither a source nor an iterable of batches, or a batch is no dict.
+        ValueError: as for `evaluate`.
+        TypeError: as for `evaluate`.
 
     Example:
         >>> def hits(state, batch):
@@ -365,7 +367,8 @@ def check_evaluation(batches: Any, num_batches: int | None) -> None:
 
     Raises:
         TypeError: `batches` is neither a source nor an iterable of batches, such as the data.
-        ValueError: the source has no end, or `num_batches` is not an integer of 1 or more.
+        ValueError: the source has no end, its batches hold several steps, or `num_batches` is not
+            an integer of 1 or more.
     """
     if callable(batches) or isinstance(batches, Mapping):
         check_source(batches)
@@ -380,6 +383,12 @@ def check_evaluation(batches: Any, num_batches: int | None) -> None:
         raise TypeError(
             f"batches is {shown}; give a source such as data.sequential_batches(arrays, "
             "batch_size), or a list of batches, each a dict of arrays"
+        )
+    if steps_per_batch(batches) > 1:
+        raise ValueError(
+            f"a batch of {type(batches).__name__} holds {steps_per_batch(batches)} batches of a "
+            "step on another axis, and an evaluation takes one at a time; give the source without "
+            "data.chunked"
         )
     if num_batches is not None:
         check_sizes(num_batches=num_batches)

@@ -407,25 +407,25 @@ def _updated(
     empty = loss.count == 0  # 0 / 0 is NaN, which an optimizer that reads the loss would keep
     value = jnp.where(empty, 0.0, loss.compute())
     changes, new_state = optimizer.update(gradients, opt_state, params, value=value)
-    return optax.apply_updates(params, changes), _without_loss(empty, opt_state, new_state)
+    after = optax.apply_updates(params, changes), new_state
+    if not _averages_losses(opt_state):
+        return after
+    # Any value in place of a loss would count as one, such as 0 as the best of all.
+    before = params, opt_state
+    return jax.tree.map(lambda old, new: jnp.where(empty, old, new), before, after)
 
 
-def _without_loss(empty: jax.Array, old: Any, new: Any) -> Any:
-    """Return the new optimizer state; where a batch has no loss, the old of what averages losses.
-
-    Any value in its place would count as an evaluation, such as 0 as the best one of all.
-    """
-
-    def select(before: Any, after: Any) -> Any:
-        if not _averages_losses(after):
-            return after
-        return jax.tree.map(lambda x, y: jnp.where(empty, x, y), before, after)
-
-    return jax.tree.map(select, old, new, is_leaf=_averages_losses)
+#: States of Optax's optimizers that average or compare the losses of several steps.
+_LOSS_STATES = (
+    optax.contrib.ReduceLROnPlateauState,
+    optax.contrib.MomoState,
+    optax.contrib.MomoAdamState,
+)
 
 
-def _averages_losses(state: Any) -> bool:
-    return isinstance(state, optax.contrib.ReduceLROnPlateauState)
+def _averages_losses(opt_state: Any) -> bool:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _LOSS_STATES))
+    return any(isinstance(node, _LOSS_STATES) for node in nodes)
 
 
 def _cast_like(tree: Any, like: Any) -> Any:

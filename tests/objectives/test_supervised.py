@@ -280,10 +280,13 @@ def test_the_confidence_interval_is_that_of_students_distribution():
     mean, half = supervised.confidence_interval(values)
     expected = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx(expected)
-    with_diverged = [*values, np.nan, np.inf]
-    assert supervised.confidence_interval(with_diverged) == (mean, half)
+    with_diverged = [np.nan, *values, np.inf]
+    message = r"2 of 5 values are NaN or infinite and do not count in the mean: those at \[0, 4\]"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert supervised.confidence_interval(with_diverged) == (mean, half)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 values are NaN:RuntimeWarning")
 @pytest.mark.parametrize(("values", "shown"), [([0.5], "0.50 +- nan"), ([np.nan], "nan +- nan")])
 def test_an_interval_that_does_not_exist_is_nan_and_can_be_formatted(values, shown):
     mean, half = supervised.confidence_interval(values)

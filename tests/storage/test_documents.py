@@ -71,6 +71,16 @@ def test_a_file_without_a_digest_is_read(tmp_path):
     assert read(tmp_path / "a.json") == GOOD
 
 
+def test_a_missing_file_is_one_sentence_with_the_folder_and_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, reason in ((tmp_path, "No such file"), (tmp_path / "file", "Not a directory")):
+        message = rf"{folder.name} has no a\.json \({reason}.*\); go shopping"
+        with pytest.raises(FileNotFoundError, match=message):
+            read_json(folder / "a.json", **WORDS, if_missing="go shopping")
+    with pytest.raises(FileNotFoundError, match=r"Errno 2.*a\.json"):
+        read_json(tmp_path / "a.json", **WORDS)
+
+
 def test_a_digest_of_the_user_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has an entry 'sha256'; rename it"):
         write_json(tmp_path / "a.json", {"sha256": "0"})

@@ -381,6 +381,28 @@ def test_an_evaluation_with_labels_out_of_range_names_metric_batch_and_outputs()
         evaluate(step, state, iter([bad]))
 
 
+def test_an_evaluation_that_is_not_finite_names_the_member_whatever_the_shape_of_the_metric():
+    state = make_state()
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[make_state(n) for n in range(3)])
+    table = np.zeros((3, 2, 2), np.float32)
+    table[1, 1, 0] = np.nan
+    ones = jnp.ones(3)
+
+    def several(state, batch):
+        return {
+            "table": Mean(jnp.asarray(table), ones),
+            "loss": Mean(ones.at[2].set(jnp.inf), ones),
+        }
+
+    with pytest.warns(RuntimeWarning) as caught:
+        evaluate(several, states, [make_batch(0)])
+    found = [str(each.message).split(" is NaN")[0] for each in caught]
+    assert found == ["table of member 1", "loss of member 2"]
+    one = lambda state, batch: {"table": Mean(jnp.asarray(table[1]), jnp.float32(1))}  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="^table is NaN"):
+        evaluate(one, state, [make_batch(0)])
+
+
 def test_a_non_finite_loss_in_a_population_or_chunk_names_member_and_steps():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), make_state(0), make_state(1))
     params = {"linear": {"kernel": stacked.params["linear"]["kernel"].at[1].set(jnp.inf)}}
@@ -436,7 +458,7 @@ def test_a_number_of_batches_is_an_integer(number):
     "endless",
     [
         shuffled_batches({"inputs": np.ones((4, 3), np.float32)}, 2, seed=0),
-        prefetch(chunked(index_batches(4, 2, seed=0), 2)),
+        prefetch(index_batches(4, 2, seed=0)),
         member_batches([with_epochs(index_batches(4, 2, seed=seed)) for seed in range(2)]),
         token_windows(np.arange(9), batch_size=1, length=2, seed=0),
         token_streams(np.arange(9), batch_size=1, length=2),
@@ -451,6 +473,19 @@ def test_a_source_without_an_end_is_evaluated_only_for_a_number_of_batches(endle
     seen = []
     evaluate(lambda s, b: seen.append(b) or count(s, b), make_state(), endless, num_batches=3)
     assert len(seen) == 3
+
+
+def test_batches_of_several_steps_are_not_evaluated():
+    """Of [steps, batch, ...] one loss of the wrong shape, or of the wrong axis, would come out."""
+    data = {"inputs": np.ones((8, 3), np.float32), "targets": np.ones(8, np.float32)}
+    for stacked in (
+        chunked(sequential_batches(data, 2), 4),
+        prefetch(chunked(shuffled_batches(data, 2, seed=0), 4)),
+    ):
+        with pytest.raises(ValueError, match=r"holds 4 batches .* without data\.chunked"):
+            evaluate(eval_step, make_state(), stacked, num_batches=1)
+        with pytest.raises(ValueError, match=r"holds 4 batches"):
+            validation(eval_step, stacked, num_batches=1)
 
 
 def test_a_number_of_batches_limits_any_source_and_is_closed():

@@ -144,14 +144,12 @@ def _remedy(folder: Path) -> str:
 
 
 def _read_index(folder: Path) -> _Index:
-    try:
-        document = read_json(
-            folder / _INDEX, what="the list of recorded drives", remedy=_remedy(folder)
-        )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} has no complete recordings ({_INDEX} is missing); record first"
-        ) from error
+    document = read_json(
+        folder / _INDEX,
+        what="the list of recorded drives",
+        remedy=_remedy(folder),
+        if_missing="the recordings are not complete, so record first",
+    )
     index = document.check(_Index)
     if not index["shards"]:
         raise document.error("it has no shard", key="shards")

@@ -58,7 +58,7 @@ def test_interrupted_recordings_count_as_none(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         driving.write_recordings(tmp_path, interrupted(), SETTINGS)
     assert not driving.has_recordings(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"recordings.json is missing\); record first"):
+    with pytest.raises(FileNotFoundError, match=r"has no recordings.json.*record first"):
         driving.read_recordings(tmp_path)
 
 

@@ -69,6 +69,19 @@ def test_a_signal_while_modules_are_imported_ends_in_one_line(module, number, tm
     assert done.stderr == f"stopped by {number.name}; run it again\n"
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_was_printed_into_a_pipe_before_a_signal_is_not_lost(number, tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import os\n"
+        "from experiments.harness import process\n"
+        "process.exit_on_signals('run it again')\n"
+        f"print('one line'); os.kill(os.getpid(), {int(number)})\n"
+    )
+    done = run("program", path=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "one line\n")
+    assert done.stderr == f"stopped by {number.name}; run it again\n"
+
+
 def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path):
     signals_in_an_import(tmp_path, signal.SIGHUP)
     assert run("experiments.digits", path=tmp_path, before="trap '' HUP;").returncode == 5
