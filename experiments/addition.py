@@ -115,10 +115,8 @@ class Addition(Problem):
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Decode the sums of the test set greedily; an answer counts if it is exact."""
-        answers = [
-            self.answers(member(self.evaluated(states), index))
-            for index in range(self.config.seeds)
-        ]
+        evaluated = self.evaluated(states)
+        answers = [self.answers(member(evaluated, index)) for index in range(self.config.seeds)]
         right = [str(a + b) for a, b in self.pairs.tolist()]
         self.mistakes = [
             f"{a}+{b} = {true}, not {answer}"

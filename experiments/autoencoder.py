@@ -264,6 +264,7 @@ class ImageAutoencoder(Problem):
 
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate the final networks and their codes on the test set."""
+        states = self.evaluated(states)
         measured = jn.evaluate(self.eval_step(), states, self.eval_batches)
         means = {name: np.array(v) for name, v in measured.items() if isinstance(v, list)}
         details: dict[str, Any] = {

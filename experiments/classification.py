@@ -184,7 +184,7 @@ class ImageClassification(Problem):
             "calibration": jn.metrics.calibration,
         }
         eval_step = self.eval_step(self._classification(metrics=metrics))
-        measured = jn.evaluate(eval_step, states, self.eval_batches)
+        measured = jn.evaluate(eval_step, self.evaluated(states), self.eval_batches)
         # Shares of all examples, [seeds, true class, predicted class], to counts.
         shares = measured["confusion"].mean(axis=0)
         self.confusion = (shares * len(self.dataset.test["labels"])).round(3)
@@ -224,8 +224,9 @@ class ImageClassification(Problem):
             def one(state: jn.TrainState) -> jax.Array:
                 return jax.nn.softmax(self.viewed.apply(state.variables, inputs))
 
-            return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
+            return jnp.mean(jax.lax.map(one, states), axis=0)
 
+        states = self.evaluated(states)
         batches = [np.asarray(predict(states, batch)) for batch in self.eval_batches]
         return np.concatenate(batches)[: len(self.dataset.test["labels"])]
 

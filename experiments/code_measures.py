@@ -16,7 +16,7 @@ def bound(problem: Any, states: jn.TrainState) -> dict[str, Any]:
 
     Args:
         problem: the autoencoder's.
-        states: of the population.
+        states: of the population, those to evaluate.
 
     Returns:
         Details for the result, in nats per image, means over the population: the evidence lower
@@ -45,7 +45,7 @@ def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
 
     Args:
         problem: the autoencoder's.
-        states: of the population.
+        states: of the population, those to evaluate.
 
     Returns:
         Details for the result: mean peak signal-to-noise ratios in decibels.
@@ -55,7 +55,7 @@ def noise(problem: Any, states: jn.TrainState) -> dict[str, Any]:
     before = probes.signal_to_noise(problem.shown(noisy), problem.shown(clean)).mean()
     after = []
     for index in range(problem.config.seeds):
-        state = member(problem.evaluated(states), index)
+        state = member(states, index)
         restored = problem.reconstructed(state, noisy, problem.test["labels"])
         after.append(probes.signal_to_noise(restored, problem.shown(clean)).mean())
     return {
@@ -70,7 +70,7 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
 
     Args:
         problem: the autoencoder's.
-        states: of the population.
+        states: of the population, those to evaluate.
         error: mean squared error of the reconstructions of the test images.
 
     Returns:
@@ -86,7 +86,7 @@ def codes(problem: Any, states: jn.TrainState, error: float) -> dict[str, Any]:
 
     accuracies, size = [], 0
     for index in range(config.seeds):
-        state = member(problem.evaluated(states), index)
+        state = member(states, index)
         few, all_of_test = problem.codes(state, labeled), problem.codes(state, test)
         size = few.shape[1]
         accuracies.append(probe(few, all_of_test))

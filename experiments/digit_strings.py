@@ -125,7 +125,7 @@ class DigitStrings(Problem):
         }
         self.recognized = list(zip(said, heard["beam"][0], strict=True))
         wrong = [[a != b for a, b in zip(said, texts, strict=True)] for texts in heard["beam"]]
-        losses = jn.evaluate(self.eval_step(), states, self.eval_batches)["loss"]
+        losses = jn.evaluate(self.eval_step(), self.evaluated(states), self.eval_batches)["loss"]
         return Measured(
             f"{self.part} word error rate",
             rates["beam"],
@@ -152,8 +152,9 @@ class DigitStrings(Problem):
                 beam = ctc_beam_search(scores, frames, num_beams=self.config.beams)
                 return {"beam": beam[:2], "greedy": ctc_greedy(logits, frames)}
 
-            return jax.lax.map(one, self.evaluated(states))
+            return jax.lax.map(one, states)
 
+        states = self.evaluated(states)
         heard = {name: [[] for _ in self.seeds] for name in ("beam", "greedy")}
         for batch in self.eval_batches:
             real = np.asarray(batch["weights"]) > 0

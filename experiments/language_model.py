@@ -148,7 +148,7 @@ class LanguageModel(Problem):
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate on the whole validation text, and on random windows like nanoGPT."""
         config = self.config
-        eval_step = self.eval_step()
+        eval_step, states = self.eval_step(), self.evaluated(states)
         values = np.array(jn.evaluate(eval_step, states, self._evaluation_windows())["loss"])
         source = jn.data.token_windows(
             self.validation, batch_size=64, length=config.context, seed=1_000_003

@@ -248,7 +248,10 @@ class Sentiment(SentenceProblem):
             "calibration": jn.metrics.calibration,
         }
         eval_step = self.eval_step(jn.classification(self.module, metrics=metrics))
-        test_batches = self.one_pass(self._encode(self.dataset.test))
+        test_batches, states = (
+            self.one_pass(self._encode(self.dataset.test)),
+            self.evaluated(states),
+        )
         test = jn.evaluate(eval_step, states, test_batches)
         validation = jn.evaluate(eval_step, states, self.eval_batches)
         # Shares of all sentences, [seeds, true class, predicted class], to counts.
@@ -299,8 +302,9 @@ class Sentiment(SentenceProblem):
                 logits = self.module.apply(variables, batch["inputs"], batch["lengths"])
                 return jax.nn.softmax(logits)
 
-            return jnp.mean(jax.lax.map(one, self.evaluated(states)), axis=0)
+            return jnp.mean(jax.lax.map(one, states), axis=0)
 
+        states = self.evaluated(states)
         probabilities = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
         for batch in self.one_pass(self._encode(sentences)):
             probabilities[batch["indices"]] = predict(states, self.frozen, batch)

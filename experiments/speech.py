@@ -122,7 +122,7 @@ class SpokenWords(Problem):
         self.confusion = np.zeros((self.dataset.num_classes,) * 2)
         for row in predicted:
             np.add.at(self.confusion, (labels, row), 1 / len(predicted))
-        losses = jn.evaluate(self.eval_step(), states, self.eval_batches)["loss"]
+        losses = jn.evaluate(self.eval_step(), self.evaluated(states), self.eval_batches)["loss"]
         return Measured(
             f"{self.part} accuracy",
             right.mean(axis=1),
@@ -148,8 +148,9 @@ class SpokenWords(Problem):
                     self.module.apply(state.variables, batch["inputs"], **lengths)
                 )
 
-            return jax.lax.map(one, self.evaluated(states))
+            return jax.lax.map(one, states)
 
+        states = self.evaluated(states)
         parts = [np.asarray(probabilities(states, batch)) for batch in self.eval_batches]
         return np.concatenate(parts, axis=1)[:, : len(self.test["labels"])]
 

@@ -175,15 +175,16 @@ class Translation(SentenceProblem):
         references = [target for _, target in self.dataset.test]
         metric = bleu_metric()
         beam, greedy = [], []
+        evaluated = self.evaluated(states)
         for index in range(self.config.seeds):
-            state = member(self.evaluated(states), index)
+            state = member(evaluated, index)
             translations = self.translate(state, sources, num_beams=self.config.beams)
             beam.append(metric.corpus_score(translations, [references]).score)
             if index == 0:
                 self.samples = list(zip(sources, references, translations, strict=True))
             plain = self.translate(state, sources, num_beams=1)
             greedy.append(metric.corpus_score(plain, [references]).score)
-        validation = jn.evaluate(self.eval_step(), states, self.eval_batches)
+        validation = jn.evaluate(self.eval_step(), evaluated, self.eval_batches)
         return Measured(
             "test2016 score",
             np.array(beam),

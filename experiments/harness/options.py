@@ -49,7 +49,7 @@ class Options:
     """Maximum global norm of the gradient; 0 disables clipping."""
     average_decay: float = 0.0
     """Decay of the moving average of the parameters; 0 disables it. The average is evaluated, with
-    the running statistics that batch norms have for the last parameters."""
+    running statistics of batch norms that are computed for it, from 50 training batches."""
     on_non_finite: Literal["stop", "freeze"] = "stop"
     """A network that diverges stops the run, or freezes: it has no result, the others go on."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,6 +14,10 @@ import jaxnets as jn
 from experiments.harness.optimizers import make_optimizer
 from experiments.harness.options import Options
 from experiments.harness.run_folder import RunFolder
+
+#: Training batches for the batch norms of averaged parameters. Of a momentum of 0.9 they leave a
+#: weight of 0.005 to the statistics of the last parameters.
+_RECALIBRATION_BATCHES = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Problem(abc.ABC):
     steps_per_epoch: int
     eval_batches: Sequence[jn.Batch]
     eval_name: str = "test"
+    _recalibrating: tuple[jn.Objective, jn.Executor] | None = None
 
     @abc.abstractmethod
     def example(self) -> tuple[Any, ...]:
@@ -178,18 +183,48 @@ class Problem(abc.ABC):
     def eval_step(
         self, objective: jn.Objective | None = None
     ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
-        """Compile the evaluation of the population, for `jaxnets.evaluate`."""
-        step = jn.population_step(
+        """Compile the evaluation of the population, for `jaxnets.evaluate` of `evaluated`."""
+        step: Any = jn.population_step(
             jn.make_eval_step(self.objective if objective is None else objective),
             strategy=self.population_strategy,
         )
-        return jax.jit(lambda states, batch: step(self.evaluated(states), batch))
+        return jn.jit_step(step)
 
     def evaluated(self, states: jn.TrainState) -> jn.TrainState:
-        """Return the states with the parameters to evaluate: the averaged ones, if any."""
+        """Return the states to evaluate: with the averaged parameters, if any.
+
+        Batch norms get the running statistics that belong to these.
+        """
         if not self.options.average_decay:
             return states
-        return dataclasses.replace(states, params=jn.averaged_parameters(states))
+        update = self.update
+        assert isinstance(update, jn.Update), "several networks average their own way"
+        return jn.recalibrate_batch_norm(
+            update,
+            dataclasses.replace(states, params=jn.averaged_parameters(states)),
+            self._host_batches,
+            num_batches=_RECALIBRATION_BATCHES,
+            executor=self._recalibration,
+        )
+
+    def _host_batches(self, first_step: int) -> Iterator[jn.Batch]:
+        """Yield the training batches of all seeds, the examples themselves in every executor."""
+        source = jn.data.member_batches([self.member_source(int(seed)) for seed in self.seeds])
+        for batch in source(first_step):
+            arrays = dict(batch)
+            if self.options.executor == "scan" and self.resident is not None:
+                rows = arrays.pop("indices")  # [seeds, batch]
+                arrays |= {name: array[rows] for name, array in self.resident.items()}
+            yield arrays
+
+    def _recalibration(self, step: jn.StepFn) -> jn.Executor:
+        """Compile the recalibration of batch norms, once for each objective."""
+        if self._recalibrating is None or self._recalibrating[0] is not self.objective:
+            population = jn.population_step(
+                step, shared_batch=False, strategy=self.population_strategy
+            )
+            self._recalibrating = self.objective, jn.jit_step(population)
+        return self._recalibrating[1]
 
 
 def member(population: Any, index: int) -> Any:

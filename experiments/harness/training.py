@@ -132,7 +132,12 @@ def _train(
     hooks = [
         jn.every(
             options.eval_every or problem.steps_per_epoch,
-            jn.validation(problem.eval_step(), problem.eval_batches, prefix=problem.eval_name),
+            jn.validation(
+                problem.eval_step(),
+                problem.eval_batches,
+                prefix=problem.eval_name,
+                evaluated=problem.evaluated,
+            ),
         ),
         *problem.hooks(folder),
         *image_hooks,
@@ -206,5 +211,5 @@ def describe(measured: Measured) -> str:
     if np.isfinite(interval):
         spread = f" +- {show_number(interval, measured.unit)} over the seeds (95%)"
     unit = "" if measured.unit == "%" else f" {measured.unit}"
-    lost = diverged([value if good else None for value, good in zip(measured.values, finite)])
+    lost = diverged([each if np.isfinite(each) else None for each in measured.values])
     return f"{measured.metric} {shown}{spread}{unit}{f' ({lost})' if lost else ''}"

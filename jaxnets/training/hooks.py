@@ -105,9 +105,11 @@ class _Validation:
         prefix: str,
         num_batches: int | None,
         on_non_finite: Literal["warn", "stop"],
+        evaluated: Callable[[Any], Any],
     ) -> None:
         self._eval_step, self._batches, self._prefix = eval_step, batches, prefix
         self._num_batches, self._on_non_finite = num_batches, on_non_finite
+        self._evaluated = evaluated
         self._history = History()
 
     def start(self, history: History, step: int) -> None:
@@ -118,7 +120,10 @@ class _Validation:
         with self._history.spending("evaluation"):
             # Without the warning of `evaluate`: `fit` warns of the values that a hook returns.
             sums = evaluate_sums(
-                self._eval_step, state, self._batches, num_batches=self._num_batches
+                self._eval_step,
+                self._evaluated(state),
+                self._batches,
+                num_batches=self._num_batches,
             )
             measured = means_of_sums(sums, state)
         behind = np.asarray(state.step) < current_step(state)  # frozen members of a population
@@ -140,6 +145,7 @@ def validation(
     prefix: str = "validation",
     num_batches: int | None = None,
     on_non_finite: Literal["warn", "stop"] = "warn",
+    evaluated: Callable[[Any], Any] = lambda state: state,
 ) -> Hook:
     """Evaluate after every call of the step; wrap it in `every` to evaluate less often.
 
@@ -151,6 +157,8 @@ def validation(
         num_batches: as for `evaluate`.
         on_non_finite: "stop" raises NonFiniteError if a value is NaN or infinite. "warn" writes
             it into the row; `fit` warns at its first step, as of every value of a hook.
+        evaluated: state -> state to evaluate, called once an evaluation, such as a function that
+            puts `averaged_parameters` into it.
 
     Returns:
         Hook for `fit`.
@@ -164,7 +172,7 @@ def validation(
     check_evaluation(batches, num_batches)
     if on_non_finite not in ("warn", "stop"):
         raise ValueError(f"on_non_finite is {on_non_finite!r}; choose 'warn' or 'stop'")
-    return _Validation(eval_step, batches, prefix, num_batches, on_non_finite)
+    return _Validation(eval_step, batches, prefix, num_batches, on_non_finite, evaluated)
 
 
 class EarlyStopping:

@@ -14,6 +14,7 @@ from tiny_run import TINY, tiny
 import jaxnets as jn
 from experiments.classification import AveragedViews, ImageClassification
 from experiments.harness.models import ModelName, make_model
+from experiments.harness.problem import member
 from experiments.harness.run_folder import RunFolder
 from jaxnets.data import digits, normalize
 from jaxnets.models.convolutional import whitening_kernel
@@ -177,3 +178,48 @@ def test_a_side_or_share_out_of_range_is_refused(side, share):
     config = dataclasses.replace(TINY, small_side=side, small_share=share)
     with pytest.raises(ValueError, match=f"small_side is {side} and small_share {share}"):
         ImageClassification(config, digits())
+
+
+@pytest.mark.parametrize("executor", ["scan", "jit"])
+def test_the_average_is_evaluated_with_the_running_statistics_of_its_own_activations(executor):
+    config = dataclasses.replace(
+        TINY, model="convnet", seeds=2, average_decay=0.9, executor=executor, batch_size=64
+    )
+    problem = ImageClassification(config, digits())
+    states = problem.create_states()
+    average = jax.tree.map(lambda array: 2 * array, states.opt_state.average)
+    states = dataclasses.replace(states, opt_state=states.opt_state._replace(average=average))
+    evaluated = problem.evaluated(states)
+    jax.tree.map(np.testing.assert_array_equal, evaluated.params, average)
+    np.testing.assert_array_equal(evaluated.step, states.step)
+    images = problem._transform(problem.dataset.train, jax.random.key(0), False)["inputs"]
+
+    @jax.jit
+    def activations(params):
+        variables = {"params": params, **member(states, 0).model_state}
+        _, recorded = problem.module.apply(
+            variables, images, train=False, capture_intermediates=True, mutable=["intermediates"]
+        )
+        return recorded["intermediates"]["conv_0"]["__call__"][0]
+
+    for seed in range(2):
+        before = activations(member(average, seed)).reshape(-1, 32)
+        own = member(evaluated, seed).model_state["batch_stats"]["conv_norm_0"]
+        np.testing.assert_allclose(own["mean"], before.mean(axis=0), atol=0.05)
+        np.testing.assert_allclose(own["var"], before.var(axis=0), rtol=0.15, atol=0.02)
+
+
+def test_arrays_that_an_objective_holds_are_arguments_of_the_evaluation():
+    problem = ImageClassification(TINY, digits())
+    own = problem.objective
+
+    def with_table(table, *inputs, train):
+        output = own(*inputs, train=train)
+        return dataclasses.replace(output, metrics={"sum": jn.Mean.of(table)})
+
+    table = jnp.ones(100_000)
+    evaluation = problem.eval_step(jax.tree_util.Partial(with_table, table))
+    states, batch = problem.create_states(), problem.eval_batches[0]
+    assert evaluation(states, batch)["sum"].compute().tolist() == [1.0]
+    program = evaluation.func.lower(*evaluation.args, states, batch).as_text()
+    assert len(program) < 50_000  # the table as a constant has 800,000 digits
