@@ -126,6 +126,28 @@ def clear_padding(x: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.where(valid.reshape(batch, time, *ones), x, jnp.zeros((), x.dtype)), valid
 
 
+def last_step(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Return the last valid step of each sequence.
+
+    Args:
+        x: [batch, time, ...].
+        lengths: integer [batch] in [0, time]; by default all steps are valid.
+
+    Returns:
+        [batch, ...]; the first step of an empty sequence.
+
+    Example:
+        >>> last_step(jnp.array([[1, 2, 3], [4, 5, 6]]), jnp.array([3, 1])).tolist()
+        [3, 4]
+    """
+    if lengths is None:
+        return x[:, -1]
+    # Clipped, because a length known only at run time may be out of range.
+    index = jnp.clip(at_least_int32(jnp.asarray(lengths)) - 1, 0, x.shape[1] - 1)  # [batch]
+    index = index.reshape(-1, *(1,) * (x.ndim - 1))  # [batch, 1, ...]
+    return jnp.take_along_axis(x, index, axis=1)[:, 0]
+
+
 def mean_over_time(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Average the steps of each sequence.
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxnets.checks import check_key
 from jaxnets.core import at_least_float32, at_least_int32, known_values
-from jaxnets.functional.lengths import check_lengths, clear_tokens
+from jaxnets.functional.lengths import check_lengths, clear_tokens, last_step
 from jaxnets.generation.sampling import Sampling, add_logit_bias, sample_tokens
 
 
@@ -69,8 +69,11 @@ def generate(
             (cache), whose leaves are [batch, ...], and
             `apply(variables, tokens, carry, lengths=None, method="extend")` appends the first
             lengths[b] of the tokens [batch, time] to each row and returns
-            (logits [batch, time, vocabulary], carry). If a carry has a maximum number of tokens,
-            `module.room(carry)` returns it, including the tokens that it already holds.
+            (logits [batch, time, vocabulary], carry). Two methods are optional: `prefill`, as
+            `extend`, returns the logits after the last token of each row only,
+            [batch, vocabulary], so that a large vocabulary costs nothing at the other tokens of a
+            prompt; and `module.room(carry)` returns the maximum number of tokens of a carry that
+            has one, including those that it already holds.
         variables: its parameters and other collections.
         prompts: integer [batch, time], padded on the right.
         num_tokens: maximum number of tokens to generate.
@@ -226,14 +229,13 @@ def prefill(
     batch, time = prompts.shape
     if carry is None:
         carry = module.apply(variables, batch, capacity, method="start")
-    logits, carry = module.apply(variables, prompts, carry, lengths=lengths, method="extend")
-    logits = at_least_float32(logits)
+    method = "prefill" if hasattr(type(module), "prefill") else "extend"
+    logits, carry = module.apply(variables, prompts, carry, lengths=lengths, method=method)
+    last = at_least_float32(logits if method == "prefill" else last_step(logits, lengths))
     if lengths is None:
-        return logits[:, -1], carry
-    lengths = at_least_int32(lengths)
-    last = jnp.take_along_axis(logits, jnp.clip(lengths - 1, 0, time - 1)[:, None, None], axis=1)
+        return last, carry
     inside = check_lengths(lengths, rows=batch, most=time, least=1)
-    return jnp.where(inside[:, None], last[:, 0], jnp.nan), carry
+    return jnp.where(inside[:, None], last, jnp.nan), carry
 
 
 def check_prompts(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxnets.checks import check_rank, check_rate, check_sizes
 from jaxnets.core import Precision, record
-from jaxnets.functional.lengths import clear_tokens, max_over_time, mean_over_time
+from jaxnets.functional.lengths import clear_tokens, last_step, max_over_time, mean_over_time
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
 from jaxnets.layers.embedding import check_token_type
@@ -106,11 +106,7 @@ class SequenceClassifier(nn.Module):
         return head(x).astype(self.precision.output)
 
     def _last_outputs(self, outputs: jax.Array, lengths: jax.Array | None) -> jax.Array:
-        last = outputs[:, -1]
-        if lengths is not None:
-            index = jnp.maximum(jnp.asarray(lengths) - 1, 0)[:, None, None]  # [batch, 1, 1]
-            last = jnp.take_along_axis(outputs, index, axis=1)[:, 0]
-        first = outputs[:, 0]
+        last, first = last_step(outputs, lengths), outputs[:, 0]
         return jnp.concatenate([last[:, : self.hidden_size], first[:, self.hidden_size :]], axis=1)
 
 

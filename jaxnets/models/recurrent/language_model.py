@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxnets.checks import check_rank, check_rate, check_sizes
 from jaxnets.core import Precision
-from jaxnets.functional.lengths import clear_tokens
+from jaxnets.functional.lengths import clear_tokens, last_step
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
 from jaxnets.layers.embedding import check_token_type
@@ -135,8 +135,8 @@ class RecurrentLM(nn.Module):
             ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         start = None if carry is None else lax.stop_gradient(carry)
-        logits, after = self._logits(tokens, lengths, start, train=train)
-        return logits if carry is None else (logits, after)
+        x, after = self._features(tokens, lengths, start, train=train)
+        return self._logits(x) if carry is None else (self._logits(x), after)
 
     def start(self, batch_size: int, capacity: int = 0) -> StackCarry:
         """Return the initial states for decoding, all zero.
@@ -164,9 +164,17 @@ class RecurrentLM(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values of the arguments are invalid.
         """
-        return self._logits(tokens, lengths, carry, train=False)
+        x, carry = self._features(tokens, lengths, carry, train=False)
+        return self._logits(x), carry
 
-    def _logits(
+    def prefill(
+        self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, StackCarry]:
+        """Append as `extend`; the logits [batch, vocabulary] are those after the last token."""
+        x, carry = self._features(tokens, lengths, carry, train=False)
+        return self._logits(last_step(x, lengths)), carry
+
+    def _features(
         self,
         tokens: jax.Array,
         lengths: jax.Array | None,
@@ -179,10 +187,12 @@ class RecurrentLM(nn.Module):
         x = self.embedding(clear_tokens(tokens, lengths))  # [batch, time, embedding_size]
         x = self.dropout_embedding(x, train=train)
         x, carry = self.recurrent(x, lengths, carry=carry, train=train)
-        x = self.dropout_head(x, train=train)
+        return self.dropout_head(x, train=train), carry
+
+    def _logits(self, x: jax.Array) -> jax.Array:
         if not self.tie_embeddings:
             logits = self.head(x)
         else:
             same = self.hidden_size == self.embedding_size
             logits = self.embedding.attend(x if same else self.projection(x))
-        return logits.astype(self.precision.output), carry
+        return logits.astype(self.precision.output)

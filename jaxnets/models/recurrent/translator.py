@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxnets.checks import check_rank, check_rate, check_sizes
 from jaxnets.core import Precision, at_least_float32, record
-from jaxnets.functional.lengths import clear_tokens, padding_mask
+from jaxnets.functional.lengths import clear_tokens, last_step, padding_mask
 from jaxnets.functional.recurrence.scan import Cell
 from jaxnets.layers import Dense, Dropout, Embedding
 from jaxnets.layers.embedding import check_token_type
@@ -162,8 +162,8 @@ class RecurrentTranslator(nn.Module):
             ValueError: shapes, dtypes or values of the arguments are invalid.
         """
         carry = self._encode(inputs, lengths, train=train)
-        logits, _ = self._decode(decoder_inputs, carry, None, train=train)
-        return logits
+        x, _ = self._decode(decoder_inputs, carry, None, train=train)
+        return self._logits(x)
 
     def start(
         self, source: jax.Array, lengths: jax.Array | None = None, capacity: int = 0
@@ -197,7 +197,15 @@ class RecurrentTranslator(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values of the arguments are invalid.
         """
-        return self._decode(tokens, carry, lengths, train=False)
+        x, carry = self._decode(tokens, carry, lengths, train=False)
+        return self._logits(x), carry
+
+    def prefill(
+        self, tokens: jax.Array, carry: DecoderCarry, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, DecoderCarry]:
+        """Append as `extend`; the logits [batch, vocabulary] are those after the last token."""
+        x, carry = self._decode(tokens, carry, lengths, train=False)
+        return self._logits(last_step(x, lengths)), carry
 
     def _encode(self, source: jax.Array, lengths: jax.Array | None, *, train: bool) -> DecoderCarry:
         check_rank(source, self, layouts=["[batch, source]"])
@@ -246,10 +254,12 @@ class RecurrentTranslator(nn.Module):
         x = self.dropout_target(embeddings, train=train)
         x, attention, carry = self.decoder(x, carry, lengths, train=train)
         record(self, "attention", attention)
-        x = self.dropout_head(x, train=train)
+        return self.dropout_head(x, train=train), carry
+
+    def _logits(self, x: jax.Array) -> jax.Array:
         if not self.tie_embeddings:
             logits = self.head(x)
         else:
             same = self.hidden_size == self.embedding_size
             logits = self.target_embedding.attend(x if same else self.projection(x))
-        return logits.astype(self.precision.output), carry
+        return logits.astype(self.precision.output)

@@ -1,26 +1,18 @@
-"""What encoder-decoder transformers share: teacher forcing and decoding with a cache."""
+"""What encoder-decoder transformers share: a source, teacher forcing, decoding."""
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from jaxnets.models.transformer.embeddings import InputEmbedding
-from jaxnets.models.transformer.stack import StackCarry, cache_capacity
+from jaxnets.models.transformer.decoder import Decoder
+from jaxnets.models.transformer.stack import StackCarry
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Decoder):
     """An encoder of a source and a causal decoder of tokens with cross-attention.
 
-    A subclass has the layer `decoder`, a causal `Stack` with cross-attention, the methods `encode`
-    and `logits`, and the property `decoder_embedding`.
+    A subclass has what a `Decoder` needs, whose stack has cross-attention, and the method `encode`.
     """
-
-    @property
-    def decoder_embedding(self) -> InputEmbedding:
-        """The embedding of the decoder's tokens."""
-        raise NotImplementedError
 
     def encode(
         self, inputs: jax.Array, lengths: jax.Array | None = None, *, train: bool = False
@@ -39,10 +31,6 @@ class EncoderDecoder(nn.Module):
         Raises:
             ValueError: a source or lengths that do not fit.
         """
-        raise NotImplementedError
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Map the decoder's features to next-token logits [batch, target, vocabulary]."""
         raise NotImplementedError
 
     def __call__(
@@ -96,29 +84,3 @@ class EncoderDecoder(nn.Module):
         return self.decoder.start(
             source.shape[0], capacity, context=context, context_lengths=lengths
         )
-
-    def room(self, carry: StackCarry) -> int:
-        """Return the number of tokens that a carry has room for, including those it holds."""
-        return cache_capacity(carry)
-
-    def extend(
-        self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, StackCarry]:
-        """Append tokens to each target in the cache.
-
-        Args:
-            tokens: integer [batch, time]; the first lengths[b] tokens are appended to row b.
-            carry: as returned by `start` or an earlier call.
-            lengths: integer [batch] in [0, time]; by default all tokens are appended.
-
-        Returns:
-            Next-token logits [batch, time, vocabulary], NaN beyond the capacity, and the next
-            carry.
-
-        Raises:
-            ValueError: tokens or lengths that do not fit.
-        """
-        positions = carry["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        x = self.decoder_embedding(tokens, lengths, positions=positions)
-        x, carry = self.decoder.extend(x, carry, lengths)
-        return self.logits(x), carry

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -13,15 +12,12 @@ from jaxnets.checks import check_sizes
 from jaxnets.core import Precision, record
 from jaxnets.layers import Dense
 from jaxnets.models.transformer.config import BlockConfig, build_preset
+from jaxnets.models.transformer.decoder import Decoder
 from jaxnets.models.transformer.embeddings import InputEmbedding
-from jaxnets.models.transformer.stack import (
-    Stack,
-    StackCarry,
-    cache_capacity,
-)
+from jaxnets.models.transformer.stack import Stack, StackCarry
 
 
-class TransformerLM(nn.Module):
+class TransformerLM(Decoder):
     """A decoder-only (causal) language model: token t + 1 is predicted from tokens 0 to t.
 
     Attributes:
@@ -107,7 +103,7 @@ class TransformerLM(nn.Module):
             ValueError: tokens or lengths that do not fit, more tokens than learned positions.
         """
         x = self.embedding(tokens, lengths, train=train)
-        return self._logits(self.stack(x, lengths, train=train))
+        return self.logits(self.stack(x, lengths, train=train))
 
     def start(self, batch_size: int, capacity: int) -> StackCarry:
         """Return an empty key-value cache.
@@ -126,33 +122,18 @@ class TransformerLM(nn.Module):
         self.embedding.check_capacity(capacity)
         return self.stack.start(batch_size, capacity)
 
-    def room(self, carry: StackCarry) -> int:
-        """Return the number of tokens that a carry has room for, including those it holds."""
-        return cache_capacity(carry)
+    @property
+    def decoder_embedding(self) -> InputEmbedding:
+        """The embedding of the tokens."""
+        return self.embedding
 
-    def extend(
-        self, tokens: jax.Array, carry: StackCarry, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, StackCarry]:
-        """Append tokens to each row of the cache.
+    @property
+    def decoder(self) -> Stack:
+        """The blocks."""
+        return self.stack
 
-        Args:
-            tokens: integer [batch, time]; the first lengths[b] tokens are appended to row b.
-            carry: as returned by `start` or an earlier call.
-            lengths: integer [batch] in [0, time]; by default all tokens are appended.
-
-        Returns:
-            Next-token logits [batch, time, vocabulary_size], NaN beyond the capacity, and the next
-            carry.
-
-        Raises:
-            ValueError: tokens or lengths that do not fit.
-        """
-        positions = carry["position"][:, None] + jnp.arange(tokens.shape[1])[None]
-        x = self.embedding(tokens, lengths, positions=positions)
-        x, carry = self.stack.extend(x, carry, lengths)
-        return self._logits(x), carry
-
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Map features of the stack to next-token logits [..., vocabulary_size]."""
         record(self, "features", x)
         logits = self.embedding.attend(x) if self.tied else self.head(x)
         logits, cap = logits.astype(self.precision.output), self.logit_softcap
@@ -165,22 +146,22 @@ def gpt2_small(**fields: Any) -> TransformerLM:
     References:
         Radford et al. 2019, table 2, whose counts are wrong; these are of the released weights.
     """
-    return _gpt2(12, 12, 768, fields)
+    return _gpt2(fields, num_layers=12, num_heads=12, features=768)
 
 
 def gpt2_medium(**fields: Any) -> TransformerLM:
     """Build GPT-2 medium: 354,823,168 parameters, as `gpt2_small`."""
-    return _gpt2(24, 16, 1024, fields)
+    return _gpt2(fields, num_layers=24, num_heads=16, features=1024)
 
 
 def gpt2_large(**fields: Any) -> TransformerLM:
     """Build GPT-2 large: 774,030,080 parameters, as `gpt2_small`."""
-    return _gpt2(36, 20, 1280, fields)
+    return _gpt2(fields, num_layers=36, num_heads=20, features=1280)
 
 
 def gpt2_xl(**fields: Any) -> TransformerLM:
     """Build GPT-2 XL: 1,557,611,200 parameters, as `gpt2_small`."""
-    return _gpt2(48, 25, 1600, fields)
+    return _gpt2(fields, num_layers=48, num_heads=25, features=1600)
 
 
 def llama2_7b(**fields: Any) -> TransformerLM:
@@ -189,7 +170,14 @@ def llama2_7b(**fields: Any) -> TransformerLM:
     References:
         Touvron et al. 2023, arXiv:2307.09288, table 1 (LLaMA 2 7B).
     """
-    return _llama(32, 32, 4096, {"vocabulary_size": 32_000, "mlp_dim": 11_008}, fields)
+    return _llama(
+        fields,
+        num_layers=32,
+        num_heads=32,
+        features=4096,
+        vocabulary_size=32_000,
+        mlp_dim=11_008,
+    )
 
 
 def llama3_8b(**fields: Any) -> TransformerLM:
@@ -198,13 +186,16 @@ def llama3_8b(**fields: Any) -> TransformerLM:
     References:
         Grattafiori et al. 2024, arXiv:2407.21783, table 3.
     """
-    preset = {
-        "vocabulary_size": 128_256,
-        "mlp_dim": 14_336,
-        "num_kv_heads": 8,
-        "rope_theta": 500_000.0,
-    }
-    return _llama(32, 32, 4096, preset, fields)
+    return _llama(
+        fields,
+        num_layers=32,
+        num_heads=32,
+        features=4096,
+        vocabulary_size=128_256,
+        mlp_dim=14_336,
+        num_kv_heads=8,
+        rope_theta=500_000.0,
+    )
 
 
 def tinyllama(**fields: Any) -> TransformerLM:
@@ -213,8 +204,15 @@ def tinyllama(**fields: Any) -> TransformerLM:
     References:
         Zhang et al. 2024, arXiv:2401.02385, table 1.
     """
-    preset = {"vocabulary_size": 32_000, "mlp_dim": 5632, "num_kv_heads": 4}
-    return _llama(22, 32, 2048, preset, fields)
+    return _llama(
+        fields,
+        num_layers=22,
+        num_heads=32,
+        features=2048,
+        vocabulary_size=32_000,
+        mlp_dim=5632,
+        num_kv_heads=4,
+    )
 
 
 def mistral_7b(**fields: Any) -> TransformerLM:
@@ -223,13 +221,16 @@ def mistral_7b(**fields: Any) -> TransformerLM:
     References:
         Jiang et al. 2023, arXiv:2310.06825, table 1.
     """
-    preset = {
-        "vocabulary_size": 32_000,
-        "mlp_dim": 14_336,
-        "num_kv_heads": 8,
-        "window": 4096,
-    }
-    return _llama(32, 32, 4096, preset, fields)
+    return _llama(
+        fields,
+        num_layers=32,
+        num_heads=32,
+        features=4096,
+        vocabulary_size=32_000,
+        mlp_dim=14_336,
+        num_kv_heads=8,
+        window=4096,
+    )
 
 
 def smollm2_135m(**fields: Any) -> TransformerLM:
@@ -238,14 +239,17 @@ def smollm2_135m(**fields: Any) -> TransformerLM:
     References:
         Ben Allal et al. 2025, arXiv:2502.02737, section 6, and the published configuration.
     """
-    preset = {
-        "vocabulary_size": 49_152,
-        "mlp_dim": 1536,
-        "num_kv_heads": 3,
-        "rope_theta": 100_000.0,
-        "tied": True,
-    }
-    return _llama(30, 9, 576, preset, fields)
+    return _llama(
+        fields,
+        num_layers=30,
+        num_heads=9,
+        features=576,
+        vocabulary_size=49_152,
+        mlp_dim=1536,
+        num_kv_heads=3,
+        rope_theta=100_000.0,
+        tied=True,
+    )
 
 
 def qwen2_0_5b(**fields: Any) -> TransformerLM:
@@ -254,16 +258,19 @@ def qwen2_0_5b(**fields: Any) -> TransformerLM:
     References:
         Yang et al. 2024, arXiv:2407.10671, table 1, and the published configuration.
     """
-    preset = {
-        "vocabulary_size": 151_936,
-        "mlp_dim": 4864,
-        "num_kv_heads": 2,
-        "rope_theta": 1_000_000.0,
-        "norm_epsilon": 1e-6,
-        "qkv_bias": True,
-        "tied": True,
-    }
-    return _llama(24, 14, 896, preset, fields)
+    return _llama(
+        fields,
+        num_layers=24,
+        num_heads=14,
+        features=896,
+        vocabulary_size=151_936,
+        mlp_dim=4864,
+        num_kv_heads=2,
+        rope_theta=1_000_000.0,
+        norm_epsilon=1e-6,
+        qkv_bias=True,
+        tied=True,
+    )
 
 
 def qwen3_0_6b(**fields: Any) -> TransformerLM:
@@ -272,17 +279,20 @@ def qwen3_0_6b(**fields: Any) -> TransformerLM:
     References:
         Yang et al. 2025, arXiv:2505.09388, table 1, and the published configuration.
     """
-    preset = {
-        "vocabulary_size": 151_936,
-        "mlp_dim": 3072,
-        "num_kv_heads": 8,
-        "head_dim": 128,
-        "rope_theta": 1_000_000.0,
-        "norm_epsilon": 1e-6,
-        "qk_norm": True,
-        "tied": True,
-    }
-    return _llama(28, 16, 1024, preset, fields)
+    return _llama(
+        fields,
+        num_layers=28,
+        num_heads=16,
+        features=1024,
+        vocabulary_size=151_936,
+        mlp_dim=3072,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=1_000_000.0,
+        norm_epsilon=1e-6,
+        qk_norm=True,
+        tied=True,
+    )
 
 
 def gemma2_2b(**fields: Any) -> TransformerLM:
@@ -291,16 +301,19 @@ def gemma2_2b(**fields: Any) -> TransformerLM:
     References:
         Gemma Team 2024, arXiv:2408.00118, table 1.
     """
-    preset = {
-        "vocabulary_size": 256_000,
-        "mlp_dim": 9216,
-        "num_kv_heads": 4,
-        "window": 4096,
-        "global_every": 2,
-        "attention_softcap": 50.0,
-        "logit_softcap": 30.0,
-    }
-    return _gemma(26, 8, 2304, preset, fields)
+    return _gemma(
+        fields,
+        num_layers=26,
+        num_heads=8,
+        features=2304,
+        vocabulary_size=256_000,
+        mlp_dim=9216,
+        num_kv_heads=4,
+        window=4096,
+        global_every=2,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+    )
 
 
 def gemma3_1b(**fields: Any) -> TransformerLM:
@@ -309,64 +322,48 @@ def gemma3_1b(**fields: Any) -> TransformerLM:
     References:
         Gemma Team 2025, arXiv:2503.19786, section 2 and table 1, and the published configuration.
     """
-    preset = {
-        "vocabulary_size": 262_144,
-        "mlp_dim": 6912,
-        "num_kv_heads": 1,
-        "window": 512,
-        "global_every": 6,
-        "rope_theta": 1_000_000.0,
-        "window_rope_theta": 10_000.0,
-        "qk_norm": True,
-    }
-    return _gemma(26, 4, 1152, preset, fields)
+    return _gemma(
+        fields,
+        num_layers=26,
+        num_heads=4,
+        features=1152,
+        vocabulary_size=262_144,
+        mlp_dim=6912,
+        num_kv_heads=1,
+        window=512,
+        global_every=6,
+        rope_theta=1_000_000.0,
+        window_rope_theta=10_000.0,
+        qk_norm=True,
+    )
 
 
-def _gpt2(num_layers: int, num_heads: int, features: int, fields: dict[str, Any]) -> TransformerLM:
-    preset = {
+def _gpt2(fields: dict[str, Any], **preset: Any) -> TransformerLM:
+    common = {
         "vocabulary_size": 50_257,
-        "num_layers": num_layers,
-        "features": features,
-        "num_heads": num_heads,
         "activation": "gelu_tanh",
         "norm_epsilon": 1e-5,
         "key_bias": True,
         "dropout_rate": 0.1,
         "attention_dropout_rate": 0.1,
     }
-    return build_preset(TransformerLM, preset, fields)
+    return build_preset(TransformerLM, common | preset, fields)
 
 
-def _llama(
-    num_layers: int,
-    num_heads: int,
-    features: int,
-    overrides: dict[str, Any],
-    fields: dict[str, Any],
-) -> TransformerLM:
-    preset = {
-        "num_layers": num_layers,
-        "features": features,
-        "num_heads": num_heads,
+def _llama(fields: dict[str, Any], **preset: Any) -> TransformerLM:
+    common = {
         "activation": "swiglu",
         "norm": "rms",
         "norm_epsilon": 1e-5,
         "positions": "rotary",
         "use_bias": False,
         "tied": False,
-        **overrides,
     }
-    return build_preset(TransformerLM, preset, fields)
+    return build_preset(TransformerLM, common | preset, fields)
 
 
-def _gemma(
-    num_layers: int,
-    num_heads: int,
-    features: int,
-    overrides: dict[str, Any],
-    fields: dict[str, Any],
-) -> TransformerLM:
-    preset = {
+def _gemma(fields: dict[str, Any], **preset: Any) -> TransformerLM:
+    common = {
         "head_dim": 256,
         "activation": "geglu_tanh",
         "norm": "zero_centered_rms",
@@ -374,6 +371,5 @@ def _gemma(
         "branch_norm": True,
         "scale_embedding": True,
         "tied": True,
-        **overrides,
     }
-    return _llama(num_layers, num_heads, features, preset, fields)
+    return _llama(fields, **(common | preset))

@@ -101,7 +101,7 @@ class SpeechTransformer(EncoderDecoder):
         return self.encoder(inputs, lengths, train=train)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Map the decoder's features to next-token logits [batch, target, vocabulary]."""
+        """Map the decoder's features to next-token logits [..., vocabulary]."""
         return self.embedding.attend(x).astype(self.precision.output)
 
 

@@ -106,7 +106,7 @@ class TransformerTranslator(EncoderDecoder):
         return self.encoder(x, lengths, train=train), lengths
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Map the decoder's features to next-token logits [batch, target, vocabulary]."""
+        """Map the decoder's features to next-token logits [..., vocabulary]."""
         if self.output_scale != 1:
             x = x * self.output_scale
         logits = self.decoder_embedding.attend(x) if self.tied else self.head(x)
