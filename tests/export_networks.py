@@ -97,7 +97,7 @@ def translate(module, variables, source, lengths, tokens):
 
 def carry_after(network):
     """Return the carry after a prompt."""
-    return network.function(network.variables, *network.inputs)[1]
+    return jax.jit(network.function)(network.variables, *network.inputs)[1]
 
 
 def extending(network, shapes=(IMAGES, IMAGES)):

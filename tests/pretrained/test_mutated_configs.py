@@ -1,8 +1,10 @@
 """A damaged config.json is an error that names the file, whatever is wrong in it."""
 
 import copy
+import functools
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +91,31 @@ class ReadingError(Exception):
     """Everything fits, and the data would be read now."""
 
 
-def written(folder, name):
-    module, inputs, config = NETWORKS[name]
-    shapes, _ = shapes_of(module, *inputs)
-    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    save(folder, PretrainedNetwork(module, variables, config=config), layout="torch")
-    return json.loads((folder / "config.json").read_text())
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the folder of a network by its name, written once."""
+
+    @functools.cache
+    def folder_of(name):
+        module, inputs, config = NETWORKS[name]
+        shapes, _ = shapes_of(module, *inputs)
+        variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        folder = tmp_path_factory.mktemp(name) / "network"
+        save(folder, PretrainedNetwork(module, variables, config=config), layout="torch")
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture
+def written(saved, tmp_path):
+    """Return the folder of a copy and its configuration by the name of a network."""
+
+    def copy_of(name):
+        folder = shutil.copytree(saved(name), tmp_path / "network")
+        return folder, json.loads((folder / "config.json").read_text())
+
+    return copy_of
 
 
 @pytest.fixture
@@ -139,10 +160,9 @@ def change(content, path, value):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_damaged_entry_is_an_error_with_the_name_of_the_file(tmp_path, abstract, name):
+def test_a_damaged_entry_is_an_error_with_the_name_of_the_file(written, abstract, name):
     """Two values for each entry, in turn; every value meets every kind of entry that way."""
-    folder = tmp_path / "network"
-    content = written(folder, name)
+    folder, content = written(name)
     values = itertools.cycle([*VALUES, "removed"])
     for _ in range(list(NETWORKS).index(name)):
         next(values)
@@ -171,12 +191,12 @@ def test_a_damaged_entry_is_an_error_with_the_name_of_the_file(tmp_path, abstrac
         ("resnet", {"hidden_sizes": [HUGE, 2 * HUGE], "embedding_size": HUGE}),
     ],
 )
-def test_a_huge_network_is_refused_by_the_tensors(tmp_path, name, changes):
-    content = written(tmp_path / "network", name)
-    (tmp_path / "network" / "config.json").write_text(json.dumps({**content, **changes}))
+def test_a_huge_network_is_refused_by_the_tensors(written, name, changes):
+    folder, content = written(name)
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
     refusal = r"network.*(does not fit|cannot be|no tensor|describes|is more than)"
     with pytest.raises(ValueError, match=refusal):
-        load(tmp_path / "network")
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +219,8 @@ def test_a_huge_network_is_refused_by_the_tensors(tmp_path, name, changes):
         ("vit", "image_size", HUGE),
     ],
 )
-def test_sizes_beyond_those_of_the_tensors_are_refused_at_once(tmp_path, name, entry, value):
-    content = written(tmp_path / "network", name)
-    (tmp_path / "network" / "config.json").write_text(json.dumps({**content, entry: value}))
+def test_sizes_beyond_those_of_the_tensors_are_refused_at_once(written, name, entry, value):
+    folder, content = written(name)
+    (folder / "config.json").write_text(json.dumps({**content, entry: value}))
     with pytest.raises(ValueError, match=rf"{entry}, .*is more than .*tensors of the file"):
-        load(tmp_path / "network")
+        load(folder)

@@ -109,8 +109,8 @@ def test_a_stack_is_scanned_as_asked(tmp_path, layout, gpt2):
     )
     tokens = jnp.arange(6).reshape(2, 3)
     np.testing.assert_allclose(
-        found.module.apply(found.variables, tokens),
-        GPT2.apply(trained.variables, tokens),
+        jax.jit(found.module.apply)(found.variables, tokens),
+        jax.jit(GPT2.apply)(trained.variables, tokens),
         atol=1e-5,
     )
     save(tmp_path / "again", found, layout=layout)

@@ -1,5 +1,6 @@
 """T5 and Whisper: tables and configurations, written and read here."""
 
+import functools
 import json
 
 import jax
@@ -29,6 +30,7 @@ WHISPER = whisper_tiny(
 )
 
 
+@functools.cache
 def variables_of(module, *inputs):
     rng = np.random.default_rng(0)
     shapes, _ = shapes_of(module, *inputs)

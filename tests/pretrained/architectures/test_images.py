@@ -1,5 +1,6 @@
 """Networks for images in Hugging Face's and torchvision's layout, without either library."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -23,11 +24,16 @@ NETWORKS = {
 }
 
 
+@functools.cache
+def made(module, shape):
+    shapes, _ = shapes_of(module, np.zeros((1, *shape), np.float32))
+    return perturbed(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+
+
 def network(name, **fields):
     module, shape = NETWORKS[name]
     module = module.clone(**fields)
-    shapes, _ = shapes_of(module, np.zeros((1, *shape), np.float32))
-    variables = perturbed(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+    variables = made(module, shape)
     return jn.pretrained.PretrainedNetwork(module, variables, config={"image_size": [4, 6]})
 
 
