@@ -4,6 +4,8 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from checks import perturbed, shapes_of
 
 import jaxnets as jn
 from jaxnets.models.transformer import SentenceEncoder
@@ -14,7 +16,8 @@ def save_encoder(folder, words, *, max_length):
     """Write an encoder and its vocabulary; return the module and its variables."""
     config = jn.BlockConfig(8, 2, mlp_dim=8, norm_first=False, key_bias=True, norm_epsilon=1e-12)
     module = SentenceEncoder(len(words), 1, config, max_length, num_segments=2, embedding_norm=True)
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    shapes, _ = shapes_of(module, jnp.zeros((1, 2), jnp.int32))
+    variables = perturbed(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), scale=0.3)
     jn.pretrained.save(folder, PretrainedNetwork(module, variables), layout="torch")
     (folder / "vocab.txt").write_text("\n".join(words))
     return module, variables

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_trees_near, normal
+from checks import assert_trees_near, normal, random_variables
 
 import jaxnets as jn
 from jaxnets.finetuning.paths import leaves_by_path
@@ -143,12 +143,12 @@ def test_layers_of_a_transformer_in_a_loop_or_not(scan_layers):
     config = jn.BlockConfig(features=8, num_heads=2, scan_layers=scan_layers)
     module = jn.TransformerLM(11, num_layers=2, max_length=6, config=config)
     tokens = np.arange(12).reshape(2, 6) % 11
-    params = jn.initialize(module, KEY, tokens)["params"]
-    adapter = moved(jn.lora_init(KEY, params, rank=2, dora=True))
+    params = random_variables(module, tokens)["params"]
+    adapter = moved(jax.jit(functools.partial(jn.lora_init, rank=2, dora=True))(KEY, params))
     shapes = {leaf.shape for leaf in jax.tree.leaves(adapter["params"])}
     layers = (2,) if scan_layers else ()
     assert shapes == {(*layers, 8, 2), (*layers, 2, 8), (*layers, 8)}
-    merged = plain(module, jn.merge_lora(params, adapter), tokens)
+    merged = plain(module, jax.jit(jn.merge_lora)(params, adapter), tokens)
     np.testing.assert_allclose(logits(params, adapter, module, tokens), merged, atol=1e-4)
     assert np.abs(merged - plain(module, params, tokens)).max() > 1e-3
 
@@ -156,11 +156,12 @@ def test_layers_of_a_transformer_in_a_loop_or_not(scan_layers):
 def test_convolutions_and_layers_of_flax_get_the_merged_kernel():
     module = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, jn.layers.Convolution(3, 1), nn.Dense(2)])
     images = normal((2, 5, 5, 2), 0, np.float32)
-    params = module.init(KEY, images)["params"]
-    adapter = moved(jn.lora_init(KEY, params, rank=2, target="kernel", dora=True))
+    params = random_variables(module, images)["params"]
+    create = functools.partial(jn.lora_init, rank=2, target="kernel", dora=True)
+    adapter = moved(jax.jit(create)(KEY, params))
     factors = adapter["params"]["layers_0"]["kernel"]
     assert factors["lora_a"].shape == (3, 3, 2, 2) and factors["lora_b"].shape == (2, 4)
-    merged = jn.merge_lora(params, adapter)
+    merged = jax.jit(jn.merge_lora)(params, adapter)
     expected = dora_formula(
         np.reshape(params["layers_0"]["kernel"], (18, 4)),
         np.reshape(factors["lora_a"], (18, 2)),

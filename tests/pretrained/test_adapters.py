@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import perturbed, shapes_of
 
 import jaxnets as jn
 from jaxnets.pretrained import PretrainedNetwork
@@ -26,8 +27,9 @@ def network(scan_layers=False):
         max_length=6,
         scan_layers=scan_layers,
     )
-    variables = jn.initialize(module, KEY, jnp.zeros((1, 2), jnp.int32))
-    return PretrainedNetwork(module, variables)
+    shapes, _ = shapes_of(module, jnp.zeros((1, 2), jnp.int32))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return PretrainedNetwork(module, perturbed(zeros, scale=0.3))
 
 
 def adapter(own, **options):

@@ -13,7 +13,7 @@ from jaxnets.pretrained import PretrainedNetwork
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     module = jn.transformer.gpt2_small(num_layers=1, features=8, num_heads=2)
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     folder = tmp_path_factory.mktemp("gpt2") / "torch"
     jn.pretrained.save(folder, PretrainedNetwork(module, variables), layout="torch")
     return folder
