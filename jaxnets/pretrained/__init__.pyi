@@ -1,4 +1,4 @@
-from . import torch_layers
+from . import keras_layers, torch_layers
 from .adapters import load_adapter, save_adapter
 from .formats import Tensors, TensorSpec, read_tensors
 from .inspection import Inspection, inspect
@@ -6,7 +6,7 @@ from .network import PretrainedNetwork, load
 from .processors import SoundProcessor
 from .rules import Rule
 from .saving import save
-from .state_dicts import from_torch
+from .state_dicts import from_keras, from_torch
 
 __all__ = [
     "Inspection",
@@ -15,8 +15,10 @@ __all__ = [
     "SoundProcessor",
     "TensorSpec",
     "Tensors",
+    "from_keras",
     "from_torch",
     "inspect",
+    "keras_layers",
     "load",
     "load_adapter",
     "read_tensors",

@@ -1,7 +1,8 @@
 """How a tensor of a file and the arrays of a network are arranged, in both directions.
 
 A layout maps the tensors of a file to arrays of this library, and back without a rounding (`Sum`
-aside). Layouts are applied one after the other; the set is closed, so that a table of them is data.
+and `FromZeroCentered` aside). Layouts are applied one after the other; the set is closed, so that
+a table of them is data.
 """
 
 from __future__ import annotations
@@ -113,9 +114,148 @@ class ConvolutionKernel(AxisOrder):
         Raises:
             ValueError: fewer than 3 axes.
         """
-        if ndim < 3:
-            raise ValueError(f"{ndim} axes, and a convolution's kernel has 3 or more")
+        _check_window(ndim)
         return (*range(2, ndim), 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposedConvolutionKernel:
+    """The kernel of torch's transposed convolution: [in, out / groups, *window] in the file.
+
+    Here it is [*window, in / groups, out], as `jax.lax.conv_general_dilated` takes it with an input
+    dilation: it slides a window over the outputs, so the kernel is flipped.
+
+    Attributes:
+        groups: of channels.
+        flip: flip the window; False for `layers.TransposedConvolution`, which flips it itself.
+
+    Example:
+        >>> TransposedConvolutionKernel(groups=2).from_file([np.zeros((4, 3, 5))])[0].shape
+        (5, 2, 6)
+    """
+
+    groups: int = 1
+    flip: bool = True
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Bring the axes of each kernel to the order here."""
+        return [self._from_file(array) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it."""
+        return [self._to_file(array) for array in arrays]
+
+    def _from_file(self, array: Array) -> Array:
+        _check_window(array.ndim)
+        inputs, outputs, *window = array.shape
+        if inputs % self.groups:
+            raise ValueError(f"{inputs} channels do not split into {self.groups} groups")
+        # [groups, in / groups, out / groups, *window]
+        grouped = array.reshape(self.groups, inputs // self.groups, outputs, *window)
+        ndim = grouped.ndim
+        # [*window, in / groups, groups, out / groups]
+        kernel = self._flipped(grouped.transpose(*range(3, ndim), 1, 0, 2), ndim - 3)
+        return kernel.reshape(*window, inputs // self.groups, self.groups * outputs)
+
+    def _to_file(self, array: Array) -> Array:
+        *window, inputs, outputs = array.shape
+        kernel = self._flipped(array, len(window))
+        # [*window, in / groups, groups, out / groups]
+        kernel = kernel.reshape(*window, inputs, self.groups, outputs // self.groups)
+        rank = len(window)
+        kernel = kernel.transpose(rank + 1, rank, rank + 2, *range(rank))
+        return kernel.reshape(self.groups * inputs, outputs // self.groups, *window)
+
+    def _flipped(self, kernel: Array, rank: int) -> Array:
+        return kernel[(slice(None, None, -1),) * rank] if self.flip else kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthwiseKernel:
+    """A depthwise kernel of Keras: [*window, in, multiplier] in the file, [*window, 1, out] here.
+
+    Attributes:
+        multiplier: outputs of each input channel. It is not needed for reading.
+
+    Example:
+        >>> DepthwiseKernel(2).from_file([np.zeros((3, 3, 5, 2))])[0].shape
+        (3, 3, 1, 10)
+    """
+
+    multiplier: int = 1
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Bring the channels of each kernel to one axis."""
+        for array in arrays:
+            _check_window(array.ndim)
+        return [array.reshape(*array.shape[:-2], 1, -1) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it."""
+        return [array.reshape(*array.shape[:-2], -1, self.multiplier) for array in arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitHeads:
+    """One axis of all heads in the file, two axes here: [heads, head_dim].
+
+    Attributes:
+        num_heads: number of heads.
+        axis: of the tensor, from its start.
+
+    Example:
+        >>> SplitHeads(4, axis=1).from_file([np.zeros((5, 12))])[0].shape
+        (5, 4, 3)
+    """
+
+    num_heads: int
+    axis: int = 0
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Split the axis of each tensor."""
+        return [self._split(array) for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Join both axes of each array."""
+        return [self._join(array) for array in arrays]
+
+    def _split(self, array: Array) -> Array:
+        before, size, after = array.shape[: self.axis], array.shape[self.axis], self.axis + 1
+        if size % self.num_heads:
+            raise ValueError(f"axis {self.axis} of size {size} has no {self.num_heads} heads")
+        heads = (self.num_heads, size // self.num_heads)
+        return array.reshape(*before, *heads, *array.shape[after:])
+
+    def _join(self, array: Array) -> Array:
+        heads = array.shape[self.axis : self.axis + 2]
+        if len(heads) < 2 or heads[0] != self.num_heads:
+            raise ValueError(
+                f"axes {self.axis} and {self.axis + 1} of {array.shape} are no {self.num_heads} "
+                "heads"
+            )
+        before, after = array.shape[: self.axis], array.shape[self.axis + 2 :]
+        return array.reshape(*before, math.prod(heads), *after)
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinHeads:
+    """Two axes of heads in the file, one axis here; the inverse of `SplitHeads`.
+
+    Attributes:
+        num_heads: number of heads.
+        axis: of the heads, from the start.
+    """
+
+    num_heads: int
+    axis: int = 0
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Join both axes of each tensor."""
+        return SplitHeads(self.num_heads, self.axis).to_file(arrays)
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Split the axis of each array."""
+        return SplitHeads(self.num_heads, self.axis).from_file(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +553,24 @@ class Sum:
 
 
 @dataclasses.dataclass(frozen=True)
+class FromZeroCentered:
+    """A scale w of the file that multiplies by 1 + w, such as Gemma's; the factor 1 + w here.
+
+    Example:
+        >>> FromZeroCentered().from_file([np.zeros(2)])[0].tolist()
+        [1.0, 1.0]
+    """
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Add 1 to each tensor."""
+        return [array + 1 for array in arrays]
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Subtract 1 from each array, which is rounded."""
+        return [array - 1 for array in arrays]
+
+
+@dataclasses.dataclass(frozen=True)
 class GRUBiases:
     """Two biases of torch's GRU, and those here: of all gates, and of the recurrent candidate.
 
@@ -439,6 +597,11 @@ class GRUBiases:
 def _check_rank(ndim: int, wanted: int) -> None:
     if ndim != wanted:
         raise ValueError(f"{ndim} axes, not {wanted}")
+
+
+def _check_window(ndim: int) -> None:
+    if ndim < 3:
+        raise ValueError(f"{ndim} axes, and a convolution's kernel has 3 or more")
 
 
 def _concatenate(arrays: Sequence[Array], axis: int) -> Array:

@@ -7,10 +7,15 @@ from jaxnets.pretrained.layouts import (
     ConvolutionKernel,
     GRUBiases,
     Layout,
+    Split,
+    SplitHeads,
     Sum,
     Transpose,
+    TransposedConvolutionKernel,
 )
 from jaxnets.pretrained.rules import Rule
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 def dense(source: str, target: str, *layout: Layout) -> list[Rule]:
@@ -31,6 +36,34 @@ def convolution(source: str, target: str) -> list[Rule]:
     """Return the rules of `torch.nn.Conv1d` and `Conv2d`, with or without a bias."""
     return [
         Rule(f"{source}.weight", f"{target}/kernel", (ConvolutionKernel(),)),
+        Rule(f"{source}.bias", f"{target}/bias"),
+    ]
+
+
+def transposed_convolution(
+    source: str, target: str, *, groups: int = 1, flip: bool = True
+) -> list[Rule]:
+    """Return the rules of `torch.nn.ConvTranspose1d` and `ConvTranspose2d`.
+
+    The kernel is that of `flax.linen.ConvTranspose`, and with groups, which that does not have, of
+    `jax.lax.conv_general_dilated(lhs_dilation=strides, feature_group_count=groups)`. Their padding
+    is that of the dilated input: torch's `padding` p and `output_padding` q of a kernel of k with
+    dilation d are (d (k - 1) - p, d (k - 1) - p + q) at each axis. Without dilation "VALID" is
+    p = 0, q = max(stride - k, 0), and "SAME" is p = (k - stride) / 2, q = 0 where that is a whole
+    number; where it is not, torch has no such padding.
+
+    With `flip=False` the kernel is that of `layers.TransposedConvolution`. For
+    `ConvTranspose(transpose_kernel=True)` the rules are those of `convolution`.
+
+    Args:
+        source: name of the layer in the file.
+        target: path of the layer.
+        groups: of channels.
+        flip: flip the window.
+    """
+    layout = TransposedConvolutionKernel(groups, flip)
+    return [
+        Rule(f"{source}.weight", f"{target}/kernel", (layout,)),
         Rule(f"{source}.bias", f"{target}/bias"),
     ]
 
@@ -76,12 +109,71 @@ def embedding(source: str, target: str) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}/embedding")]
 
 
+def attention(source: str, target: str) -> list[Rule]:
+    """Return the rules of `torch.nn.MultiheadAttention`, for the attention of a `Block` here.
+
+    Joined and separate projections (`kdim`, `vdim`), with and without biases; with biases the keys
+    have one too, `BlockConfig(key_bias=True)`. Keys and values that are learned (`add_bias_kv`)
+    are refused.
+
+    Args:
+        source: name of the layer in the file.
+        target: path of the attention, such as "params/stack/layer_{layer}/attention".
+    """
+    projections = [f"{target}/{name}" for name in _PROJECTIONS]
+    return [
+        *_projections(source, projections, (), ()),
+        *dense(f"{source}.out_proj", f"{target}/output"),
+    ]
+
+
+def flax_attention(source: str, target: str, num_heads: int) -> list[Rule]:
+    """Return the rules of `torch.nn.MultiheadAttention` for `flax.linen.MultiHeadAttention`.
+
+    Also for `MultiHeadDotProductAttention`. As `attention` but for the kernels of Flax, which have
+    an axis of heads.
+
+    Args:
+        source: name of the layer in the file.
+        target: path of the attention.
+        num_heads: number of heads.
+    """
+    projections = [f"{target}/{name}" for name in _PROJECTIONS]
+    kernels, biases = SplitHeads(num_heads, axis=1), SplitHeads(num_heads)
+    out, weight = f"{source}.out_proj", (Transpose(), SplitHeads(num_heads))
+    return [
+        *_projections(source, projections, (kernels,), (biases,)),
+        Rule(f"{out}.weight", f"{target}/out/kernel", weight),
+        Rule(f"{out}.bias", f"{target}/out/bias"),
+    ]
+
+
+def _projections(
+    source: str,
+    targets: list[str],
+    kernel: tuple[Layout, ...],
+    bias: tuple[Layout, ...],
+) -> list[Rule]:
+    """Return the rules of queries, keys and values, joined in the file or not."""
+    kernels = tuple(f"{target}/kernel" for target in targets)
+    biases = tuple(f"{target}/bias" for target in targets)
+    return [
+        Rule(f"{source}.in_proj_weight", kernels, (Split(3), Transpose(), *kernel)),
+        *[
+            Rule(f"{source}.{letter}_proj_weight", target, (Transpose(), *kernel))
+            for letter, target in zip("qkv", kernels, strict=True)
+        ],
+        Rule(f"{source}.in_proj_bias", biases, (Split(3), *bias)),
+    ]
+
+
 def recurrent(source: str, target: str) -> list[Rule]:
     """Return the rules of `torch.nn.RNN`, `LSTM` and `GRU`, all layers and both directions.
 
     Both have the gates in the same order. Torch's two biases are added, but for the candidate of a
     GRU, whose reset gate comes after the matmul (`GRUCell(reset="after")`). A projection
-    (`proj_size`) and a GRU with the reset before the matmul have no rule.
+    (`proj_size`) and a GRU with the reset before the matmul have no rule. For `bias=False` add
+    zeros to the state dict, because cells here have biases.
 
     Args:
         source: name of the layer in the file.

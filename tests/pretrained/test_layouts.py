@@ -17,6 +17,11 @@ CASES = [
     (layouts.Transpose(), [(5, 3)], [(3, 5)]),
     (layouts.ConvolutionKernel(), [(8, 3, 2)], [(2, 3, 8)]),
     (layouts.ConvolutionKernel(), [(8, 3, 2, 5)], [(2, 5, 3, 8)]),
+    (layouts.TransposedConvolutionKernel(), [(3, 8, 5)], [(5, 3, 8)]),
+    (layouts.TransposedConvolutionKernel(2, flip=False), [(6, 4, 2, 5)], [(2, 5, 3, 8)]),
+    (layouts.DepthwiseKernel(2), [(3, 5, 4, 2)], [(3, 5, 1, 8)]),
+    (layouts.SplitHeads(3, axis=1), [(4, 6)], [(4, 3, 2)]),
+    (layouts.JoinHeads(3, axis=1), [(4, 3, 2)], [(4, 6)]),
     (layouts.Split(3), [(6, 4)], [(2, 4)] * 3),
     (layouts.Split((4, 1, 1), axis=1), [(2, 6)], [(2, 4), (2, 1), (2, 1)]),
     (layouts.Join(2, axis=1), [(3, 2), (3, 2)], [(3, 4)]),
@@ -25,6 +30,7 @@ CASES = [
     (layouts.Squeeze((0, 2)), [(1, 3, 1)], [(3,)]),
     (layouts.PatchKernel((2, 3)), [(7, 4, 2, 3)], [(24, 7)]),
     (layouts.ChannelsFirstRows((3, 2, 4)), [(24, 5)], [(24, 5)]),
+    (layouts.FromZeroCentered(), [(4,)], [(4,)]),
     (layouts.Sum(), [(4,), (4,)], [(4,)]),
 ]
 
@@ -92,6 +98,12 @@ def test_rotary_pairs_bring_neighbors_to_halves():
     [
         (layouts.Transpose(), (2, 3, 4)),
         (layouts.ConvolutionKernel(), (2, 3)),
+        (layouts.TransposedConvolutionKernel(2), (3, 4, 5)),
+        (layouts.TransposedConvolutionKernel(), (3, 4)),
+        (layouts.DepthwiseKernel(), (3, 4)),
+        (layouts.SplitHeads(4), (6, 2)),
+        (layouts.JoinHeads(4), (6, 2)),
+        (layouts.JoinHeads(4, axis=1), (6, 4)),
         (layouts.Split(4), (6, 2)),
         (layouts.Split((1, 2)), (6, 2)),
         (layouts.RotaryPairs(4), (12, 2)),

@@ -71,3 +71,32 @@ def test_a_flatten_and_batch_norm_counters_are_known_and_leftovers_are_listed():
         from_torch({**state, "other": kernel}, module, variables, rules=rules)
     with pytest.raises(ValueError, match="params/bias"):
         from_torch({"fc.weight": kernel}, module, variables, rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("a.bias_k", "add_bias_kv of torch.nn.MultiheadAttention"),
+        ("lstm.weight_hr_l0_reverse", "proj_size of torch.nn.LSTM"),
+    ],
+)
+def test_options_of_torch_without_a_counterpart_are_refused_by_name(name, option):
+    module = nn.Dense(2)
+    variables = jax.eval_shape(module.init, jax.random.key(0), np.ones((1, 3), np.float32))
+    state = {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2), name: np.ones((1, 1, 3))}
+    with pytest.raises(ValueError, match=f"{name} is .*{option}.* train the network without it"):
+        from_torch(state, module, variables, rules=torch_layers.dense("fc", "params"))
+
+
+def test_a_transposed_convolution_puts_its_kernel_around_every_input():
+    rng, strides = np.random.default_rng(0), 3
+    weight = rng.normal(size=(2, 4, 5)).astype(np.float32)  # [in, out, window]
+    x = rng.normal(size=(6, 2)).astype(np.float32)
+    expected = np.zeros((5 * strides + 5, 4), np.float32)
+    for time, row in enumerate(x):
+        expected[time * strides : time * strides + 5] += np.einsum("i,iok->ko", row, weight)
+    module = nn.ConvTranspose(4, (5,), (strides,), padding=[(4, 4)], use_bias=False)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x[None])
+    rules = torch_layers.transposed_convolution("up", "params")
+    network = from_torch({"up.weight": weight}, module, variables, rules=rules)
+    np.testing.assert_allclose(module.apply(network.variables, x[None])[0], expected, atol=1e-5)
