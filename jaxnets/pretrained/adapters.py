@@ -9,26 +9,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.finetuning.lora import merge_lora
 from jaxnets.finetuning.paths import insert
 from jaxnets.pretrained import rules
+from jaxnets.pretrained.adapter_layouts import OTHER_NETWORK, Target, check_fits, find_target
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors, read_tensors
-from jaxnets.pretrained.layouts import (
-    Blocks,
-    ConvolutionKernel,
-    PatchKernel,
-    RotaryPairs,
-    Split,
-    Transpose,
-)
+from jaxnets.pretrained.layouts import FromZeroCentered
 from jaxnets.pretrained.network import PretrainedNetwork
 from jaxnets.pretrained.rules import Assignment
 from jaxnets.pretrained.saving import torch_config
@@ -41,79 +34,6 @@ _FACTOR = re.compile(
 )
 #: Of a file: {module: {"a", "b", "magnitude"}}.
 Factors = dict[str, dict[str, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """A kernel, or several that one tensor of the file joins, and how its factors are stored."""
-
-    module: str
-    assignment: Assignment
-    kind: Literal["linear", "transposed", "convolution", "embedding"]
-
-    @property
-    def paths(self) -> list[str]:
-        return [path.removeprefix("params/") for path in self.assignment.paths]
-
-    def from_file(self, factors: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Return the factors of each kernel: [..., channels, rank] and [rank, features]."""
-        a, b = factors["a"], factors["b"]
-        count = len(self.assignment.paths)
-        if self.kind == "embedding":
-            found = [{"lora_a": a.T, "lora_b": b.T}]
-        elif self.kind == "convolution":
-            found = [
-                {"lora_a": self.assignment.from_file([a])[0], "lora_b": b.reshape(b.shape[:2]).T}
-            ]
-        else:
-            found = [{"lora_a": a.T, "lora_b": part} for part in self._outputs_from_file(b)]
-        if "magnitude" in factors:
-            magnitude = factors["magnitude"].reshape(-1)
-            parts = [magnitude]
-            if count > 1 or self.kind in ("linear", "transposed"):
-                parts = [part[0] for part in self._outputs_from_file(magnitude[:, None])]
-            for one, part in zip(found, parts, strict=True):
-                one["magnitude_scale"] = part
-        return found
-
-    def to_file(self, factors: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the tensors of the file by the ends of their names."""
-        if self.kind == "embedding":
-            (one,) = factors
-            tensors = {
-                "lora_embedding_A": one["lora_a"].T,
-                "lora_embedding_B": one["lora_b"].T,
-            }
-        elif self.kind == "convolution":
-            (one,) = factors
-            ones = (1,) * (one["lora_a"].ndim - 2)
-            b = one["lora_b"].T
-            tensors = {
-                "lora_A.weight": self.assignment.to_file([one["lora_a"]])[0],
-                "lora_B.weight": b.reshape(*b.shape, *ones),
-            }
-        else:
-            a, parts = _joined(
-                [one["lora_a"] for one in factors], [one["lora_b"] for one in factors]
-            )
-            tensors = {"lora_A.weight": a.T, "lora_B.weight": self._outputs_to_file(parts)}
-        if "magnitude_scale" in factors[0]:
-            parts = [one["magnitude_scale"][None] for one in factors]
-            magnitude = parts[0][0]
-            if self.kind in ("linear", "transposed"):
-                magnitude = self._outputs_to_file(parts)[:, 0]
-            elif self.kind == "convolution":
-                magnitude = magnitude.reshape(1, -1, *(1,) * (factors[0]["lora_a"].ndim - 2))
-            tensors["lora_magnitude_vector"] = magnitude
-        return tensors
-
-    def _outputs_from_file(self, matrix: np.ndarray) -> list[np.ndarray]:
-        """Arrange [features, rank] as the kernels: [rank, features of each]."""
-        return self.assignment.from_file([matrix if self.kind == "linear" else matrix.T])
-
-    def _outputs_to_file(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        matrix: np.ndarray = self.assignment.to_file(parts)[0]
-        return matrix if self.kind == "linear" else matrix.T
 
 
 def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> dict[str, Any]:
@@ -140,26 +60,36 @@ def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> di
     config = _read_config(path / "adapter_config.json")
     tensors = read_tensors(path)
     known, assignments = _table(network)
-    factors, whole = _read_factors(tensors, known, assignments)
+    factors, whole, stored = _read_factors(tensors, known, assignments)
     leaves = rules.variable_leaves(network.variables)
     flat = rules.flatten_paths(network.variables["params"])
+    uses_dora = config.flag("use_dora", False)
     found: dict[str, dict[str, Any]] = {}
     for module, own in factors.items():
-        target = _target(module, assignments, f"{tensors.path}: {module}")
+        where = f"{tensors.path}: {stored[module]}"
+        if uses_dora != ("magnitude" in own):
+            raise config.error("use_dora", f"does not fit {where}; get the adapter anew")
+        target = find_target(module, assignments, where)
         _refuse_tied(target, known, network)
-        scale = _scale(config, module, own["a"].shape[0])
-        for name, part in zip(target.paths, target.from_file(own), strict=True):
+        parts = target.from_file(own, where)
+        scale = _scale(config, stored[module], own["a"].shape[0])
+        for name, part in zip(target.paths, parts, strict=True):
+            check_fits(
+                part, leaves[f"params/{name}"].shape, f"{tensors.path}: the adapter of {name}"
+            )
             found[name] = {**part, "scale": np.full(part["lora_b"].shape[0], scale, np.float32)}
     for one in dict.fromkeys(assignments[name] for name in whole):
         if missing := [name for name in one.names if name not in whole]:
             raise ValueError(f"{tensors.path} has {one.names[0]} and no {missing[0]}; get it anew")
-        for target_path, array in zip(
-            one.paths, one.from_file([whole[name] for name in one.names]), strict=True
-        ):
+        try:
+            arrays = one.from_file([whole[name] for name in one.names])
+        except ValueError as error:
+            raise ValueError(f"{tensors.path}: {one.names[0]}: {error}; {OTHER_NETWORK}") from error
+        for target_path, array in zip(one.paths, arrays, strict=True):
             if array.shape != leaves[target_path].shape:
                 raise ValueError(
                     f"{tensors.path}: {one.names[0]} does not fit {target_path} of shape "
-                    f"{leaves[target_path].shape}; give the network that the adapter was made for"
+                    f"{leaves[target_path].shape}; {OTHER_NETWORK}"
                 )
             name = target_path.removeprefix("params/")
             if name not in found:
@@ -168,14 +98,9 @@ def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> di
             elif not np.array_equal(array, np.asarray(_layer(flat, name), np.float32)):
                 raise ValueError(
                     f"{tensors.path} has other frozen weights {one.names[0]} than the network; "
-                    "give the network that the adapter was made for"
+                    f"{OTHER_NETWORK}"
                 )
-    variables = _assembled(found, network.variables["params"])
-    try:
-        jax.eval_shape(merge_lora, network.variables["params"], variables)
-    except ValueError as error:
-        raise ValueError(f"{tensors.path}: {error}") from error
-    return variables
+    return _assembled(found, network.variables["params"])
 
 
 def save_adapter(
@@ -214,9 +139,11 @@ def save_adapter(
     alphas: dict[str, float] = {}
     uses_dora, transposed = set(), False
     for one in dict.fromkeys(by_path[f"params/{name}"] for name in kernels):
-        module = one.names[0].removesuffix(".weight")
-        target = _target(module, assignments, f"the adapter of {one.paths[0]}")
+        target = find_target(
+            one.names[0].removesuffix(".weight"), assignments, f"the adapter of {one.paths[0]}"
+        )
         _refuse_tied(target, known, network)
+        module = _in_memory(one.names[0], known).removesuffix(".weight")
         parts, scale = _unit_scale([kernels.get(name) for name in target.paths], target, params)
         stored = target.to_file(parts)
         tensors |= {f"{_PREFIX}{module}.{end}": array for end, array in stored.items()}
@@ -230,17 +157,18 @@ def save_adapter(
             "some targets of the adapter use DoRA and others do not, which PEFT cannot express; "
             "give lora_init the same for all"
         )
-    modules = {by_path[f"params/{name}"].names[0].rpartition(".")[0] for name in whole}
+    names = {by_path[f"params/{name}"].names[0].rpartition(".")[0] for name in whole}
+    modules = {_in_memory(f"{name}.", known)[:-1] for name in names}
     if both := sorted(modules & ranks.keys()):
         raise ValueError(
             f"{both[0]} has a leaf that is trained as a whole and an update of low rank, which "
             "PEFT cannot express; train the whole layer, or leave its bias frozen"
         )
-    own = [one for one in assignments.values() if one.names[0].rpartition(".")[0] in modules]
+    own = [one for one in assignments.values() if one.names[0].rpartition(".")[0] in names]
     for name, array in rules.write_tensors(
         dict.fromkeys(own), {**network.variables, "params": merged}
     ).items():
-        tensors[f"{_PREFIX}{name}"] = array
+        tensors[f"{_PREFIX}{_in_memory(name, known)}"] = array
     rank = max(ranks.values(), key=list(ranks.values()).count, default=1)
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=1.0)
     content = {
@@ -291,7 +219,13 @@ def _scale(config: Config, module: str, rank: int) -> float:
     alpha: float = config.number("lora_alpha", 8.0)
     pattern = config.inside("alpha_pattern")
     for name in pattern.content if pattern else ():
-        if re.match(rf"(.*\.)?({name})$", module) and pattern:
+        try:
+            found = re.match(rf"(.*\.)?({name})$", module)
+        except re.error as error:
+            raise config.error(
+                "alpha_pattern", f"has the key {name!r}, which is no regular expression: {error}"
+            ) from None
+        if found and pattern:
             alpha = pattern.number(name)
             break
     return alpha / (math.sqrt(rank) if config.flag("use_rslora", False) else rank)
@@ -303,17 +237,41 @@ def _table(network: PretrainedNetwork) -> tuple[Architecture, dict[str, Assignme
     leaves = rules.variable_leaves(network.variables)
     known = ARCHITECTURES.get(kind) or torch_config(network, leaves)[0]
     plan = rules.file_assignments(known.rules(network.module), leaves)
-    return known, {name: one for one in plan.assignments for name in one.names}
+    # Of a GGUF file the norms hold 1 + w, and those of an adapter w.
+    is_plain = known.model_type.startswith("gemma") and network.module.config.norm == "rms"
+    assignments = [
+        dataclasses.replace(one, layout=(*one.layout, FromZeroCentered()))
+        if is_plain and one.paths[0].endswith("/scale")
+        else one
+        for one in plan.assignments
+    ]
+    return known, {name: one for one in assignments for name in one.names}
+
+
+def _in_memory(name: str, known: Architecture) -> str:
+    """Return the name of a tensor of a file as transformers 5 has it in memory."""
+    for part, other in known.renamed:
+        name = name.replace(part, other)
+    return name
 
 
 def _read_factors(
     tensors: Tensors, known: Architecture, names: Iterable[str]
-) -> tuple[Factors, dict[str, np.ndarray]]:
-    """Return the factors of each module, and the tensors that are stored as a whole."""
+) -> tuple[Factors, dict[str, np.ndarray], dict[str, str]]:
+    """Return the factors of each module, the tensors that are stored as a whole, and own names.
+
+    The keys are names of the network's file; {module of that file: module of this one}.
+    """
     factors: Factors = {}
     whole: dict[str, np.ndarray] = {}
+    stored: dict[str, str] = {}
     unknown = []
-    names = set(names)
+    full_names = {_in_memory(name, known): name for name in names}
+    full_names |= {name: name for name in full_names.values()}
+
+    def in_file(name: str) -> str:
+        return full_names.get(name) or full_names.get(f"{known.prefix}{name}") or name
+
     kinds = {"A": "a", "B": "b", "r": "magnitude"}  # the last letter, but for ".weight"
     for name in tensors.specs:
         if not name.startswith(_PREFIX) or ".original_module." in name:
@@ -321,53 +279,29 @@ def _read_factors(
             continue
         short = name.removeprefix(_PREFIX)
         if match := _FACTOR.fullmatch(short):
-            module = match["module"]
-            full = module if f"{module}.weight" in names else f"{known.prefix}{module}"
+            full = in_file(f"{match['module']}.weight").removesuffix(".weight")
+            stored[full] = match["module"]
             kind = kinds[match["factor"].removesuffix(".weight")[-1]]
             factors.setdefault(full, {})[kind] = np.asarray(tensors[name], np.float32)
             continue
         # With bias="all" PEFT writes some tensors by the names of its wrappers.
         short = re.sub(r"\.(base_layer|modules_to_save(\.\w+)?)(?=\.)", "", short)
-        full = short if short in names else f"{known.prefix}{short}"
-        if full in names:
-            whole[full] = np.asarray(tensors[name], np.float32)
+        if in_file(short) in full_names:
+            whole[in_file(short)] = np.asarray(tensors[name], np.float32)
         else:
             unknown.append(name)
     for module, own in factors.items():
-        if f"{module}.weight" not in names or not {"a", "b"} <= own.keys():
+        if f"{module}.weight" not in full_names or not {"a", "b"} <= own.keys():
             unknown.append(f"{module} ({', '.join(sorted(own))})")
     if unknown:
         raise ValueError(
             f"{tensors.path} has {len(unknown)} tensors that are no update of the network, such as "
-            f"{unknown[0]}; give the network that the adapter was made for"
+            f"{unknown[0]}; {OTHER_NETWORK}"
         )
-    return factors, whole
+    return factors, whole, stored
 
 
-def _target(module: str, assignments: Mapping[str, Assignment], where: str) -> _Target:
-    """Return how the factors of a module are stored."""
-    one = assignments[f"{module}.weight"]
-    layout, axis = one.layout, 1
-    if not all(path.startswith("params/") for path in one.paths) or len(one.names) > 1:
-        raise ValueError(f"{where}: {one.names} have no update of low rank in PEFT's layout")
-    if one.paths[0].endswith("/embedding") and not layout:
-        return _Target(module, one, "embedding")
-    if len(layout) == 1 and isinstance(layout[0], ConvolutionKernel | PatchKernel):
-        return _Target(module, one, "convolution")
-    kind: Literal["linear", "transposed"] = "transposed"
-    if any(isinstance(own, Transpose) for own in layout):
-        kind, axis = "linear", 0
-    for own in layout:
-        of_outputs = isinstance(own, Split | RotaryPairs | Blocks) and own.axis == axis
-        if not of_outputs and not isinstance(own, Transpose):
-            raise ValueError(
-                f"{where}: a kernel that is stored by {type(own).__name__} has no update of low "
-                "rank in PEFT's layout; merge the adapter and save the network"
-            )
-    return _Target(module, one, kind)
-
-
-def _refuse_tied(target: _Target, known: Architecture, network: PretrainedNetwork) -> None:
+def _refuse_tied(target: Target, known: Architecture, network: PretrainedNetwork) -> None:
     """Refuse an update of an embedding that is the output layer too: PEFT updates one of both."""
     tied = getattr(network.module, "tied", False)
     if target.kind == "embedding" and tied and f"{target.module}.weight" in known.copies.values():
@@ -473,7 +407,7 @@ def _split_layers(
 
 
 def _unit_scale(
-    parts: Sequence[Mapping[str, np.ndarray] | None], target: _Target, params: Any
+    parts: Sequence[Mapping[str, np.ndarray] | None], target: Target, params: Any
 ) -> tuple[list[dict[str, np.ndarray]], float]:
     """Return the factors of the kernels of a target for one scale, and that scale."""
     scales = [float(one["scale"][0]) for one in parts if one is not None and len(one["scale"])]
@@ -507,22 +441,6 @@ def _layer(flat: Mapping[str, Any], path: str) -> Any:
         if path in places:
             return leaf[places.index(path)]
     raise KeyError(path)
-
-
-def _joined(
-    a: Sequence[np.ndarray], b: Sequence[np.ndarray]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Join updates of kernels with the same inputs: one A, and a B for each of them."""
-    if all(one.shape == a[0].shape and np.array_equal(one, a[0]) for one in a):
-        return a[0], list(b)
-    rank = sum(one.shape[-1] for one in a)
-    parts, start = [], 0
-    for one in b:
-        part = np.zeros((rank, one.shape[-1]), np.float32)
-        part[start : start + one.shape[0]] = one
-        parts.append(part)
-        start += one.shape[0]
-    return np.concatenate(a, axis=-1), parts
 
 
 def _plain(number: float) -> float | int:

@@ -132,6 +132,82 @@ def check_other(tmp_path, model, config, inputs, call):
         np.testing.assert_allclose(call(adapted).logits.numpy(), expected, atol=1e-5)
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_bert(tmp_path, use_dora):
+    config = transformers.BertConfig(vocab_size=40, intermediate_size=24, num_labels=3, **SIZES)
+    lora = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=["query", "value", "dense", "word_embeddings"][: 3 if use_dora else 4],
+        modules_to_save=["classifier", "LayerNorm"],
+        use_dora=use_dora,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    check_other(tmp_path, model, lora, TOKENS, lambda model: model(torch.tensor(TOKENS)))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_vit(tmp_path, use_dora):
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_labels=3, intermediate_size=24, **SIZES
+    )
+    lora = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=["q_proj", "o_proj", "fc1", "fc2", "projection"],
+        alpha_pattern={"layers.1.mlp.fc1": 3},
+        rank_pattern={"q_proj": 3},
+        modules_to_save=["classifier", "layernorm_before"],
+        use_dora=use_dora,
+    )
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+    model = transformers.ViTForImageClassification(config)
+    check_other(tmp_path, model, lora, images, lambda model: model(pixels))
+
+
+def test_an_adapter_of_deit_with_two_heads(tmp_path):
+    config = transformers.DeiTConfig(
+        image_size=8, patch_size=4, num_labels=3, intermediate_size=24, **SIZES
+    )
+    lora = peft.LoraConfig(r=2, target_modules=["v_proj", "cls_classifier"])
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+    model = transformers.DeiTForImageClassificationWithTeacher(config)
+    check_other(tmp_path, model, lora, images, lambda model: model(pixels))
+
+
+def test_an_adapter_with_norms_of_a_gemma_in_a_gguf_file(tmp_path):
+    gguf_networks = pytest.importorskip("gguf_networks", reason="gguf is not installed")
+    config = transformers.Gemma2Config(
+        vocab_size=40,
+        intermediate_size=24,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        max_position_embeddings=64,
+        **SIZES,
+    )
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    jn.pretrained.save(tmp_path / "ours", jn.pretrained.load(tmp_path / "base"), layout="torch")
+    gguf_networks.convert(tmp_path / "ours", tmp_path / "model.gguf")
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["input_layernorm", "norm"]
+    )
+    adapted = moved(peft.get_peft_model(model, lora))
+    adapted.save_pretrained(tmp_path / "adapter")
+    network = jn.pretrained.load(tmp_path / "model.gguf")
+    variables = jn.pretrained.load_adapter(tmp_path / "adapter", network)
+    params = jn.merge_lora(network.variables["params"], variables)
+    logits = network.module.apply({"params": params}, TOKENS)
+    np.testing.assert_allclose(logits, theirs(adapted), atol=1e-4)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_of_llama(tmp_path, use_dora):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

@@ -121,12 +121,42 @@ A, B = np.ones((2, 8), np.float32), np.ones((24, 2), np.float32)
         ({"peft_type": "IA3"}, {}, 'peft_type, "IA3", is not supported; supported is "LORA"'),
         ({"use_qalora": True}, {}, "use_qalora, true, is not supported"),
         ({"init_lora_weights": "pissa"}, {}, "init_lora_weights, .* changes the weights"),
+        (
+            {"alpha_pattern": {"c_(": 2}},
+            {f"{QUERY}.lora_A.weight": A, f"{QUERY}.lora_B.weight": B},
+            r"adapter_config.json.* alpha_pattern, .*key 'c_\(', which is no regular expression",
+        ),
+        (
+            {"use_dora": True},
+            {f"{QUERY}.lora_A.weight": A, f"{QUERY}.lora_B.weight": B},
+            r"adapter_config.json.* use_dora, true, does not fit .*c_attn; get the adapter anew",
+        ),
+        (
+            {},
+            {f"{QUERY}.lora_A.weight": A[:0], f"{QUERY}.lora_B.weight": B[:, :0]},
+            r"safetensors: .*c_attn has factors of shapes \(0, 8\) and \(24, 0\), which are no",
+        ),
+        (
+            {},
+            {f"{QUERY}.lora_A.weight": A[0], f"{QUERY}.lora_B.weight": B},
+            r"safetensors: .*c_attn has factors of shapes \(8,\) and \(24, 2\), which are no",
+        ),
+        (
+            {},
+            {f"{QUERY}.lora_A.weight": A, f"{QUERY}.lora_B.weight": B[:23]},
+            r"safetensors: .*c_attn: axis 1 of size 23 has no 3 equal parts; give the network",
+        ),
+        (
+            {},
+            {f"{QUERY[:-7]}.c_proj.weight": A[0]},
+            r"does not fit params/stack/layer_0/attention/output/kernel of shape \(8, 8\)",
+        ),
         ({}, {"other.lora_A.weight": A}, "has 1 tensors that are no update of the network"),
         ({}, {f"{QUERY}.lora_A.weight": A}, r"no update of the network, such as .*c_attn \(a\)"),
         (
             {},
             {f"{QUERY}.lora_A.weight": A[:, :4], f"{QUERY}.lora_B.weight": B},
-            r"adapter_model.safetensors: the adapter of .*key/kernel has factors",
+            r"adapter_model.safetensors: the adapter of .*query/kernel has factors",
         ),
         (
             {},
@@ -147,6 +177,69 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, config, tensors, message
     write(tmp_path, {"peft_type": "LORA", "r": 2, **config}, tensors or {"x": A})
     with pytest.raises(ValueError, match=message):
         jn.pretrained.load_adapter(tmp_path, network())
+
+
+def vision_transformer():
+    config = jn.transformer.BlockConfig(features=8, num_heads=2, key_bias=True)
+    module = jn.VisionTransformer(num_outputs=3, patch_size=2, num_layers=1, config=config)
+    variables = jn.initialize(module, KEY, jnp.zeros((1, 4, 4, 1)))
+    return PretrainedNetwork(module, variables, config={"model_type": "vit"})
+
+
+def test_layers_that_transformers_5_renames_are_read_by_both_names(tmp_path):
+    own = vision_transformer()
+    variables = adapter(own, target="(query|hidden|feed_forward/output)/kernel$", full="^head/")
+    jn.pretrained.save_adapter(tmp_path / "adapter", own, variables)
+    config, tensors = read(tmp_path / "adapter")
+    names = ["attention.q_proj", "mlp.fc1", "mlp.fc2"]
+    assert config["target_modules"] == [f"vit.layers.0.{name}" for name in names]
+    assert "base_model.model.vit.layers.0.mlp.fc1.lora_A.weight" in tensors
+    older = {
+        "attention.q_proj": "attention.attention.query",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        for new, old in older.items():
+            name = name.replace(f"layers.0.{new}", f"encoder.layer.0.{old}")
+        renamed[name] = tensor
+    write(tmp_path / "older", config, renamed)
+    for folder in ("adapter", "older"):
+        again = jn.pretrained.load_adapter(tmp_path / folder, own)
+        jax.tree.map(np.testing.assert_array_equal, again, variables)
+    # Patterns are those of the names in the file.
+    config["alpha_pattern"] = {"q_proj": 2 * config["lora_alpha"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    again = jn.pretrained.load_adapter(tmp_path / "adapter", own)["lora"]["stack"]["layer_0"]
+    before = variables["lora"]["stack"]["layer_0"]
+    query = ("attention", "query", "kernel", "scale")
+    np.testing.assert_array_equal(at(again, query), 2 * at(before, query))
+    hidden = ("feed_forward", "hidden", "kernel", "scale")
+    np.testing.assert_array_equal(at(again, hidden), at(before, hidden))
+
+
+def at(tree, path):
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def test_norms_of_an_adapter_of_gemma_fit_a_network_of_a_gguf_file(tmp_path):
+    module = jn.transformer.gemma2_2b(
+        num_layers=1, features=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, norm="rms"
+    )
+    module = module.clone(vocabulary_size=11)
+    variables = jn.initialize(module, KEY, jnp.zeros((1, 2), jnp.int32))
+    own = PretrainedNetwork(module, variables, config={"model_type": "gemma2"})
+    scale = np.linspace(-0.1, 0.1, 8, dtype=np.float32)
+    name = "base_model.model.model.norm.weight"
+    write(tmp_path / "adapter", {"peft_type": "LORA", "modules_to_save": ["norm"]}, {name: scale})
+    loaded = jn.pretrained.load_adapter(tmp_path / "adapter", own)
+    found = loaded["params"]["stack"]["norm"]["scale"]
+    np.testing.assert_allclose(found, 1 + scale, rtol=1e-6)
+    jn.pretrained.save_adapter(tmp_path / "again", own, loaded)
+    np.testing.assert_allclose(read(tmp_path / "again")[1][name], scale, atol=1e-6)
 
 
 def test_adapters_that_peft_cannot_express_are_refused(tmp_path):

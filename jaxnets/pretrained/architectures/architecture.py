@@ -36,6 +36,9 @@ class Architecture:
         to_config: network -> entries of config.json, for a network that was not read from one.
         sizes: (entries of config.json, shapes of the arrays) -> further entries, which only the
             arrays tell, such as the size of the images; None without such.
+        renamed: pairs of parts of names, replaced in this order: in a file, and in the memory of
+            transformers 5, whose names adapters of PEFT have. Those of transformers 4 have the
+            names of the file.
         processor: (folder, config) -> what turns data into the network's inputs; None without one.
     """
 
@@ -50,4 +53,5 @@ class Architecture:
     adapt: Callable[[nn.Module, Tensors], nn.Module] | None = None
     to_config: Callable[[nn.Module], dict[str, Any]] | None = None
     sizes: Callable[[Mapping[str, Any], Leaves], dict[str, Any]] | None = None
+    renamed: Sequence[tuple[str, str]] = ()
     processor: Callable[[Path, Config], Any] | None = None

@@ -32,6 +32,16 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "g
     "swish": "silu",
 }
 _LAYER = "params/stack/layer_{layer}"
+_RENAMED = (
+    (".encoder.layer.", ".layers."),
+    *[
+        (f".attention.attention.{name}.", f".attention.{name[0]}_proj.")
+        for name in ("query", "key", "value")
+    ],
+    (".attention.output.dense.", ".attention.o_proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+)
 
 
 def _build(
@@ -151,6 +161,7 @@ VIT = Architecture(
     adapt=_without_pooler,
     to_config=_to_config,
     sizes=_sizes,
+    renamed=_RENAMED,
     processor=read_image_processor,
 )
 
