@@ -8,10 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from jaxnets.pretrained.convolution_layouts import ConvolutionKernel, PatchKernel
 from jaxnets.pretrained.layouts import (
     Blocks,
-    ConvolutionKernel,
-    PatchKernel,
     RotaryPairs,
     Split,
     Transpose,

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxnets.pretrained.convolution_layouts import DepthwiseKernel
 from jaxnets.pretrained.layouts import (
     Blocks,
-    DepthwiseKernel,
     GRUBiases,
     JoinHeads,
     Layout,

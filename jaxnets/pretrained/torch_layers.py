@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from jaxnets.pretrained.convolution_layouts import ConvolutionKernel, TransposedConvolutionKernel
 from jaxnets.pretrained.layouts import (
     ChannelsFirstRows,
-    ConvolutionKernel,
     GRUBiases,
     Layout,
     Split,
     SplitHeads,
     Sum,
     Transpose,
-    TransposedConvolutionKernel,
 )
 from jaxnets.pretrained.rules import Rule
 

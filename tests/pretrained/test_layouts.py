@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxnets.functional.patches import patchify
+from jaxnets.pretrained import convolution_layouts as kernels
 from jaxnets.pretrained import layouts
 
 
@@ -15,11 +16,15 @@ def numbers(*shape):
 
 CASES = [
     (layouts.Transpose(), [(5, 3)], [(3, 5)]),
-    (layouts.ConvolutionKernel(), [(8, 3, 2)], [(2, 3, 8)]),
-    (layouts.ConvolutionKernel(), [(8, 3, 2, 5)], [(2, 5, 3, 8)]),
-    (layouts.TransposedConvolutionKernel(), [(3, 8, 5)], [(5, 3, 8)]),
-    (layouts.TransposedConvolutionKernel(2, flip=False), [(6, 4, 2, 5)], [(2, 5, 3, 8)]),
-    (layouts.DepthwiseKernel(2), [(3, 5, 4, 2)], [(3, 5, 1, 8)]),
+    (kernels.ConvolutionKernel(), [(8, 3, 2)], [(2, 3, 8)]),
+    (kernels.ConvolutionKernel(), [(8, 3, 2, 5)], [(2, 5, 3, 8)]),
+    (kernels.TransposedConvolutionKernel(), [(3, 8, 5)], [(5, 3, 8)]),
+    (
+        kernels.TransposedConvolutionKernel(2, flip=False),
+        [(6, 4, 2, 5)],
+        [(2, 5, 3, 8)],
+    ),
+    (kernels.DepthwiseKernel(2), [(3, 5, 4, 2)], [(3, 5, 1, 8)]),
     (layouts.SplitHeads(3, axis=1), [(4, 6)], [(4, 3, 2)]),
     (layouts.JoinHeads(3, axis=1), [(4, 3, 2)], [(4, 6)]),
     (layouts.Split(3), [(6, 4)], [(2, 4)] * 3),
@@ -28,7 +33,7 @@ CASES = [
     (layouts.Blocks((2, 0, 1)), [(6, 4)], [(6, 4)]),
     (layouts.RotaryPairs(2), [(12, 5)], [(12, 5)]),
     (layouts.Squeeze((0, 2)), [(1, 3, 1)], [(3,)]),
-    (layouts.PatchKernel((2, 3)), [(7, 4, 2, 3)], [(24, 7)]),
+    (kernels.PatchKernel((2, 3)), [(7, 4, 2, 3)], [(24, 7)]),
     (layouts.ChannelsFirstRows((3, 2, 4)), [(24, 5)], [(24, 5)]),
     (layouts.FromZeroCentered(), [(4,)], [(4,)]),
     (layouts.Sum(), [(4,), (4,)], [(4,)]),
@@ -53,7 +58,7 @@ def test_layouts_have_their_shapes_and_are_undone_exactly(layout, stored, ours):
 def test_only_permutations_are_axis_orders():
     """Others must not be read in parts."""
     permutations = {type(x) for x, *_ in CASES if isinstance(x, layouts.AxisOrder)}
-    assert permutations == {layouts.Transpose, layouts.ConvolutionKernel}
+    assert permutations == {layouts.Transpose, kernels.ConvolutionKernel}
 
 
 def test_blocks_take_the_order_of_the_file():
@@ -62,7 +67,7 @@ def test_blocks_take_the_order_of_the_file():
 
 def test_a_patch_kernel_is_the_convolution_of_its_patches():
     images, kernel = numbers(2, 4, 6, 3) / 100, numbers(5, 3, 2, 2) / 60
-    dense = layouts.PatchKernel((2, 2)).from_file([kernel])[0]
+    dense = kernels.PatchKernel((2, 2)).from_file([kernel])[0]
     convolved = jax.lax.conv_general_dilated(
         images, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "OIHW", "NHWC")
     )
@@ -97,10 +102,10 @@ def test_rotary_pairs_bring_neighbors_to_halves():
     ("layout", "shape"),
     [
         (layouts.Transpose(), (2, 3, 4)),
-        (layouts.ConvolutionKernel(), (2, 3)),
-        (layouts.TransposedConvolutionKernel(2), (3, 4, 5)),
-        (layouts.TransposedConvolutionKernel(), (3, 4)),
-        (layouts.DepthwiseKernel(), (3, 4)),
+        (kernels.ConvolutionKernel(), (2, 3)),
+        (kernels.TransposedConvolutionKernel(2), (3, 4, 5)),
+        (kernels.TransposedConvolutionKernel(), (3, 4)),
+        (kernels.DepthwiseKernel(), (3, 4)),
         (layouts.SplitHeads(4), (6, 2)),
         (layouts.JoinHeads(4), (6, 2)),
         (layouts.JoinHeads(4, axis=1), (6, 4)),
@@ -108,7 +113,7 @@ def test_rotary_pairs_bring_neighbors_to_halves():
         (layouts.Split((1, 2)), (6, 2)),
         (layouts.RotaryPairs(4), (12, 2)),
         (layouts.Squeeze((0,)), (2, 3)),
-        (layouts.PatchKernel((2, 2)), (5, 3, 2, 4)),
+        (kernels.PatchKernel((2, 2)), (5, 3, 2, 4)),
         (layouts.ChannelsFirstRows((2, 2)), (5, 3)),
     ],
     ids=lambda x: str(x),

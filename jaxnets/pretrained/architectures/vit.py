@@ -22,8 +22,9 @@ from jaxnets.pretrained.architectures.images import (
 )
 from jaxnets.pretrained.architectures.labels import num_labels
 from jaxnets.pretrained.config import Config
+from jaxnets.pretrained.convolution_layouts import PatchKernel
 from jaxnets.pretrained.formats import Tensors
-from jaxnets.pretrained.layouts import PatchKernel, Squeeze
+from jaxnets.pretrained.layouts import Squeeze
 from jaxnets.pretrained.rules import Leaves, Rule
 from jaxnets.pretrained.torch_layers import dense, norm
 
