@@ -21,7 +21,7 @@ from .core import (
     rng_streams,
     weights_keyword,
 )
-from .export import Program, export_program, load_program
+from .export import Program, export_onnx, export_program, load_program
 from .finetuning.heads import replace_head
 from .finetuning.learning_rates import freeze, layerwise_decay
 from .finetuning.lora import (
@@ -254,6 +254,7 @@ __all__ = [
     "evaluate",
     "evaluate_sums",
     "every",
+    "export_onnx",
     "export_program",
     "feedforward",
     "find_learning_rate",

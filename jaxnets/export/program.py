@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -20,6 +19,15 @@ import jax.numpy as jnp
 from jax import export
 
 import jaxnets
+from jaxnets.export.arguments import (
+    ArrayInfo,
+    function_of_weights,
+    input_names,
+    named_arrays,
+    plain,
+    traced,
+    weights_of,
+)
 from jaxnets.storage import (
     atomic_folder,
     read_json,
@@ -33,15 +41,9 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _ONLY = "program"  # name of the only function
 
 
-class _Array(TypedDict):
-    name: str
-    shape: list[int | str]
-    dtype: str
-
-
 class _Function(TypedDict):
-    inputs: list[_Array]
-    outputs: list[_Array]
+    inputs: list[ArrayInfo]
+    outputs: list[ArrayInfo]
     sha256: str
 
 
@@ -106,21 +108,22 @@ def export_program(
     if isinstance(platforms, str) or unknown or not platforms:
         raise ValueError(f"platforms is {platforms!r}; give some of {_PLATFORMS}")
     networks, examples, texts = _by_name(network, inputs, shapes)
-    weights = _weights(variables)
+    weights = weights_of(variables)
     structure = jax.tree.structure(variables)
     functions: dict[str, _Function] = {}
     serialized: dict[str, bytes] = {}
     for name, one in networks.items():
-        call = _of_weights(one, structure, tuple(weights), examples[name])
-        arguments = _plain(jax.eval_shape(lambda *values: values, *examples[name]))
-        exported = _export(name, call, weights, arguments, texts[name], constraints, platforms)
+        call = function_of_weights(one, structure, tuple(weights), examples[name])
+        arguments = plain(jax.eval_shape(lambda *values: values, *examples[name]))
+        trace = export.export(jax.jit(call), platforms=tuple(platforms))
+        exported = traced(name, trace, call, weights, arguments, texts[name], constraints)
         serialized[name] = bytes(exported.serialize(vjp_order=0))
         (_, *given), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        named = zip(_input_names(one, len(given)), given, strict=True)
+        named = zip(input_names(one, len(given)), given, strict=True)
         functions[name] = {
-            "inputs": [each for pair in named for each in _arrays(*pair)],
+            "inputs": [each for pair in named for each in named_arrays(*pair)],
             "outputs": list(
-                _arrays("output", jax.tree.unflatten(exported.out_tree, exported.out_avals))
+                named_arrays("output", jax.tree.unflatten(exported.out_tree, exported.out_avals))
             ),
             "sha256": hashlib.sha256(serialized[name]).hexdigest(),
         }
@@ -161,95 +164,6 @@ def _by_name(
                 "each input, such as (tokens,)"
             )
     return dict(network), examples, texts
-
-
-def _weights(variables: Any) -> dict[str, Any]:
-    """Return the leaves by name, such as "params/Dense_0/kernel"."""
-    weights: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if name in weights:
-            raise ValueError(f"two variables are named {name!r}; rename one of them")
-        weights[name] = jnp.asarray(leaf)
-    return weights
-
-
-def _of_weights(
-    network: Any, structure: Any, names: Sequence[str], inputs: tuple[Any, ...]
-) -> Callable[..., Any]:
-    """Return the function of {name: weight} and of plain inputs, as `_plain` makes them."""
-    function = network.apply if hasattr(network, "apply") else network
-    given, kind = jax.tree.flatten(inputs)
-    # A named tuple and the dict that is made of it differ in the order of their leaves.
-    order = jax.tree.leaves(_plain(jax.tree.unflatten(kind, range(len(given)))))
-
-    def call(weights: dict[str, jax.Array], *plain_inputs: Any) -> Any:
-        leaves = dict(zip(order, jax.tree.leaves(plain_inputs), strict=True))
-        arguments = jax.tree.unflatten(kind, [leaves[i] for i in range(len(given))])
-        variables = jax.tree.unflatten(structure, [weights[name] for name in names])
-        return _plain(function(variables, *arguments))
-
-    return call
-
-
-def _plain(tree: Any) -> Any:
-    """Return nested dicts and tuples: named tuples become dicts, which need no class to read."""
-    if isinstance(tree, Mapping):
-        return {key: _plain(value) for key, value in tree.items()}
-    if hasattr(tree, "_asdict"):
-        return {key: _plain(value) for key, value in tree._asdict().items()}
-    if isinstance(tree, tuple | list):
-        return tuple(_plain(value) for value in tree)
-    return tree
-
-
-def _export(
-    name: str,
-    call: Callable[..., Any],
-    weights: Mapping[str, Any],
-    arguments: tuple[Any, ...],
-    shapes: Any,
-    constraints: Sequence[str],
-    platforms: Sequence[str],
-) -> export.Exported:
-    jax.eval_shape(call, dict(weights), *arguments)  # inputs that do not fit are its own errors
-    try:
-        specs = arguments
-        if shapes is not None:
-            specs = export.symbolic_args_specs(arguments, shapes, constraints=constraints)
-        return export.export(jax.jit(call), platforms=tuple(platforms))(dict(weights), *specs)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if shapes is None:
-            raise ValueError(f"{name!r} cannot be exported for {platforms} ({reason})") from error
-        raise ValueError(
-            f"{name!r} does not trace with the symbolic sizes {shapes!r} ({reason}); fix a size by "
-            "its number or by '_', all of them by shapes=None, or give constraints such as "
-            "['time <= 512']"
-        ) from error
-
-
-def _input_names(network: Any, count: int) -> list[str]:
-    """Return the names of the inputs in the signature, after the variables of a function."""
-    # The first parameter is `self` of a module, the variables of a function.
-    function = type(network).__call__ if hasattr(network, "apply") else network
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[1:]
-    except (TypeError, ValueError):  # a builtin has no signature
-        parameters = []
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [*names, *(f"input{i}" for i in range(len(names), count))][:count]
-
-
-def _arrays(name: str, tree: Any) -> Iterator[_Array]:
-    """Yield name, shape and type of each array of a tree."""
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        yield {
-            "name": f"{name}/{path}" if path else name,
-            "shape": [size if isinstance(size, int) else str(size) for size in leaf.shape],
-            "dtype": str(leaf.dtype),
-        }
 
 
 class Program:
@@ -298,7 +212,7 @@ class Program:
         run = jax.jit(self.exported[name].call)
 
         def call(*inputs: Any) -> Any:
-            inputs = _plain(inputs)
+            inputs = plain(inputs)
             for leaf in jax.tree.leaves(inputs):
                 if 0 in jnp.shape(leaf):
                     raise ValueError(
