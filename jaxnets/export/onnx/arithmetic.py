@@ -7,7 +7,6 @@ the result. Operands broadcast as in NumPy, and are of the types in which the gr
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +203,17 @@ def converted(g: Graph, x: str, source: np.dtype[Any], target: np.dtype[Any]) ->
     return result if result != x else g.add("Identity", x)
 
 
+def _reduce_precision(g: Graph, eqn: Any, x: str) -> str:
+    bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    own = jnp.finfo(_type(eqn))
+    if bits == (own.nexp, own.nmant):
+        return g.add("Identity", x)
+    types = {(8, 7): jnp.bfloat16, (5, 10): np.float16, (8, 23): np.float32}
+    if bits not in types:
+        raise ValueError(f"there is no type with {bits[0]} bits of exponent and {bits[1]} others")
+    return g.cast(g.cast(x, types[bits]), stored(_type(eqn)))
+
+
 def _shift_left(g: Graph, eqn: Any, x: str, amount: str) -> str:
     # A product in int64, whose low bits are those of the shifted value.
     bits = np.iinfo(_type(eqn)).bits
@@ -244,16 +254,6 @@ def _from_int64(g: Graph, x: str, dtype: np.dtype[Any]) -> str:
     return wrapped(g, g.cast(g.cast(x, dtype), stored(dtype)), dtype)
 
 
-def _atan2(g: Graph, eqn: Any, y: str, x: str) -> str:
-    dtype = _type(eqn)
-    zero, pi = scalar(g, 0, dtype), scalar(g, math.pi, dtype)
-    both = g.add("And", g.add("Equal", x, zero), g.add("Equal", y, zero))
-    angle = g.add("Atan", g.add("Div", y, g.add("Where", both, scalar(g, 1, dtype), x)))
-    turn = g.add("Where", g.add("Less", y, zero), g.add("Neg", pi), pi)
-    turned = g.add("Where", g.add("Less", x, zero), turn, zero)
-    return g.add("Add", angle, turned)
-
-
 RULES: dict[str, _Rule] = {
     **{
         name: _one(op)
@@ -265,9 +265,7 @@ RULES: dict[str, _Rule] = {
             "logistic": "Sigmoid",
         }.items()
     },
-    **dict.fromkeys(
-        ("copy", "copy_p", "name", "stop_gradient", "reduce_precision"), _one("Identity")
-    ),
+    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient"), _one("Identity")),
     "add": _wrapping("Add"),
     "add_any": _wrapping("Add"),
     "sub": _wrapping("Sub"),
@@ -295,8 +293,8 @@ RULES: dict[str, _Rule] = {
     "expm1": _expm1,
     "log1p": _log1p,
     "erfc": _erfc,
-    "atan2": _atan2,
     "is_finite": _is_finite,
+    "reduce_precision": _reduce_precision,
     "round": _round,
     "select_n": _select_n,
     "clamp": _clamp,

@@ -70,7 +70,7 @@ def export_onnx(
         >>> error = export_onnx(file, module, module.init(jax.random.key(0), x), x)
         >>> import onnxruntime
         >>> session = onnxruntime.InferenceSession(file)
-        >>> session.run(None, {"x": np.ones((5, 3), np.float32)})[0].shape
+        >>> session.run(None, {"inputs": np.ones((5, 3), np.float32)})[0].shape
         (5, 2)
 
     References:

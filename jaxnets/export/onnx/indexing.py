@@ -252,7 +252,7 @@ def _start(g: Graph, start: str, size: Any, slice_size: Any) -> str:
 
 def _dynamic_slice(g: Graph, eqn: Any, x: str, *starts: str) -> str:
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
-    axes = [d for d in range(len(shape)) if not shape[d] == sizes[d]]
+    axes = [d for d in range(len(shape)) if shape[d] != sizes[d]]
     if not axes:
         return g.add("Identity", x)
     first = [_start(g, starts[d], shape[d], sizes[d]) for d in axes]
@@ -265,7 +265,7 @@ def _dynamic_slice(g: Graph, eqn: Any, x: str, *starts: str) -> str:
 
 def _dynamic_update_slice(g: Graph, eqn: Any, x: str, update: str, *starts: str) -> str:
     shape, sizes = (v.aval.shape for v in eqn.invars[:2])
-    axes = [d for d in range(len(shape)) if not shape[d] == sizes[d]]
+    axes = [d for d in range(len(shape)) if shape[d] != sizes[d]]
 
     def updated(x: str, axes: Sequence[int]) -> str:
         """Update along the first axis what lies between the parts before and after it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.export.onnx.arithmetic import wrapped
@@ -95,8 +96,11 @@ def _reduce(op: str) -> _Rule:
             return x
         if dtype == np.bool_:
             return g.cast(g.add(op, g.cast(x, np.int32), g.integers(*axes), keepdims=0), np.bool_)
-        result = g.add(op, x, g.integers(*axes), keepdims=0)
-        return wrapped(g, result, np.dtype(dtype)) if op in ("ReduceSum", "ReduceProd") else result
+        if op in ("ReduceMax", "ReduceMin") or jnp.issubdtype(dtype, jnp.floating):
+            return g.add(op, x, g.integers(*axes), keepdims=0)
+        # onnxruntime's sums of int32 do not wrap around.
+        total = g.add(op, g.cast(x, np.int64), g.integers(*axes), keepdims=0)
+        return g.cast(g.cast(total, dtype), stored(dtype))
 
     return rule
 

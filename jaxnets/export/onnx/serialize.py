@@ -145,7 +145,11 @@ def _info(tensor: Tensor, dtype: Any = None) -> Any:
 def _node(node: Node) -> Any:
     from onnx import helper
 
-    attributes = {name: _attribute(value) for name, value in node.attributes.items() if value != []}
+    attributes = {
+        name: _attribute(value)
+        for name, value in node.attributes.items()
+        if not (isinstance(value, list) and not value)
+    }
     return helper.make_node(node.op, node.inputs, node.outputs, node.name, **attributes)
 
 

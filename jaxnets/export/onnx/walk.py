@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxnets.export.onnx import arithmetic, contractions, indexing, rearrangements
 from jaxnets.export.onnx.graph import Graph, Tensor, boundary, stored
+from jaxnets.export.onnx.rewritten import REWRITTEN
 from jaxnets.export.onnx.sizes import is_known, solve
 
 #: A constant (an array of NumPy or random keys) or a tensor of the graph.
@@ -145,7 +147,9 @@ class Writer:
         around = g.scope
 
         def read(variable: Any) -> Value:
-            return _constant(variable.val) if isinstance(variable, Literal) else values[variable]
+            if isinstance(variable, Literal):
+                return np.asarray(variable.val, variable.aval.dtype)
+            return values[variable]
 
         for eqn in jaxpr.eqns:
             inputs = [read(variable) for variable in eqn.invars]
@@ -160,6 +164,11 @@ class Writer:
         name = eqn.primitive.name
         body = called(eqn)
         if body is not None:
+            return self.write(g, body.jaxpr, body.consts, inputs)
+        if name in REWRITTEN:
+            body = jax.make_jaxpr(functools.partial(REWRITTEN[name], **eqn.params))(
+                *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+            )
             return self.write(g, body.jaxpr, body.consts, inputs)
         if name == "platform_index":
             # The entry without platforms is the default.
@@ -202,6 +211,7 @@ class Writer:
             elementwise = arithmetic.RULES[name](g, eqn, *(one.name for one in tensors))
             return [_elementwise(eqn.outvars[0].aval, elementwise, tensors)]
         names = [g.full(tensor(g, value)) for value in inputs]
+        results: str | list[str]
         if name in indexing.WITH_INDICES:
             x, indices, *updates = names
             known = inputs[1] if isinstance(inputs[1], np.ndarray) else indices
@@ -212,11 +222,7 @@ class Writer:
             raise NotImplementedError(
                 "this operation is not known to the export; compute it without, or open an issue"
             )
-        results = [results] if isinstance(results, str) else results
-        return [
-            Tensor(result, tuple(v.aval.shape), np.dtype(v.aval.dtype))
-            for result, v in zip(results, eqn.outvars, strict=True)
-        ]
+        return _tensors(eqn, [results] if isinstance(results, str) else results)
 
     # Loops and branches
 
