@@ -346,6 +346,8 @@ def test_a_difference_names_the_first_operation_that_differs(tmp_path, monkeypat
 def test_what_does_not_fit_is_refused(tmp_path):
     path = tmp_path / "f.onnx"
     with pytest.raises(ValueError, match=r"does not trace with the symbolic sizes"):
+        jn.export_onnx(path, lambda variables, x: x if x.shape[0] > 4 else -x, {}, X)
+    with pytest.raises(ValueError, match=r"network refuses .*batch=1.*constraints"):
         jn.export_onnx(path, lambda variables, x: x.reshape(6, 2), {}, X)
     with pytest.raises(ValueError, match=r"\['time'\] cannot be read from the inputs"):
         jn.export_onnx(

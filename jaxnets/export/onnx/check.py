@@ -134,7 +134,13 @@ def compare(
     run, largest = session(), 0.0
     scales = [0.0] * len(written.outputs)
     for case in cases:
-        expected = [_at_boundary(x) for x in network(*case.inputs)]
+        try:
+            expected = [_at_boundary(x) for x in network(*case.inputs)]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the network refuses inputs of the exported sizes ({case.description}): {error}; "
+                "give constraints such as ['batch >= 2'], or fix the sizes"
+            ) from error
         feeds = {
             one.name: _at_boundary(x)
             for one, x in zip(written.graph.inputs, case.inputs, strict=True)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,10 +31,11 @@ def stored(dtype: Any) -> np.dtype[Any]:
     Raises:
         ValueError: a type that graphs do not have, such as a complex one or a random key.
     """
-    if np.dtype(dtype) in _STORED:
-        return _STORED[np.dtype(dtype)]
-    if dtype in _PLAIN:
-        return np.dtype(dtype)
+    own = np.dtype(dtype) if not jnp.issubdtype(dtype, jax.dtypes.extended) else None
+    if own in _STORED:
+        return _STORED[own]
+    if own in _PLAIN:
+        return own
     raise ValueError(f"values of type {dtype} have no place in an ONNX graph")
 
 

@@ -148,7 +148,8 @@ class Writer:
 
         def read(variable: Any) -> Value:
             if isinstance(variable, Literal):
-                return np.asarray(variable.val, variable.aval.dtype)
+                aval: Any = variable.aval
+                return np.asarray(variable.val, aval.dtype)
             return values[variable]
 
         for eqn in jaxpr.eqns:
