@@ -1,4 +1,4 @@
-"""Networks for programs without this library: compiled by JAX, with symbolic sizes."""
+"""Networks for programs without this library: StableHLO or ONNX, with symbolic sizes."""
 
 from jaxnets.export.onnx import export_onnx
 from jaxnets.export.program import Program, export_program, load_program

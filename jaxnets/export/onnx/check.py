@@ -136,11 +136,11 @@ def compare(
     for case in cases:
         try:
             expected = [_at_boundary(x) for x in network(*case.inputs)]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError) as refusal:
             raise ValueError(
-                f"the network refuses inputs of the exported sizes ({case.description}): {error}; "
+                f"the network refuses inputs of the exported sizes ({case.description}): {refusal}; "
                 "give constraints such as ['batch >= 2'], or fix the sizes"
-            ) from error
+            ) from refusal
         feeds = {
             one.name: _at_boundary(x)
             for one, x in zip(written.graph.inputs, case.inputs, strict=True)
