@@ -138,7 +138,7 @@ def compare(
             expected = [_at_boundary(x) for x in network(*case.inputs)]
         except (ValueError, TypeError) as refusal:
             raise ValueError(
-                f"the network refuses inputs of its exported sizes ({case.description}): {refusal}; "
+                f"the network refuses inputs of these sizes ({case.description}): {refusal}; "
                 "give constraints such as ['batch >= 2'], or fix the sizes"
             ) from refusal
         feeds = {
