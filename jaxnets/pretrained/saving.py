@@ -27,6 +27,7 @@ from jaxnets.pretrained.module_config import (
     own_rules,
 )
 from jaxnets.pretrained.network import PretrainedNetwork
+from jaxnets.pretrained.processors import Processor
 from jaxnets.pretrained.sentence_folders import write_sentence_modules
 from jaxnets.pretrained.sources import GENERATION
 from jaxnets.storage import atomic_folder, write_json
@@ -71,6 +72,11 @@ def save(
         raise ValueError(f"layout is {layout!r}; choose 'jaxnets' or 'torch'")
     if path.exists():
         raise FileExistsError(f"{path} exists; give another folder, or remove it first")
+    if not isinstance(network.processor, Processor | None):
+        raise ValueError(
+            f"the processor is a {type(network.processor).__name__}; give a TextProcessor, an "
+            "ImageProcessor, a SoundProcessor or None, and save others yourself"
+        )
     for place, leaf in rules.flatten_paths(network.variables).items():
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise ValueError(f"{place} is a {type(leaf).__name__}; give variables that are arrays")

@@ -19,6 +19,7 @@ from jaxnets.pretrained.architectures.gguf import GGUF_ARCHITECTURES, KIND, read
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors, read_tensors
 from jaxnets.pretrained.module_config import JAXNETS, own_rules, read_module
+from jaxnets.pretrained.processors import read_processor
 from jaxnets.pretrained.rules import Plan, Rule
 from jaxnets.pretrained.sentence_folders import SentenceFolder, read_sentence_folder
 
@@ -108,6 +109,7 @@ def _open_folder(folder: Path, architecture: str | None, fields: Mapping[str, An
         ) from error
     if config.content.get("model_type") == JAXNETS:
         source = _own_network(config, tensors, fields)
+        source = dataclasses.replace(source, processor=read_processor(folder))
     else:
         known, build = _choose(config, architecture, _tables(tensors))
         config = config.rename(known.aliases)

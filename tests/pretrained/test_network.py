@@ -14,7 +14,8 @@ from checks import shapes_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnets as jn
-from jaxnets.pretrained import PretrainedNetwork, load, save, saving
+from jaxnets.pretrained import PretrainedNetwork, SoundProcessor, load, save, saving
+from jaxnets.pretrained.processors import ImageProcessor, TextProcessor
 
 TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 GPT2 = jn.transformer.gpt2_small(
@@ -100,6 +101,53 @@ def test_a_field_that_is_a_number_of_numpy_comes_back(tmp_path):
     module = jn.MLP(features=(4,), num_outputs=np.array([0, 2]).max() + 1)
     save(tmp_path / "network", network(module, images(3)))
     assert load(tmp_path / "network").module.num_outputs == 3
+
+
+VOCABULARY = {"<pad>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}
+TEXT = TextProcessor(
+    json.dumps({"model": {"type": "WordLevel", "vocab": VOCABULARY, "unk_token": "<pad>"}}),
+    {"pad": "<pad>", "eos": "</s>"},
+    max_length=7,
+    truncation_side="left",
+)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        TEXT,
+        ImageProcessor(12, "lanczos", (10, 9), 0.5, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)),
+        SoundProcessor(jn.data.WhisperFeatures(num_mels=12, seconds=1)),
+        SoundProcessor(jn.data.WhisperFeatures(), TEXT),
+        None,
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_processor_is_kept_in_the_own_layout(tmp_path, processor):
+    module = jn.MLP(features=(4,))
+    trained = dataclasses.replace(network(module, images(3)), processor=processor)
+    save(tmp_path / "a", trained)
+    found = load(tmp_path / "a")
+    save(tmp_path / "b", found)
+    for one in (found.processor, load(tmp_path / "b").processor):
+        assert type(one) is type(processor)
+        if isinstance(one, SoundProcessor):
+            assert one.features == processor.features
+            one, expected = one.tokenizer, processor.tokenizer
+        else:
+            expected = processor
+        if isinstance(one, TextProcessor):
+            assert one(["a", "c", "b", "b"])["tokens"].tolist() == [[2], [4], [3], [3]]
+            assert dataclasses.replace(one, model=expected.model) == expected
+        else:
+            assert one == expected
+
+
+@pytest.mark.parametrize("layout", ["jaxnets", "torch"])
+def test_another_processor_is_refused(tmp_path, layout, gpt2):
+    with pytest.raises(ValueError, match="the processor is a dict; give a TextProcessor"):
+        save(tmp_path / "x", dataclasses.replace(gpt2[1], processor={}), layout=layout)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layout", ["jaxnets", "torch"])

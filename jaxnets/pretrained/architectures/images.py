@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.processors.images import ImageProcessor
-from jaxnets.storage import read_json
 
 _PROCESSORS = {"vit": "ViT", "deit": "DeiT", "convnext": "ConvNext", "resnet": "ConvNext"}
 
@@ -78,15 +77,7 @@ def read_image_processor(folder: Path, config: Config) -> ImageProcessor | None:
     Raises:
         ValueError: damaged, or not supported; the message has the name of the file.
     """
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
-        return None
-    what = "the options of an image processor that is supported"
-    content = dict(read_json(path, what=what, remedy="load another folder").content)
-    if not ("image_processor_type" in content or "feature_extractor_type" in content):
-        kind = _PROCESSORS[config.content["model_type"]]
-        content["image_processor_type"] = f"{kind}ImageProcessor"
     try:
-        return ImageProcessor.from_config(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        return ImageProcessor.from_folder(folder, kind=_PROCESSORS[config.content["model_type"]])
+    except FileNotFoundError:
+        return None

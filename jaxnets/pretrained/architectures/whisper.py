@@ -15,7 +15,7 @@ from jaxnets.models.transformer.config import build_preset
 from jaxnets.pretrained.architectures.architecture import Architecture
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.processors import SoundProcessor
-from jaxnets.pretrained.rules import Rule
+from jaxnets.pretrained.rules import Leaves, Rule
 from jaxnets.pretrained.torch_layers import convolution, dense, norm
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
@@ -84,6 +84,10 @@ def _to_config(module: nn.Module) -> dict[str, Any]:
     return entries
 
 
+def _sizes(content: Mapping[str, Any], leaves: Leaves) -> dict[str, Any]:
+    return {"num_mel_bins": leaves["params/encoder/conv_0/kernel"].shape[-2]}
+
+
 def _rules(module: nn.Module) -> list[Rule]:
     encoder, decoder = "model.encoder", "model.decoder"
     return [
@@ -142,5 +146,6 @@ WHISPER = Architecture(
     },
     copies={"proj_out.weight": "model.decoder.embed_tokens.weight"},
     to_config=_to_config,
+    sizes=_sizes,
     processor=_processor,
 )

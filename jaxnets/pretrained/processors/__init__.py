@@ -1,7 +1,15 @@
 """Inputs of pretrained networks, prepared as in their training."""
 
+from jaxnets.pretrained.processors.folders import Processor, read_processor
 from jaxnets.pretrained.processors.images import ImageProcessor
 from jaxnets.pretrained.processors.sound import SoundProcessor
 from jaxnets.pretrained.processors.text import TextProcessor, read_text_processor
 
-__all__ = ["ImageProcessor", "SoundProcessor", "TextProcessor", "read_text_processor"]
+__all__ = [
+    "ImageProcessor",
+    "Processor",
+    "SoundProcessor",
+    "TextProcessor",
+    "read_processor",
+    "read_text_processor",
+]

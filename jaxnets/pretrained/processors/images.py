@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from jaxnets.checks import check_sizes
+from jaxnets.storage import atomic_file, read_json
 
+_FILE = "preprocessor_config.json"
 #: Pillow's numbers of its filters, as preprocessor_config.json has them.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -144,11 +146,35 @@ class ImageProcessor:
             std=_per_channel(options["image_std"]) if normalizes else None,
         )
 
+    @classmethod
+    def from_folder(
+        cls, path: str | os.PathLike[str], *, kind: str | None = None
+    ) -> ImageProcessor:
+        """Read the preprocessor_config.json of a Hugging Face folder.
+
+        Args:
+            path: the folder.
+            kind: "ViT", "DeiT" or "ConvNext", where the file does not say its type.
+
+        Raises:
+            FileNotFoundError: it has none.
+            ValueError: damaged, or not supported; the message has the name of the file.
+        """
+        file = Path(path) / _FILE
+        what = "the options of an image processor that is supported"
+        content = dict(read_json(file, what=what, remedy="load another folder").content)
+        if not ("image_processor_type" in content or "feature_extractor_type" in content):
+            content["image_processor_type"] = kind and f"{kind}ImageProcessor"
+        try:
+            return cls.from_config(content)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write preprocessor_config.json, as transformers and `from_config` read it.
 
         Args:
-            folder: that exists.
+            folder: it is created if it is missing, an existing file is replaced.
         """
         content: dict[str, Any] = {
             "image_processor_type": "ViTImageProcessor",
@@ -168,7 +194,8 @@ class ImageProcessor:
             content["rescale_factor"] = self.rescale
         if self.mean is not None and self.std is not None:
             content |= {"image_mean": list(self.mean), "image_std": list(self.std)}
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        with atomic_file(Path(folder) / _FILE) as stream:
+            stream.write(json.dumps(content, indent=2).encode() + b"\n")
 
     def __call__(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Map images to one batch.

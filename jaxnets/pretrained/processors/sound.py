@@ -19,6 +19,8 @@ from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.processors.text import TextProcessor, read_text_processor
 from jaxnets.storage import atomic_file
 
+#: `feature_extractor_type` of the features.
+WHISPER = "WhisperFeatureExtractor"
 _FILE, _UNIFIED = "preprocessor_config.json", "processor_config.json"
 _FIELDS = {
     "num_mels": ("feature_size", 80),
@@ -72,7 +74,7 @@ class SoundProcessor:
                 raise unified.error("feature_extractor", "is missing")
             config = inside
         config.require(
-            feature_extractor_type="WhisperFeatureExtractor",
+            feature_extractor_type=WHISPER,
             dither=0.0,
             padding_value=0.0,
             do_normalize=False,
@@ -131,7 +133,7 @@ class SoundProcessor:
         """
         features = self.features
         content: dict[str, Any] = {
-            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_extractor_type": WHISPER,
             **{theirs: getattr(features, ours) for ours, (theirs, _) in _FIELDS.items()},
             "n_samples": features.seconds * features.sample_rate,
             "nb_max_frames": features.seconds * features.sample_rate // features.hop,

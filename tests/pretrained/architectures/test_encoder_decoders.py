@@ -61,10 +61,21 @@ def test_whisper_is_read_as_it_was_written_with_its_processor(tmp_path):
     again = jn.pretrained.load(tmp_path / "whisper")
     assert_equal(again.variables, variables)
     assert again.module == WHISPER and again.processor == processor
-    jn.pretrained.save(tmp_path / "own", PretrainedNetwork(WHISPER, variables))
+    jn.pretrained.save(tmp_path / "own", network)
     again = jn.pretrained.load(tmp_path / "own")
     assert_equal(again.variables, variables)
-    assert again.module == WHISPER
+    assert again.module == WHISPER and again.processor == processor
+
+
+def test_the_number_of_mel_bands_is_that_of_the_arrays(tmp_path):
+    variables = variables_of(WHISPER, jax.ShapeDtypeStruct((1, 8, 12), jnp.float32), TOKENS)
+    stale = {"model_type": "whisper", "num_mel_bins": 128}
+    for index, config in enumerate(({}, stale)):
+        network = PretrainedNetwork(WHISPER, variables, config=config)
+        jn.pretrained.save(tmp_path / str(index), network, layout="torch")
+        again = jn.pretrained.load(tmp_path / str(index))
+        assert_equal(again.variables, variables)
+        assert again.config["num_mel_bins"] == 12
 
 
 @pytest.mark.parametrize("layout", ["torch", "jaxnets"])

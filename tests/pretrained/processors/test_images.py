@@ -1,7 +1,9 @@
 """The image processor: sizes, filters and pixels, and what it reads of preprocessor_config.json."""
 
 import dataclasses
+import errno
 import json
+import os
 import sys
 
 import numpy as np
@@ -123,8 +125,23 @@ def test_a_configuration_is_read_with_the_defaults_of_its_type(config, expected)
 )
 def test_a_written_processor_is_read_again(process, tmp_path):
     process.save(tmp_path)
+    assert ImageProcessor.from_folder(tmp_path) == process
     content = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert ImageProcessor.from_config(content) == process
+
+
+def test_a_processor_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    ImageProcessor().save(tmp_path)
+    before = (tmp_path / "preprocessor_config.json").read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        ImageProcessor(size=12).save(tmp_path)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert files == {"preprocessor_config.json": before}
 
 
 @pytest.mark.parametrize(
