@@ -55,8 +55,8 @@ def load(
     """Load a pretrained network from a folder of Hugging Face, or one that `save` wrote.
 
     Args:
-        path: a folder with config.json and its tensors, or a file that has both (.gguf; its
-            tokenizer is not read). A folder of sentence-transformers (modules.json) is a
+        path: a folder with config.json and its tensors, or a file that has both (.gguf, with
+            its tokenizer). A folder of sentence-transformers (modules.json) is a
             `SentenceEncoder`. A name
             "organization/name" that is no folder is downloaded by `huggingface_hub` if that is
             installed.
@@ -64,7 +64,8 @@ def load(
             default the one that config.json names. Tensors of another head are left out then. For a
             file of torchvision the name of its function, such as "resnet50".
         strict: refuse tensors that are not used, arrays that are missing, and shapes that differ.
-            False reports them in the result; a tensor of another shape counts as unused.
+            False reports them in the result; a tensor of another shape counts as unused. The
+            tokenizer of a GGUF file that is not supported is left out then.
         rng: key for the arrays that are missing, such as a new head; needs `strict=False`.
         sharding: of the arrays: a `Sharding`, or a pytree of them like the variables. Arrays are
             read shard by shard. By default they lie on the default device.
@@ -90,7 +91,7 @@ def load(
         8
     """
     _check_options(rng, sharding, fields)
-    source = open_source(path, architecture, fields)
+    source = open_source(path, architecture, fields, strict=strict)
     plan = _complete_plan(source, strict=strict, rng=rng)
     place = _placement(source.shapes, sharding)
     flat = rules.read_variables(plan, source.tensors, source.shapes, place)

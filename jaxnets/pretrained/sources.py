@@ -19,7 +19,7 @@ from jaxnets.pretrained.architectures.gguf import GGUF_ARCHITECTURES, KIND, read
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors, read_tensors
 from jaxnets.pretrained.module_config import JAXNETS, own_rules, read_module
-from jaxnets.pretrained.processors import read_processor
+from jaxnets.pretrained.processors import read_gguf_tokenizer, read_processor
 from jaxnets.pretrained.rules import Plan, Rule
 from jaxnets.pretrained.sentence_folders import SentenceFolder, read_sentence_folder
 
@@ -69,7 +69,11 @@ class Source:
 
 
 def open_source(
-    path: str | os.PathLike[str], architecture: str | None, fields: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    architecture: str | None,
+    fields: Mapping[str, Any],
+    *,
+    strict: bool,
 ) -> Source:
     """Open a folder or file of a pretrained network; the arguments are those of `load`.
 
@@ -83,7 +87,7 @@ def open_source(
             return _open_sentence_folder(sentences, fields)
     if path.is_dir():
         return _open_folder(path, architecture, fields)
-    return _open_file(path, architecture, fields)
+    return _open_file(path, architecture, fields, strict=strict)
 
 
 def _open_sentence_folder(sentences: SentenceFolder, fields: Mapping[str, Any]) -> Source:
@@ -121,13 +125,24 @@ def _open_folder(folder: Path, architecture: str | None, fields: Mapping[str, An
     return dataclasses.replace(source, generation=generation)
 
 
-def _open_file(path: Path, architecture: str | None, fields: Mapping[str, Any]) -> Source:
+def _open_file(
+    path: Path, architecture: str | None, fields: Mapping[str, Any], *, strict: bool
+) -> Source:
     """Open a file that says what network it is: by metadata of GGUF, or by the caller's word."""
     tensors = read_tensors(path)
     in_gguf = KIND in tensors.metadata
     config = read_gguf_config(path, tensors) if in_gguf else Config.of(path, tensors.metadata)
     known, build = _choose(config, architecture, _tables(tensors))
-    return _network(known, build, config, tensors, fields, named=architecture is not None)
+    source = _network(known, build, config, tensors, fields, named=architecture is not None)
+    if not in_gguf:
+        return source
+    try:
+        processor = read_gguf_tokenizer(path, tensors.metadata, max_length=source.module.max_length)
+    except ValueError as error:
+        if strict:
+            raise ValueError(f"{error}, or give strict=False, which leaves it out") from error
+        return source
+    return dataclasses.replace(source, processor=processor)
 
 
 def _own_network(config: Config, tensors: Tensors, fields: Mapping[str, Any]) -> Source:

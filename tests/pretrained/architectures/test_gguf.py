@@ -95,6 +95,40 @@ def test_logits_are_those_of_the_network(name, folders, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+PIECES = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab", "1", "2"]
+TOKENIZER = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 8],
+    "tokenizer.ggml.scores": [0.0] * 6 + [-1.0, -2.0, -3.0, -4.0, -5.0],
+}
+
+
+def test_the_tokenizer_of_the_file_is_the_processor(folders, tmp_path):
+    folder, network = folders("llama")
+    convert(folder, tmp_path / "model.gguf", tokens=PIECES, entries=TOKENIZER)
+    found = jn.pretrained.load(tmp_path / "model.gguf")
+    assert found.processor.max_length == network.module.max_length
+    batch = found.processor(["ab a", "b12"])
+    np.testing.assert_array_equal(batch["tokens"], [[1, 8, 6, 0, 0], [1, 3, 5, 9, 10]])
+    assert found.processor.stop_tokens == (2,)
+    logits = found.module.apply(found.variables, **batch)
+    jn.pretrained.save(tmp_path / "own", found)
+    jn.pretrained.save(tmp_path / "torch", found, layout="torch")
+    for layout in ("own", "torch"):
+        again = jn.pretrained.load(tmp_path / layout)
+        np.testing.assert_array_equal(again.processor(["ab a", "b12"])["tokens"], batch["tokens"])
+        np.testing.assert_array_equal(again.module.apply(again.variables, **batch), logits)
+
+
+def test_a_tokenizer_that_is_not_supported_is_left_out_only_by_request(folders, tmp_path):
+    folder, _ = folders("llama")
+    unknown = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o"}
+    convert(folder, tmp_path / "model.gguf", tokens=PIECES, entries=unknown)
+    with pytest.raises(ValueError, match=r'model\.gguf.*pre, "gpt-4o", is not .*strict=False'):
+        jn.pretrained.load(tmp_path / "model.gguf")
+    assert jn.pretrained.load(tmp_path / "model.gguf", strict=False).processor is None
+
+
 @pytest.mark.parametrize(("stored", "bits"), [("F16", 11), ("Q8_0", 7)])
 def test_smaller_types_are_within_their_rounding(stored, bits, folders, tmp_path):
     folder, network = folders("llama")
