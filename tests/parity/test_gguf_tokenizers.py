@@ -108,12 +108,12 @@ def test_bytes_are_merged_as_by_the_tokenizer_that_was_converted(tmp_path, name)
         found = ours.encode(text).tolist() if text else []
         assert found == theirs.encode(text).ids, text
         assert ours.decode(found) == theirs.decode(found)
-    if name not in ("gpt-2", "llama-bpe"):
-        return  # transformers 5.24 splits no digits, and composes no characters of GGUF files
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
-    for text in TEXTS[:-1]:
+    for text in filter(None, TEXTS[:-1]):
         expected = loaded(text, add_special_tokens=False)["input_ids"]
-        assert (ours.encode(text).tolist() if text else []) == expected, text
+        # transformers 5.24 does not compose characters for a GGUF file.
+        decomposed = name == "qwen2" and "e\u0301" in text
+        assert (ours.encode(text).tolist() == expected) != decomposed, text
 
 
 @pytest.mark.parametrize("prefix", [True, False])
