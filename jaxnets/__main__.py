@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     change = "write a pretrained network anew, in another layout"
     conversion = commands.add_parser("convert", help=change, description=change, allow_abbrev=False)
     conversion.add_argument(
-        "source", metavar="IN", help="folder or .gguf file of a network of jn.pretrained.load"
+        "source", metavar="IN", help="folder or file of a network, as for jn.pretrained.load"
     )
     conversion.add_argument("target", metavar="OUT", help="folder that does not exist yet")
     conversion.add_argument(
@@ -69,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("jaxnets", "torch"),
         default="jaxnets",
         help="names of this library, or those of transformers and torch (default %(default)s)",
+    )
+    conversion.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="class of transformers other than the one of config.json, or function of torchvision",
     )
     describe = "layers, parameters, FLOPs and, on request, memory of a network"
     summarize = commands.add_parser(
@@ -122,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(inspected.to_json()) if options.json else inspected)
             return 0
         if options.command == "convert":
-            print(_convert(options.source, options.target, options.layout))
+            print(_convert(options.source, options.target, options.layout, options.architecture))
             return 0
         result = summary.summarize_model(
             options.model,
@@ -142,11 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _convert(source: str, target: str, layout: Literal["jaxnets", "torch"]) -> str:
+def _convert(
+    source: str, target: str, layout: Literal["jaxnets", "torch"], architecture: str | None
+) -> str:
     """Write a network in another layout, and return what was written."""
     if Path(target).exists():  # before gigabytes are read
         raise FileExistsError(f"{target} exists; give another folder, or remove it first")
-    network = load(source)
+    network = load(source, architecture=architecture)
     save(target, network, layout=layout)
     parameters = sum(array.size for array in jax.tree.leaves(network.variables["params"]))
     size = sum(file.stat().st_size for file in Path(target).rglob("*") if file.is_file())

@@ -128,14 +128,21 @@ def _open_folder(folder: Path, architecture: str | None, fields: Mapping[str, An
 def _open_file(
     path: Path, architecture: str | None, fields: Mapping[str, Any], *, strict: bool
 ) -> Source:
-    """Open a file that says what network it is: by metadata of GGUF, or by the caller's word."""
+    """Open a file: of GGUF, which says what network it is, or of torchvision."""
     tensors = read_tensors(path)
-    in_gguf = KIND in tensors.metadata
-    config = read_gguf_config(path, tensors) if in_gguf else Config.of(path, tensors.metadata)
-    known, build = _choose(config, architecture, _tables(tensors))
+    if KIND not in tensors.metadata:
+        known = ARCHITECTURES["torchvision"]
+        if not isinstance(architecture, str) or architecture not in known.classes:
+            raise ValueError(
+                f"{path} does not say what network it is; give the folder with its config.json, "
+                "or for a file of torchvision its function as architecture= "
+                f"{', '.join(known.classes)}"
+            )
+        build = known.classes[architecture]
+        return _network(known, build, Config.of(path, {}), tensors, fields, named=True)
+    config = read_gguf_config(path, tensors)
+    known, build = _choose(config, architecture, GGUF_ARCHITECTURES)
     source = _network(known, build, config, tensors, fields, named=architecture is not None)
-    if not in_gguf:
-        return source
     try:
         processor = read_gguf_tokenizer(path, tensors.metadata, max_length=source.module.max_length)
     except ValueError as error:
@@ -181,8 +188,6 @@ def _choose(
 ) -> tuple[Architecture, Callable[[Config, Mapping[str, Any]], nn.Module]]:
     """Return the architecture of a configuration and what builds its network."""
     kind = str(config.content.get("model_type"))
-    if kind == "None" and name in ARCHITECTURES["torchvision"].classes:
-        kind = "torchvision"  # whose files have no configuration
     if kind not in architectures:
         raise config.error(
             "model_type", f"is no known architecture; known are {', '.join(sorted(architectures))}"

@@ -34,6 +34,26 @@ def test_there_and_back_changes_no_array(folder, tmp_path, capsys):
         np.testing.assert_array_equal(tensors[name], original[name])
 
 
+def test_another_class_is_written_by_its_name(folder, tmp_path, capsys):
+    target = tmp_path / "new"
+    options = ["--architecture", "GPT2Model", "--layout", "torch"]
+    assert main(["convert", str(folder), str(target), *options]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {target}: TransformerLM")
+
+
+def test_sizes_of_folders_inside_count(folder, tmp_path, capsys):
+    module = jn.transformer.SentenceEncoder(
+        9, 1, jn.BlockConfig(8, 2, norm_first=False, key_bias=True, norm_epsilon=1e-12), 4,
+        num_segments=2, embedding_norm=True,
+    )  # fmt: skip
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    jn.pretrained.save(tmp_path / "own", PretrainedNetwork(module, variables))
+    target = tmp_path / "new"
+    assert main(["convert", str(tmp_path / "own"), str(target), "--layout", "torch"]) == 0
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    assert f" {size:,} bytes" in capsys.readouterr().out
+
+
 def test_errors_are_one_line(folder, tmp_path, capsys):
     module = jn.MLP(features=(2,), num_outputs=2)
     variables = module.init(jax.random.key(0), jnp.zeros((1, 3)))
@@ -42,6 +62,8 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         ("missing", "new"): "missing does not exist",
         (str(folder), str(folder)): "exists; give another folder",
         (str(tmp_path / "mlp"), str(tmp_path / "new"), "--layout", "torch"): "jaxnets",
+        (str(folder), str(tmp_path / "new"), "--architecture", "GPT2Tokenizer"): "GPT2LMHeadModel",
+        (str(folder / "model.safetensors"), str(tmp_path / "new")): "architecture= resnet18, ",
     }
     for arguments, message in cases.items():
         with pytest.raises(SystemExit) as stopped:

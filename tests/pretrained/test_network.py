@@ -319,8 +319,9 @@ def test_folders_that_are_none(tmp_path, gpt2):
     (bare / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"bare has no config\.json"):
         load(bare)
-    with pytest.raises(ValueError, match="known are"):
-        load(gpt2[0] / "model.safetensors")
+    for name in (None, "GPT2LMHeadModel", []):
+        with pytest.raises(ValueError, match=r"does not say what network .* its config\.json"):
+            load(gpt2[0] / "model.safetensors", architecture=name)
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, gpt2):

@@ -222,17 +222,14 @@ def _sentence_pieces(
     """
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prefix = {"type": "Prepend", "prepend": _SPACE}
-    from_bytes = {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ],
-    }
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     starts = options.flag(f"{_KEYS}.add_space_prefix", True)
     if starts:
-        from_bytes["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     for index, token in enumerate(vocabulary.tokens):
         if len(token) > _LONGEST:
             raise options.document.error(
@@ -242,7 +239,7 @@ def _sentence_pieces(
     return {
         "normalizer": {"type": "Sequence", "normalizers": [prefix, spaces] if starts else [spaces]},
         "pre_tokenizer": None,
-        "decoder": from_bytes,
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _merging(
             vocabulary,
             _merges_by_score(vocabulary),
