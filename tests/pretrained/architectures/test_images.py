@@ -188,7 +188,7 @@ def test_a_file_of_torchvision_is_read_by_the_name_of_its_function(tmp_path):
     loaded = jn.pretrained.load(path, architecture="resnet18", num_outputs=3, width=2)
     assert loaded.module == module
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
-    with pytest.raises(ValueError, match="does not say what network it is; .* resnet18, resnet34"):
+    with pytest.raises(ValueError, match=r"does not say what .* resnet18, resnet34"):
         jn.pretrained.load(path)
 
 
