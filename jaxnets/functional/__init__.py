@@ -25,7 +25,7 @@ from jaxnets.functional.lengths import (
     padding_mask,
 )
 from jaxnets.functional.low_rank import LowRankKernel
-from jaxnets.functional.matmul import linear
+from jaxnets.functional.matmul import linear, transposed_linear
 from jaxnets.functional.normalization import batch_norm, layer_norm, rms_norm
 from jaxnets.functional.patches import interpolate_positions, patchify, unpatchify
 from jaxnets.functional.pooling import average_pool, global_average_pool, max_pool
@@ -91,6 +91,7 @@ __all__ = [
     "rotary",
     "sinusoidal_positions",
     "split_gates",
+    "transposed_linear",
     "unpatchify",
     "window_mask",
 ]

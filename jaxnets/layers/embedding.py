@@ -107,6 +107,5 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Map [..., features] to logits [..., vocabulary_size], tied to the same table."""
-        return functional.linear(
-            x.astype(self.precision.compute), self.embedding.astype(self.precision.compute).T
-        )
+        compute = self.precision.compute
+        return functional.transposed_linear(x.astype(compute), self.embedding.astype(compute))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.functional.matmul import linear, transposed_lhs_matmul
+from jaxnets.functional.matmul import linear, transposed_lhs_matmul, transposed_linear
 
 # Rows, channels, features. Few features: the kernel gradient is computed transposed.
 FEW_FEATURES = [(8, 6, 3), (64, 32, 10), (300, 256, 128)]
@@ -34,6 +34,37 @@ def test_the_product_and_its_gradients_are_those_of_numpy(shape):
 
     for ours, exact in zip(results(x, kernel, dy), expected, strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+# Few rows are multiplied by slices of the table; 74 features have two, 37 have none.
+TABLES = [((1, 1, 16), 64), ((3, 16), 74), ((2, 16, 16), 64), ((33, 16), 64), ((3, 16), 37)]
+
+
+@pytest.mark.parametrize(("shape", "features"), TABLES)
+def test_a_product_with_a_transposed_table_and_its_gradients_are_those_of_numpy(shape, features):
+    rng = np.random.default_rng(0)
+    x, table, dy = (
+        rng.standard_normal(each, np.float32)
+        for each in (shape, (features, shape[-1]), (*shape[:-1], features))
+    )
+
+    @jax.jit
+    def results(x, table, dy):
+        y, pull = jax.vjp(transposed_linear, x, table)
+        return y, *pull(dy)
+
+    rows, cotangents = x.reshape(-1, shape[-1]), dy.reshape(-1, features)
+    expected = (x @ table.T, dy @ table, cotangents.T @ rows)
+    for ours, exact in zip(results(x, table, dy), expected, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize(("rows", "transposed"), [(1, False), (8, False), (32, False), (33, True)])
+def test_few_rows_do_not_transpose_the_table(rows, transposed, on_cpu):
+    x, table = np.ones((rows, 16), np.float32), np.ones((640, 16), np.float32)
+    program = jax.jit(transposed_linear).lower(x, table).as_text()
+    assert ("tensor<16x640xf32>" in program) == transposed
 
 
 @pytest.mark.lowering
