@@ -117,6 +117,7 @@ def _open_folder(folder: Path, architecture: str | None, fields: Mapping[str, An
     else:
         known, build = _choose(config, architecture, _tables(tensors))
         config = config.rename(known.aliases)
+        config.require(quantization_config=None)  # arrays in an encoding of their own
         source = _network(known, build, config, tensors, fields, named=architecture is not None)
         if known.processor is not None:
             source = dataclasses.replace(source, processor=known.processor(folder, config))

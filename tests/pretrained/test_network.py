@@ -225,6 +225,7 @@ def change(folder, source, tensors=None, **entries):
             {"model_type": "bloom"},
             'model_type, "bloom", is no known architecture; known are .*gpt2',
         ),
+        ({"quantization_config": {"quant_method": "gptq"}}, 'config, {"quant_method": "gptq"}, is'),
         ({"model_type": ["gpt2"]}, "is no known architecture"),
         ({"architectures": ["GPT2ForQA"]}, "'GPT2ForQA' of gpt2 is not supported; give architec"),
         ({"tie_word_embeddings": False}, r"params/head/kernel \(in the file lm_head\.weight\)"),

@@ -46,8 +46,7 @@ def sizes(
     Raises:
         ValueError: an entry that is not supported.
     """
-    # Layers of different sizes, weights in an encoding of their own.
-    config.require(per_layer_config=None, quantization_config=None)
+    config.require(per_layer_config=None)  # layers of different sizes
     return {
         "vocabulary_size": config.integer("vocab_size"),
         "num_layers": config.integer("num_hidden_layers"),
