@@ -20,7 +20,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxnets.core import DATA_AXIS, Batch, Executor, Mean, Metrics, StepFn, TrainState
+from jaxnets.core import (
+    DATA_AXIS,
+    Batch,
+    Executor,
+    Mean,
+    Metrics,
+    StepFn,
+    TrainState,
+    tree_path,
+)
 from jaxnets.training.held_arrays import split_arrays
 
 _Result = TypeVar("_Result")
@@ -343,7 +352,8 @@ def sharded_step(
         An executor on the same batches as that of `jit_step`.
 
     Raises:
-        ValueError: at the call, a size of the batch is not divisible by the devices of its axis.
+        ValueError: at the call, a size of the batch is not divisible by the devices of its axis, or
+            the state was placed with other shardings. A state that was not placed is placed here.
     """
     spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -366,9 +376,28 @@ def sharded_step(
             for size, names in zip(array.shape, spec, strict=False):
                 names = (names,) if isinstance(names, str) else names or ()
                 _check_divisible(size, math.prod(mesh.shape[name] for name in names), "devices")
-        return compiled(held, state, dict(batch))
+        try:
+            return compiled(held, state, dict(batch))
+        except ValueError as error:
+            _check_placement(state, state_sharding, error)
+            raise
 
     return _bounded(run, mesh.devices.flat)
+
+
+def _check_placement(state: TrainState, state_sharding: Any, error: ValueError) -> None:
+    """Raise an error with the remedy if an array was placed in another way than the step needs."""
+    # A sharding may stand for a whole part of the state.
+    wanted = jax.tree.map(lambda s, part: jax.tree.map(lambda _: s, part), state_sharding, state)
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), sharding in zip(paths, jax.tree.leaves(wanted), strict=True):
+        placed = getattr(leaf, "committed", False)
+        if placed and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            raise ValueError(
+                f"{tree_path(path)} is placed by {leaf.sharding} and the step needs {sharding}; "
+                "place the state with jax.device_put(state, state_sharding), or with "
+                "replicate(state, mesh) where the step has no state_sharding"
+            ) from error
 
 
 def _is_on(array: Any, mesh: Mesh) -> bool:

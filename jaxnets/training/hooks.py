@@ -446,6 +446,11 @@ class Checkpointing:
 def resume(directory: str | os.PathLike[str], state: State) -> tuple[State, History]:
     """Restore the newest intact checkpoint of `Checkpointing`; without one, start a new run.
 
+    The run goes on bit for bit if its program is the same. `sharded_step` and `pmap_step` place a
+    state that is not placed, as it is after `create_train_state`, so it is the same wherever the
+    checkpoint was saved. The program of `jit_step` and `resident_steps` follows the placement of
+    their arguments: give a state that is placed as it was at the start.
+
     Args:
         directory: folder of the run's checkpoints.
         state: the initial state; also the template for `checkpoint.restore`.

@@ -119,6 +119,7 @@ class TrainStep:
                 another optimizer, or the state is that of a population.
         """
         _check_one_network(state)
+        state = _strongly_typed(state)
         owners = _check_updates(self.updates, state.params)
         _check_opt_state(owners, state.params, state.opt_state)
         params, model_state, opt_state = state.params, state.model_state, state.opt_state
@@ -301,6 +302,17 @@ def _check_one_network(state: TrainState) -> None:
             f"the state holds {jnp.shape(state.step)[0]} networks and the step trains or evaluates "
             "one; wrap the step in population_step"
         )
+
+
+def _strongly_typed(state: TrainState) -> TrainState:
+    """Return the state without weak types, such as that of `jnp.asarray(0.1)`.
+
+    A checkpoint does not have them, and a product of bfloat16 with a weak float32 is bfloat16, with
+    a strong one float32. So a resumed run would be another program.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf, state
+    )
 
 
 def _as_tuple(updates: Update | Sequence[Update]) -> tuple[Update, ...]:
