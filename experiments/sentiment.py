@@ -84,9 +84,11 @@ class Sentiment(SentenceProblem):
                 f"--lora-rank is {config.lora_rank}, but nothing is pretrained; give the folder of "
                 "an encoder with --pretrained"
             )
-        self.dataset = dataset = jn.data.sst2(config.data)
+        self.sentences = dataset = jn.data.sst2(config.data)
         self.dataset_name = dataset.name
         self.network = self._load()
+        # A resumed adapter needs the encoder with which it began.
+        self.dataset = (dataset, jax.device_get(self._pretrained())) if self.network else dataset
         self.tokenizer = self._make_tokenizer()
         self.train = self._encode(dataset.train)
         mean_length = np.mean([len(ids) for ids, _ in self.train])
@@ -115,7 +117,7 @@ class Sentiment(SentenceProblem):
         return network
 
     def _make_tokenizer(self) -> Any:
-        config, texts = self.config, self.dataset.train.texts
+        config, texts = self.config, self.sentences.train.texts
         if self.network is not None:
             return self.network.processor
         if config.tokens == "words":
@@ -136,7 +138,7 @@ class Sentiment(SentenceProblem):
             fields["config"] = dataclasses.replace(encoder.config, **rates)
             fields["precision"] = precision
             return jn.TransformerClassifier(
-                **fields, num_outputs=self.dataset.num_classes, pool="mean"
+                **fields, num_outputs=self.sentences.num_classes, pool="mean"
             )
         if config.model == "transformer":
             block = jn.BlockConfig(
@@ -149,13 +151,13 @@ class Sentiment(SentenceProblem):
                 size,
                 num_layers=config.layers,
                 config=block,
-                num_outputs=self.dataset.num_classes,
+                num_outputs=self.sentences.num_classes,
                 pool="mean",
                 precision=precision,
             )
         return jn.TextClassifier(
             size,
-            num_outputs=self.dataset.num_classes,
+            num_outputs=self.sentences.num_classes,
             embedding_size=config.embedding,
             hidden_size=config.width,
             cell=config.model,
@@ -221,13 +223,8 @@ class Sentiment(SentenceProblem):
     def eval_step(
         self, objective: jn.Objective | None = None
     ) -> Callable[[jn.TrainState, jn.Batch], jn.Metrics]:
-        """Compile the evaluation; frozen parameters are arguments of the program."""
-        if self.frozen is None:
-            return super().eval_step(objective)
-        objective = self.objective if objective is None else self._adapted(objective)
-        step = jn.population_step(jn.make_eval_step(objective), strategy=self.population_strategy)
-        run = jn.jit_step(step)
-        return lambda states, batch: run(self.evaluated(states), batch)
+        """Compile the evaluation by an objective of the network; an adapter is added to it."""
+        return super().eval_step(None if objective is None else self._adapted(objective))
 
     def drop_words(self, batch: jn.Batch, rng: jax.Array, train: bool) -> jn.Batch:
         """Replace random tokens by the unknown token in training."""
@@ -248,14 +245,12 @@ class Sentiment(SentenceProblem):
             "calibration": jn.metrics.calibration,
         }
         eval_step = self.eval_step(jn.classification(self.module, metrics=metrics))
-        test_batches, states = (
-            self.one_pass(self._encode(self.dataset.test)),
-            self.evaluated(states),
-        )
+        test_batches = self.one_pass(self._encode(self.sentences.test))
+        states = self.evaluated(states)
         test = jn.evaluate(eval_step, states, test_batches)
         validation = jn.evaluate(eval_step, states, self.eval_batches)
         # Shares of all sentences, [seeds, true class, predicted class], to counts.
-        self.confusion = (test["confusion"].mean(axis=0) * len(self.dataset.test)).round(3)
+        self.confusion = (test["confusion"].mean(axis=0) * len(self.sentences.test)).round(3)
         calibration_error = jn.metrics.expected_calibration_error(test["calibration"])
         details = {}
         if self.frozen is not None:
@@ -276,7 +271,7 @@ class Sentiment(SentenceProblem):
     def draw(
         self, folder: RunFolder, states: jn.TrainState, history: jn.History, measured: Measured
     ) -> dict[str, str]:
-        names, test = self.dataset.class_names, self.dataset.test
+        names, test = self.sentences.class_names, self.sentences.test
         panels = {
             "loss": ("loss", "validation/loss"),
             "accuracy": ("accuracy", "validation/accuracy"),
@@ -305,7 +300,7 @@ class Sentiment(SentenceProblem):
             return jnp.mean(jax.lax.map(one, states), axis=0)
 
         states = self.evaluated(states)
-        probabilities = np.zeros((len(sentences), self.dataset.num_classes), np.float32)
+        probabilities = np.zeros((len(sentences), self.sentences.num_classes), np.float32)
         for batch in self.one_pass(self._encode(sentences)):
             probabilities[batch["indices"]] = predict(states, self.frozen, batch)
         return probabilities

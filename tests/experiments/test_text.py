@@ -245,6 +245,21 @@ def test_an_adapter_starts_as_the_encoder_with_a_head_of_its_own(reviews, encode
 
 
 @pytest.mark.slow
+def test_an_adapter_is_not_resumed_above_another_encoder(reviews, encoder, tmp_path, monkeypatch):
+    folder, _ = encoder
+    options = {"pretrained": folder, "executor": "jit", "lora_rank": 2}
+    with stopped_at(3, monkeypatch):
+        judge(tmp_path / "run", **options)
+    network = jn.pretrained.load(folder)
+    other = jax.tree.map(lambda leaf: leaf + 1, network.variables)
+    moved = dataclasses.replace(network, variables=other, processor=None)
+    jn.pretrained.save(tmp_path / "moved", moved, layout="torch")
+    (tmp_path / "moved" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(RunError, match="data"):
+        judge(tmp_path / "run", resume=True, **options)
+
+
+@pytest.mark.slow
 def test_an_adapter_is_fine_tuned(reviews, encoder, tmp_path):
     result = judge(
         tmp_path / "run",
