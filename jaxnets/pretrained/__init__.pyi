@@ -3,18 +3,20 @@ from .adapters import load_adapter, save_adapter
 from .formats import Tensors, TensorSpec, read_tensors
 from .inspection import Inspection, inspect
 from .network import PretrainedNetwork, load
-from .processors import SoundProcessor
+from .processors import ImageProcessor, SoundProcessor, TextProcessor
 from .rules import Rule
 from .saving import save
 from .state_dicts import from_keras, from_torch
 
 __all__ = [
+    "ImageProcessor",
     "Inspection",
     "PretrainedNetwork",
     "Rule",
     "SoundProcessor",
     "TensorSpec",
     "Tensors",
+    "TextProcessor",
     "from_keras",
     "from_torch",
     "inspect",

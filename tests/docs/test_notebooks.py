@@ -18,7 +18,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = (
     *("autoencoder", "convolutional", "feedforward", "gan", "multi_device", "populations"),
-    *("recurrent", "speech", "transformer"),
+    *("pretrained", "recurrent", "speech", "transformer"),
 )
 # A slash that starts a path of two parts or more; "loss/test" and the slashes of a URL start none.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/)])/\w[\w.+-]*/\w|\b[A-Za-z]:\\\w|\bfile://")
