@@ -164,6 +164,12 @@ class Tally:
     slowest: float = 0.0
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.files} mutated files, {self.read} read, {self.files - self.read} refused, "
+            f"slowest {1000 * self.slowest:.0f} ms, {self.seconds:.0f} s"
+        )
+
 
 def campaign(name: str, reader: Reader, *, count: int, seed: int, folder: Path) -> Tally:
     """Mutate the files of a reader and check what it does.

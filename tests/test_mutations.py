@@ -22,10 +22,7 @@ def test_a_mutated_file_is_read_right_or_named(name, tmp_path):
 def test_every_mutated_file_is_read_right_or_named(name, tmp_path):
     with READERS[name]() as reader:
         tally = campaign(name, reader, count=FILES, seed=SEED + 1, folder=tmp_path)
-    print(
-        f"{name}: {tally.files} mutated files, {tally.read} read, {tally.files - tally.read} "
-        f"refused, slowest {1000 * tally.slowest:.0f} ms, {tally.seconds:.0f} s"
-    )
+    print(f"{name}: {tally}")
 
 
 def test_mutations_are_a_pure_function_of_the_seed_and_change_something():

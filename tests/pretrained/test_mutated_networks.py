@@ -16,7 +16,4 @@ def test_a_mutated_network_is_loaded_or_named(name, tmp_path):
 def test_every_mutated_network_is_loaded_or_named(name, tmp_path):
     with mutated_networks.NETWORKS[name]() as reader:
         tally = campaign(name, reader, count=20_000, seed=1, folder=tmp_path)
-    print(
-        f"{name}: {tally.files} mutated files, {tally.read} read, {tally.files - tally.read} "
-        f"refused, slowest {1000 * tally.slowest:.0f} ms, {tally.seconds:.0f} s"
-    )
+    print(f"{name}: {tally}")

@@ -79,4 +79,5 @@ def test_a_mutated_file_gives_a_value_or_an_error_that_names_it(format, tmp_path
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("format", WRITERS)
 def test_every_mutated_file_gives_a_value_or_an_error_that_names_it(format, tmp_path):
-    campaign(format, reader(format, tmp_path), count=20_000, seed=1, folder=tmp_path)
+    tally = campaign(format, reader(format, tmp_path), count=20_000, seed=1, folder=tmp_path)
+    print(f"{format}: {tally}")
