@@ -100,7 +100,7 @@ def _changed(content: Any, draw: random.Random) -> Any:
     if kind == 0:
         del inner[path[-1]]
     elif kind == 1 and isinstance(inner, dict):
-        inner[f"{path[-1]}_"] = inner.pop(path[-1])
+        inner[draw.choice((f"{path[-1]}_", "", "(", "a.b"))] = inner.pop(path[-1])
     elif kind == 2:
         inner[path[-1]] = copy.deepcopy(value)
     elif kind == 3 and isinstance(inner[path[-1]], int):
@@ -296,6 +296,9 @@ def adapter() -> Reader:
         assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
 
     contents = below(written(write), "adapter/")
+    options = json.loads(contents["adapter_config.json"])
+    options["alpha_pattern"] = {r"h\.0\.attn\.c_attn": 3, "c_proj": 5}
+    contents["adapter_config.json"] = as_json(options)
     return of_network(contents, lambda folder: jn.pretrained.load_adapter(folder, base), check)
 
 
