@@ -7,9 +7,11 @@ python -m experiments.embeddings --pretrained FOLDER --texts FILE --clusters 12
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -133,7 +135,6 @@ def embed(
         buckets.append(2 * buckets[-1])
     if processor.max_length is not None:
         buckets = [min(bucket, processor.max_length) for bucket in buckets]
-    apply = jax.jit(lambda variables, batch: module.apply(variables, **batch))
     vectors: np.ndarray | None = None
     choices = np.searchsorted(buckets, lengths)
     for choice in np.unique(choices):
@@ -145,13 +146,18 @@ def embed(
             batch = processor(
                 [texts[row] for row in padded], truncate=True, buckets=[buckets[choice]]
             )
-            output = np.asarray(apply(network.variables, batch), np.float32)[: len(part)]
+            output = np.asarray(_apply(module, network.variables, batch), np.float32)[: len(part)]
             if vectors is None:
                 vectors = np.zeros((len(texts), output.shape[1]), np.float32)
             vectors[part] = output
     assert vectors is not None
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module: SentenceEncoder, variables: Any, batch: Mapping[str, Any]) -> jax.Array:
+    return module.apply(variables, **batch)
 
 
 def search(query: np.ndarray, vectors: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:

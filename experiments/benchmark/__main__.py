@@ -6,19 +6,18 @@ import dataclasses
 import datetime
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import tyro
 
-from experiments.benchmark import chart, driver, report
+from experiments.benchmark import chart, driver, inputs, report
 from experiments.benchmark.competitors import BEFORE, COMPETITORS, ON_REQUEST, REFERENCE, Competitor
 from experiments.benchmark.sides import Settings
 from experiments.benchmark.workloads import WORKLOADS, shrink
 from experiments.harness.command_line import print_result
 from experiments.harness.run_folder import RunError, RunFolder, environment
-from jaxnets.data import files
-from jaxnets.data.datasets import images
 from jaxnets.host import usable_cores
 from jaxnets.storage import read_json
 
@@ -46,7 +45,11 @@ class Config:
     before: Path | None = None
     """Another checkout of this repository, whose jaxnets competes as jaxnets-before."""
     data: Path | None = None
-    """Folder of Fashion-MNIST; `python -m jaxnets doctor` shows where it is searched by default."""
+    """Folder of Fashion-MNIST and SST-2; `python -m jaxnets doctor` shows where they are searched
+    by default."""
+    pretrained: Path | None = None
+    """Folder of sentence-transformers, such as that of all-MiniLM-L6-v2; without it `embed` is left
+    out."""
     out: Path = Path("runs/benchmark")
     """Folder of this run."""
     resume: bool = False
@@ -106,7 +109,7 @@ def _finish(config: Config, folder: RunFolder) -> dict[str, Any]:
     # The measured workloads are the checkpoints of this run.
     folder.checkpoints.mkdir(exist_ok=True)
     results: dict[str, Any] = {}
-    for name in config.workloads or _names(config.platform):
+    for name in config.workloads or _names(config):
         done = folder.checkpoints / f"{name}.json"
         if not done.exists():
             folder.write(f"checkpoints/{name}.json", _measure(name, config, folder))
@@ -123,7 +126,6 @@ def _finish(config: Config, folder: RunFolder) -> dict[str, Any]:
 
 def _measure(name: str, config: Config, folder: RunFolder) -> dict[str, Any]:
     workload = shrink(WORKLOADS[name]) if config.tiny else WORKLOADS[name]
-    images_file, labels_file = _files(config) if workload.task == "epoch" else ("", "")
 
     def start(competitor: Competitor) -> driver.Worker:
         settings = Settings(
@@ -133,36 +135,33 @@ def _measure(name: str, config: Config, folder: RunFolder) -> dict[str, Any]:
             threads=_threads(config),
             platform=config.platform,
             tiny=config.tiny,
-            images=images_file,
-            labels=labels_file,
+            **files,
         )
         log = folder.path / f"{name}_{competitor.name}.log"
         checkout = config.before if competitor.name == BEFORE else None
         return driver.Worker(settings, log, folder=checkout)
 
-    measured = driver.measure(
-        workload,
-        [COMPETITORS[one] for one in _competitors(config)],
-        start,
-        rounds=config.rounds,
-        seconds=config.seconds,
-        tell=lambda message: print(message, file=sys.stderr),
-    )
+    with tempfile.TemporaryDirectory(dir=folder.path) as temporary:
+        files = inputs.files(workload, config.data, config.pretrained, Path(temporary))
+        measured = driver.measure(
+            workload,
+            [COMPETITORS[one] for one in _competitors(config)],
+            start,
+            rounds=config.rounds,
+            seconds=config.seconds,
+            tell=lambda message: print(message, file=sys.stderr),
+        )
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     ratios = report.compare(measured)
     return {**measured, "ratios": ratios, "date": date}
 
 
-def _names(platform: str) -> list[str]:
-    return [name for name, workload in WORKLOADS.items() if workload.platform == platform]
-
-
-def _files(config: Config) -> tuple[str, str]:
-    """Return the files of the training images and labels; download them if they are missing."""
-    images_file, labels_file, *_ = (
-        str(files.fetch(file, config.data)) for file in images.FASHION_MNIST_FILES
-    )
-    return images_file, labels_file
+def _names(config: Config) -> list[str]:
+    return [
+        name
+        for name, workload in WORKLOADS.items()
+        if workload.platform == config.platform and (workload.task != "embed" or config.pretrained)
+    ]
 
 
 def _threads(config: Config) -> int:
@@ -198,6 +197,11 @@ def _check(config: Config) -> None:
             f"--before {config.before} is no checkout of this repository; give the folder that "
             "holds experiments/"
         )
+    for name in config.workloads:
+        if WORKLOADS[name].task == "embed" and config.pretrained is None:
+            raise RunError(
+                f"{name} needs a folder of sentence-transformers; name it with --pretrained"
+            )
     if config.rounds < 1 or config.seconds <= 0:
         raise RunError(
             f"--rounds {config.rounds} and --seconds {config.seconds:g} measure nothing; give "

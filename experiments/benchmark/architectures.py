@@ -151,6 +151,95 @@ class LanguageTransformer(Blocks):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama(Network):
+    """A LLaMA with tied embeddings, read from a folder of Hugging Face with random weights.
+
+    Attributes:
+        num_layers: number of blocks.
+        num_heads: attention heads.
+        num_kv_heads: heads of keys and values.
+        width: features.
+        mlp_dim: width of the feed-forward network.
+        context: tokens.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    width: int
+    mlp_dim: int
+    context: int
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.context,)
+
+    @property
+    def reads_tokens(self) -> bool:
+        return True
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The content of config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.num_outputs,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.width,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "intermediate_size": self.mlp_dim,
+            "max_position_embeddings": self.context,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 100_000.0,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": None,  # no stop token: every call generates all tokens
+        }
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors, by name; those of one axis are scales of norms."""
+        width, kv_width = self.width, self.num_kv_heads * self.width // self.num_heads
+        layer = {
+            "input_layernorm": (width,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (kv_width, width),
+            "self_attn.v_proj": (kv_width, width),
+            "self_attn.o_proj": (width, width),
+            "post_attention_layernorm": (width,),
+            "mlp.gate_proj": (self.mlp_dim, width),
+            "mlp.up_proj": (self.mlp_dim, width),
+            "mlp.down_proj": (width, self.mlp_dim),
+        }
+        layers = {
+            f"model.layers.{index}.{name}.weight": shape
+            for index in range(self.num_layers)
+            for name, shape in layer.items()
+        }
+        ends = {
+            "model.embed_tokens.weight": (self.num_outputs, width),
+            "model.norm.weight": (width,),
+        }
+        return layers | ends
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceFolder(Network):
+    """The network of a folder of sentence-transformers, which the command line names."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def reads_tokens(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Vision(Blocks):
     """A vision transformer: patches and a class token, learned positions, blocks, norm, logits.
 

@@ -52,7 +52,8 @@ def _side(
 # Plain Flax and torch only: the other sides would repeat the same handwritten updates.
 _GENERATIVE = frozenset({"autoencode", "adversarial"})
 _CLASSIC = _STEPS | _GENERATIVE | {"population", "epoch"}
-_ALL = _CLASSIC | {"generate", "positions"}
+_FILES = frozenset({"read", "read-cold"})
+_ALL = _CLASSIC | _FILES | {"generate", "positions", "embed"}
 
 #: The competitor that the others are compared with.
 REFERENCE = "jaxnets"
@@ -67,7 +68,7 @@ COMPETITORS: dict[str, Competitor] = {
         _side(REFERENCE, "jaxnets_side", _ALL, "", "jaxnets"),
         _side(BEFORE, "jaxnets_side", _ALL, "", "jaxnets"),
         # With jaxnets.keep_freed_memory, which the user has to call.
-        _side("jaxnets-kept", "jaxnets_side", _ALL - {"positions"}, "kept", "jaxnets"),
+        _side("jaxnets-kept", "jaxnets_side", _ALL - _FILES - {"positions"}, "kept", "jaxnets"),
         # The same, with float32 matmuls of dense layers as three bfloat16 matmuls.
         _side(ON_REQUEST, "jaxnets_side", frozenset({"train"}), "split", "jaxnets"),
         _side("flax", "flax_side", _CLASSIC, "", "flax"),
@@ -79,5 +80,14 @@ COMPETITORS: dict[str, Competitor] = {
         # It would compile each member of a population separately.
         _side("torch-compile", "torch_side", _CLASSIC - {"population"}, "compile", "torch"),
         _side("transformers", "transformers_side", frozenset({"generate"}), "", "transformers"),
+        _side(
+            "sentence-transformers",
+            "sentence_transformers_side",
+            frozenset({"embed"}),
+            "",
+            "sentence_transformers",
+        ),
+        _side("raw", "files_side", _FILES, "raw"),
+        _side("safetensors", "files_side", _FILES, "package", "safetensors"),
     )
 }

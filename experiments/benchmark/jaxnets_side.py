@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,14 +22,17 @@ from experiments.benchmark.architectures import (
     Blocks,
     Convolutional,
     LanguageTransformer,
+    Llama,
     Network,
     Perceptron,
     RecurrentLanguage,
     Residual,
     Vision,
 )
+from experiments.benchmark.reading import reading
 from experiments.benchmark.sides import Prepared, Settings, ready
 from experiments.benchmark.workloads import LEARNING_RATE, Workload
+from experiments.embeddings import embed, load_encoder
 
 LIBRARIES = ("jaxnets", "jax", "flax", "optax")
 
@@ -51,8 +55,11 @@ def prepare(settings: Settings) -> Prepared:
         "epoch": lambda workload: train_epoch(workload, Path(settings.images).parent),
         "autoencode": train_generative,
         "adversarial": train_generative,
-        "generate": generate,
+        "generate": lambda workload: generate(workload, settings.pretrained),
         "positions": generate_by_position,
+        "embed": lambda workload: embed_sentences(workload, settings),
+        "read": lambda workload: read_file(workload, settings),
+        "read-cold": lambda workload: read_file(workload, settings),
     }[workload.task]
     return make(workload)
 
@@ -235,16 +242,21 @@ def train_epoch(workload: Workload, folder: Path) -> Prepared:
     return ready(workload, run, _size(jax.eval_shape(create).params))
 
 
-def _language_model(workload: Workload) -> tuple[Any, Mapping[str, Any], jax.Array]:
-    module = _module(workload)
+def _language_model(
+    workload: Workload, pretrained: str = ""
+) -> tuple[Any, Mapping[str, Any], jax.Array]:
     prompts = jnp.asarray(workload.prompts())
+    if isinstance(workload.network, Llama):
+        network = jn.pretrained.load(pretrained)
+        return network.module, network.variables, prompts
+    module = _module(workload)
     variables = jn.initialize(module, jax.random.key(0), prompts)
     return module, variables, prompts
 
 
-def generate(workload: Workload) -> Prepared:
+def generate(workload: Workload, pretrained: str) -> Prepared:
     """Continue prompts greedily, prefill included."""
-    module, variables, prompts = _language_model(workload)
+    module, variables, prompts = _language_model(workload, pretrained)
 
     def run(num_calls: int) -> None:
         for _ in range(num_calls):
@@ -292,6 +304,32 @@ def generate_by_position(workload: Workload) -> Prepared:
         }
 
     return ready(workload, run, _size(variables["params"]), details=details)
+
+
+def embed_sentences(workload: Workload, settings: Settings) -> Prepared:
+    """From texts to vectors in NumPy."""
+    network = load_encoder(Path(settings.pretrained))
+    sentences = Path(settings.sentences).read_text(encoding="utf-8").split("\n")
+
+    def run(num_calls: int) -> None:
+        for _ in range(num_calls):
+            vectors = embed(network, sentences, batch_size=workload.batch_size)
+            assert len(vectors) == len(sentences)
+
+    return ready(workload, run, _size(network.variables["params"]))
+
+
+def read_file(workload: Workload, settings: Settings) -> Prepared:
+    """The tensors of a file to arrays on the device."""
+
+    def read(path: Path) -> Any:
+        tensors = jn.pretrained.read_tensors(path)
+        arrays = {name: jax.device_put(tensors[name]) for name in tensors}
+        return jax.block_until_ready(arrays)
+
+    assert isinstance(workload.network, Llama)
+    shapes = workload.network.tensors.values()
+    return reading(settings, read, sum(math.prod(shape) for shape in shapes))
 
 
 def _continue(

@@ -30,6 +30,8 @@ class Settings:
         platform: "cpu" or "gpu".
         images: file of Fashion-MNIST's training images, for an epoch.
         labels: file of their labels.
+        pretrained: folder of a network.
+        sentences: text file with one sentence a line.
     """
 
     module: str
@@ -40,6 +42,8 @@ class Settings:
     tiny: bool = False
     images: str = ""
     labels: str = ""
+    pretrained: str = ""
+    sentences: str = ""
 
     @property
     def workload(self) -> Workload:
@@ -58,6 +62,7 @@ class Prepared:
         steps_per_call: argument of `run` in the timed calls.
         parts: divisor of the time of a call.
         steps_first: argument of `run` in the first call, which compiles.
+        before: is called before each timed call.
         details: further measurements, called at the end.
     """
 
@@ -66,6 +71,7 @@ class Prepared:
     steps_per_call: int
     parts: int
     steps_first: int = 1
+    before: Callable[[], object] = lambda: None
     details: Callable[[], Mapping[str, Any]] = dict
 
 

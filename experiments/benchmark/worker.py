@@ -85,6 +85,7 @@ class Timer:
         return sys.modules["jax"].devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def _time(self, steps: int) -> float:
+        self.prepared.before()
         started = time.perf_counter()
         self.loss = self.prepared.run(steps)
         return time.perf_counter() - started

@@ -15,10 +15,12 @@ from experiments.benchmark.architectures import (
     BidirectionalGRU,
     Convolutional,
     LanguageTransformer,
+    Llama,
     Network,
     Perceptron,
     RecurrentLanguage,
     Residual,
+    SentenceFolder,
     VariationalAutoencoder,
     Vision,
 )
@@ -33,9 +35,22 @@ ADVERSARIAL_RATE, ADVERSARIAL_BETA1 = 2e-4, 0.5
 #: Mean and standard deviation of the pixels of Fashion-MNIST in [0, 1].
 PIXEL_MEAN, PIXEL_DEVIATION = 0.2860, 0.3530
 
+#: Sentences of SST that are embedded.
+NUM_SENTENCES = 2000
+
 Precision = Literal["float32", "bfloat16"]
 Task = Literal[
-    "train", "infer", "population", "epoch", "autoencode", "adversarial", "generate", "positions"
+    "train",
+    "infer",
+    "population",
+    "epoch",
+    "autoencode",
+    "adversarial",
+    "generate",
+    "positions",
+    "embed",
+    "read",
+    "read-cold",
 ]
 
 
@@ -53,7 +68,9 @@ class Workload:
             Bernoulli pixels and one sample per image. "adversarial": an update of the
             discriminator, then one of the generator, with the non-saturating loss and separate
             latents; the loss is the sum of both. "generate": continue prompts greedily.
-            "positions": the same for several numbers of tokens in a cache of one size.
+            "positions": the same for several numbers of tokens in a cache of one size. "embed":
+            embed NUM_SENTENCES sentences of mixed lengths. "read": the tensors of a safetensors
+            file to arrays on the device; "read-cold": after dropping the file from the page cache.
         precision: of matmuls and activations; parameters are float32, and so is all of
             "autoencode" and "adversarial".
         steps_per_call: steps that are dispatched before the result is awaited; many if a step is
@@ -91,6 +108,9 @@ class Workload:
             "adversarial": "step",
             "generate": "token",
             "positions": "token",
+            "embed": f"{NUM_SENTENCES} sentences",
+            "read": "file",
+            "read-cold": "file",
         }[self.task]
 
     @property
@@ -137,6 +157,17 @@ _LONG_GPT = LanguageTransformer(num_outputs=65, num_layers=6, num_heads=6, width
 _GPT2 = LanguageTransformer(
     num_outputs=50_257, num_layers=12, num_heads=12, width=768, context=1024, tied=True
 )
+_SMOLLM2 = Llama(
+    num_outputs=49_152,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    width=576,
+    mlp_dim=1536,
+    context=8192,
+)
+_CONTINUED: dict[str, Any] = {"network": _SMOLLM2, "task": "generate", "prompt": 128}
+
 _LSTM = RecurrentLanguage(num_outputs=65, embedding=256, hidden=512, num_layers=2, time=64)
 _WIDE_LSTM = RecurrentLanguage(num_outputs=65, embedding=512, hidden=1024, num_layers=2, time=128)
 _VIT = Vision(num_layers=12, num_heads=6, width=384, image=(128, 128, 3), patch=8)
@@ -237,6 +268,14 @@ WORKLOADS: dict[str, Workload] = {
             prompt=12,
             new_tokens=(64, 128, 256, 500),
         ),
+        # Their number of tokens includes the first one, which "-first" times alone.
+        Workload(name="smollm2-1", batch_size=1, new_tokens=(128,), **_CONTINUED),
+        Workload(name="smollm2-1-first", batch_size=1, new_tokens=(1,), **_CONTINUED),
+        Workload(name="smollm2-8", batch_size=8, new_tokens=(128,), **_CONTINUED),
+        Workload(name="smollm2-8-first", batch_size=8, new_tokens=(1,), **_CONTINUED),
+        Workload(name="embed", network=SentenceFolder(), batch_size=32, task="embed"),
+        Workload(name="weights", network=_SMOLLM2, batch_size=1, task="read"),
+        Workload(name="weights-cold", network=_SMOLLM2, batch_size=1, task="read-cold"),
         # 468 full batches are one epoch of the 60,000 images.
         Workload(
             name="epoch", network=_CNN, batch_size=128, task="epoch", steps_per_call=60_000 // 128
@@ -296,6 +335,15 @@ def shrink(workload: Workload) -> Workload:
         },
         Residual: {"image": (8, 8, 3), "width": 4, "num_stages": 2},
         LanguageTransformer: {"num_layers": 1, "num_heads": 2, "width": 8, "context": 16},
+        Llama: {
+            "num_layers": 1,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "width": 16,
+            "mlp_dim": 12,
+            "context": 16,
+        },
+        SentenceFolder: {},
         Vision: {"num_layers": 1, "num_heads": 2, "width": 8, "image": (8, 8, 3)},
         RecurrentLanguage: {"embedding": 6, "hidden": 8, "num_layers": 1, "time": 5},
         BidirectionalGRU: {"channels": 3, "hidden": 8, "time": 5},

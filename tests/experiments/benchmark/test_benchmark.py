@@ -215,6 +215,7 @@ def test_an_interrupted_run_resumes_with_the_remaining_workloads(tmp_path, monke
     [
         ({"workloads": ("mpl",)}, "unknown workload 'mpl'; choose from mlp, cnn"),
         ({"against": ("tensorflow",)}, "unknown competitor 'tensorflow'"),
+        ({"workloads": ("embed",)}, "embed needs a folder .* name it with --pretrained"),
         ({"rounds": 0}, "--rounds 0"),
         ({"seconds": 0.0}, "--seconds 0"),
         ({"threads": 10_000}, "--threads is 10000"),

@@ -1,14 +1,20 @@
 """Every side of the benchmark on small shapes: equal networks, decreasing losses."""
 
 import importlib
+import time
 
 import jax
 import numpy as np
 import pytest
 from checks import mostly_slow
 
-from experiments.benchmark import flax_networks, jaxnets_side
-from experiments.benchmark.architectures import BidirectionalGRU, RecurrentLanguage
+from experiments.benchmark import flax_networks, inputs, jaxnets_side, reading
+from experiments.benchmark.architectures import (
+    BidirectionalGRU,
+    Llama,
+    RecurrentLanguage,
+    SentenceFolder,
+)
 from experiments.benchmark.competitors import COMPETITORS
 from experiments.benchmark.sides import Settings, read_idx
 from experiments.benchmark.workloads import NUM_BATCHES, WORKLOADS, shrink
@@ -18,6 +24,11 @@ SIDES = ("jaxnets", "flax")
 PEERS = ("torch", "keras", "equinox")
 #: See test_generative.
 GENERATIVE = ("vae", "dcgan")
+#: And those whose network or weights are files.
+NOT_IN_TORCH = (
+    *GENERATIVE,
+    *(name for name, each in WORKLOADS.items() if isinstance(each.network, Llama | SentenceFolder)),
+)
 TRAINED = ("cnn", "gpt-bf16", "lstm", "resnet18", "vit", "bigru", "small-mlp")
 TAKING_PART = [
     pytest.param(
@@ -74,7 +85,7 @@ def test_the_networks_of_full_size_have_the_same_parameters(name):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in GENERATIVE])
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in NOT_IN_TORCH])
 def test_the_networks_of_full_size_have_the_same_parameters_in_torch(name):
     torch = pytest.importorskip("torch")
     from experiments.benchmark.torch_networks import build
@@ -118,6 +129,45 @@ def test_transformers_generates_as_many_tokens():
     prepared = prepare("transformers", "generate")
     assert prepared.run(1) is None
     assert prepared.num_parameters == size_in_jaxnets(shrink(WORKLOADS["generate"]))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The files of the small LLaMA, and its number of parameters."""
+    network, folder = shrink(WORKLOADS["smollm2-8"]).network, tmp_path_factory.mktemp("llama")
+    inputs.write_llama(network, folder)
+    return str(folder), sum(int(np.prod(shape)) for shape in network.tensors.values())
+
+
+@pytest.mark.parametrize(
+    "side", ["jaxnets", pytest.param("transformers", marks=pytest.mark.parity)]
+)
+def test_every_side_generates_with_the_weights_of_the_folder(side, llama):
+    folder, num_parameters = llama
+    prepared = prepare(side, "smollm2-8", pretrained=folder)
+    assert prepared.run(1) is None
+    assert prepared.num_parameters == num_parameters
+
+
+@pytest.mark.parametrize(
+    ("side", "variant"), [("jaxnets", ""), ("files", "raw"), ("files", "package")]
+)
+@pytest.mark.parametrize("name", ["weights", "weights-cold"])
+def test_every_side_reads_the_file_of_the_folder(name, side, variant, llama):
+    folder, num_parameters = llama
+    prepared = prepare(side, name, variant, pretrained=folder)
+    prepared.before()
+    assert prepared.run(2) is None and prepared.num_parameters == num_parameters
+    assert list(prepared.details()) == ["MiB above what stays"]
+
+
+def test_the_peak_of_memory_counts_what_does_not_stay():
+    def make():
+        passing = np.ones(8 << 20)  # 64 MiB
+        time.sleep(0.1)
+        return np.ones(len(passing) // 4)
+
+    assert 30 << 20 < reading.peak_above(make) < 100 << 20
 
 
 def test_handwritten_scans_equal_single_steps():
