@@ -354,5 +354,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         jn.export_onnx(
             path, lambda variables, x: x, {}, np.ones((2, 6)), shapes="batch, batch*time"
         )
+    with pytest.raises(ValueError, match=r"'x' names 2 of weights, inputs and outputs"):
+        jn.export_onnx(path, lambda variables, x: x + variables["x"], {"x": X[0, 0]}, X)
     with pytest.raises(ValueError, match=r"complex64 have no place in an ONNX graph"):
         jn.export_onnx(path, lambda variables, x: x.real, {}, X + 0j)

@@ -50,9 +50,16 @@ def edge_cases(
         array, axis, factor, offset = sources[name]
         given[name] = (arrays[array].shape[axis] - offset) // factor
     smallest = dict.fromkeys(symbols, 1)
-    sizes = [given, smallest, {name: 2 * size + 1 for name, size in given.items()}]
-    sizes += [{**given, name: 1} for name in symbols]
-    allowed = [each for each in sizes if all(holds(text, each) for text in constraints)]
+
+    def is_allowed(sizes: Mapping[str, int]) -> bool:
+        return all(holds(text, sizes) for text in constraints)
+
+    largest = given
+    for name, size in given.items():
+        larger = ({**largest, name: each} for each in (2 * size + 1, 2 * size, size + 1))
+        largest = next(filter(is_allowed, larger), largest)
+    sizes = [given, smallest, largest, *({**given, name: 1} for name in symbols)]
+    allowed = list(filter(is_allowed, sizes))
     tried: list[dict[str, int]] = []
     for each in allowed or [given]:
         if each not in tried:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +63,8 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxruntime is not installed.
         ValueError: a network that does not trace with symbolic sizes; an operation that has no ONNX
-            form; a file whose results differ, with the operation that is the reason.
+            form; names that occur twice; a file whose results differ, with the operation that is
+            the reason.
 
     Example:
         >>> import tempfile
@@ -91,9 +95,8 @@ def export_onnx(
         *(arguments, shapes, constraints),
     )
     outputs = jax.eval_shape(call, weights, *arguments)
-    written = write_graph(
-        closed,
-        jax.tree.leaves({name: name for name in weights}),  # the order of a dict's leaves
+    names = (
+        sorted(weights),  # the order of a dict's leaves
         [
             info["name"]
             for pair in zip(input_names(network, len(inputs)), arguments, strict=True)
@@ -101,15 +104,24 @@ def export_onnx(
         ],
         [info["name"] for info in named_arrays("output", outputs)],
     )
+    for name, count in collections.Counter(itertools.chain(*names)).items():
+        if count > 1:
+            raise ValueError(f"{name!r} names {count} of weights, inputs and outputs; rename one")
+    written = write_graph(closed, *names)
     arrays = {name: np.asarray(array) for name, array in weights.items()}
     structure = jax.tree.structure(arguments)
-    network_outputs = jax.jit(
-        lambda *leaves: jax.tree.leaves(call(weights, *jax.tree.unflatten(structure, leaves)))
-    )
+
+    @jax.jit
+    def network_outputs(weights: dict[str, jax.Array], *leaves: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(call(weights, *jax.tree.unflatten(structure, leaves)))
+
     cases = edge_cases(
         jax.tree.leaves(examples), [one.shape for one in written.graph.inputs], constraints
     )
-    error = compare(written, arrays, network_outputs, cases, tolerance)
+    with jax.default_matmul_precision("highest"):  # on a GPU float32 may mean fewer bits
+        error = compare(
+            written, arrays, functools.partial(network_outputs, weights), cases, tolerance
+        )
     metadata = {"jaxnets": jaxnets.__version__, "jax": jax.__version__, "error": f"{error:.3g}"}
     proto = model(
         *(written.graph, arrays, written.outputs, metadata), data_file=data_path(path).name

@@ -117,9 +117,10 @@ def holds(constraint: str, values: Mapping[str, int]) -> bool:
     """Whether a constraint such as "time <= 512" holds."""
     match ast.parse(constraint.strip().replace("^", "**"), mode="eval").body:
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARISONS:
-            sides = (number(ast.unparse(side), values) for side in (left, right))
-            return bool(_COMPARISONS[type(op)](*sides))
-    return True  # of a kind that JAX knows and this does not
+            sides = [ast.unparse(side) for side in (left, right)]
+            if values.keys() >= set(symbols_of(*sides)):
+                return bool(_COMPARISONS[type(op)](*(number(side, values) for side in sides)))
+    return True  # of a kind or of a symbol that is not in the inputs
 
 
 def concrete(tree: Any, values: Mapping[str, int]) -> Any:
