@@ -110,6 +110,7 @@ def test_positions_are_sines_and_then_cosines_from_1_to_a_ten_thousandth():
         np.testing.assert_allclose(positions[:, 16 + i], cosines, atol=1e-6)
 
 
+@pytest.mark.slow  # the default group has formulas, padding and gradients here
 def test_a_speech_transformer_passes_every_check():
     parameters = 11 * 8 + 9 * 8 + CONVOLUTIONS + BLOCK + 2 * (BLOCK + ATTENTION + NORM) + 2 * NORM
     check_module(DROPS, FRAMES, TARGET, LENGTHS, num_parameters=parameters)
