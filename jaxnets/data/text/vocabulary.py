@@ -69,7 +69,14 @@ class SavedTokenizer:
 
 
 def list_texts(texts: Iterable[str]) -> list[str]:
-    """Return texts as a list; raise ValueError for a single string."""
+    """Return texts as a list.
+
+    Args:
+        texts: any number of them.
+
+    Raises:
+        ValueError: a single string.
+    """
     if isinstance(texts, str):
         raise ValueError(f"texts is the single string {texts[:40]!r}; give a list of strings")
     return list(texts)

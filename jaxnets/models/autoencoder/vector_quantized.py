@@ -279,7 +279,17 @@ class VQVAE(nn.Module):
         )
 
     def quantize(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the nearest code vectors, shape of `vectors`, and their indices."""
+        """Return the nearest code vectors and their indices.
+
+        Args:
+            vectors: [batch, rows, columns, embedding_size].
+
+        Returns:
+            The code vectors, shape of `vectors`, and integer indices [batch, rows, columns].
+
+        Raises:
+            ValueError: vectors of another shape.
+        """
         self._check_vectors(vectors)
         return self.quantizer(vectors)
 

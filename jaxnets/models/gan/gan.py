@@ -93,7 +93,17 @@ class GAN(nn.Module):
         train: bool = False,
         weights: jax.Array | None = None,
     ) -> jax.Array:
-        """Map latents [batch, latent_size] to images [batch, height, width, channels]."""
+        """Map latents to images [batch, height, width, channels].
+
+        Args:
+            latents: [batch, latent_size].
+            labels: integer [batch], for a conditional pair.
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: latents of another size, labels that are missing or do not fit.
+        """
         keywords = weights_keyword(self.generator, weights, self.generator.variables)
         return self.generator(latents, *_given(labels), train=train, **keywords)
 
@@ -105,7 +115,17 @@ class GAN(nn.Module):
         train: bool = False,
         weights: jax.Array | None = None,
     ) -> jax.Array:
-        """Map images [batch, height, width, channels] to logits [batch]."""
+        """Map images to logits [batch], positive for images that look real.
+
+        Args:
+            images: [batch, height, width, channels].
+            labels: integer [batch], for a conditional pair.
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: images of another rank or size, labels that are missing or do not fit.
+        """
         keywords = weights_keyword(self.discriminator, weights, self.discriminator.variables)
         return self.discriminator(images, *_given(labels), train=train, **keywords)
 

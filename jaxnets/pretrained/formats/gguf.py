@@ -83,6 +83,12 @@ class _Info:
 def read_gguf(path: Path) -> Tensors:
     """Open a GGUF file; quantized tensors are read as float32.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors, their axes from the slowest to the fastest; all fields as metadata.
+
     Raises:
         ValueError: damaged, or a type or version that is not read; the message names the file.
         OSError: it cannot be read.

@@ -50,6 +50,12 @@ _FLOATS = {
 def read_h5(path: Path) -> Tensors:
     """Open an HDF5 file, such as `.weights.h5`; arrays are named by their paths with slashes.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays by path.
+
     Raises:
         ValueError: damaged, or a type, link, layout or filter that is not read; the message names
             the file.
@@ -61,6 +67,12 @@ def read_h5(path: Path) -> Tensors:
 
 def read_keras(path: Path) -> Tensors:
     """Open a `.keras` archive; its config.json is the metadata "config.json".
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays of its weights by path.
 
     Raises:
         ValueError: damaged, or a type, link, layout or filter that is not read; the message names

@@ -28,6 +28,12 @@ _DTYPES = {
 def read_npy(path: Path) -> Tensors:
     """Open a .npy file; its array is named by the stem of the file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        One array.
+
     Raises:
         ValueError: damaged, or a type that is not read, such as objects; the message names the
             file.
@@ -39,6 +45,12 @@ def read_npy(path: Path) -> Tensors:
 
 def read_npz(path: Path) -> Tensors:
     """Open an .npz file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays by name.
 
     Raises:
         ValueError: damaged, or a type that is not read, such as objects; the message names the

@@ -68,6 +68,12 @@ class _Field:
 def read_onnx(path: Path) -> Tensors:
     """Open an ONNX file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The initializers of the graph by name.
+
     Raises:
         ValueError: damaged, or its data are in other files; the message names the file.
         OSError: it cannot be read.

@@ -115,6 +115,12 @@ def read_torch(path: Path) -> Tensors:
 
     Nested dicts and lists are flattened by dotted paths; what is no tensor is in `metadata`.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors by dotted path.
+
     Raises:
         ValueError: damaged, or it holds something else than tensors, numbers and text; the message
             has the file and the name of what it holds.

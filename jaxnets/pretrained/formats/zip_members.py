@@ -46,7 +46,8 @@ class ZipMember:
         """Return `size` bytes from `offset` as a new array of uint8.
 
         Raises:
-            ValueError: the content does not have its checksum.
+            ValueError: the content does not have its checksum, or fewer bytes.
+            OSError: the file cannot be read, or was changed since it was opened.
         """
         if not 0 <= offset <= offset + size <= self.size:
             raise damaged(self.path, f"member {self.name!r} has {self.size} bytes")
@@ -98,6 +99,12 @@ class ZipMember:
 
 def zip_members(file: FileRange) -> dict[str, ZipMember]:
     """Return the files in a zip archive by name.
+
+    Args:
+        file: the archive.
+
+    Returns:
+        {name: its bytes, decompressed when they are read}.
 
     Raises:
         ValueError: not a zip archive, damaged, a name that occurs twice, or a member that is
