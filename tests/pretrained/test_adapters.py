@@ -33,7 +33,8 @@ def network(scan_layers=False):
 
 
 def adapter(own, **options):
-    variables = jn.lora_init(KEY, own.variables["params"], rank=2, alpha=3, **options)
+    create = jax.jit(functools.partial(jn.lora_init, rank=2, alpha=3, **options))
+    variables = create(KEY, own.variables["params"])
     random = np.random.default_rng(0)
     moved = jax.tree.map(
         lambda leaf: leaf + random.normal(size=leaf.shape).astype(np.float32), variables["params"]
@@ -75,7 +76,8 @@ def test_the_files_have_the_names_and_shapes_of_peft(tmp_path):
     assert config["base_model_name_or_path"] == "gpt2" and config["peft_type"] == "LORA"
     # The joined tensor is the update of queries, keys (none) and values.
     params = own.variables["params"]["stack"]["layer_0"]["attention"]
-    merged = jn.merge_lora(own.variables["params"], variables)["stack"]["layer_0"]["attention"]
+    merged = jax.jit(jn.merge_lora)(own.variables["params"], variables)
+    merged = merged["stack"]["layer_0"]["attention"]
     update = 6 / 4 * (tensors[f"{QUERY}.lora_B.weight"] @ tensors[f"{QUERY}.lora_A.weight"]).T
     for index, name in enumerate(("query", "key", "value")):
         expected = merged[name]["kernel"] - params[name]["kernel"]
