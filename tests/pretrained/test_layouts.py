@@ -99,25 +99,29 @@ def test_rotary_pairs_bring_neighbors_to_halves():
 
 
 @pytest.mark.parametrize(
-    ("layout", "shape"),
+    ("layout", "shape", "message"),
     [
-        (layouts.Transpose(), (2, 3, 4)),
-        (kernels.ConvolutionKernel(), (2, 3)),
-        (kernels.TransposedConvolutionKernel(2), (3, 4, 5)),
-        (kernels.TransposedConvolutionKernel(), (3, 4)),
-        (kernels.DepthwiseKernel(), (3, 4)),
-        (layouts.SplitHeads(4), (6, 2)),
-        (layouts.JoinHeads(4), (6, 2)),
-        (layouts.JoinHeads(4, axis=1), (6, 4)),
-        (layouts.Split(4), (6, 2)),
-        (layouts.Split((1, 2)), (6, 2)),
-        (layouts.RotaryPairs(4), (12, 2)),
-        (layouts.Squeeze((0,)), (2, 3)),
-        (kernels.PatchKernel((2, 2)), (5, 3, 2, 4)),
-        (layouts.ChannelsFirstRows((2, 2)), (5, 3)),
+        (layouts.Transpose(), (2, 3, 4), "3 axes, not 2"),
+        (kernels.ConvolutionKernel(), (2, 3), "2 axes, and a convolution"),
+        (
+            kernels.TransposedConvolutionKernel(2),
+            (3, 4, 5),
+            "3 channels do not split into 2 groups",
+        ),
+        (kernels.TransposedConvolutionKernel(), (3, 4), "2 axes, and a convolution"),
+        (kernels.DepthwiseKernel(), (3, 4), "2 axes, and a convolution"),
+        (layouts.SplitHeads(4), (6, 2), "axis 0 of size 6 has no 4 heads"),
+        (layouts.JoinHeads(4), (6, 2), r"axes 0 and 1 of \(6, 2\) are no 4 heads"),
+        (layouts.JoinHeads(4, axis=1), (6, 4), r"axes 1 and 2 of \(6, 4\) are no 4 heads"),
+        (layouts.Split(4), (6, 2), "axis 0 of size 6 has no 4 equal parts"),
+        (layouts.Split((1, 2)), (6, 2), r"axis 0 of size 6 has no parts of sizes \(1, 2\)"),
+        (layouts.RotaryPairs(4), (12, 2), "axis 0 of size 12 has no 4 heads of pairs"),
+        (layouts.Squeeze((0,)), (2, 3), "size not equal to one"),
+        (kernels.PatchKernel((2, 2)), (5, 3, 2, 4), r"a patch of \(2, 4\), not \(2, 2\)"),
+        (layouts.ChannelsFirstRows((2, 2)), (5, 3), "5 rows are no flattened image of size"),
     ],
     ids=lambda x: str(x),
 )
-def test_shapes_that_do_not_fit_are_refused(layout, shape):
-    with pytest.raises(ValueError):
+def test_shapes_that_do_not_fit_are_refused(layout, shape, message):
+    with pytest.raises(ValueError, match=message):
         layout.from_file([numbers(*shape)])

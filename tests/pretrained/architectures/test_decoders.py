@@ -90,8 +90,8 @@ def test_fields_of_the_caller_override_those_of_the_file(tmp_path):
         jax.jit(one.module.apply)(one.variables, TOKENS) for one in (scanned, network)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    write(tmp_path / "gemma", "gemma2_2b")
     with pytest.raises(ValueError, match="global_every=2 they differ"):
-        write(tmp_path / "gemma", "gemma2_2b")
         jn.pretrained.load(tmp_path / "gemma", scan_layers=True)
 
 
