@@ -93,7 +93,7 @@ def from_keras(
         >>> network.variables["params"]["kernel"].shape
         (3, 2)
     """
-    unread = r"optimizer/.*|(.*/)?(seed_generator|metrics)/.*"
+    unread = r"optimizer/.*|(.*/)?seed_generator/.*"
     return _network(_tensors(tensors), module, variables, rules, unread)
 
 
