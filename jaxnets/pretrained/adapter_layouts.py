@@ -93,12 +93,9 @@ class Target:
             }
         elif self.kind == "convolution":
             (one,) = factors
-            ones = (1,) * (one["lora_a"].ndim - 2)
-            b = one["lora_b"].T
-            tensors = {
-                "lora_A.weight": self.assignment.to_file([one["lora_a"]])[0],
-                "lora_B.weight": b.reshape(*b.shape, *ones),
-            }
+            a, b = self.assignment.to_file([one["lora_a"]])[0], one["lora_b"].T
+            ones = (1,) * (a.ndim - 2)  # of patches the kernel here has no window
+            tensors = {"lora_A.weight": a, "lora_B.weight": b.reshape(*b.shape, *ones)}
         else:
             a, parts = joined(
                 [one["lora_a"] for one in factors], [one["lora_b"] for one in factors]
@@ -110,7 +107,7 @@ class Target:
             if self.kind in ("linear", "transposed"):
                 magnitude = self._outputs_to_file(parts)[:, 0]
             elif self.kind == "convolution":
-                magnitude = magnitude.reshape(1, -1, *(1,) * (factors[0]["lora_a"].ndim - 2))
+                magnitude = magnitude.reshape(1, -1, *ones)
             tensors["lora_magnitude_vector"] = magnitude
         return tensors
 

@@ -190,12 +190,15 @@ def vision_transformer():
 
 def test_layers_that_transformers_5_renames_are_read_by_both_names(tmp_path):
     own = vision_transformer()
-    variables = adapter(own, target="(query|hidden|feed_forward/output)/kernel$", full="^head/")
+    variables = adapter(own, target="(query|hidden|d/output|patch)/kernel$", full="^head/")
     jn.pretrained.save_adapter(tmp_path / "adapter", own, variables)
     config, tensors = read(tmp_path / "adapter")
     names = ["attention.q_proj", "mlp.fc1", "mlp.fc2"]
-    assert config["target_modules"] == [f"vit.layers.0.{name}" for name in names]
+    assert config["target_modules"][1:] == [f"vit.layers.0.{name}" for name in names]
     assert "base_model.model.vit.layers.0.mlp.fc1.lora_A.weight" in tensors
+    patches = "base_model.model.vit.embeddings.patch_embeddings.projection"
+    shapes = [tensors[f"{patches}.lora_{name}.weight"].shape for name in "AB"]
+    assert shapes == [(2, 1, 2, 2), (8, 2, 1, 1)]
     older = {
         "attention.q_proj": "attention.attention.query",
         "mlp.fc1": "intermediate.dense",
