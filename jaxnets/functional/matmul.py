@@ -37,8 +37,8 @@ from jaxnets.functional.lowering.platforms import platform_dependent, sizes_are_
 _FEW_FEATURES, _MIN_ROWS_AND_CHANNELS_PER_FEATURE = 128, 2
 # XLA's CPU backend transposes a whole table in memory for the matmul that reads it, at every token
 # that is generated; and for a single row it recomputes the norm in front of the matmul for every
-# feature. As a batched matmul of slices of the table, 49,152 x 576 takes 0.5 of the time for 1 row,
-# 0.2 to 0.3 for 2 to 32, 0.6 for 64, 1.2 for 128.
+# feature. As a batched matmul of slices of the table, 49,152 x 576 takes 0.5 of the time for 1 row
+# behind a norm, 0.15 for 2 rows, 0.2 for 8, 0.35 for 32, 0.6 for 64, 1.2 for 128.
 _MOST_ROWS_OF_A_TABLE, _MOST_SLICES = 32, 32
 _BF16_X3 = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 
