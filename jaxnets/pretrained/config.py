@@ -74,8 +74,11 @@ class Config:
             if name not in content:
                 content[name], renamed[name] = value, alias
             elif content[name] != value:
-                other, known = renamed.get(name, name), f"{content[name]!r:.60}"
-                raise self.error(alias, f"is another name of {other}, which is {known}; leave one")
+                other = renamed.get(name, name)
+                raise self.error(
+                    alias,
+                    f"is another name of {other}, which is {content[name]!r:.60}; leave one out",
+                )
         return Config(dataclasses.replace(self.document, content=content), renamed=renamed)
 
     def inside(self, name: str) -> Config | None:

@@ -57,9 +57,8 @@ def load(
     Args:
         path: a folder with config.json and its tensors, or a file that has both (.gguf, with
             its tokenizer). A folder of sentence-transformers (modules.json) is a
-            `SentenceEncoder`. A name
-            "organization/name" that is no folder is downloaded by `huggingface_hub` if that is
-            installed.
+            `SentenceEncoder`. A name "organization/name" that is no folder is downloaded by
+            `huggingface_hub` if that is installed.
         architecture: class of transformers to build, such as "BertForSequenceClassification"; by
             default the one that config.json names. Tensors of another head are left out then. For a
             file of torchvision the name of its function, such as "resnet50".
@@ -79,6 +78,7 @@ def load(
         FileNotFoundError: no such folder, no config.json, or a missing shard.
         ValueError: an unknown architecture, an option that is not supported, tensors that do not
             fit; the message names the file. Nothing has been read then.
+        ImportError: it has a tokenizer, and `tokenizers` is not installed.
         OSError: a file cannot be read.
 
     Example:

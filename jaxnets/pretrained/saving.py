@@ -55,7 +55,8 @@ def save(
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: the network is none that the layout can express; the message names what.
+        ValueError: the network is none that the layout can express, or the processor none of this
+            library; the message names what.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, jaxnets as jn
@@ -192,7 +193,7 @@ def torch_config(
             try:
                 built = build(config, {})
                 if isinstance(built, SentenceEncoder) and isinstance(module, SentenceEncoder):
-                    # Files of their own say both, and that the encoder is a part of it.
+                    # The modules say both, and config.json is that of the encoder alone.
                     built = built.clone(pool=module.pool, normalize=module.normalize)
                     content["architectures"] = [next(iter(architecture.classes))]
                 difference = _difference(_structure(built), structure)
