@@ -100,3 +100,33 @@ def test_a_transposed_convolution_puts_its_kernel_around_every_input():
     rules = torch_layers.transposed_convolution("up", "params")
     network = from_torch({"up.weight": weight}, module, variables, rules=rules)
     np.testing.assert_allclose(module.apply(network.variables, x[None])[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("flax", [False, True])
+def test_attention_follows_torchs_equations(flax, separate):
+    """softmax(q k^T / sqrt(head_dim)) v head by head; projections joined in the file or not."""
+    rng, names = np.random.default_rng(0), ("query", "key", "value")
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    weights, biases = rng.normal(size=(4, 4, 4)), rng.normal(size=(4, 4))
+    q, k, v = ((x @ w.T + b).reshape(5, 2, 2) for w, b in zip(weights[:3], biases, strict=False))
+    scores = np.exp(np.einsum("qhd,khd->hqk", q, k) / 2**0.5)
+    mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v).reshape(5, 4)
+    expected = mixed @ weights[3].T + biases[3]
+    state = {"a.in_proj_bias": biases[:3].ravel(), "a.in_proj_weight": weights[:3].reshape(12, 4)}
+    if separate:
+        del state["a.in_proj_weight"]
+        state |= {f"a.{n[0]}_proj_weight": w for n, w in zip(names, weights, strict=False)}
+    state |= {"a.out_proj.weight": weights[3], "a.out_proj.bias": biases[3]}
+    if flax:
+        module, options = nn.MultiHeadDotProductAttention(2), {}
+        rules = torch_layers.flax_attention("a", "params", 2)
+    else:
+        config = jn.BlockConfig(features=4, num_heads=2, key_bias=True, positions=None)
+        module = jn.transformer.Attention(config)
+        options = {"method": lambda module, x: module(x, module.keys_values(x))}
+        rules = torch_layers.attention("a", "params")
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x[None], **options))
+    network = from_torch(state, module, variables, rules=rules)
+    outputs = module.apply(network.variables, x[None], **options)
+    np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
