@@ -82,10 +82,10 @@ def load(
         OSError: a file cannot be read.
 
     Example:
-        >>> import tempfile, jaxnets as jn
+        >>> import pathlib, tempfile, jaxnets as jn
         >>> module = jn.transformer.gpt2_small(num_layers=1, features=8, num_heads=2)
         >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        >>> folder = Path(tempfile.mkdtemp()) / "gpt2"
+        >>> folder = pathlib.Path(tempfile.mkdtemp()) / "gpt2"
         >>> jn.pretrained.save(folder, PretrainedNetwork(module, variables), layout="torch")
         >>> jn.pretrained.load(folder).module.config.features
         8
