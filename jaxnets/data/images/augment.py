@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets.checks import IMAGES, check_rank
 from jaxnets.core import at_least_float32, known_values
@@ -42,11 +43,12 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     """
     images = jnp.asarray(images)
     channels = images.shape[-1]
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"{len(mean)} means and {len(std)} standard deviations do not fit images of shape "
-            f"{images.shape}; give {channels} of each"
-        )
+    for name, values in (("mean", mean), ("std", std)):
+        if np.shape(values) != (channels,):
+            raise ValueError(
+                f"{name} is {values}, which does not fit images of shape {images.shape}; give a "
+                f"sequence of {channels}, one number per channel"
+            )
     if images.dtype == jnp.uint8:
         images = images / 255
     elif not jnp.issubdtype(images.dtype, jnp.floating):

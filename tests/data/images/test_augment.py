@@ -247,7 +247,8 @@ def test_pixels_whose_greatest_gray_level_is_unknown_are_refused(images, message
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda key, x: normalize(x, (0.5,), (0.5,)), "1 means and 1 standard deviations"),
+        (lambda key, x: normalize(x, (0.5,), (0.5,)), r"mean is \(0.5,\), .* a sequence of"),
+        (lambda key, x: normalize(x, (0.5,) * x.shape[-1], 0.5), "std is 0.5, .* one number per"),
         (lambda key, x: random_crop(key, x, -1), "cannot move by -1 pixels"),
         (lambda key, x: random_crop(key, x, 1, mode="wrap"), "unknown mode 'wrap'"),
         (lambda key, x: random_crop(key, x, 5, mode="reflect"), "cannot reflect 5 pixels"),
