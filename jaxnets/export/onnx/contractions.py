@@ -62,7 +62,7 @@ def _convolution(g: Graph, eqn: Any, x: str, kernel: str) -> str:
         x, kernel = (converted(g, v, x_aval.dtype, out.dtype) for v in (x, kernel))
     attributes = {"dilations": list(dilation), "group": groups, "kernel_shape": kernel_shape[2:]}
     if any(step != 1 for step in params["lhs_dilation"]):
-        transposed = _transposed_convolution(g, x, kernel, kernel_shape, padding, params, groups)
+        transposed = _transposed_convolution(g, x, kernel, kernel_shape, padding, eqn)
         if transposed is not None:
             return g.transpose(transposed, _inverse(numbers.out_spec))
         zero = scalar(g, 0, x_aval.dtype)
@@ -89,11 +89,11 @@ def _transposed_convolution(
     kernel: str,
     kernel_shape: Sequence[int],
     padding: Sequence[tuple[Any, Any]],
-    params: Any,
-    groups: int,
+    eqn: Any,
 ) -> str | None:
     """Write a convolution of spread out inputs, if a ConvTranspose computes it, else None."""
-    rank = len(padding)
+    params, rank = eqn.params, len(padding)
+    groups = params["feature_group_count"]
     extents = [
         (size - 1) * step + 1
         for size, step in zip(kernel_shape[2:], params["rhs_dilation"], strict=True)
@@ -120,7 +120,7 @@ def _transposed_convolution(
     )
     # Windows that see nothing but padding.
     before, after = ([0, 0, *(max(-pad, 0) for pad in pads)] for pads in (low, high))
-    return g.pad(result, before, after, scalar(g, 0, np.float32))
+    return g.pad(result, before, after, scalar(g, 0, eqn.outvars[0].aval.dtype))
 
 
 def _pool(op: str) -> Callable[..., str]:
