@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.export.onnx.sizes import concrete, number
-from jaxnets.export.onnx.walk import called
+from jaxnets.export.onnx.walk import called, scan_counts
 
 
 def evaluate(eqn: Any, inputs: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
@@ -23,7 +23,7 @@ def evaluate(eqn: Any, inputs: Sequence[Any], sizes: Mapping[str, int]) -> list[
     if name == "dim_as_value":
         return [np.asarray(number(params["dim"], sizes), eqn.outvars[0].aval.dtype)]
     if name == "scan":
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        num_consts, num_carry = scan_counts(eqn)
         consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
 
         def step(carry: Any, x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,19 @@ def called(eqn: Any) -> ClosedJaxpr | None:
         return None
     body = eqn.params[_CALLS[name]]
     return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Return the numbers of constants and of carried values of a scan.
+
+    Its parameters say so in other words in each version of JAX; what is scanned or stacked has one
+    axis more outside the body.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+    outside, inside = ([v.aval.ndim for v in each] for each in (eqn.outvars, body.outvars))
+    num_carry = sum(map(operator.eq, outside, inside))
+    outside, inside = ([v.aval.ndim for v in each] for each in (eqn.invars, body.invars))
+    return sum(map(operator.eq, outside, inside)) - num_carry, num_carry
 
 
 class Record(NamedTuple):
@@ -247,7 +261,7 @@ class Writer:
 
     def _scan(self, g: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
         params = eqn.params
-        closed, num_consts, num_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+        closed, (num_consts, num_carry) = params["jaxpr"], scan_counts(eqn)
         consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
         sequences = inputs[num_consts + num_carry :]
         avals = [v.aval for v in closed.jaxpr.invars[num_consts:]]
