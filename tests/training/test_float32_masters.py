@@ -64,15 +64,28 @@ FAMILIES = {
         lambda: jn.VQVAE(CODER, codebook_size=4, embedding_size=2, **NARROW),
         IMAGES,
     ),
+    "gan": (
+        lambda module: jn.adversarial(module, "non_saturating", r1=1.0),
+        lambda: jn.dcgan((8, 8, 1), width=2, latent_size=5, **NARROW),
+        {"inputs": RANDOM.uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)},
+    ),
 }
 
 
 def problem(name):
-    """Return the update, a state and a batch."""
+    """Return the update, or both updates of a GAN, a state and a batch."""
     make_objective, make_module, batch = FAMILIES[name]
     module, optimizer = make_module(), optax.sgd(0.1, momentum=0.9)
-    update = Update(make_objective(module), optimizer, float32_masters=True)
-    variables = jax.jit(module.init)(jax.random.key(0), batch["inputs"])
+    objective, inputs = make_objective(module), batch["inputs"]
+    if name == "gan":
+        update = [
+            Update(objective.discriminator, optimizer, "discriminator", float32_masters=True),
+            Update(objective.generator, optimizer, "generator", float32_masters=True),
+        ]
+        inputs = np.zeros((1, 5), np.float32)
+    else:
+        update = Update(objective, optimizer, float32_masters=True)
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
     return update, state, {"weights": WEIGHTS, **batch}
 
