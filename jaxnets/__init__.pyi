@@ -21,6 +21,12 @@ from .core import (
     rng_streams,
     weights_keyword,
 )
+from .distributed import (
+    DistributedError,
+    agree_to_stop,
+    check_agreement,
+    init_distributed,
+)
 from .export import Program, export_onnx, export_program, load_program
 from .finetuning.heads import replace_head
 from .finetuning.learning_rates import freeze, layerwise_decay
@@ -174,6 +180,7 @@ __all__ = [
     "DCGANGenerator",
     "DiscretizedHead",
     "DiscretizedLogistic",
+    "DistributedError",
     "EarlyStopping",
     "EncoderDecoderConfig",
     "Executor",
@@ -228,12 +235,14 @@ __all__ = [
     "WideResNet",
     "absolute_error",
     "adversarial",
+    "agree_to_stop",
     "apply_module",
     "autoencoder",
     "averaged_parameters",
     "beam_search",
     "binary_cross_entropy",
     "capture",
+    "check_agreement",
     "check_equivalence",
     "checkpoint",
     "class_coverage",
@@ -271,6 +280,7 @@ __all__ = [
     "huber_loss",
     "importance_weighted",
     "importance_weighted_bound",
+    "init_distributed",
     "initialize",
     "input_gradient",
     "jit_step",

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "jaxnets"
 
 # A package imports from lower levels only; packages of one level do not import each other.
 LEVELS = (
-    ("core", "checks", "host", "storage"),
+    ("core", "checks", "host", "storage", "distributed"),
     ("functional", "training", "metrics"),
     ("layers", "generation", "data", "objectives", "finetuning"),
     ("models",),

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.core import (
@@ -339,6 +340,10 @@ def sharded_step(
 ) -> Executor:
     """Compile a step for a device mesh with `jax.jit`; the compiler inserts the collectives.
 
+    With a mesh of several processes each of them gives the same initial state and the same whole
+    batch, of which its devices take their rows, or a batch of `data.sharded_batches`, of which each
+    process has made only its own rows.
+
     Args:
         step: computes with global batches; its `axis_name` stays None. Arrays that it holds, such
             as frozen parameters, keep their sharding on the mesh, or are replicated.
@@ -359,7 +364,7 @@ def sharded_step(
     replicated = NamedSharding(mesh, PartitionSpec())
     state_sharding = replicated if state_sharding is None else state_sharding
     held, with_arrays = split_arrays(step)
-    held = [array if _is_on(array, mesh) else jax.device_put(array, replicated) for array in held]
+    held = [array if _is_on(array, mesh) else replicate(array, mesh) for array in held]
     compiled = jax.jit(
         lambda held, state, batch: with_arrays(held)(state, batch),
         in_shardings=(
@@ -376,6 +381,9 @@ def sharded_step(
             for size, names in zip(array.shape, spec, strict=False):
                 names = (names,) if isinstance(names, str) else names or ()
                 _check_divisible(size, math.prod(mesh.shape[name] for name in names), "devices")
+        if mesh.is_multi_process:
+            state = _spread(state, state_sharding)
+            batch = _spread(dict(batch), NamedSharding(mesh, spec))
         try:
             return compiled(held, state, dict(batch))
         except ValueError as error:
@@ -398,6 +406,27 @@ def _check_placement(state: TrainState, state_sharding: Any, error: ValueError) 
                 "place the state with jax.device_put(state, state_sharding), or with "
                 "replicate(state, mesh) where the step has no state_sharding"
             ) from error
+
+
+def _spread(tree: Any, shardings: Any) -> Any:
+    """Place what each process holds as a whole on the devices of all; other arrays stay.
+
+    A sharding may stand for a whole part of the tree.
+    """
+
+    def place(sharding: NamedSharding, array: Any) -> Any:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return array
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            # JAX places random keys across processes in programs only.
+            return jax.jit(lambda key: key, out_shardings=sharding)(array)
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    def place_all(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(functools.partial(place, sharding), part)
+
+    return jax.tree.map(place_all, shardings, tree)
 
 
 def _is_on(array: Any, mesh: Mesh) -> bool:
@@ -432,7 +461,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     Returns:
         The tree, replicated.
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return _spread(tree, everywhere) if mesh.is_multi_process else jax.device_put(tree, everywhere)
 
 
 def fsdp_sharding(tree: Any, mesh: Mesh, *, min_bytes: int = 4 * 2**20) -> Any:

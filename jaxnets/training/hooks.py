@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxnets.checks import check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, Mean, Metrics
+from jaxnets.distributed import agree_to_stop
 from jaxnets.training import checkpoint
 from jaxnets.training.checkpoint_folder import is_history
 from jaxnets.training.history import (
@@ -268,7 +269,8 @@ class Checkpointing:
     the current call is finished and saved, and `fit` returns with `history.interrupted`; a second
     SIGINT raises KeyboardInterrupt at once. A signal that the process ignores stays ignored, such
     as SIGHUP under `nohup`. A save that has begun is finished before the second SIGINT; only a
-    third one cuts it off. Continue with `resume`.
+    third one cuts it off. Continue with `resume`. With several processes a signal to one of them
+    stops all after the same call.
 
     Args:
         directory: folder of the run's checkpoints.
@@ -362,10 +364,11 @@ class Checkpointing:
         self._measured = value is not None
         if self._measured:
             self._values[step] = value
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
+        name = None if self._signal is None else signal.Signals(self._signal).name
+        reason = agree_to_stop(name) if self._on_signal else None
+        if reason is not None:
             self._signal = None
-            raise Interrupted(f"{name} at step {step}")
+            raise Interrupted(f"{reason} at step {step}")
 
     def commit(self, step: int, state: Any, *, last: bool) -> None:
         """Save a checkpoint if one is due; called by `fit` after all hooks.

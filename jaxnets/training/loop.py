@@ -31,7 +31,9 @@ from jaxnets.core import (
     is_endless,
     known_values,
     steps_per_batch,
+    tree_path,
 )
+from jaxnets.distributed import check_agreement
 from jaxnets.training.history import History, NonFiniteError, Writer
 from jaxnets.training.nonfinite import class_counts, first_nonfinite, order_of_use
 from jaxnets.training.progress import ProgressBar
@@ -126,6 +128,7 @@ def fit(
         Interrupted: Ctrl-C, in the main thread and without `Checkpointing`: the call of the step
             is finished, and the exception has the state and the history, which continue the run.
             A second Ctrl-C raises KeyboardInterrupt at once.
+        DistributedError: the processes of a run have other numbers of steps, states or batches.
         ValueError: the source ends early, a call makes a different number of steps than a batch
             holds, `history` does not end at the step of `state`, a hook reads a value that no
             earlier hook returns, or `log_every` is below 1.
@@ -146,8 +149,12 @@ def fit(
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(line, file=sys.stderr)
         return state, history
+    check_agreement("the run", {"first step": first, "num_steps": num_steps})
+    shapes = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: state))[0]
+    check_agreement("the state", {tree_path(path): str(leaf) for path, leaf in shapes})
     watched = WatchedValues(hooks)
     with contextlib.ExitStack() as stack:
+        progress = progress if jax.process_index() == 0 else False
         bar = stack.enter_context(ProgressBar(num_steps, progress))
         ctrl_c = stack.enter_context(_CtrlC(state, history))
         parts: list[Any] = [*hooks, *writers]
@@ -176,6 +183,7 @@ def fit(
                 )
             if now == first:
                 check_batch(batch)
+                check_agreement("the first batch", dict(batch))
             previous, now = now, min(now + size, num_steps)
             if now - previous < size:
                 batch = _first_steps(batch, now - previous)

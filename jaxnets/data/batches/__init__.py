@@ -3,6 +3,7 @@
 from jaxnets.data.batches.bucketing import bucketed_batches, bucketed_pass
 from jaxnets.data.batches.grain import grain_batches
 from jaxnets.data.batches.prefetching import prefetch
+from jaxnets.data.batches.sharding import process_part, sharded_batches
 from jaxnets.data.batches.sources import (
     chunked,
     index_batches,
@@ -21,8 +22,10 @@ __all__ = [
     "index_batches",
     "member_batches",
     "prefetch",
+    "process_part",
     "sequential_batches",
     "sequential_windows",
+    "sharded_batches",
     "shuffled_batches",
     "token_streams",
     "token_windows",

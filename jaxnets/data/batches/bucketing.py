@@ -13,6 +13,7 @@ import numpy.typing as npt
 from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import Arrays, check_seed, random_order
+from jaxnets.data.batches.rows import WHOLE, Rows
 from jaxnets.data.text.padding import check_sequence, pad_sequences, round_up
 from jaxnets.data.text.vocabulary import BEGIN, END, PAD
 
@@ -52,6 +53,7 @@ class BucketedBatches:
     buckets: tuple[Bucket, ...]
     seed: int
     steps_per_shape: int = 1
+    rows: Rows = WHOLE
 
     @property
     def num_examples(self) -> int:
@@ -93,8 +95,15 @@ class BucketedBatches:
                 rows = orders[index][used[index] : used[index] + bucket.batch_size]
                 used[index] += bucket.batch_size
                 if epoch > first_epoch or position >= first_position:
-                    batch = _rows(bucket.data, rows)
+                    batch = _rows(bucket.data, rows[self.rows.of(bucket.batch_size)])
                     yield {name: batch[name] for name in batch if name != "indices"}
+
+    def part(self, index: int, count: int) -> BucketedBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`.
+
+        A `batch_multiple` of `count` makes every batch size divisible.
+        """
+        return dataclasses.replace(self, rows=_part(self.rows, self.buckets, index, count))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +115,7 @@ class BucketedPass:
     """
 
     buckets: tuple[Bucket, ...]
+    rows: Rows = WHOLE
 
     @property
     def num_examples(self) -> int:
@@ -129,9 +139,13 @@ class BucketedPass:
             for start in range(0, len(bucket), bucket.batch_size)
         ]
         for bucket, start in slices[first_step:]:
-            rows = np.arange(start, start + bucket.batch_size)
+            rows = np.arange(start, start + bucket.batch_size)[self.rows.of(bucket.batch_size)]
             batch = _rows(bucket.data, np.minimum(rows, len(bucket) - 1))
             yield {**batch, "weights": (rows < len(bucket)).astype(np.float32)}
+
+    def part(self, index: int, count: int) -> BucketedPass:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, rows=_part(self.rows, self.buckets, index, count))
 
 
 def bucketed_batches(
@@ -343,6 +357,12 @@ def _merge_small(groups: list[np.ndarray], smallest: int) -> list[np.ndarray]:
     if len(merged) > 1 and len(merged[-1]) < smallest:
         merged[-2:] = [np.concatenate(merged[-2:])]
     return merged
+
+
+def _part(rows: Rows, buckets: Sequence[Bucket], index: int, count: int) -> Rows:
+    for bucket in buckets:
+        part = rows.part(index, count, bucket.batch_size)
+    return part
 
 
 def _padding_share(buckets: Sequence[Bucket]) -> float:

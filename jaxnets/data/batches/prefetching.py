@@ -13,6 +13,7 @@ import jax
 
 from jaxnets.checks import check_source
 from jaxnets.core import Batch, BatchSource, is_endless, steps_per_batch
+from jaxnets.data.batches.rows import part_of
 
 _JOIN_SECONDS = 5.0  # longest wait for a blocked source, so that closing never hangs
 
@@ -44,6 +45,10 @@ class PrefetchedBatches:
                 yield item
         finally:
             producer.stop()
+
+    def part(self, index: int, count: int) -> PrefetchedBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, source=part_of(self.source, index, count))
 
 
 class _Producer:

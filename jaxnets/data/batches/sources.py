@@ -17,6 +17,7 @@ import numpy as np
 from jaxnets.checks import check_first_step, check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, is_endless
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed, pad_arrays, random_order
+from jaxnets.data.batches.rows import WHOLE, Rows, part_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class IndexBatches:
     num_examples: int
     batch_size: int
     seed: int
+    rows: Rows = WHOLE
 
     def __post_init__(self) -> None:
         check_sizes(batch_size=self.batch_size)
@@ -47,11 +49,17 @@ class IndexBatches:
         """Iterate endlessly from `first_step`: {"indices": int32 [batch]}."""
         check_first_step(first_step)
         first_epoch, position = divmod(first_step, self.steps_per_epoch)
+        rows = self.rows.of(self.batch_size)
         for epoch in itertools.count(first_epoch):
             order = random_order(self.num_examples, self.seed, epoch).astype(np.int32)
             for step in range(position, self.steps_per_epoch):
-                yield {"indices": order[step * self.batch_size : (step + 1) * self.batch_size]}
+                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                yield {"indices": batch[rows]}
             position = 0
+
+    def part(self, index: int, count: int) -> IndexBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, rows=self.rows.part(index, count, self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +82,10 @@ class ShuffledBatches:
             indices = batch["indices"]
             yield {name: np.take(array, indices, axis=0) for name, array in self.data.items()}
 
+    def part(self, index: int, count: int) -> ShuffledBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, order=self.order.part(index, count))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpochBatches:
@@ -94,6 +106,10 @@ class EpochBatches:
             size = len(next(iter(batch.values())))
             yield {**batch, "epochs": np.full(size, step // self.steps_per_epoch, np.int32)}
 
+    def part(self, index: int, count: int) -> EpochBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return EpochBatches(self.source.part(index, count))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequentialBatches:
@@ -101,6 +117,7 @@ class SequentialBatches:
 
     data: Arrays
     batch_size: int
+    rows: Rows = WHOLE
 
     @property
     def num_examples(self) -> int:
@@ -113,10 +130,15 @@ class SequentialBatches:
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate from batch `first_step` to the last: arrays with "weights" [batch]."""
         check_first_step(first_step)
+        rows = self.rows.of(self.batch_size)
         for start in range(first_step * self.batch_size, self.num_examples, self.batch_size):
-            stop = start + self.batch_size
-            batch = {name: array[start:stop] for name, array in self.data.items()}
-            yield pad_arrays(batch, self.batch_size)
+            first, stop = start + rows.start, start + rows.stop
+            batch = {name: array[first:stop] for name, array in self.data.items()}
+            yield pad_arrays(batch, rows.stop - rows.start)
+
+    def part(self, index: int, count: int) -> SequentialBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, rows=self.rows.part(index, count, self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,6 +156,10 @@ class MemberBatches:
         """Iterate from `first_step`: {name: array [members, batch, ...]}."""
         for batches in zip(*(source(first_step) for source in self.sources), strict=False):
             yield {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+
+    def part(self, index: int, count: int) -> MemberBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return MemberBatches(tuple(part_of(source, index, count) for source in self.sources))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,6 +189,10 @@ class ChunkedBatches:
                     f"{self.steps_per_batch}; use an endless source or a num_steps that divides it"
                 )
             yield {name: np.stack([batch[name] for batch in chunk]) for name in chunk[0]}
+
+    def part(self, index: int, count: int) -> ChunkedBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return ChunkedBatches(part_of(self.source, index, count), self.steps_per_batch)
 
 
 def index_batches(num_examples: int, batch_size: int, *, seed: int) -> IndexBatches:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import check_seed
+from jaxnets.data.batches.rows import WHOLE, Rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class TokenWindows:
     batch_size: int
     length: int
     seed: int
+    rows: Rows = WHOLE
 
     @property
     def steps_per_epoch(self) -> int:
@@ -42,7 +44,12 @@ class TokenWindows:
             bits = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(step,)))
             # The remainder of 64 random bits is uniform to within num_starts / 2^64.
             starts = bits.random_raw(self.batch_size) % np.uint64(num_starts)
+            starts = starts[self.rows.of(self.batch_size)]
             yield _windows(self.tokens, starts.astype(np.int64), self.length)
+
+    def part(self, index: int, count: int) -> TokenWindows:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, rows=self.rows.part(index, count, self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +61,7 @@ class TokenStreams:
     tokens: np.ndarray
     batch_size: int
     length: int
+    rows: Rows = WHOLE
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,10 +72,14 @@ class TokenStreams:
         """Iterate endlessly from `first_step`: int32 arrays [batch, length]."""
         check_first_step(first_step)
         part = self.steps_per_epoch * self.length
-        rows = np.arange(self.batch_size) * part
+        rows = np.arange(self.batch_size)[self.rows.of(self.batch_size)] * part
         for step in itertools.count(first_step):
             starts = (rows + step * self.length) % (part * self.batch_size)
             yield _windows(self.tokens, starts, self.length)
+
+    def part(self, index: int, count: int) -> TokenStreams:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, rows=self.rows.part(index, count, self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +90,7 @@ class SequentialWindows:
     batch_size: int
     length: int
     stride: int
+    rows: Rows = WHOLE
 
     @property
     def num_predictions(self) -> int:
@@ -97,7 +110,8 @@ class SequentialWindows:
         check_first_step(first_step)
         position = np.arange(self.length)[None]
         for step in range(first_step, len(self)):
-            window = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[:, None]
+            window = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            window = window[self.rows.of(self.batch_size), None]
             # All masks are [batch, length].
             start = window * self.stride
             inside = (window < self.num_windows) & (start + position < self.num_predictions)
@@ -108,6 +122,10 @@ class SequentialWindows:
                 "labels": np.where(inside, self.tokens[index + 1], 0).astype(np.int32),
                 "weights": (inside & new).astype(np.float32),
             }
+
+    def part(self, index: int, count: int) -> SequentialWindows:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
+        return dataclasses.replace(self, rows=self.rows.part(index, count, self.batch_size))
 
 
 def token_windows(
