@@ -37,7 +37,7 @@ def files(
         write_llama(workload.network, temporary)
         return {"pretrained": str(temporary)}
     if workload.task == "embed":
-        sentences = [sentence for sentence, _ in text.sst2(data).train][:NUM_SENTENCES]
+        sentences = text.sst2(data).train.texts[:NUM_SENTENCES]
         path = temporary / "sentences.txt"
         path.write_text("\n".join(sentences), encoding="utf-8")
         return {"pretrained": str(pretrained), "sentences": str(path)}
