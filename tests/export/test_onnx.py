@@ -310,6 +310,16 @@ def test_loops_and_branches(tmp_path):
         compare(compute(X, np.array([n], np.int32)), loops(jnp.asarray(X), jnp.array([n])))
 
 
+def test_axes_that_were_not_broadcast_yet_meet_axes_of_size_1(tmp_path):
+    def function(x):
+        rows = jnp.zeros(x.shape[0]) + 1  # [batch], the same everywhere
+        steps = lax.add(rows[:, None], jnp.arange(4.0)[None])  # [batch, 4]
+        return jnp.concatenate([steps, x], 1)
+
+    (got,) = exported(tmp_path, function, X)(X[:2])
+    np.testing.assert_allclose(got, function(X[:2]))
+
+
 def test_the_half_types_are_computed_in_float32(tmp_path):
     def function(x):
         half = x.astype(jnp.bfloat16)

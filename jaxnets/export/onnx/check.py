@@ -152,7 +152,12 @@ def compare(
             one.name: _at_boundary(x)
             for one, x in zip(written.graph.inputs, case.inputs, strict=True)
         }
-        actual = run.run([one.name for one in written.outputs], feeds)
+        try:
+            actual = run.run([one.name for one in written.outputs], feeds)
+        except Exception as failure:
+            raise ValueError(
+                f"onnxruntime does not compute the graph ({case.description}): {failure}"
+            ) from failure
         scales = [max(pair) for pair in zip(scales, _scale(expected), strict=True)]
         errors = _differences(expected, actual)
         for one, error, scale in zip(written.outputs, errors, scales, strict=True):

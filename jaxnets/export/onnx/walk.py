@@ -359,8 +359,8 @@ def _elementwise(aval: Any, name: str, operands: Sequence[Tensor]) -> Tensor:
     shape = tuple(aval.shape)
     thin = {axis for axis, size in enumerate(shape) if size != 1}
     for operand in operands:
-        if operand.shape:
-            thin &= operand.thin
+        if operand.shape:  # axes may also be of size 1 in the network itself
+            thin &= operand.thin | {axis for axis, size in enumerate(operand.shape) if size == 1}
     if all(not operand.shape for operand in operands):
         thin = set()
     return Tensor(name, shape, np.dtype(aval.dtype), frozenset(thin))
