@@ -42,7 +42,12 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 
 
 def read_json(
-    path: str | os.PathLike[str], *, what: str, remedy: str, if_missing: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    what: str,
+    remedy: str,
+    if_missing: str | None = None,
+    half_pairs: bool = False,
 ) -> Document:
     """Read a JSON file that holds one object.
 
@@ -55,14 +60,15 @@ def read_json(
         remedy: what the user can do otherwise, as a clause for the errors.
         if_missing: what the user can do where there is no such file; then the error is one
             sentence with the folder.
+        half_pairs: allow half surrogate pairs, which no file name and no printed text can hold.
 
     Returns:
         The content without the digest; its `check` tests the entries.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not an object, an entry that occurs twice, or changed since it was
-            written; the message has the file, the line and the remedy.
+        ValueError: not JSON, not an object, an entry that occurs twice, half a pair, or changed
+            since it was written; the message has the file, the line and the remedy.
     """
     path = Path(path)
     try:
@@ -73,7 +79,7 @@ def read_json(
         raise FileNotFoundError(
             f"{path.parent} has no {path.name} ({error.strerror}); {if_missing}"
         ) from error
-    document = parse_json(raw, path=path, what=what, remedy=remedy)
+    document = parse_json(raw, path=path, what=what, remedy=remedy, half_pairs=half_pairs)
     content = document.content
     if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
         raise document.error(
@@ -107,7 +113,13 @@ def read_json_lines(path: str | os.PathLike[str], *, what: str, remedy: str) -> 
 
 
 def parse_json(
-    content: bytes, *, path: str | os.PathLike[str], what: str, remedy: str, first_line: int = 1
+    content: bytes,
+    *,
+    path: str | os.PathLike[str],
+    what: str,
+    remedy: str,
+    first_line: int = 1,
+    half_pairs: bool = False,
 ) -> Document:
     """Parse a part of a file that holds one JSON object.
 
@@ -117,6 +129,7 @@ def parse_json(
         what: what the part should be, such as "the metrics of a run".
         remedy: what the user can do otherwise, as a clause for the errors.
         first_line: number of its first line.
+        half_pairs: as in `read_json`.
 
     Returns:
         The object; its `check` tests the entries.
@@ -132,7 +145,7 @@ def parse_json(
         line = content[: error.start].count(b"\n") + 1
         raise document.error("it is not text in UTF-8", line=line) from error
     document = dataclasses.replace(document, text=text)
-    return dataclasses.replace(document, content=_parse(document, text))
+    return dataclasses.replace(document, content=_parse(document, text, half_pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +211,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     ).hexdigest()
 
 
-def _parse(document: Document, text: str) -> dict[str, Any]:
+def _parse(document: Document, text: str, half_pairs: bool) -> dict[str, Any]:
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -213,7 +226,7 @@ def _parse(document: Document, text: str) -> dict[str, Any]:
         depth += 1 if bracket[0] in "[{" else -1
         if depth > _MAX_DEPTH:
             raise document.error("it is nested too deeply", line=_line(text, None))
-    if "\\ud" in text.lower():  # no text that can be printed, or name a file
+    if "\\ud" in text.lower() and not half_pairs:
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

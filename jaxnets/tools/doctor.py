@@ -36,7 +36,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "experiments": ("tyro", "jiwer", "sacrebleu"),
     "driving": ("gymnasium", "box2d", "pygame"),
     "docs": ("mkdocs-material", "mkdocstrings", "mkdocs-jupyter", "latex2mathml", "ruff"),
-    "export": ("flatbuffers",),
+    "export": ("flatbuffers", "onnx", "onnxruntime"),
     "grain": ("grain",),
     "tensorboard": ("tensorboardX", "pillow"),
     "wandb": ("wandb",),
@@ -44,7 +44,10 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "pretrained": ("pillow", "huggingface-hub"),
     "notebooks": ("jupyter-client", "nbclient", "ipykernel"),
     "parity": ("torch", "transformers", "safetensors", "librosa", "torchaudio"),
-    "benchmark": ("torch", "keras", "equinox", "transformers"),
+    "benchmark": (
+        *("torch", "keras", "equinox", "transformers"),
+        *("safetensors", "sentence-transformers"),
+    ),
 }
 
 #: (package, version) -> its known bug and the remedy.

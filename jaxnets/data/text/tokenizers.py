@@ -255,7 +255,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         ValueError: not a tokenizer file, or one that was changed; names the file and the line.
         ImportError: a subword tokenizer, and `tokenizers` is not installed.
     """
-    document = read_json(path, what="a saved tokenizer", remedy="write it with tokenizer.save")
+    remedy = "write it with tokenizer.save"
+    document = read_json(path, what="a saved tokenizer", remedy=remedy, half_pairs=True)
     kind = document.check(_Saved)["tokenizer"]
     if kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))
