@@ -233,15 +233,23 @@ def jit_step(
         donate: donate the buffers of the input state, which the caller cannot use afterwards.
 
     Returns:
-        The compiled `(state, batch) -> (state, metrics)`. Arrays that the step holds, such as
-        frozen parameters, are arguments of the program; `jax.jit(step)` would embed them in it.
+        The compiled `(state, batch) -> (state, metrics)`, with the `lower` of `jax.jit`. Arrays
+        that the step holds, such as frozen parameters, are arguments of the program;
+        `jax.jit(step)` would embed them in it.
     """
     held, with_arrays = split_arrays(step)
 
     def run(held: Sequence[Any], state: TrainState, batch: Batch) -> _Result:
         return with_arrays(held)(state, batch)
 
-    return functools.partial(jax.jit(run, donate_argnums=(1,) if donate else ()), held)
+    return _Compiled(jax.jit(run, donate_argnums=(1,) if donate else ()), held)
+
+
+class _Compiled(functools.partial[Any]):
+    """A compiled function with its first argument, and the `lower` of `jax.jit`."""
+
+    def lower(self, *arguments: Any) -> Any:
+        return self.func.lower(*self.args, *arguments)  # type: ignore[attr-defined]
 
 
 def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = False) -> Executor:
@@ -279,7 +287,7 @@ def resident_steps(step: StepFn, data: Mapping[str, Any], *, donate: bool = Fals
 
         return scan_steps(gathered)(state, selection)
 
-    return functools.partial(jax.jit(run, donate_argnums=(1,) if donate else ()), resident)
+    return _Compiled(jax.jit(run, donate_argnums=(1,) if donate else ()), resident)
 
 
 def pmap_step(

@@ -257,7 +257,8 @@ def evaluate(
         the weights of a metric sum to 0.
 
     Warns:
-        RuntimeWarning: the total of a metric is NaN or infinite; it names the first such batch.
+        RuntimeWarning: the total of a metric is NaN or infinite, other than that of a frozen member
+            of a population; it names the first such batch.
 
     Raises:
         ValueError: there are no batches, no end of them, or they are those of `data.chunked`.
@@ -273,15 +274,18 @@ def evaluate(
     """
     totals, first_bad = _sums(eval_step, state, batches, num_batches)
     for name, index in first_bad.items():
+        member = ""
+        if np.ndim(state.step):
+            finite = np.isfinite(totals[name].total).reshape(len(state.step), -1).all(axis=1)
+            finite |= np.asarray(state.step) < np.max(state.step)  # frozen: `fit` has said so
+            if np.all(finite):
+                continue
+            member = f" of member {int(np.argmin(finite))}"
         reason = "look for NaN in the inputs and the state"
         if not isinstance(batches, Iterator):
             source = batches(0) if callable(batches) else batches
             batch = next(itertools.islice(source, index, None))
             reason = f"batch {index} has {_describe(eval_step, state, batch)}; {reason}"
-        member = ""
-        if np.ndim(state.step):
-            finite = np.isfinite(totals[name].total).reshape(len(state.step), -1).all(axis=1)
-            member = f" of member {int(np.argmin(finite))}"
         warnings.warn(
             f"{name}{member} is NaN or infinite: {reason}, and for labels out of range, for n "
             "classes 0 to n - 1",

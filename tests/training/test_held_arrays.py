@@ -90,9 +90,7 @@ def test_the_program_has_no_copy_of_the_arrays():
     state = create_train_state({"params": {"w": jnp.ones(400)}}, update, rng=jax.random.key(0))
     batch = {"inputs": jnp.ones((2, 300)), "labels": jnp.ones(2)}
     for step in (make_train_step(update), make_eval_step(update.objective)):
-        # `func` is the compiled function, `args` are the held arrays.
-        executor = jit_step(step)
-        program = executor.func.lower(*executor.args, state, batch)
+        program = jit_step(step).lower(state, batch)
         assert len(program.as_text()) < large.nbytes / 4
 
 

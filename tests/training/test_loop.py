@@ -398,6 +398,10 @@ def test_an_evaluation_that_is_not_finite_names_the_member_whatever_the_shape_of
         evaluate(several, states, [make_batch(0)])
     found = [str(each.message).split(" is NaN")[0] for each in caught]
     assert found == ["table of member 1", "loss of member 2"]
+    frozen = dataclasses.replace(states, step=jnp.array([4, 4, 0]))
+    with pytest.warns(RuntimeWarning) as caught:  # `fit` has said that member 2 is frozen
+        evaluate(several, frozen, [make_batch(0)])
+    assert [str(each.message).split(" is NaN")[0] for each in caught] == ["table of member 1"]
     one = lambda state, batch: {"table": Mean(jnp.asarray(table[1]), jnp.float32(1))}  # noqa: E731
     with pytest.warns(RuntimeWarning, match="^table is NaN"):
         evaluate(one, state, [make_batch(0)])
