@@ -29,7 +29,7 @@ class _Member:
     calls: int | None = None  # of `agree_to_stop`, while a stop is being agreed on
 
 
-class Hub(threading.Thread):
+class Hub:
     """The thread of process 0 that the processes of a run are connected to.
 
     Args:
@@ -53,7 +53,7 @@ class Hub(threading.Thread):
         timeout_seconds: float,
         silence_seconds: float,
     ) -> None:
-        super().__init__(name="jaxnets-hub", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="jaxnets-hub", daemon=True)
         self._where = f"{host}:{port}"
         self._num_processes = num_processes
         self._timeout, self._silence = timeout_seconds, silence_seconds
@@ -65,7 +65,16 @@ class Hub(threading.Thread):
         self._values: dict[str, dict[int, Any]] = {}  # of each agreement that is not complete
         self._refused = False
 
-    def run(self) -> None:
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def join(self, timeout: float) -> bool:
+        """Wait until the last process has gone, for some seconds; return whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
         """Gather the processes, then serve them until the last one has gone."""
         try:
             self._gather()

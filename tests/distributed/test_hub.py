@@ -80,8 +80,7 @@ def start(port, *hellos, timeout=5.0, silence=30.0):
 def leave(started, hub):
     for one in started:
         one.leave(None)
-    hub.join(timeout=20)
-    assert not hub.is_alive()
+    assert hub.join(timeout=20)
 
 
 def test_all_know_all_and_leave(port, exits):
@@ -102,8 +101,7 @@ def test_all_know_all_and_leave(port, exits):
 def test_processes_that_do_not_fit_are_refused(port, second, reason):
     became, hub = start(port, hello(0), second)
     assert all(re.search(reason, text) for text in became), became
-    hub.join(timeout=20)
-    assert not hub.is_alive()
+    assert hub.join(timeout=20)
 
 
 def test_who_is_missing_is_named(port):
