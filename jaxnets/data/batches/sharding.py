@@ -24,13 +24,13 @@ class ShardedBatches:
         source: makes the rows of this process.
         sharding: of every array.
         axis: of the rows.
-        part: (index, count) of the rows of this process.
+        own_part: (index, count) of the rows of this process.
     """
 
     source: BatchSource
     sharding: NamedSharding
     axis: int
-    part: tuple[int, int]
+    own_part: tuple[int, int]
 
     @property
     def endless(self) -> bool:
@@ -48,7 +48,7 @@ class ShardedBatches:
             yield {name: self._place(np.asarray(array)) for name, array in batch.items()}
 
     def _place(self, own: np.ndarray) -> jax.Array:
-        index, count = self.part
+        index, count = self.own_part
         first = index * own.shape[self.axis]
         shape = list(own.shape)
         shape[self.axis] *= count
