@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from checkpoint_problem import assert_bitwise_equal
-from checks import mostly_slow
+from checks import mostly_exhaustive, mostly_slow
 
 import jaxnets as jn
 from jaxnets.core import Precision, Update
@@ -58,6 +58,28 @@ FAMILIES = {
         ),
         SPEECH,
     ),
+    "translator": (
+        jn.sequence_to_sequence,
+        lambda: jn.recurrent.RecurrentTranslator(11, 11, 4, 4, **NARROW),
+        {**TEXT, "decoder_inputs": TOKENS[:, 1:], "labels": TOKENS[:, :-1]},
+    ),
+    "batch_norm": (
+        jn.classification,
+        lambda: jn.ConvNet((4,), hidden_features=(), norm="batch", num_outputs=3, **NARROW),
+        IMAGES,
+    ),
+    "autoencoder": (
+        jn.reconstruction,
+        lambda: jn.Autoencoder(CODER, latent_size=2, **NARROW),
+        IMAGES,
+    ),
+    "masked_autoencoder": (
+        jn.masked_reconstruction,
+        lambda: jn.MaskedAutoencoder(
+            2, 1, BLOCK, decoder_num_layers=1, decoder_config=BLOCK, **NARROW
+        ),
+        IMAGES,
+    ),
     "vae": (jn.vae, lambda: jn.VAE(CODER, latent_size=2, **NARROW), IMAGES),
     "vq_vae": (
         jn.vq_vae,
@@ -76,16 +98,17 @@ def problem(name):
     """Return the update, or both updates of a GAN, a state and a batch."""
     make_objective, make_module, batch = FAMILIES[name]
     module, optimizer = make_module(), optax.sgd(0.1, momentum=0.9)
-    objective, inputs = make_objective(module), batch["inputs"]
+    objective = make_objective(module)
+    inputs = [batch[key] for key in ("inputs", "decoder_inputs") if key in batch]
     if name == "gan":
         update = [
             Update(objective.discriminator, optimizer, "discriminator", float32_masters=True),
             Update(objective.generator, optimizer, "generator", float32_masters=True),
         ]
-        inputs = np.zeros((1, 5), np.float32)
+        inputs = [np.zeros((1, 5), np.float32)]
     else:
         update = Update(objective, optimizer, float32_masters=True)
-    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    variables = jax.jit(module.init)(jax.random.key(0), *inputs)
     state = jn.create_train_state(variables, update, rng=jax.random.key(1))
     return update, state, {"weights": WEIGHTS, **batch}
 
@@ -100,7 +123,15 @@ def moved(before, after):
     return np.concatenate([np.ravel(np.asarray(b) - np.asarray(a)) for a, b in pairs])
 
 
-@pytest.mark.parametrize("name", mostly_slow(FAMILIES, ["ctc"]))
+# Their parts are in other families: blocks in the masked autoencoder, cells in the encoder.
+EXHAUSTIVE = ["vision_transformer", "translator"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow([name for name in FAMILIES if name not in EXHAUSTIVE], ["ctc"])
+    + mostly_exhaustive(EXHAUSTIVE, []),
+)
 def test_narrow_networks_with_masters_train_under_every_executor_and_resume(name, tmp_path):
     update, state, batch = problem(name)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
