@@ -12,29 +12,19 @@ from typing import Any
 import jax
 
 from jaxnets.checks import check_source
-from jaxnets.core import Batch, BatchSource, is_endless, steps_per_batch
+from jaxnets.core import Batch, BatchSource
 from jaxnets.data.batches.rows import part_of
+from jaxnets.data.batches.wrapping import AroundSource
 
 _JOIN_SECONDS = 5.0  # longest wait for a blocked source, so that closing never hangs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PrefetchedBatches:
+class PrefetchedBatches(AroundSource):
     """A source with a queue of batches on the device; see `prefetch`."""
 
-    source: BatchSource
     size: int
     device_put: Callable[[Batch], Any]
-
-    @property
-    def endless(self) -> bool:
-        """Whether the wrapped source has no end."""
-        return is_endless(self.source)
-
-    @property
-    def steps_per_batch(self) -> int:
-        """Steps per batch of the wrapped source."""
-        return steps_per_batch(self.source)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate from `first_step`; the thread starts with the first `next`."""

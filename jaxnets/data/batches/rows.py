@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnets.core import Batch, BatchSource, is_endless, steps_per_batch
+from jaxnets.core import Batch, BatchSource, steps_per_batch
+from jaxnets.data.batches.wrapping import AroundSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,10 @@ WHOLE = Rows()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _PartOfWhole:
+class _PartOfWhole(AroundSource):
     """A part of the batches of a source that can only make whole ones."""
 
-    source: BatchSource
     rows: Rows
-
-    @property
-    def endless(self) -> bool:
-        return is_endless(self.source)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         for batch in self.source(first_step):

@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.checks import check_source
-from jaxnets.core import DATA_AXIS, Batch, BatchSource, is_endless, steps_per_batch
+from jaxnets.core import DATA_AXIS, Batch, BatchSource
 from jaxnets.data.batches.rows import part_of
+from jaxnets.data.batches.wrapping import AroundSource
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ShardedBatches:
+class ShardedBatches(AroundSource):
     """Batches of a source on a mesh; see `sharded_batches`.
 
     Attributes:
@@ -27,20 +28,9 @@ class ShardedBatches:
         own_part: (index, count) of the rows of this process.
     """
 
-    source: BatchSource
     sharding: NamedSharding
     axis: int
     own_part: tuple[int, int]
-
-    @property
-    def endless(self) -> bool:
-        """Whether the source has no end."""
-        return is_endless(self.source)
-
-    @property
-    def steps_per_batch(self) -> int:
-        """Steps per batch of the source."""
-        return steps_per_batch(self.source)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate from `first_step`: arrays of the whole batch on the mesh."""

@@ -18,6 +18,7 @@ from jaxnets.checks import check_first_step, check_sizes, check_source
 from jaxnets.core import Batch, BatchSource, is_endless
 from jaxnets.data.arrays import Arrays, check_arrays, check_seed, pad_arrays, random_order
 from jaxnets.data.batches.rows import WHOLE, Rows, part_of
+from jaxnets.data.batches.wrapping import AroundSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,36 +164,35 @@ class MemberBatches:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ChunkedBatches:
+class ChunkedBatches(AroundSource):
     """Batches of several steps, stacked on a new leading axis; see `chunked`.
 
     Attributes:
         source: the source of the batches.
-        steps_per_batch: steps per stacked batch.
+        num_steps: steps per stacked batch.
     """
 
-    source: BatchSource
-    steps_per_batch: int
+    num_steps: int
 
     @property
-    def endless(self) -> bool:
-        """Whether the source has no end."""
-        return is_endless(self.source)
+    def steps_per_batch(self) -> int:
+        """Steps per stacked batch."""
+        return self.num_steps
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate over chunks; the first starts at `first_step`, which need not be a multiple."""
         batches = iter(self.source(first_step))
-        while chunk := list(itertools.islice(batches, self.steps_per_batch)):
-            if len(chunk) < self.steps_per_batch:
+        while chunk := list(itertools.islice(batches, self.num_steps)):
+            if len(chunk) < self.num_steps:
                 raise ValueError(
                     f"the source ended after {len(chunk)} batches of a chunk of "
-                    f"{self.steps_per_batch}; use an endless source or a num_steps that divides it"
+                    f"{self.num_steps}; use an endless source or a num_steps that divides it"
                 )
             yield {name: np.stack([batch[name] for batch in chunk]) for name in chunk[0]}
 
     def part(self, index: int, count: int) -> ChunkedBatches:
         """Return the source of one of `count` equal parts of every batch, as `sharded_batches`."""
-        return ChunkedBatches(part_of(self.source, index, count), self.steps_per_batch)
+        return ChunkedBatches(part_of(self.source, index, count), self.num_steps)
 
 
 def index_batches(num_examples: int, batch_size: int, *, seed: int) -> IndexBatches:
