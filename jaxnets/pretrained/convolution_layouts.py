@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from jaxnets.pretrained.layouts import Array, AxisOrder
@@ -65,20 +66,18 @@ class TransposedConvolutionKernel:
         grouped = array.reshape(self.groups, inputs // self.groups, outputs, *window)
         ndim = grouped.ndim
         # [*window, in / groups, groups, out / groups]
-        kernel = self._flipped(grouped.transpose(*range(3, ndim), 1, 0, 2), ndim - 3)
+        kernel = grouped.transpose(*range(3, ndim), 1, 0, 2)
+        kernel = _flipped(kernel, channels=3) if self.flip else kernel
         return kernel.reshape(*window, inputs // self.groups, self.groups * outputs)
 
     def _to_file(self, array: Array) -> Array:
         *window, inputs, outputs = array.shape
-        kernel = self._flipped(array, len(window))
+        kernel = _flipped(array) if self.flip else array
         # [*window, in / groups, groups, out / groups]
         kernel = kernel.reshape(*window, inputs, self.groups, outputs // self.groups)
         rank = len(window)
         kernel = kernel.transpose(rank + 1, rank, rank + 2, *range(rank))
         return kernel.reshape(self.groups * inputs, outputs // self.groups, *window)
-
-    def _flipped(self, kernel: Array, rank: int) -> Array:
-        return kernel[(slice(None, None, -1),) * rank] if self.flip else kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,47 @@ class DepthwiseKernel:
 
     def from_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Bring the channels of each kernel to one axis."""
+        results = []
         for array in arrays:
             _check_window(array.ndim)
-        return [array.reshape(*array.shape[:-2], 1, -1) for array in arrays]
+            *window, inputs, multiplier = array.shape
+            results.append(array.reshape(*window, 1, inputs * multiplier))
+        return results
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Undo it."""
         return [array.reshape(*array.shape[:-2], -1, self.multiplier) for array in arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class KerasTransposedKernel:
+    """The kernel of Keras' transposed convolution: [*window, out, in] in the file.
+
+    Here it is [*window, in, out].
+
+    Attributes:
+        flip: flip the window; False for `layers.TransposedConvolution`, which flips it itself.
+
+    Example:
+        >>> import numpy as np
+        >>> KerasTransposedKernel().from_file([np.zeros((4, 5, 8, 3))])[0].shape
+        (4, 5, 3, 8)
+    """
+
+    flip: bool = True
+
+    def from_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Exchange the channels of each kernel, and flip its window."""
+        results = []
+        for array in arrays:
+            _check_window(array.ndim)
+            kernel = array.swapaxes(-2, -1)
+            results.append(_flipped(kernel) if self.flip else kernel)
+        return results
+
+    def to_file(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo it, which is the same."""
+        return self.from_file(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +167,18 @@ class PatchKernel:
         for array in ConvolutionKernel().from_file(arrays):
             if array.shape[:-2] != self.window:
                 raise ValueError(f"a patch of {array.shape[:-2]}, not {self.window}")
-            results.append(array.reshape(-1, array.shape[-1]))
+            results.append(array.reshape(math.prod(array.shape[:-1]), array.shape[-1]))
         return results
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Bring each dense kernel to that of a convolution."""
         kernels = [array.reshape(*self.window, -1, array.shape[-1]) for array in arrays]
         return ConvolutionKernel().to_file(kernels)
+
+
+def _flipped(kernel: Array, *, channels: int = 2) -> Array:
+    """Flip the window of a kernel, whose last axes are those of channels."""
+    return kernel[(slice(None, None, -1),) * (kernel.ndim - channels)]
 
 
 def _check_window(ndim: int) -> None:

@@ -3,14 +3,14 @@
 Keras 3 names the group of a layer by its class and its place among the layers of that class, not by
 the layer's name: "layers/dense", "layers/dense_1", ... `python -m jaxnets inspect FILE` lists them.
 Kernels of dense layers and convolutions, and an image flattened for a dense layer, have the order
-of axes that they have here.
+of axes that they have here; those of transposed convolutions have not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxnets.pretrained.convolution_layouts import DepthwiseKernel
+from jaxnets.pretrained.convolution_layouts import DepthwiseKernel, KerasTransposedKernel
 from jaxnets.pretrained.layouts import (
     Blocks,
     GRUBiases,
@@ -43,6 +43,30 @@ def convolution(source: str, target: str) -> list[Rule]:
         target: path of the layer. With strides, Keras' padding "same" is "SAME" here.
     """
     return _variables(source, target, ("kernel", "bias"))
+
+
+def transposed_convolution(source: str, target: str, *, flip: bool = True) -> list[Rule]:
+    """Return the rules of `Conv1DTranspose`, `Conv2DTranspose` and `Conv3DTranspose`.
+
+    The kernel is that of `flax.linen.ConvTranspose`, with the same strides and dilation. Keras'
+    padding "valid" and "same" is "VALID" and "SAME" there. With an `output_padding` q it is that of
+    the dilated input: of a kernel of k with dilation d and e = d (k - 1) + 1, "valid" is
+    (e - 1, e - 1 + q) at each axis, and "same" (l, p - l) with p = e + e % 2 - 2 + q and
+    l = min(ceil(p / 2), e - 1).
+
+    With `flip=False` the kernel is that of `layers.TransposedConvolution`, whose strides are 2 and
+    whose padding is "same". For `ConvTranspose(transpose_kernel=True)` the rules are those of
+    `convolution`.
+
+    Args:
+        source: group of the layer in the file, such as "layers/conv2d_transpose".
+        target: path of the layer.
+        flip: flip the window.
+    """
+    return [
+        Rule(f"{source}/vars/0", f"{target}/kernel", (KerasTransposedKernel(flip),)),
+        Rule(f"{source}/vars/1", f"{target}/bias"),
+    ]
 
 
 def depthwise_convolution(source: str, target: str) -> list[Rule]:

@@ -291,19 +291,21 @@ class RotaryPairs:
         Raises:
             ValueError: the axis has not an even number of outputs for each head.
         """
-        return [self._swap(array, (-1, 2)) for array in arrays]
+        return [self._swap(array, pairs_last=True) for array in arrays]
 
     def to_file(self, arrays: Sequence[Array]) -> list[Array]:
         """Bring each array to pairs of neighbors."""
-        return [self._swap(array, (2, -1)) for array in arrays]
+        return [self._swap(array, pairs_last=False) for array in arrays]
 
-    def _swap(self, array: Array, halves: tuple[int, int]) -> Array:
+    def _swap(self, array: Array, *, pairs_last: bool) -> Array:
         shape, axis = array.shape, self.axis
         if shape[axis] % (2 * self.num_heads):
             raise ValueError(
                 f"axis {axis} of size {shape[axis]} has no {self.num_heads} heads of pairs"
             )
-        pairs = array.reshape(*shape[:axis], self.num_heads, *halves, *shape[axis + 1 :])
+        half = shape[axis] // (2 * self.num_heads)
+        split = (half, 2) if pairs_last else (2, half)
+        pairs = array.reshape(*shape[:axis], self.num_heads, *split, *shape[axis + 1 :])
         return pairs.swapaxes(axis + 1, axis + 2).reshape(shape)
 
 

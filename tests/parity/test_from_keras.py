@@ -128,6 +128,63 @@ def test_convolutions_of_time(tmp_path, seed):
     check(tmp_path, [layer], module, rules, normal(random, 2, 11, channels))
 
 
+@pytest.mark.parametrize("layer", ["flax", "transposed kernel"])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_transposed_convolutions(tmp_path, rank, padding, layer):
+    random = np.random.default_rng(rank)
+    kind = getattr(keras.layers, f"Conv{rank}DTranspose")
+    transposed = layer == "transposed kernel"
+    rule = rules_of.convolution if transposed else rules_of.transposed_convolution
+    rules = rule(f"layers/conv{rank}d_transpose", "params")
+    for seed in range(3):
+        inputs, features = integers(random, 1, 4, 2)
+        kernel, strides, dilation = (integers(random, 1, 5, rank) for _ in range(3))
+        strides, dilation = (strides, (1,) * rank) if seed else ((1,) * rank, dilation)
+        bias = bool(random.integers(2))
+        options = {"strides": strides, "padding": padding, "dilation_rate": dilation}
+        theirs = kind(features, kernel, use_bias=bias, **options)
+        module = nn.ConvTranspose(
+            features,
+            kernel,
+            strides,
+            padding.upper(),
+            dilation,
+            use_bias=bias,
+            transpose_kernel=transposed,
+        )
+        x = normal(random, 2, *integers(random, 4, 7, rank), inputs)
+        check(tmp_path, [theirs], module, rules, x)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "dilation", "padding", "extra", "pairs"),
+    [
+        (4, 3, 1, "valid", 2, (3, 5)),
+        (3, 1, 2, "valid", 0, (4, 4)),
+        (4, 3, 1, "same", 2, (2, 2)),
+        (3, 2, 1, "same", 1, (2, 1)),
+        (5, 2, 1, "same", 0, (2, 2)),
+    ],
+)
+def test_output_padding_of_a_transposed_convolution(
+    tmp_path, kernel, strides, dilation, padding, extra, pairs
+):
+    options = {"strides": strides, "dilation_rate": dilation, "output_padding": extra}
+    theirs = keras.layers.Conv1DTranspose(3, kernel, padding=padding, **options)
+    module = nn.ConvTranspose(3, (kernel,), (strides,), [pairs], (dilation,))
+    rules = rules_of.transposed_convolution("layers/conv1d_transpose", "params")
+    check(tmp_path, [theirs], module, rules, normal(np.random.default_rng(0), 1, 5, 2))
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4, 5])
+def test_the_transposed_convolution_of_this_library(tmp_path, kernel):
+    theirs = keras.layers.Conv2DTranspose(4, kernel, 2, padding="same")
+    module = jn.layers.TransposedConvolution(4, kernel)
+    rules = rules_of.transposed_convolution("layers/conv2d_transpose", "params", flip=False)
+    check(tmp_path, [theirs], module, rules, normal(np.random.default_rng(0), 2, 5, 3, 3))
+
+
 class Norms(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -51,6 +51,22 @@ def test_a_depthwise_convolution_has_its_multiplier_innermost():
     np.testing.assert_allclose(module.apply(network.variables, x[None])[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", ["flax", "transposed kernel"])
+def test_a_transposed_convolution_puts_its_kernel_around_every_input(layer):
+    x, kernel = normal((5, 2), 0, np.float32), normal((4, 3, 2), 1, np.float32)
+    expected = np.zeros((4 * 3 + 4, 3))
+    for index, one in enumerate(x):
+        expected[3 * index : 3 * index + 4] += kernel @ one  # [window, out]
+    transposed = layer == "transposed kernel"
+    module = nn.ConvTranspose(3, (4,), (3,), "VALID", use_bias=False, transpose_kernel=transposed)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x[None])
+    rules_of = keras_layers.convolution if transposed else keras_layers.transposed_convolution
+    file = {"layers/conv1d_transpose/vars/0": kernel}
+    rules = rules_of("layers/conv1d_transpose", "params")
+    network = from_keras(file, module, variables, rules=rules)
+    np.testing.assert_allclose(module.apply(network.variables, x[None])[0], expected, atol=1e-5)
+
+
 def test_variables_of_the_optimizer_are_left_out_and_other_leftovers_are_listed():
     module = nn.Dense(2)
     variables = jax.eval_shape(module.init, jax.random.key(0), np.ones((1, 3), np.float32))

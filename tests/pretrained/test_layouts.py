@@ -24,6 +24,8 @@ CASES = [
         [(6, 4, 2, 5)],
         [(2, 5, 3, 8)],
     ),
+    (kernels.KerasTransposedKernel(), [(4, 5, 8, 3)], [(4, 5, 3, 8)]),
+    (kernels.KerasTransposedKernel(flip=False), [(5, 8, 3)], [(5, 3, 8)]),
     (kernels.DepthwiseKernel(2), [(3, 5, 4, 2)], [(3, 5, 1, 8)]),
     (layouts.SplitHeads(3, axis=1), [(4, 6)], [(4, 3, 2)]),
     (layouts.JoinHeads(3, axis=1), [(4, 3, 2)], [(4, 6)]),
@@ -99,6 +101,20 @@ def test_rotary_pairs_bring_neighbors_to_halves():
 
 
 @pytest.mark.parametrize(
+    ("layout", "shape", "ours"),
+    [
+        (layouts.RotaryPairs(2), (8, 0), (8, 0)),
+        (kernels.DepthwiseKernel(), (0, 4, 2), (0, 1, 8)),
+        (kernels.PatchKernel((2, 2)), (0, 3, 2, 2), (12, 0)),
+    ],
+    ids=lambda x: str(x),
+)
+def test_a_damaged_shape_without_elements_has_one_here_too(layout, shape, ours):
+    shapes = jax.eval_shape(layout.from_file, [numbers(*shape)])
+    assert shapes[0].shape == ours
+
+
+@pytest.mark.parametrize(
     ("layout", "shape", "message"),
     [
         (layouts.Transpose(), (2, 3, 4), "3 axes, not 2"),
@@ -109,6 +125,7 @@ def test_rotary_pairs_bring_neighbors_to_halves():
             "3 channels do not split into 2 groups",
         ),
         (kernels.TransposedConvolutionKernel(), (3, 4), "2 axes, and a convolution"),
+        (kernels.KerasTransposedKernel(), (3, 4), "2 axes, and a convolution"),
         (kernels.DepthwiseKernel(), (3, 4), "2 axes, and a convolution"),
         (layouts.SplitHeads(4), (6, 2), "axis 0 of size 6 has no 4 heads"),
         (layouts.JoinHeads(4), (6, 2), r"axes 0 and 1 of \(6, 2\) are no 4 heads"),
