@@ -30,6 +30,7 @@ from jaxnets.export.arguments import (
 )
 from jaxnets.storage import (
     atomic_folder,
+    file_sha256,
     read_json,
     read_safetensors,
     write_json,
@@ -39,6 +40,7 @@ from jaxnets.storage import (
 _FORMAT = 1
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _ONLY = "program"  # name of the only function
+_WEIGHTS = "weights.safetensors"
 
 
 class _Function(TypedDict):
@@ -54,6 +56,7 @@ class _Description(TypedDict):
     platforms: list[str]
     functions: dict[str, _Function]
     weights: list[str]
+    weights_sha256: str
 
 
 def export_program(
@@ -127,18 +130,19 @@ def export_program(
             ),
             "sha256": hashlib.sha256(serialized[name]).hexdigest(),
         }
-    description: _Description = {
-        "format": _FORMAT,
-        "jax": jax.__version__,
-        "jaxnets": jaxnets.__version__,
-        "platforms": list(platforms),
-        "functions": functions,
-        "weights": sorted(weights),  # the order of a dict's leaves
-    }
     with atomic_folder(path) as folder:
         for name, content in serialized.items():
             (folder / f"{name}.bin").write_bytes(content)
-        write_safetensors(folder / "weights.safetensors", weights, {"format": "jaxnets"})
+        write_safetensors(folder / _WEIGHTS, weights, {"format": "jaxnets"})
+        description: _Description = {
+            "format": _FORMAT,
+            "jax": jax.__version__,
+            "jaxnets": jaxnets.__version__,
+            "platforms": list(platforms),
+            "functions": functions,
+            "weights": sorted(weights),  # the order of a dict's leaves
+            "weights_sha256": file_sha256(folder / _WEIGHTS),
+        }
         write_json(folder / "program.json", {**description})
 
 
@@ -251,9 +255,13 @@ def load_program(path: str | os.PathLike[str]) -> Program:
             key="format",
         )
     description = document.check(_Description)
-    file = path / "weights.safetensors"
+    file = path / _WEIGHTS
+    if file_sha256(file) != description["weights_sha256"]:
+        raise _damaged(file)
     weights = {name: jnp.asarray(array) for name, array in read_safetensors(file).items()}
     exported = {}
+    if not description["functions"]:
+        raise document.error("it has no functions", key="functions")
     for name, function in description["functions"].items():
         if not name.isidentifier():
             raise document.error(f"a function is named {name!r}", key="functions")
@@ -273,9 +281,7 @@ def load_program(path: str | os.PathLike[str]) -> Program:
 def _deserialize(path: Path, digest: str, version: str) -> export.Exported:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(
-            f"{path} is damaged: its sha256 is not that of program.json; export it again"
-        )
+        raise _damaged(path)
     try:
         exported = export.deserialize(bytearray(content))
         exported.mlir_module()  # operations that are too new are refused here
@@ -286,6 +292,10 @@ def _deserialize(path: Path, digest: str, version: str) -> export.Exported:
             f"({reason}); install JAX {version}, or export it again by this one"
         ) from error
     return exported
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged: its sha256 is not that of program.json; export it again")
 
 
 def _types(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

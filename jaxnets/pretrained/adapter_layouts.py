@@ -131,7 +131,12 @@ def find_target(module: str, assignments: Mapping[str, Assignment], where: str) 
     Raises:
         ValueError: PEFT's layout has no update of low rank for it.
     """
-    one = assignments[f"{module}.weight"]
+    one = assignments.get(f"{module}.weight")
+    if one is None:  # a parameter of its own, such as positions of ViT
+        raise ValueError(
+            f"{where}: {module} is no layer with a weight, so it has no update of low rank in "
+            "PEFT's layout; train it as a whole"
+        )
     layout, axis = one.layout, 1
     if not all(path.startswith("params/") for path in one.paths) or len(one.names) > 1:
         raise ValueError(f"{where}: {one.names} have no update of low rank in PEFT's layout")

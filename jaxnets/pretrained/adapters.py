@@ -134,6 +134,11 @@ def save_adapter(
     merged = merge_lora(params, variables)
     kernels, whole = _split_layers(variables, params)
     by_path = {path: one for one in assignments.values() for path in one.paths}
+    if stray := [name for name in (*kernels, *whole) if f"params/{name}" not in by_path]:
+        raise ValueError(
+            f"{stray[0]} has no tensor in a file of {known.model_type!r}, so PEFT cannot express "
+            "its update; leave it frozen, or merge the adapter and save the network"
+        )
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}

@@ -16,6 +16,7 @@ from jaxnets.models import autoencoder, convolutional, feedforward, gan, recurre
 from jaxnets.objectives import likelihoods
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.rules import Rule, variable_leaves
+from jaxnets.storage.safetensors import DTYPES
 
 #: `model_type` of a config.json that this library wrote.
 JAXNETS = "jaxnets"
@@ -29,6 +30,8 @@ FREE_FIELDS = (
 
 _MODULES = (autoencoder, convolutional, feedforward, gan, recurrent, transformer, likelihoods)
 _INTERNAL = ("parent", "name")
+# NumPy takes other texts for types too, some with a warning.
+_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
 def module_to_json(module: nn.Module, variables: Any) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def own_rules(paths: Iterable[str]) -> list[Rule]:
 def _leaves(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         return {
-            path: jax.ShapeDtypeStruct(tuple(map(int, one["shape"])), jnp.dtype(one["dtype"]))
+            path: jax.ShapeDtypeStruct(tuple(map(int, one["shape"])), _dtype(one["dtype"]))
             for path, one in config.content["arrays"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -190,8 +193,14 @@ def _decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "dtype" in value:
-        return jnp.dtype(value["dtype"]).type
+        return _dtype(value["dtype"]).type
     kind = _classes().get(value["class"])
     if kind is None:
         raise ValueError(f"class {value['class']!r} is not known")
     return kind(**{name: _decode(one) for name, one in value.items() if name != "class"})
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not known")
+    return _DTYPES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,11 @@ from types import MappingProxyType
 from typing import Any, NotRequired, TypedDict
 
 from jaxnets.models.transformer import SentenceEncoder, SentencePool
-from jaxnets.storage import Document, read_json
+from jaxnets.storage import Document, read_optional_json
 
 _REMEDY = "load its encoder alone by architecture="
+_WHAT = "options of a sentence encoder that are supported"
+_read = functools.partial(read_optional_json, what=_WHAT, remedy=_REMEDY)
 #: Where the modules were up to version 5; later ones still find them there.
 _TYPES = "sentence_transformers.models"
 #: {pooling of sentence-transformers: pool of `SentenceEncoder`}.
@@ -143,14 +146,6 @@ def _modules(path: Path) -> tuple[Document, list[_Module]]:
 
 class _Modules(TypedDict):
     modules: list[_Module]
-
-
-def _read(path: Path) -> Document:
-    """Read an optional JSON file; without it its content is empty."""
-    what = "options of a sentence encoder that are supported"
-    if not path.is_file():
-        return Document(path, what, _REMEDY, {}, "")
-    return read_json(path, what=what, remedy=_REMEDY)
 
 
 def _check_prompt(folder: Path) -> None:

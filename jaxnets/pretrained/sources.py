@@ -107,10 +107,10 @@ def _open_folder(folder: Path, architecture: str | None, fields: Mapping[str, An
     try:
         config = Config.read(folder / "config.json")
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} has no config.json; give the whole folder of a network, or read its "
-            "tensors alone by read_tensors"
-        ) from error
+        remedy = "give the whole folder of a network, or read its tensors alone by read_tensors"
+        if KIND in tensors.metadata:
+            remedy = f"its file says what network it is: load({str(tensors.path)!r})"
+        raise FileNotFoundError(f"{folder} has no config.json; {remedy}") from error
     if config.content.get("model_type") == JAXNETS:
         source = _own_network(config, tensors, fields)
         source = dataclasses.replace(source, processor=read_processor(folder))

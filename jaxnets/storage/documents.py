@@ -89,6 +89,13 @@ def read_json(
     return document
 
 
+def read_optional_json(path: Path, *, what: str, remedy: str) -> Document:
+    """Read a JSON file as `read_json` does; without the file its content is empty."""
+    if not path.is_file():
+        return Document(path, what, remedy, {}, "")
+    return read_json(path, what=what, remedy=remedy)
+
+
 def read_json_lines(path: str | os.PathLike[str], *, what: str, remedy: str) -> list[Document]:
     """Read a file with one JSON object a line.
 

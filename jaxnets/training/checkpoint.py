@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxnets.core import tree_path
+from jaxnets.storage import file_sha256
 from jaxnets.training import row_files
 from jaxnets.training.checkpoint_arrays import is_key, key_data, read_arrays, write_arrays
 from jaxnets.training.checkpoint_folder import (
@@ -35,7 +36,6 @@ from jaxnets.training.checkpoint_folder import (
     Manifest,
     begin,
     complete_steps,
-    digest,
     folder_of,
     is_history,
     load_manifest,
@@ -103,7 +103,7 @@ def save(
         payload = next(p for n in itertools.count() if not (p := folder / f"state_{n}").exists())
         write_arrays(payload, leaves)
         if jax.process_index() == 0:
-            files = {str(f.relative_to(folder)): digest(f, sync=True) for f in _files(payload)}
+            files = {str(f.relative_to(folder)): file_sha256(f, sync=True) for f in _files(payload)}
             if history is not None:
                 known = _row_parts(directory, [known for known in steps if known < step])
                 description["rows"] = row_files.extend(folder.parent, history.rows, known)

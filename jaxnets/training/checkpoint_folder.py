@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard
 
-from jaxnets.storage import Document, parse_json
+from jaxnets.storage import Document, file_sha256, parse_json
 from jaxnets.training import row_files
 
 _FORMAT = 2  # 1: the rows of the history are in the manifest
@@ -180,22 +180,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def digest(path: Path, *, sync: bool = False) -> str:
-    """Return the sha256 of a file in hexadecimal digits.
-
-    Args:
-        path: the file.
-        sync: wait until it has reached the disk.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest atomically: from then on the folder is a checkpoint.
 
@@ -297,7 +281,7 @@ def read_manifest(folder: Path) -> Manifest:
     for name, expected in manifest["files"].items():
         path = folder / name
         try:
-            intact = digest(path) == expected
+            intact = file_sha256(path) == expected
         except (OSError, ValueError) as error:  # a name with a null
             raise CheckpointError(f"damaged checkpoint: cannot read {path}: {error}") from error
         if not intact:

@@ -16,7 +16,7 @@ from export_networks import NETWORKS
 import jaxnets as jn
 from jaxnets.functional.attention import cudnn
 from jaxnets.functional.lowering import platform_dependent
-from jaxnets.storage import write_json, write_safetensors
+from jaxnets.storage import file_sha256, write_json, write_safetensors
 
 DAILY = (
     *("mlp_batch_norm", "convnet", "bidirectional_lstm", "sequence_classifier"),
@@ -305,6 +305,10 @@ def test_damaged_files_are_refused_by_name(copy):
     with pytest.raises(ValueError, match=r"a function is named '\.\./x'"):
         jn.load_program(copy)
     (copy / "program.json").write_bytes(good["program.json"])
+    describe(copy, functions={})
+    with pytest.raises(ValueError, match=r"program\.json, line .* it has no functions; export it"):
+        jn.load_program(copy)
+    (copy / "program.json").write_bytes(good["program.json"])
 
     content = bytearray(good["program.bin"])
     content[len(content) // 2] ^= 1
@@ -314,10 +318,19 @@ def test_damaged_files_are_refused_by_name(copy):
             jn.load_program(copy)
     (copy / "program.bin").write_bytes(good["program.bin"])
 
-    (copy / "weights.safetensors").write_bytes(good["weights.safetensors"][:-1])
-    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+    weights = bytearray(good["weights.safetensors"])
+    weights[-3] ^= 1  # in the data of an array
+    for damaged in (bytes(weights), good["weights.safetensors"][:-1]):
+        (copy / "weights.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: its sha256"):
+            jn.load_program(copy)
+    (copy / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights\.safetensors"):
         jn.load_program(copy)
-    weights = safetensors.numpy.load(good["weights.safetensors"])
+
+
+def test_weights_of_another_program_are_refused(copy):
+    weights = safetensors.numpy.load_file(copy / "weights.safetensors")
     name = sorted(weights)[0]
     for changed in (
         {key: value for key, value in weights.items() if key != name},
@@ -325,6 +338,7 @@ def test_damaged_files_are_refused_by_name(copy):
         {**weights, name: weights[name].astype(np.float16)},
     ):
         write_safetensors(copy / "weights.safetensors", changed)
+        describe(copy, weights_sha256=file_sha256(copy / "weights.safetensors"))
         with pytest.raises(ValueError, match=rf"does not fit program\.bin: '{name}' differ"):
             jn.load_program(copy)
 

@@ -1,5 +1,6 @@
 """Adapters in PEFT's layout, written and read without torch; against PEFT itself in parity."""
 
+import dataclasses
 import functools
 import json
 
@@ -265,4 +266,19 @@ def test_adapters_that_peft_cannot_express_are_refused(tmp_path):
         jn.pretrained.save_adapter(tmp_path / "adapter", own, mixed)
     with pytest.raises(FileExistsError, match="exists; give another folder"):
         jn.pretrained.save_adapter(tmp_path, own, plain)
+    positions = vision_transformer()
+    variables = adapter(positions, target="positions?/embedding$")
+    with pytest.raises(ValueError, match="position_embeddings is no layer with a weight, so it"):
+        jn.pretrained.save_adapter(tmp_path / "adapter", positions, variables)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("options", [{"target": "^extra/"}, {"target": None, "full": "^extra/"}])
+def test_leaves_without_a_tensor_in_the_file_are_refused(tmp_path, options):
+    own = network()
+    params = {**own.variables["params"], "extra": {"kernel": jnp.ones((8, 3))}}
+    own = dataclasses.replace(own, variables={"params": params}, config={"model_type": "gpt2"})
+    message = "extra/kernel has no tensor in a file of 'gpt2', so PEFT cannot express its update"
+    with pytest.raises(ValueError, match=message):
+        jn.pretrained.save_adapter(tmp_path / "adapter", own, adapter(own, **options))
     assert not (tmp_path / "adapter").exists()

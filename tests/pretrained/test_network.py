@@ -349,6 +349,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, gpt2):
         ("module", {"class": "MLP", "depth": 3}, "is no network of this version"),
         ("module", [], "is no network of this version"),
         ("arrays", {"params/a": {"shape": [2]}}, "are no shapes and dtypes"),
+        ("arrays", {"params/a": {"shape": [2], "dtype": "a"}}, "dtypes: dtype 'a' is not known"),
         ("arrays", {}, "tensors of the file have no array"),
     ],
 )

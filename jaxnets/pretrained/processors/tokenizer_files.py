@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
-from jaxnets.storage import Document, read_json
+from jaxnets.storage import Document, read_optional_json
 
 _REMEDY = "get the folder anew"
+_read = functools.partial(read_optional_json, remedy=_REMEDY)
 #: Names of the special tokens, in the files with the ending "_token".
 _NAMES = ("pad", "cls", "sep", "bos", "eos", "mask", "unk")
 _BERT = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -94,7 +96,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         ValueError: a damaged file, or a tokenizer that is not read; the message names the file.
         ImportError: `tokenizers` is not installed.
     """
-    document = _read(folder / "tokenizer_config.json", "options of a tokenizer")
+    document = _read(folder / "tokenizer_config.json", what="options of a tokenizer")
     config = document.check(_Config)
     if config.get("split_special_tokens"):
         raise document.error(
@@ -124,13 +126,6 @@ def read_folder(folder: Path) -> dict[str, Any]:
         "segments": _has_segments(tokenizer, config),
         "truncation_side": config.get("truncation_side", "right"),
     }
-
-
-def _read(path: Path, what: str) -> Document:
-    """Read an optional JSON file; without it its content is empty."""
-    if not path.is_file():
-        return Document(path, what, _REMEDY, {}, "")
-    return read_json(path, what=what, remedy=_REMEDY)
 
 
 def _library() -> Any:
@@ -166,7 +161,7 @@ def _configured_tokens(folder: Path, config: _Config) -> dict[str, _Added]:
     """Return the special tokens by name, as the files give them."""
     entries: Mapping[str, Any] = config
     if "added_tokens_decoder" not in config:  # an older folder
-        special = _read(folder / "special_tokens_map.json", "special tokens of a tokenizer")
+        special = _read(folder / "special_tokens_map.json", what="special tokens of a tokenizer")
         entries = {**config, **special.check(_Special)}
     tokens = {}
     for name in _NAMES:
@@ -325,7 +320,7 @@ def _extra_tokens(folder: Path, config: _Config) -> Iterator[tuple[int, _Added]]
         entries = config["added_tokens_decoder"]
         numbered = {int(key): token for key, token in entries.items() if key.isdecimal()}
     else:
-        document = _read(folder / "added_tokens.json", "added tokens of a tokenizer")
+        document = _read(folder / "added_tokens.json", what="added tokens of a tokenizer")
         ids = document.check(dict[str, int])
         numbered = {index: _Added(content=token) for token, index in ids.items()}
     yield from sorted(numbered.items())

@@ -58,6 +58,14 @@ def flat(variables):
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(variables)}
 
 
+def test_a_folder_of_a_gguf_file_names_the_call_that_reads_it(folders, tmp_path):
+    folder, _ = folders("llama")
+    convert(folder, tmp_path / "a.gguf")
+    message = f"{tmp_path} has no config.json; .*: load\\('{tmp_path / 'a.gguf'}'\\)"
+    with pytest.raises(FileNotFoundError, match=message):
+        jn.pretrained.load(tmp_path)
+
+
 def expected_arrays(name, network):
     """Return the arrays; the norms of Gemma with the 1 that the file has added."""
     gemma = name.startswith("gemma")
