@@ -60,10 +60,12 @@ class Peer:
 
     def agree_to_stop(self, reason: str | None) -> str | None:
         """See `processes.agree_to_stop`."""
-        if reason is not None and not self._asked:
-            self._asked = True
-            self._connection.send(stop=reason)
         with self._lock:
+            if reason is not None and not self._asked and self._stop_after is None:
+                # Within the lock it arrives before the report of the calls. Later, the hub would
+                # take it for a second stop, after the one that it has just settled.
+                self._asked = True
+                self._connection.send(stop=reason)
             self._calls += 1
             if self._stop_after is None or self._calls < self._stop_after:
                 return None

@@ -1,5 +1,6 @@
 """The hub and its peers, in threads of one process: who is refused or lost, where all stop."""
 
+import random
 import re
 import socket
 import threading
@@ -172,6 +173,32 @@ def test_all_stop_after_the_same_call(port, lead, exits):
         thread.join(timeout=60)
     assert stopped[0] == stopped[1]
     assert stopped[0][0] >= 20 and stopped[0][1] == "SIGTERM (process 1)"
+    leave(started, hub)
+    assert exits == []
+
+
+def test_all_may_be_asked_to_stop_at_once(port, exits):
+    """A signal to a group of processes; a stop that is agreed on does not begin a second one."""
+    started, hub = start(port, hello(0), hello(1))
+    together = threading.Barrier(2)
+    stopped = [[], []]
+
+    def train(index):
+        waits = random.Random(index)
+        for _ in range(100):  # runs of one process
+            for call in range(1, 20_000):
+                together.wait(timeout=30)  # the collective of this call
+                time.sleep(waits.choice([0, 0, 0.0002, 0.001]))
+                if started[index].agree_to_stop("SIGTERM" if call >= 3 else None) is not None:
+                    stopped[index].append(call)
+                    break
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(stopped[0]) == 100 and stopped[0] == stopped[1] and min(stopped[0]) >= 3
     leave(started, hub)
     assert exits == []
 
