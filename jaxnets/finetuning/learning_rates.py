@@ -73,7 +73,7 @@ def layerwise_decay(
 
     Args:
         optimizer: any Optax transformation.
-        decay: in (0, 1], such as 0.8 for a small transformer and 0.9 for a large one.
+        decay: scalar in (0, 1], such as 0.8 for a small transformer and 0.9 for a large one.
         order: regular expressions of the paths from the first layer to the last. A path belongs to
             the first one that it matches; the numbers in its groups order the layers of one
             expression. By default embeddings (also of patches), layer_0, layer_1, ..., the rest.

@@ -47,6 +47,10 @@ def max_pool(
     Returns:
         [batch, ..., channels], of the dtype of `x`.
 
+    Raises:
+        ValueError: another rank, a window or strides that do not fit it, or padding that leaves
+            windows without an element of `x`.
+
     Example:
         >>> max_pool(jnp.arange(6.0).reshape(1, 6, 1), 2)[0, :, 0].tolist()
         [1.0, 3.0, 5.0]
@@ -73,6 +77,10 @@ def average_pool(
 
     Returns:
         [batch, ..., channels], of the dtype of `x`; accumulated in float32 or wider.
+
+    Raises:
+        ValueError: another rank, a window or strides that do not fit it, or padding that leaves
+            windows without an element of `x`.
     """
     sizes, steps, pairs = _pool_spec(x, window, strides, padding)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

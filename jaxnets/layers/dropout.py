@@ -23,6 +23,9 @@ class Dropout(nn.Module):
         shared_axes: axes along which the mask is broadcast (`broadcast_dims` of Flax): (1,) drops
             the same channels at every step of [batch, time, channels] (Gal and Ghahramani 2016,
             arXiv:1512.05287).
+
+    Raises:
+        ValueError: a rate outside of [0, 1).
     """
 
     rate: float

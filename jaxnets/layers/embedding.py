@@ -68,6 +68,9 @@ class Embedding(nn.Module):
         embedding_init: initializer of the table.
         precision: dtypes of parameters and result.
 
+    Raises:
+        ValueError: a size below 1.
+
     References:
         Press and Wolf 2017, arXiv:1608.05859 (one table for input and output).
     """

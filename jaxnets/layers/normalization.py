@@ -54,6 +54,10 @@ class BatchNorm(nn.Module):
             weights: [batch] or any other leading part of the shape of `x`, 0 = padding; used in
                 training only. The output of padding is the bias. Where all weights are 0 the
                 running averages stay as they are.
+
+        Raises:
+            ValueError: weights that do not fit, or another number of channels than at
+                initialization.
         """
         shape, policy = x.shape[-1:], self.precision
         scale = parameter(self, "scale", self.scale_init, shape, policy.parameter, inputs=x.shape)
@@ -104,7 +108,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis of [..., channels]; the result has the compute dtype."""
+        """Normalize the last axis of [..., channels]; the result has the compute dtype.
+
+        Raises:
+            ValueError: another number of channels than at initialization.
+        """
         shape, policy = x.shape[-1:], self.precision
         ones = nn.initializers.ones
         scale = parameter(self, "scale", ones, shape, policy.parameter, inputs=x.shape)
@@ -133,7 +141,11 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis of [..., channels]; the result has the compute dtype."""
+        """Normalize the last axis of [..., channels]; the result has the compute dtype.
+
+        Raises:
+            ValueError: another number of channels than at initialization.
+        """
         shape, policy = x.shape[-1:], self.precision
         init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
         scale = parameter(self, "scale", init, shape, policy.parameter, inputs=x.shape)

@@ -125,7 +125,11 @@ class EnlargedConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
+        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features].
+
+        Raises:
+            ValueError: another number of channels than at initialization.
+        """
         policy = self.precision
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = parameter(
@@ -176,7 +180,11 @@ class TransposedConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
+        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features].
+
+        Raises:
+            ValueError: another number of channels than at initialization.
+        """
         policy, (batch, height, width, channels) = self.precision, x.shape
         shape = (self.kernel_size, self.kernel_size, channels, self.features)
         kernel = parameter(
@@ -243,7 +251,11 @@ class Upsampling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features]."""
+        """Map [batch, height, width, channels] to [batch, 2 height, 2 width, features].
+
+        Raises:
+            ValueError: another number of channels than at initialization.
+        """
         fields: dict[str, Any] = {"use_bias": self.use_bias, "precision": self.precision}
         if self.kernel_init is not None:
             fields["kernel_init"] = self.kernel_init

@@ -33,7 +33,12 @@ from jaxnets.objectives.image_range import check_images
 
 
 class AdversarialObjectives(NamedTuple):
-    """An objective for each of the two networks, see `adversarial`."""
+    """An objective for each of the two networks, see `adversarial`.
+
+    Attributes:
+        discriminator: of the parameters in `params["discriminator"]`.
+        generator: of the parameters in `params["generator"]`.
+    """
 
     discriminator: Objective
     generator: Objective

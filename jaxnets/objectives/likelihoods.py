@@ -41,8 +41,12 @@ class Likelihood(Protocol):
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
         """Return -log p(image), [batch], from outputs [batch, ..., channels * num_parameters].
 
-        Images that are not floats, or known to be outside of `image_range`, raise ValueError.
-        Traced values are not checked here; the objectives turn the losses of such images into NaN.
+        Traced values are not checked here; the objectives turn the losses of images outside of
+        `image_range` into NaN.
+
+        Raises:
+            ValueError: images that are not floats, known to be outside of `image_range`, or of a
+                shape that does not fit.
         """
         ...
 
@@ -67,12 +71,16 @@ class Bernoulli:
     image_range: ClassVar[ImageRange] = (0.0, 1.0)
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Sum the cross-entropy over the pixels of each image in [0, 1], [batch]."""
+        """Sum the cross-entropy over the pixels of each image in [0, 1], nats [batch].
+
+        Raises:
+            ValueError: images out of range, or of another shape than the outputs.
+        """
         refuse_images(images, self.image_range)
         return sum_per_image(binary_cross_entropy(outputs, images))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
-        """Return the probabilities that pixels are 1."""
+        """Return the probabilities that pixels are 1, in the shape of `outputs`."""
         return jax.nn.sigmoid(at_least_float32(outputs))
 
 
@@ -91,7 +99,11 @@ class SquaredError:
     image_range: ImageRange = (0.0, 1.0)
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Sum the squared error over the pixels of each image, [batch]."""
+        """Sum the squared error over the pixels of each image, [batch].
+
+        Raises:
+            ValueError: images out of range, or of another shape than the outputs.
+        """
         refuse_images(images, self.image_range)
         check_same_shape(outputs=outputs, images=images)
         outputs = at_least_float32(outputs)
@@ -131,7 +143,11 @@ class Gaussian:
         return 2 if self.scale is None else 1
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Sum -log N(x; mean, scale^2) over the pixels of each image, [batch]."""
+        """Sum -log N(x; mean, scale^2) over the pixels of each image, nats [batch].
+
+        Raises:
+            ValueError: images out of range, or of another shape than the outputs.
+        """
         refuse_images(images, self.image_range)
         if self.scale is None:
             mean, log_scale = _mean_and_log_scale(outputs)
@@ -143,7 +159,7 @@ class Gaussian:
         return sum_per_image(jnp.square(standardized) / 2 + log_scale + math.log(2 * math.pi) / 2)
 
     def mean(self, outputs: jax.Array) -> jax.Array:
-        """Return the means."""
+        """Return the means, [batch, ..., channels]."""
         return at_least_float32(outputs) if self.scale else _mean_and_log_scale(outputs)[0]
 
 
@@ -178,7 +194,11 @@ class DiscretizedLogistic:
             raise ValueError(f"num_levels is {self.num_levels}; give 2 or more")
 
     def losses(self, outputs: jax.Array, images: jax.Array) -> jax.Array:
-        """Sum -log P(level) over the pixels of each image in [-1, 1], [batch]."""
+        """Sum -log P(level) over the pixels of each image in [-1, 1], nats [batch].
+
+        Raises:
+            ValueError: images out of range, or of another shape than the outputs.
+        """
         refuse_images(images, self.image_range)
         mean, log_scale = _mean_and_log_scale(outputs)
         check_same_shape(means=mean, images=images)
@@ -193,7 +213,7 @@ class DiscretizedLogistic:
         return -sum_per_image(jnp.where(first, below, jnp.where(last, above, between)))
 
     def mean(self, outputs: jax.Array) -> jax.Array:
-        """Return the means, within [-1, 1]."""
+        """Return the means, within [-1, 1], [batch, ..., channels]."""
         return jnp.clip(_mean_and_log_scale(outputs)[0], -1, 1)
 
 

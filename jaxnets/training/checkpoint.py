@@ -322,6 +322,10 @@ def parameters_sha256(params: Any) -> str:
     Returns:
         Hexadecimal sha256 over the leaves, sorted by path.
 
+    Raises:
+        ValueError: two leaves have the same path.
+        TypeError: a leaf is no array.
+
     Example:
         >>> import jax.numpy as jnp
         >>> parameters_sha256({"a": jnp.zeros(2), "b": jnp.ones(3)})[:8]

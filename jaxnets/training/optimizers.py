@@ -99,7 +99,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class ParameterAverageState(NamedTuple):
-    """Optimizer state of `with_parameter_average`: the average, and the wrapped state."""
+    """Optimizer state of `with_parameter_average`.
+
+    Attributes:
+        average: of the parameters, float32 or wider.
+        num_updates: int32 scalar.
+        inner: state of the wrapped optimizer.
+    """
 
     average: Params
     num_updates: jax.Array

@@ -27,6 +27,9 @@ class ImageDataset:
         class_names: name of each label.
         mean: per channel, of the training pixels in [0, 1].
         std: per channel, of the training pixels in [0, 1].
+
+    Raises:
+        ValueError: arrays that `data.check_arrays` refuses, such as labels without a class name.
     """
 
     name: str

@@ -52,6 +52,9 @@ class SpeechDataset:
         class_names: name of each label.
         speaker_names: name of each speaker.
         sample_rate: in hertz.
+
+    Raises:
+        ValueError: arrays that `data.check_arrays` refuses, such as labels without a class name.
     """
 
     name: str

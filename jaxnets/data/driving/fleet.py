@@ -47,8 +47,8 @@ class Driver(Protocol):
     def decide(self, memory: Any, observation: Observation) -> tuple[Any, np.ndarray]:
         """Return the new state, and steering, gas and brake of each car, float [cars, 3].
 
-        The result must not depend on the state of a car whose drive starts
-        (`observation.decisions` is 0).
+        `memory` is the state after the decision before, or that of `start`. The result must not
+        depend on the state of a car whose drive starts (`observation.decisions` is 0).
         """
         ...
 
@@ -74,7 +74,7 @@ class ExpertDriver:
         return np.zeros((num_cars, 2))
 
     def decide(self, memory: np.ndarray, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
-        """Return the labels of the expert plus noise."""
+        """Return the noise, [cars, 2], and the labels of the expert plus noise, [cars, 3]."""
         controls = observation.labels.astype(np.float64)
         if not self.noise:
             return memory, controls
@@ -118,6 +118,9 @@ class FleetConfig:
         give_up: end a drive when the car is far off the road, where there is nothing to learn; not
             for evaluation.
         style: of the expert.
+
+    Raises:
+        ValueError: a number of cars below 1, or of workers below 0.
     """
 
     num_cars: int = 16

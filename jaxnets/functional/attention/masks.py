@@ -58,6 +58,9 @@ def causal_mask(
     Returns:
         bool [batch or 1, 1, queries, keys].
 
+    Raises:
+        ValueError: positions of another shape or type, a window that is no integer of 1 or more.
+
     Example:
         >>> causal_mask(4, window=2)[0, 0].astype(int).tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
@@ -80,7 +83,7 @@ def window_mask(
         bool [batch or 1, 1, queries, keys].
 
     Raises:
-        ValueError: a window that is no integer of 1 or more.
+        ValueError: positions of another shape or type, a window that is no integer of 1 or more.
 
     References:
         Beltagy, Peters and Cohan 2020, arXiv:2004.05150, section 3.1.

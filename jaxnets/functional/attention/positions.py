@@ -322,6 +322,9 @@ def alibi_bias(
     Returns:
         [batch or 1, heads, queries, keys]: -slope |query - key|.
 
+    Raises:
+        ValueError: positions of another shape or type, or a number of heads that is not above 0.
+
     Example:
         >>> alibi_bias(2, 3)[0, 0].tolist()[2][:2]
         [-0.125, -0.0625]
@@ -353,6 +356,10 @@ def relative_buckets(
 
     Returns:
         int32 [batch or 1, queries, keys] in [0, num_buckets).
+
+    Raises:
+        ValueError: positions of another shape or type, fewer than 2 buckets in a direction, or
+            more of them than twice `max_distance`.
 
     Example:
         >>> relative_buckets(3, bidirectional=True, num_buckets=8)[0].tolist()

@@ -129,6 +129,8 @@ class Autoencoder(nn.Module):
     ) -> jax.Array:
         """Map [batch, height, width, channels] to codes [batch, latent_size].
 
+        `train` and `weights` are those of a call.
+
         Raises:
             ValueError: images of another size, or labels, which are not supported.
         """
@@ -147,7 +149,9 @@ class Autoencoder(nn.Module):
         train: bool = False,
         weights: jax.Array | None = None,
     ) -> jax.Array:
-        """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
+        """Map codes [batch, latent_size] to outputs [batch, height, width, channels * parameters].
+
+        `train` and `weights` are those of a call; `likelihood.mean` makes images of the outputs.
 
         Raises:
             ValueError: codes of another size, or labels, which are not supported.
@@ -162,7 +166,7 @@ class Autoencoder(nn.Module):
         return self.decoder(code, kernels, train=train, weights=weights)
 
     def score(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """Return the reconstruction loss of each image, [batch]."""
+        """Return the reconstruction loss of each image, [batch], as of `likelihood.losses`."""
         return self.likelihood.losses(self.decode(self.encode(images, labels)), images)
 
 

@@ -136,6 +136,8 @@ class VAE(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Map images to the mean and the log variance of their codes, each [batch, latent_size].
 
+        The arguments are those of a call.
+
         Raises:
             ValueError: images of another size, labels that are missing or do not fit.
         """
@@ -156,7 +158,9 @@ class VAE(nn.Module):
         train: bool = False,
         weights: jax.Array | None = None,
     ) -> jax.Array:
-        """Map codes [batch, latent_size] to the outputs [batch, height, width, ...].
+        """Map codes [batch, latent_size] to outputs [batch, height, width, channels * parameters].
+
+        The other arguments are those of a call; `likelihood.mean` makes images of the outputs.
 
         Raises:
             ValueError: codes of another size, labels that are missing or do not fit.
@@ -168,7 +172,11 @@ class VAE(nn.Module):
         return self.decoder(code, train=train, weights=weights)
 
     def score(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """Return the reconstruction loss at the mean code plus the divergence, nats [batch]."""
+        """Return the reconstruction loss at the mean code plus the divergence, nats [batch].
+
+        Raises:
+            ValueError: images of another size, labels that are missing or do not fit.
+        """
         mean, log_variance = self.posterior(images, labels)
         losses = self.likelihood.losses(self.decode(mean, labels), images)
         return losses + jnp.sum(normal_divergence(mean, log_variance), axis=-1)

@@ -270,6 +270,8 @@ class VQVAE(nn.Module):
     ) -> jax.Array:
         """Map images to vectors before quantization, [batch, rows, columns, embedding_size].
 
+        `train` and `weights` are those of a call.
+
         Raises:
             ValueError: images of another size, or labels, which are not supported.
         """
@@ -303,7 +305,7 @@ class VQVAE(nn.Module):
         return self.decoder(self.quantize(code)[0])
 
     def score(self, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """Return the reconstruction loss of each image, [batch]."""
+        """Return the reconstruction loss of each image, [batch], as of `likelihood.losses`."""
         return self.likelihood.losses(self.decode(self.encode(images, labels)), images)
 
     def _check_vectors(self, vectors: jax.Array) -> None:

@@ -28,6 +28,9 @@ class LeNet5(nn.Module):
         activation: name or element-wise function; tanh in the paper.
         precision: dtypes.
 
+    Raises:
+        ValueError: a field is out of range.
+
     References:
         LeCun, Bottou, Bengio and Haffner 1998, Proceedings of the IEEE 86(11), section II.B.
     """

@@ -171,22 +171,30 @@ class ConvNeXt(nn.Module):
 
 
 def convnext_tiny(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-T: 28,589,128 parameters for 1000 classes; `fields` override the preset."""
+    """Build ConvNeXt-T: 28,589,128 parameters for 1000 classes.
+
+    Args:
+        num_classes: size of the output.
+        fields: override the preset.
+
+    References:
+        Liu et al. 2022, arXiv:2201.03545, section 3 and Table 9.
+    """
     return _convnext(3, 9, 96, 0.1, num_classes, fields)
 
 
 def convnext_small(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-S: 50,223,688 parameters for 1000 classes; `fields` override the preset."""
+    """Build ConvNeXt-S: 50,223,688 parameters for 1000 classes, as `convnext_tiny`."""
     return _convnext(3, 27, 96, 0.4, num_classes, fields)
 
 
 def convnext_base(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-B: 88,591,464 parameters for 1000 classes; `fields` override the preset."""
+    """Build ConvNeXt-B: 88,591,464 parameters for 1000 classes, as `convnext_tiny`."""
     return _convnext(3, 27, 128, 0.5, num_classes, fields)
 
 
 def convnext_large(num_classes: int = 1000, **fields: Any) -> ConvNeXt:
-    """Build ConvNeXt-L: 197,767,336 parameters for 1000 classes; `fields` override the preset."""
+    """Build ConvNeXt-L: 197,767,336 parameters for 1000 classes, as `convnext_tiny`."""
     return _convnext(3, 27, 192, 0.5, num_classes, fields)
 
 

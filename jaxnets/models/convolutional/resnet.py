@@ -166,10 +166,17 @@ class ResNet(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs], or to features without a head.
+        """Map images or audio to [batch, num_outputs], or to [batch, features] without a head.
 
-        Records "stage_1", "stage_2", ... and "features". `weights` [batch],
-        0 = padding, are for the batch norms in training.
+        Records "stage_1", "stage_2", ... and "features".
+
+        Args:
+            inputs: [batch, height, width, channels] or [batch, time, channels].
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: inputs of another rank.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy, large = self.precision, self.stem == "imagenet"
@@ -270,10 +277,17 @@ class WideResNet(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Map [batch, ..., channels] to [batch, num_outputs].
+        """Map images or audio to [batch, num_outputs].
 
-        Records "stage_1", "stage_2", "stage_3" and "features". `weights` [batch],
-        0 = padding, are for the batch norms in training.
+        Records "stage_1", "stage_2", "stage_3" and "features".
+
+        Args:
+            inputs: [batch, height, width, channels] or [batch, time, channels].
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: inputs of another rank.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy = self.precision
@@ -307,6 +321,9 @@ class ResNet9(nn.Module):
         logit_scale: factor on the logits; below 1 it keeps the initial softmax soft.
         precision: dtypes.
 
+    Raises:
+        ValueError: a field is out of range.
+
     References:
         Page 2018, "How to train your ResNet" (the DAWNBench network for CIFAR-10).
     """
@@ -324,10 +341,17 @@ class ResNet9(nn.Module):
     def __call__(
         self, inputs: jax.Array, *, train: bool = False, weights: jax.Array | None = None
     ) -> jax.Array:
-        """Map [batch, ..., channels], 8 pixels a side or more, to [batch, num_outputs].
+        """Map images or audio, 8 pixels a side or more, to [batch, num_outputs].
 
-        Records "features". `weights` [batch], 0 = padding, are for the batch
-        norms in training.
+        Records "features".
+
+        Args:
+            inputs: [batch, height, width, channels] or [batch, time, channels].
+            train: training mode.
+            weights: [batch], 0 = padding, for the batch norms in training.
+
+        Raises:
+            ValueError: inputs of another rank.
         """
         check_rank(inputs, self, layouts=IMAGES_OR_AUDIO)
         policy = self.precision
@@ -351,27 +375,36 @@ class ResNet9(nn.Module):
 
 
 def resnet18(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-18: 11,689,512 parameters for 1000 classes; `fields` override the preset."""
+    """Build ResNet-18: 11,689,512 parameters for 1000 classes.
+
+    Args:
+        num_classes: size of the output.
+        stem: "imagenet", or "cifar" for small images.
+        fields: override the preset.
+
+    References:
+        He et al. 2016, arXiv:1512.03385, Table 1.
+    """
     return _resnet((2, 2, 2, 2), False, num_classes, stem, fields)
 
 
 def resnet34(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-34: 21,797,672 parameters for 1000 classes; `fields` override the preset."""
+    """Build ResNet-34: 21,797,672 parameters for 1000 classes, as `resnet18`."""
     return _resnet((3, 4, 6, 3), False, num_classes, stem, fields)
 
 
 def resnet50(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-50: 25,557,032 parameters for 1000 classes; `fields` override the preset."""
+    """Build ResNet-50: 25,557,032 parameters for 1000 classes, as `resnet18`."""
     return _resnet((3, 4, 6, 3), True, num_classes, stem, fields)
 
 
 def resnet101(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-101: 44,549,160 parameters for 1000 classes; `fields` override the preset."""
+    """Build ResNet-101: 44,549,160 parameters for 1000 classes, as `resnet18`."""
     return _resnet((3, 4, 23, 3), True, num_classes, stem, fields)
 
 
 def resnet152(num_classes: int = 1000, *, stem: str = "imagenet", **fields: Any) -> ResNet:
-    """Build ResNet-152: 60,192,808 parameters for 1000 classes; `fields` override the preset."""
+    """Build ResNet-152: 60,192,808 parameters for 1000 classes, as `resnet18`."""
     return _resnet((3, 8, 36, 3), True, num_classes, stem, fields)
 
 

@@ -95,6 +95,9 @@ class WhitenedConvNet(nn.Module):
         activation: name or element-wise function.
         precision: dtypes.
 
+    Raises:
+        ValueError: a field is out of range.
+
     References:
         Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498; its
         network for 96% has blocks of three convolutions.
@@ -184,7 +187,7 @@ def set_whitening_kernel(variables: Mapping[str, Any], images: jax.Array) -> dic
 
     Args:
         variables: as returned by its `init`.
-        images: see `whitening_kernel`.
+        images: [images, height, width, channels], as for `whitening_kernel`.
 
     Returns:
         The variables with the whitening kernel of these images.

@@ -122,8 +122,11 @@ class RecurrentLayer(nn.Module):
 
         Args:
             x: inputs, zero where not `valid`.
-            carry: initial states, instead of zeros or the trained ones.
+            carry: initial states, each [batch, hidden_size], instead of zeros or the trained ones.
             valid: bool [time, batch], as in `recurrent_scan`.
+
+        Raises:
+            ValueError: shapes or types that do not fit.
         """
         policy, size = self.precision, self.hidden_size
         weights = cell_weights(self, self.cell, x.shape[-1], size, precision=policy, inputs=x.shape)
@@ -278,7 +281,7 @@ class Recurrent(nn.Module):
             batch_size: number of sequences.
 
         Returns:
-            {"forward_0": states, ...}.
+            {"forward_0": states, ...}, the states a tuple of arrays [batch_size, hidden_size].
         """
         dtype = jnp.promote_types(self.precision.compute, jnp.float32)
         zeros = jnp.zeros((batch_size, self.hidden_size), dtype)

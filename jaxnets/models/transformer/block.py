@@ -101,6 +101,9 @@ class Block(nn.Module):
             skip_rate: probability of skipping a branch in training (stochastic depth).
             inputs: shared by all blocks.
             train: training mode.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
         next_cache = dict(cache)
 
@@ -144,7 +147,17 @@ class Block(nn.Module):
         return x, next_cache
 
     def start(self, batch_size: int, capacity: int, context: jax.Array | None) -> LayerCache:
-        """Return an empty cache, together with the keys and values of the context if given."""
+        """Return an empty cache, together with the keys and values of the context if given.
+
+        Args:
+            batch_size: number of rows.
+            capacity: number of steps that the cache has room for.
+            context: [batch_size, source, features], for cross-attention.
+
+        Returns:
+            "key" and "value", [batch_size, capacity, kv_heads, head_dim], with a context also
+            "context_key" and "context_value", [batch_size, source, kv_heads, head_dim].
+        """
         shape = (batch_size, capacity, self.config.kv_heads, self.config.dim_per_head)
         empty = jnp.zeros(shape, self.precision.compute)
         cache = {"key": empty, "value": empty}
@@ -213,6 +226,9 @@ class Attention(nn.Module):
         Args:
             x: [batch, time, features].
             positions: integer [batch or 1, time]; None leaves rotary positions out.
+
+        Raises:
+            ValueError: positions that do not fit.
         """
         shape = (*x.shape[:2], self.config.kv_heads, self.config.dim_per_head)
         key = self.key(x).reshape(shape)
@@ -243,6 +259,9 @@ class Attention(nn.Module):
             mask: as in `dot_product_attention`.
             bias: as in `dot_product_attention`.
             train: training mode.
+
+        Raises:
+            ValueError: as in `dot_product_attention`, or positions that do not fit.
         """
         config, (batch, time, _) = self.config, x.shape
         query = self.query(x).reshape(batch, time, config.num_heads, config.dim_per_head)

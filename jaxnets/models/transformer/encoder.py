@@ -103,7 +103,7 @@ class TransformerEncoder(nn.Module):
         segments: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Return the features in the compute dtype; the arguments are those of a call."""
+        """Return [batch, time, features] in the compute dtype; otherwise like `__call__`."""
         x = self.embedding(tokens, lengths, segments=segments, train=train)
         x = self.stack(x, lengths, train=train)
         record(self, "features", x)
@@ -163,7 +163,7 @@ class TransformerClassifier(TransformerEncoder):
     ) -> jax.Array:
         """Map integer [batch, time] to [batch, num_outputs], or [batch, features] without a head.
 
-        The arguments are those of `TransformerEncoder`; records "features" and "pooled".
+        Arguments and errors are those of `TransformerEncoder`; records "features" and "pooled".
         """
         x = self.encode(tokens, lengths, segments=segments, train=train)
         if self.pool == "first":
@@ -219,7 +219,7 @@ class SentenceEncoder(TransformerEncoder):
     ) -> jax.Array:
         """Map integer [batch, time] to [batch, features], 0 for an empty sentence.
 
-        The arguments are those of `TransformerEncoder`; records "features" and "pooled".
+        Arguments and errors are those of `TransformerEncoder`; records "features" and "pooled".
         """
         x = self.encode(tokens, lengths, segments=segments, train=train)
         if self.pool == "first":
@@ -272,7 +272,7 @@ class MaskedLM(TransformerEncoder):
     ) -> jax.Array:
         """Map integer [batch, time] to logits [batch, time, vocabulary_size].
 
-        The arguments are those of `TransformerEncoder`.
+        Arguments and errors are those of `TransformerEncoder`.
         """
         x = self.transform(self.encode(tokens, lengths, segments=segments, train=train))
         x = self.transform_norm(activation(self.config.activation_name)(x))

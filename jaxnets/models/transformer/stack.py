@@ -167,6 +167,9 @@ class Stack(nn.Module):
 
         Returns:
             [batch, time, features], NaN for steps beyond the capacity, and the next carry.
+
+        Raises:
+            ValueError: lengths that do not fit.
         """
         time = x.shape[1]
         caches = {name: cache for name, cache in carry.items() if name.startswith("layer")}
@@ -218,10 +221,8 @@ class Stack(nn.Module):
                 body,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(
-                    1,
-                    0,
-                ),  # of caches [batch, layers, ...]: every leaf of a carry is batch-major
+                # Caches are [batch, layers, ...]: every leaf of a carry is batch-major.
+                in_axes=(1, 0),
                 out_axes=1,
                 length=count,
                 # Only carry and caches leave the loop; the check would trace a layer twice.
