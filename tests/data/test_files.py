@@ -267,7 +267,7 @@ def test_a_redirection_to_an_address_without_encryption_is_refused():
         handler.redirect_request(request, *follow, "http://example.org/a")
 
 
-def test_no_connection_is_reported_with_the_place_to_put_the_file(tmp_path):
+def test_no_connection_is_reported_with_the_place_to_put_the_file():
     file = dataclasses.replace(FILE, url="http://127.0.0.1:9/letters.gz")
     with pytest.raises(OSError, match="check the connection") as caught:
         fetch(file)

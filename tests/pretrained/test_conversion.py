@@ -41,7 +41,7 @@ def test_another_class_is_written_by_its_name(folder, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"wrote {target}: TransformerLM")
 
 
-def test_sizes_of_folders_inside_count(folder, tmp_path, capsys):
+def test_sizes_of_folders_inside_count(tmp_path, capsys):
     module = jn.transformer.SentenceEncoder(
         9, 1, jn.BlockConfig(8, 2, norm_first=False, key_bias=True, norm_epsilon=1e-12), 4,
         num_segments=2, embedding_norm=True,

@@ -297,7 +297,7 @@ def test_not_strict_reports_what_is_missing_and_initializes_it(tmp_path, gpt2):
     assert_equal(found.variables, gpt2[1].variables)
 
 
-def test_not_strict_initializes_what_has_another_shape(tmp_path, gpt2):
+def test_not_strict_initializes_what_has_another_shape(gpt2):
     """Such as a head of another number of classes."""
     folder, trained = gpt2
     found = load(folder, strict=False, rng=jax.random.key(1), vocabulary_size=13)

@@ -134,7 +134,7 @@ def test_a_manifest_that_cannot_be_is_damaged_though_its_digest_fits(folder, cha
         assert int(restore(folder, STATE)[0]["step"]) == 10
 
 
-def test_arrays_that_are_not_those_of_the_manifest_are_refused(folder, tmp_path):
+def test_arrays_that_are_not_those_of_the_manifest_are_refused(tmp_path):
     key = jax.random.key(0)
     for name, state in (("one", {"w": jnp.ones(2), "key": key}), ("two", {"w": jnp.ones(3)})):
         save(tmp_path / name, state, step=20)

@@ -279,7 +279,7 @@ def test_the_state_of_another_optimizer_is_refused(its_own, another, batch):
         two(state, batch)
 
 
-def test_a_number_is_no_key_and_a_module_no_objective(batch):
+def test_a_number_is_no_key_and_a_module_no_objective():
     update = Update(regression(Linear()), optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"rng is 0; give one key"):
         create_train_state(initialize(Linear()), update, rng=0)

@@ -79,7 +79,7 @@ def test_images_and_histograms_are_in_no_row(tmp_path):
     json.dumps(history.to_json())
 
 
-def test_a_hook_that_returns_only_images_adds_no_row(tmp_path):
+def test_a_hook_that_returns_only_images_adds_no_row():
     only = lambda step, state, metrics: {"image": Image(np.zeros((2, 2)))}  # noqa: E731
     _, history = fit(train_step, make_state(), source, num_steps=4, log_every=4, hooks=[only])
     assert [row["step"] for row in history.rows] == [4]

@@ -71,7 +71,7 @@ def _compare(op: str, *, negate: bool = False) -> _Rule:
     return rule
 
 
-def _extreme(op: str, logical: str, comparison: str) -> _Rule:
+def _extreme(op: str, logical: str) -> _Rule:
     """Return the rule of the larger or the smaller of two."""
 
     def rule(g: Graph, eqn: Any, x: str, y: str) -> str:
@@ -274,8 +274,8 @@ RULES: dict[str, _Rule] = {
     "square": lambda g, eqn, x: wrapped(g, g.add("Mul", x, x), _type(eqn)),
     "div": _div,
     "rem": _rem,
-    "max": _extreme("Max", "Or", "Greater"),
-    "min": _extreme("Min", "And", "Less"),
+    "max": _extreme("Max", "Or"),
+    "min": _extreme("Min", "And"),
     "and": _logical("And", "BitwiseAnd"),
     "or": _logical("Or", "BitwiseOr"),
     "xor": _logical("Xor", "BitwiseXor"),
