@@ -1,7 +1,7 @@
 """Layers that model families share: dense, convolution, normalization, dropout, embedding."""
 
 from jaxnets.layers.dropout import Dropout
-from jaxnets.layers.embedding import Embedding, check_tokens
+from jaxnets.layers.embedding import Embedding
 from jaxnets.layers.frozen_batch_norm import frozen_batch_norm
 from jaxnets.layers.linear import Convolution, Dense, Initializer
 from jaxnets.layers.normalization import BatchNorm, LayerNorm, RMSNorm, check_norm, normalize
@@ -33,7 +33,6 @@ __all__ = [
     "Upsampling",
     "UpsamplingMethod",
     "check_norm",
-    "check_tokens",
     "check_upsampling",
     "depth_to_space",
     "enlarge",
