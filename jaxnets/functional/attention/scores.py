@@ -263,9 +263,16 @@ def heads_before_time(x: jax.Array, queries: int) -> jax.Array:
 
 
 def batched_matmul(x: jax.Array, y: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:
-    """Multiply matrices [batch, kv_heads, ...], the second one transposed if `transpose_rhs`.
+    """Multiply matrices, the second one transposed if `transpose_rhs`.
 
-    The result is float32 or wider: the CPU kernels for bfloat16 operands are fast only then.
+    Args:
+        x: [batch, kv_heads, rows, inner].
+        y: [batch, kv_heads, inner, columns], or [batch, kv_heads, columns, inner] if transposed.
+        transpose_rhs: transpose `y`.
+
+    Returns:
+        [batch, kv_heads, rows, columns], float32 or wider: the CPU kernels for bfloat16 operands
+        are fast only then.
     """
     axes = (((3,), (3 if transpose_rhs else 2,)), ((0, 1), (0, 1)))
     dtype = jnp.promote_types(x.dtype, y.dtype)

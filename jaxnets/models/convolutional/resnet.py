@@ -420,20 +420,28 @@ def _resnet(
 
 
 def wide_resnet28_10(num_classes: int = 10, **fields: Any) -> WideResNet:
-    """Build WRN-28-10: 36,479,194 parameters for 10 classes; `fields` override the preset."""
+    """Build WRN-28-10: 36,479,194 parameters for 10 classes.
+
+    Args:
+        num_classes: size of the output.
+        fields: override the preset.
+
+    References:
+        Zagoruyko and Komodakis 2016, arXiv:1605.07146, Table 1.
+    """
     return WideResNet(**({"depth": 28, "widen_factor": 10, "num_outputs": num_classes} | fields))
 
 
 def wide_resnet40_4(num_classes: int = 10, **fields: Any) -> WideResNet:
-    """Build WRN-40-4: 8.9 million parameters for 10 classes; `fields` override the preset."""
+    """Build WRN-40-4: 8.9 million parameters for 10 classes, as `wide_resnet28_10`."""
     return WideResNet(**({"depth": 40, "widen_factor": 4, "num_outputs": num_classes} | fields))
 
 
 def wide_resnet16_4(num_classes: int = 10, **fields: Any) -> WideResNet:
-    """Build WRN-16-4: 2.7 million parameters for 10 classes; `fields` override the preset."""
+    """Build WRN-16-4: 2.7 million parameters for 10 classes, as `wide_resnet28_10`."""
     return WideResNet(**({"depth": 16, "widen_factor": 4, "num_outputs": num_classes} | fields))
 
 
 def resnet9(num_classes: int = 10, **fields: Any) -> ResNet9:
-    """Build ResNet-9: 6,573,120 parameters for 10 classes of color images."""
+    """Build ResNet-9: 6,573,120 parameters for 10 classes of color images; `fields` override it."""
     return ResNet9(**({"num_outputs": num_classes} | fields))

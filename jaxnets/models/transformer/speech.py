@@ -214,12 +214,15 @@ def whisper_large(vocabulary_size: int = 51_865, **fields: Any) -> SpeechTransfo
 
 
 def whisper_large_v3(vocabulary_size: int = 51_866, **fields: Any) -> SpeechTransformer:
-    """Build Whisper large, version 3: 1,541,570,560 parameters for 128 mel features."""
+    """Build Whisper large, version 3: 1,541,570,560 parameters, as `whisper_tiny`.
+
+    Its frames have 128 mel features.
+    """
     return _whisper(32, 20, vocabulary_size, fields)
 
 
 def whisper_turbo(vocabulary_size: int = 51_866, **fields: Any) -> SpeechTransformer:
-    """Build Whisper large v3 turbo: 806,958,080 parameters for 128 mel features.
+    """Build Whisper large v3 turbo: 806,958,080 parameters, as `whisper_tiny`.
 
     It is `whisper_large_v3` with 4 blocks in the decoder.
     """
