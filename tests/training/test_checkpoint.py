@@ -201,9 +201,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("victim", "step"),
     [
-        *[("write_arrays", 1), ("digest", 2), ("write_manifest", 1), ("replace", 2)],
+        *[("write_arrays", 1), ("file_sha256", 2), ("write_manifest", 1), ("replace", 2)],
         *[("write_arrays", 2), ("replace", 1)],
-        pytest.param("digest", 1, marks=pytest.mark.slow),
+        pytest.param("file_sha256", 1, marks=pytest.mark.slow),
         pytest.param("write_manifest", 2, marks=pytest.mark.slow),
     ],
 )
@@ -356,8 +356,8 @@ def test_saving_keeps_one_copy_of_the_state_alive_at_most_and_none_afterwards(
         after_writing.append(live_bytes())
         return original(path, sync=sync)
 
-    original = checkpoint.digest
-    monkeypatch.setattr(checkpoint, "digest", measured)
+    original = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", measured)
     before = live_bytes()
     state = make()
     size = live_bytes() - before
