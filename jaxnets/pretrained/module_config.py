@@ -197,7 +197,12 @@ def _decode(value: Any) -> Any:
     kind = _classes().get(value["class"])
     if kind is None:
         raise ValueError(f"class {value['class']!r} is not known")
-    return kind(**{name: _decode(one) for name, one in value.items() if name != "class"})
+    fields = {name: _decode(one) for name, one in value.items() if name != "class"}
+    if kind is Precision:  # which takes names of types as well
+        for one in fields.values():
+            if isinstance(one, str):
+                _dtype(one)
+    return kind(**fields)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

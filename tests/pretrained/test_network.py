@@ -348,6 +348,11 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, gpt2):
         ("module", {"class": "Popen"}, "is no network of this version: class 'Popen'"),
         ("module", {"class": "MLP", "depth": 3}, "is no network of this version"),
         ("module", [], "is no network of this version"),
+        (
+            "module",
+            {"class": "MLP", "precision": {"class": "Precision", "compute": "a"}},
+            "is no network of this version: dtype 'a' is not known",
+        ),
         ("arrays", {"params/a": {"shape": [2]}}, "are no shapes and dtypes"),
         ("arrays", {"params/a": {"shape": [2], "dtype": "a"}}, "dtypes: dtype 'a' is not known"),
         ("arrays", {}, "tensors of the file have no array"),
