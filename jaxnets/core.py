@@ -80,13 +80,7 @@ class Mean:
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
         if weights is None:
             return cls(jnp.sum(values), jnp.asarray(values.size, values.dtype))
-        known = known_values(weights)
-        if known is not None and np.any(known < 0):
-            raise ValueError(
-                f"weights hold {np.min(known)}; give 0 or more, 0 for examples to ignore"
-            )
-        weights = jnp.asarray(weights, values.dtype)
-        weights = jnp.where(weights < 0, jnp.nan, weights) if known is None else weights
+        weights = checked_weights(weights, values.dtype)
         if weights.shape != values.shape[: weights.ndim]:
             raise ValueError(
                 f"weights of shape {weights.shape} do not fit values of shape {values.shape}; "
@@ -375,6 +369,26 @@ def known_values(array: Any) -> np.ndarray | None:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return None
     return np.asarray(array)
+
+
+def checked_weights(weights: Any, dtype: Any) -> jax.Array:
+    """Convert the weights of a weighted sum, after a check that none is below 0.
+
+    Args:
+        weights: [...], of any numeric dtype.
+        dtype: floating.
+
+    Returns:
+        [...] of that dtype; NaN for a weight below 0 that is known only at run time.
+
+    Raises:
+        ValueError: a weight is known to be below 0.
+    """
+    known = known_values(weights)
+    if known is not None and np.any(known < 0):
+        raise ValueError(f"weights hold {np.min(known)}; give 0 or more, 0 for examples to ignore")
+    weights = jnp.asarray(weights, dtype)
+    return jnp.where(weights < 0, jnp.nan, weights) if known is None else weights
 
 
 def at_least_int32(values: Any) -> Any:

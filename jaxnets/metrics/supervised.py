@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.core import Mean, at_least_float32, at_least_int32
+from jaxnets.core import Mean, at_least_float32, at_least_int32, checked_weights
 
 
 def class_labels(labels: jax.Array) -> jax.Array:
@@ -89,6 +89,9 @@ def confusion_matrix(
     Returns:
         Mean with `total` [true class, predicted class], in numbers of examples; its `compute()` is
         their shares of all examples. Both are inputs of `precision_recall_f1`.
+
+    Raises:
+        ValueError: a weight is known to be below 0, as in `Mean.of`.
     """
     num_classes = logits.shape[-1]
     dtype = at_least_float32(logits).dtype
@@ -96,7 +99,7 @@ def confusion_matrix(
     predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes, dtype=dtype)
     if weights is None:
         weights = jnp.ones(true.shape[:1], dtype)
-    weights = weights.astype(dtype)
+    weights = checked_weights(weights, dtype)
     return Mean((true * weights[:, None]).T @ predicted, jnp.sum(weights))
 
 
@@ -150,13 +153,17 @@ def calibration(
     Returns:
         Mean with `total` [num_bins, 3]: weight, summed confidence and summed hits of every bin, the
         input of `expected_calibration_error`.
+
+    Raises:
+        ValueError: a weight is known to be below 0, as in `Mean.of`.
     """
     probabilities = jax.nn.softmax(at_least_float32(logits), axis=-1)
     confidence = jnp.max(probabilities, axis=-1)
     hits = (jnp.argmax(logits, axis=-1) == class_labels(labels)).astype(confidence.dtype)
     if weights is None:
         weights = jnp.ones_like(confidence)
-    weights = weights.astype(confidence.dtype)
+    weights = checked_weights(weights, confidence.dtype)
+    confidence = jnp.where(weights == 0, 0, confidence)  # that of padding may be NaN
     index = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
     # [batch, num_bins] and [batch, 3]
     in_bin = jax.nn.one_hot(index, num_bins, dtype=confidence.dtype) * weights[:, None]

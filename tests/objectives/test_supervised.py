@@ -293,6 +293,20 @@ def test_an_interval_that_does_not_exist_is_nan_and_can_be_formatted(values, sho
     assert f"{mean:.2f} +- {half:.2f}" == shown
 
 
+@pytest.mark.parametrize("metric", [supervised.confusion_matrix, supervised.calibration])
+def test_metrics_of_several_numbers_refuse_weights_below_zero_and_ignore_padding(metric):
+    logits, labels = np.array([[1, 0], [0, 2], [np.nan, 1]], np.float32), np.array([0, 1, 1])
+    expected = metric(logits[:2], labels[:2])
+    for compiled in (metric, jax.jit(metric)):
+        found = compiled(logits, labels, np.array([True, True, False]))
+        np.testing.assert_allclose(found.total, expected.total, rtol=1e-6)
+        assert found.count == 2
+    below = np.array([1, 1, -1], np.float32)
+    with pytest.raises(ValueError, match=r"weights hold -1\.0; give 0 or more"):
+        metric(logits, labels, below)
+    assert np.isnan(jax.jit(metric)(logits, labels, below).count)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int64", "uint64"])
 @pytest.mark.parametrize("num_classes", [256, 300])
 def test_labels_of_every_integer_type_are_compared_with_all_classes(dtype, num_classes):
