@@ -372,14 +372,7 @@ def known_values(array: Any) -> np.ndarray | None:
 
 
 def checked_weights(weights: Any, dtype: Any) -> jax.Array:
-    """Convert the weights of a weighted sum, after a check that none is below 0.
-
-    Args:
-        weights: [...], of any numeric dtype.
-        dtype: floating.
-
-    Returns:
-        [...] of that dtype; NaN for a weight below 0 that is known only at run time.
+    """Convert the weights of a sum to a floating dtype; NaN for those below 0 in a compiled program.
 
     Raises:
         ValueError: a weight is known to be below 0.
