@@ -372,7 +372,7 @@ def known_values(array: Any) -> np.ndarray | None:
 
 
 def checked_weights(weights: Any, dtype: Any) -> jax.Array:
-    """Convert the weights of a sum to a floating dtype; NaN for those below 0 in a compiled program.
+    """Convert the weights of a sum; those below 0 are NaN in a compiled program.
 
     Raises:
         ValueError: a weight is known to be below 0.
