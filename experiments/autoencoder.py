@@ -233,12 +233,6 @@ class ImageAutoencoder(Problem):
         warmup = optax.linear_schedule(0.0, config.beta, steps)
         return jn.scheduled(super().train_step(), beta=warmup)
 
-    def member_source(self, seed: int) -> jn.BatchSource:
-        config, train = self.config, self.dataset.train
-        if config.executor == "scan":  # the images are on the device: transfer indices only
-            return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
-        return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
-
     def hooks(self, folder: RunFolder) -> Sequence[jn.Hook]:
         every = self.config.pictures_every or self.steps_per_epoch
         return [jn.every(every, code_pictures.Progress(self, folder.path / "progress"))]

@@ -142,12 +142,8 @@ class ImageClassification(Problem):
             return jn.convolutional.set_whitening_kernel(variables, images)
 
     def member_source(self, seed: int) -> jn.BatchSource:
-        config, train = self.config, self.resident
-        if config.executor == "scan":  # the images are on the device: transfer indices only
-            source = jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
-        else:
-            source = jn.data.shuffled_batches(train, config.batch_size, seed=seed)
-        return jn.data.with_epochs(source) if config.flip == "alternating" else source
+        source = super().member_source(seed)
+        return jn.data.with_epochs(source) if self.config.flip == "alternating" else source
 
     @property
     def small_steps(self) -> int:

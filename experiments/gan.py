@@ -172,12 +172,6 @@ class Adversaries(Problem):
         latents = jnp.zeros((1, self.config.latent_size))
         return (latents, jnp.zeros(1, jnp.int32)) if self.config.conditional else (latents,)
 
-    def member_source(self, seed: int) -> jn.BatchSource:
-        config, train = self.config, self.dataset.train
-        if config.executor == "scan":  # the images are on the device: transfer indices only
-            return jn.data.index_batches(len(train["labels"]), config.batch_size, seed=seed)
-        return jn.data.shuffled_batches(train, config.batch_size, seed=seed)
-
     def evaluated(self, states: jn.TrainState) -> jn.TrainState:
         """Return the states unchanged: the curves show the last parameters, not the average."""
         return states

@@ -107,12 +107,6 @@ class SpokenWords(Problem):
         frames = self.sound.log_mel.frames(self.train["inputs"].shape[1])
         return (jnp.zeros((1, frames, self.config.mels)),)
 
-    def member_source(self, seed: int) -> jn.BatchSource:
-        config = self.config
-        if config.executor == "scan":  # the recordings are on the device
-            return jn.data.index_batches(len(self.train["labels"]), config.batch_size, seed=seed)
-        return jn.data.shuffled_batches(self.train, config.batch_size, seed=seed)
-
     def measure(self, states: jn.TrainState) -> Measured:
         """Evaluate the final networks, per seed and speaker; the confusion is their mean."""
         labels, speakers = self.test["labels"], self.test["speakers"]

@@ -72,9 +72,14 @@ class Problem(abc.ABC):
     def example(self) -> tuple[Any, ...]:
         """Return example inputs, to initialize the network."""
 
-    @abc.abstractmethod
     def member_source(self, seed: int) -> jn.BatchSource:
-        """Return the training batches of one seed."""
+        """Return the training batches of one seed: by default the `resident` arrays, shuffled."""
+        options, train = self.options, self.resident
+        assert train is not None, "a problem without resident arrays has a source of its own"
+        if options.executor == "scan":  # they are on the device: transfer indices only
+            count = len(next(iter(train.values())))
+            return jn.data.index_batches(count, options.batch_size, seed=seed)
+        return jn.data.shuffled_batches(train, options.batch_size, seed=seed)
 
     @abc.abstractmethod
     def measure(self, states: jn.TrainState) -> Measured:
