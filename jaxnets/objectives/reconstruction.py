@@ -206,7 +206,7 @@ def masked_reconstruction(
 
     Args:
         module: `MaskedAutoencoder`.
-        normalize: predict the pixels of each patch standardized to mean 0 and variance 1; `paint`
+        normalize: predict the pixels of each patch standardized to mean 0 and variance 1; `inpaint`
             inverts it.
         image_range: minimum and maximum of a pixel; None allows any finite value, such as those of
             standardized images.
