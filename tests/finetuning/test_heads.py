@@ -32,7 +32,8 @@ def test_a_head_of_another_name_or_a_body_without_one():
         "params": {k: v for k, v in variables(10, 0)["params"].items() if k != "head"},
         "batch_stats": variables(10, 0)["batch_stats"],
     }
-    assert jn.replace_head(body, fresh)["params"]["head"] is not None
+    head = jn.replace_head(body, fresh)["params"]["head"]
+    assert head["kernel"] is fresh["params"]["head"]["kernel"]
     renamed = {**fresh, "params": {**body["params"], "classifier": fresh["params"]["head"]}}
     mixed = jn.replace_head(variables(10, 0), renamed, head="head|classifier")
     assert mixed["params"]["classifier"]["kernel"] is fresh["params"]["head"]["kernel"]
