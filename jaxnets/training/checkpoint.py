@@ -232,10 +232,10 @@ def best_steps(directory: str | os.PathLike[str], metric: str, mode: Mode) -> li
 
     Returns:
         Steps of the checkpoints that have a value; of equal values the earlier one is first, and
-        NaN is left out.
+        NaN and infinity are left out.
 
     Raises:
-        ValueError: there are checkpoints, but none has a value of the metric.
+        ValueError: there are checkpoints, but none has a finite value of the metric.
     """
     steps = all_steps(directory)
     if not steps:
@@ -243,14 +243,20 @@ def best_steps(directory: str | os.PathLike[str], metric: str, mode: Mode) -> li
     history = History(rows=_rows(Path(directory), steps))
     values = dict(zip(*history.column(metric), strict=True))
     ranked = rank({step: values[step] for step in steps if step in values}, mode)
-    if not ranked:
+    if ranked:
+        return ranked
+    if values.keys() & set(steps):
+        reason = f"has a finite value of {metric}"
+    elif values:
+        reason = (
+            f"has a value of {metric}, which has values of other steps, such as {min(values)}; "
+            "evaluate where checkpoints are saved"
+        )
+    else:
         names = sorted({name for row in history.rows for name in row} - {"step"})
         near = difflib.get_close_matches(metric, names, n=len(names) or 1, cutoff=0)
-        raise ValueError(
-            f"no checkpoint in {directory} has a value of {metric}; there are values of "
-            f"{', '.join(near) or 'nothing'}"
-        )
-    return ranked
+        reason = f"has a value of {metric}; there are values of {', '.join(near) or 'nothing'}"
+    raise ValueError(f"no checkpoint in {directory} {reason}")
 
 
 def verify(directory: str | os.PathLike[str], step: int) -> None:

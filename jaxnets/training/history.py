@@ -318,7 +318,7 @@ def rank(values: Mapping[int, Any], mode: Mode) -> list[int]:
     """Return the steps of {step: value}, best first, of equal values the earlier one.
 
     The value of a population is the mean of its members; those that are NaN, such as frozen ones,
-    are left out.
+    or infinite are left out.
 
     Args:
         values: numbers, or arrays [members].
@@ -329,9 +329,9 @@ def rank(values: Mapping[int, Any], mode: Mode) -> list[int]:
     """
     arrays = {step: np.asarray(value, np.float64) for step, value in values.items()}
     costs = [
-        (sign(mode) * float(np.nanmean(array)), step)
+        (sign(mode) * float(np.mean(array, where=np.isfinite(array))), step)
         for step, array in arrays.items()
-        if not np.all(np.isnan(array))
+        if np.any(np.isfinite(array))
     ]
     return [step for _, step in sorted(costs)]
 

@@ -180,7 +180,7 @@ class EarlyStopping:
     """Stop when a validation metric has not improved in `patience` evaluations.
 
     In a population each member has its own best value, and the run stops when no member improves.
-    A value that is NaN is no improvement; `fit` warns of it.
+    A value that is NaN or infinite is no improvement; `fit` warns of it.
     A resumed run stops at the same step as an uninterrupted one, because the count is computed
     from the rows of the history.
 
@@ -252,7 +252,7 @@ class EarlyStopping:
 
     def _observe(self, value: Any) -> None:
         cost = self._sign * np.asarray(value, np.float64)
-        improved = cost < self._best - self._min_delta
+        improved = np.isfinite(cost) & (cost < self._best - self._min_delta)
         self._best = np.where(improved, cost, self._best)
         self._stale = 0 if np.any(improved) else self._stale + 1
 

@@ -42,6 +42,7 @@ def scripted(values):
     return lambda step, state, metrics: {"validation/loss": next(remaining)}
 
 
+@pytest.mark.filterwarnings("ignore:validation/loss .*is NaN or infinite:RuntimeWarning")
 @pytest.mark.parametrize(
     ("values", "options", "stop"),
     [
@@ -49,6 +50,12 @@ def scripted(values):
         ([1.0, 2.0, 3.0, 3.0, 2.5], {"patience": 2, "mode": "max"}, 5),
         ([3.0, 2.8, 2.7, 2.6, 2.5], {"patience": 2, "min_delta": 0.25}, 5),
         ([[3.0, 1.0], [3.0, 0.5], [2.0, 9.0], [9.0, 9.0], [9.0, 9.0]], {"patience": 2}, 5),
+        ([3.0, -math.inf, 2.0, 2.5, 2.5], {"patience": 2}, 5),
+        (
+            [[9.0, math.inf], *[[1.0, best] for best in (5.0, 6.0, 6.0, 6.0)]],
+            {"patience": 2, "mode": "max"},
+            5,
+        ),
     ],
 )
 def test_early_stopping_counts_evaluations_without_improvement(values, options, stop):

@@ -36,7 +36,7 @@ from jaxnets.training.checkpoint import (
     verify,
 )
 from jaxnets.training.history import History, NonFiniteError
-from jaxnets.training.hooks import Checkpointing, resume
+from jaxnets.training.hooks import Checkpointing, every, resume
 from jaxnets.training.loop import fit
 from jaxnets.training.writers import jsonl_writer
 
@@ -160,6 +160,31 @@ def test_the_best_checkpoint_is_restored_by_asking_for_it(tmp_path):
             restore(tmp_path, make_state(), best=wrong)
     with pytest.raises(ValueError, match="step=1 and best="):
         restore(tmp_path, make_state(), step=1, best=best)
+
+
+@pytest.mark.filterwarnings("ignore:validation/accuracy .*is NaN or infinite:RuntimeWarning")
+def test_an_infinite_value_is_never_the_best(tmp_path):
+    best = ("validation/accuracy", "max")
+
+    def train(folder, values):
+        hooks = [scripted(values), Checkpointing(folder, every=1, keep=1, best=best)]
+        fit(train_step, make_state(), source, num_steps=len(values), hooks=hooks)
+
+    train(tmp_path / "some", [0.1, 0.3, math.inf, [0.2, math.inf], 0.1])
+    assert best_steps(tmp_path / "some", *best) == [2, 5]
+    assert all_steps(tmp_path / "some") == [2, 5]
+    train(tmp_path / "none", [-math.inf, math.nan])
+    with pytest.raises(ValueError, match=r"no checkpoint .* has a finite value of validation/acc"):
+        restore(tmp_path / "none", make_state(), best=best)
+
+
+def test_values_of_other_steps_than_those_of_checkpoints_are_told(tmp_path):
+    hooks = [every(2, scripted([0.1] * 5)), Checkpointing(tmp_path, every=3)]
+    fit(train_step, make_state(), source, num_steps=5, hooks=hooks)
+    assert all_steps(tmp_path) == [3, 5]
+    message = "has a value of validation/accuracy, which has values of other steps, such as 2; eval"
+    with pytest.raises(ValueError, match=message):
+        best_steps(tmp_path, "validation/accuracy", "max")
 
 
 def test_a_checkpoint_of_format_1_is_restored_with_its_history_and_continued(tmp_path):
