@@ -153,6 +153,12 @@ def dcgan(
 
     Returns:
         A `GAN`.
+
+    Raises:
+        ValueError: an image shape that does not halve so, or another field out of range.
+
+    References:
+        Radford, Metz and Chintala 2016, arXiv:1511.06434, section 3 and figure 1.
     """
     shared: dict[str, Any] = {"width": width, "num_classes": num_classes, **fields}
     generator = DCGANGenerator(
@@ -189,6 +195,9 @@ def resnet_gan(
 
     Returns:
         A `GAN`.
+
+    Raises:
+        ValueError: an image shape that does not halve so, or another field out of range.
 
     References:
         Miyato et al. 2018, arXiv:1802.05957, table 4.
