@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxnets.finetuning.lora import merge_lora
 from jaxnets.finetuning.paths import insert
 from jaxnets.pretrained import rules
 from jaxnets.pretrained.adapter_layouts import OTHER_NETWORK, Target, check_fits, find_target
+from jaxnets.pretrained.adapter_patterns import compile_pattern
 from jaxnets.pretrained.architectures import ARCHITECTURES, Architecture
 from jaxnets.pretrained.config import Config
 from jaxnets.pretrained.formats import Tensors, read_tensors
@@ -32,6 +33,8 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_(A|B)\.weight|lora_embedding_(A|B)|"
     r"lora_magnitude_vector)(\.weight)?",
 )
+#: Characters of all keys of alpha_pattern that have repetitions; others may be any number.
+_MOST_REPEATING = 5000
 #: Of a file: {module: {"a", "b", "magnitude"}}.
 Factors = dict[str, dict[str, np.ndarray]]
 
@@ -63,7 +66,7 @@ def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> di
     factors, whole, stored = _read_factors(tensors, known, assignments)
     leaves = rules.variable_leaves(network.variables)
     flat = rules.flatten_paths(network.variables["params"])
-    uses_dora = config.flag("use_dora", False)
+    uses_dora, alphas = config.flag("use_dora", False), _read_alphas(config)
     found: dict[str, dict[str, Any]] = {}
     for module, own in factors.items():
         where = f"{tensors.path}: {stored[module]}"
@@ -72,7 +75,7 @@ def load_adapter(path: str | os.PathLike[str], network: PretrainedNetwork) -> di
         target = find_target(module, assignments, where)
         _refuse_tied(target, known, network)
         parts = target.from_file(own, where)
-        scale = _scale(config, stored[module], own["a"].shape[0])
+        scale = _scale(config, alphas, stored[module], own["a"].shape[0])
         for name, part in zip(target.paths, parts, strict=True):
             check_fits(
                 part, leaves[f"params/{name}"].shape, f"{tensors.path}: the adapter of {name}"
@@ -220,19 +223,37 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _scale(config: Config, module: str, rank: int) -> float:
-    alpha: float = config.number("lora_alpha", 8.0)
+def _read_alphas(config: Config) -> list[tuple[Callable[[str], bool], float]]:
+    """Return alpha_pattern: what matches a layer, and its alpha; the first match counts."""
     pattern = config.inside("alpha_pattern")
-    for name in pattern.content if pattern else ():
+    if pattern is None:
+        return []
+    repeating = sum(len(key) for key in pattern.content if not {"*", "+", "{"}.isdisjoint(key))
+    if repeating > _MOST_REPEATING:
+        raise config.error(
+            "alpha_pattern",
+            f"has expressions with repetitions of {repeating} characters, more than "
+            f"{_MOST_REPEATING}; write the names of the layers",
+        )
+    alphas = []
+    for key in pattern.content:
         try:
-            found = re.match(rf"(.*\.)?({name})$", module)
-        except re.error as error:
+            matches = compile_pattern(key)
+        except ValueError as error:
             raise config.error(
-                "alpha_pattern", f"has the key {name!r}, which is no regular expression: {error}"
+                "alpha_pattern",
+                f"has the key {key!r:.80}, which is no regular expression that is supported: "
+                f"{error}",
             ) from None
-        if found and pattern:
-            alpha = pattern.number(name)
-            break
+        alphas.append((matches, pattern.number(key)))
+    return alphas
+
+
+def _scale(
+    config: Config, alphas: Iterable[tuple[Callable[[str], bool], float]], module: str, rank: int
+) -> float:
+    default: float = config.number("lora_alpha", 8.0)
+    alpha = next((own for matches, own in alphas if matches(module)), default)
     return alpha / (math.sqrt(rank) if config.flag("use_rslora", False) else rank)
 
 

@@ -10,7 +10,7 @@ from checks import mostly_slow
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnets.functional import matmul as module
-from jaxnets.functional.matmul import linear
+from jaxnets.functional.matmul import linear, transposed_linear
 from jaxnets.training.executors import data_mesh
 
 BF16_X3 = "BF16_BF16_F32_X3"
@@ -86,3 +86,44 @@ def test_an_array_sharded_along_its_second_axis_stays_on_its_devices_elsewhere(
         program = jax.jit(gradients, **shardings).lower(x, kernel, dy).compile().as_text()
     assert "all-reduce" in program
     assert not any(each in program for each in ("all-gather", "all-to-all", "collective-permute"))
+
+
+#: 29 rows on each of four devices, and 29 slices of 4 rows.
+TABLE = (116, 16)
+
+
+@pytest.mark.four_devices
+@pytest.mark.parametrize("axes", [("data", None), (None, "data"), ()], ids=str)
+def test_a_table_that_is_sharded_stays_on_its_devices(axes):
+    mesh = data_mesh(jax.devices("cpu")[:4])
+    random = np.random.default_rng(0)
+    shapes = ((3, 16), TABLE, (3, TABLE[0]))
+    x, table, dy = (random.standard_normal(shape, np.float32) for shape in shapes)
+
+    def results(x, table, dy):
+        y, pull = jax.vjp(transposed_linear, x, table)
+        return y, *pull(dy)
+
+    everywhere, own = (NamedSharding(mesh, PartitionSpec(*one)) for one in ((), axes))
+    outputs = NamedSharding(mesh, PartitionSpec(None, axes[0] if axes else None))
+    shardings = {"in_shardings": (everywhere, own, outputs), "out_shardings": (outputs, None, own)}
+    program = jax.jit(results, **shardings).lower(x, table, dy).compile()
+    expected = (x @ table.T, dy @ table, dy.T @ x)
+    found = program(*map(jax.device_put, (x, table, dy), (everywhere, own, outputs)))
+    for one, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, exact, rtol=1e-4, atol=1e-4)
+    moved = ("all-gather", "all-to-all", "collective-permute")
+    assert not any(each in program.as_text() for each in moved)
+
+
+@pytest.mark.four_devices
+def test_a_table_that_is_sharded_by_its_type_is_multiplied_where_it_is():
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((4,), ("data",), (explicit,), devices=jax.devices("cpu")[:4])
+    x = np.ones((3, 16), np.float32)
+    table = np.arange(TABLE[0] * TABLE[1], dtype=np.float32).reshape(TABLE)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, NamedSharding(mesh, PartitionSpec("data", None)))
+        y = jax.jit(transposed_linear)(jnp.asarray(x), placed)
+    assert y.sharding.spec == PartitionSpec(None, "data")
+    np.testing.assert_allclose(y, x @ table.T)

@@ -127,7 +127,17 @@ A, B = np.ones((2, 8), np.float32), np.ones((24, 2), np.float32)
         (
             {"alpha_pattern": {"c_(": 2}},
             {f"{QUERY}.lora_A.weight": A, f"{QUERY}.lora_B.weight": B},
-            r"adapter_config.json.* alpha_pattern, .*key 'c_\(', which is no regular expression",
+            r"adapter_config.json.* alpha_pattern, .*key 'c_\(', which is no regular expr",
+        ),
+        (
+            {"alpha_pattern": {"(a*)*c": 2}},
+            {f"{QUERY}.lora_A.weight": A, f"{QUERY}.lora_B.weight": B},
+            "it repeats what has repetitions in itself",
+        ),
+        (
+            {"alpha_pattern": {"c.*" * 2000: 2}},
+            {f"{QUERY}.lora_A.weight": A, f"{QUERY}.lora_B.weight": B},
+            "has expressions with repetitions of 6000 characters, more than 5000; write the names",
         ),
         (
             {"use_dora": True},

@@ -2,11 +2,14 @@
 
 import importlib
 import time
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from checks import mostly_slow
+from sentence_networks import save_encoder, write_modules
 
 from experiments.benchmark import flax_networks, inputs, jaxnets_side, reading
 from experiments.benchmark.architectures import (
@@ -17,7 +20,7 @@ from experiments.benchmark.architectures import (
 )
 from experiments.benchmark.competitors import COMPETITORS
 from experiments.benchmark.sides import Settings, read_idx
-from experiments.benchmark.workloads import NUM_BATCHES, WORKLOADS, shrink
+from experiments.benchmark.workloads import NUM_BATCHES, NUM_SENTENCES, WORKLOADS, shrink
 from jaxnets.data import ImageDataset
 
 SIDES = ("jaxnets", "flax")
@@ -159,6 +162,44 @@ def test_every_side_reads_the_file_of_the_folder(name, side, variant, llama):
     prepared.before()
     assert prepared.run(2) is None and prepared.num_parameters == num_parameters
     assert list(prepared.details()) == ["MiB above what stays"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The files of a small sentence encoder, and its number of parameters."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film"]
+    _, variables = save_encoder(folder / "network", words, max_length=16)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    pooling = {"pooling_mode": "mean", "embedding_dimension": 8}
+    write_modules(folder / "network", kinds, pooling=pooling)
+    (folder / "sentences.txt").write_text("a good film\n" * 40 + "film")
+    files = {"pretrained": str(folder / "network"), "sentences": str(folder / "sentences.txt")}
+    return files, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize(
+    ("side", "unused"),
+    # BERT's pooler is in the network of torch.
+    [("jaxnets", 0), pytest.param("sentence_transformers", 8 * 8 + 8, marks=pytest.mark.parity)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_every_side_embeds_the_sentences_of_the_file(side, unused, encoder):
+    if side != "jaxnets":
+        pytest.importorskip(side)
+    files, num_parameters = encoder
+    prepared = prepare(side, "embed", **files)
+    assert prepared.run(2) is None
+    assert prepared.num_parameters == num_parameters + unused
+
+
+def test_the_sentences_are_the_first_ones_of_sst(tmp_path, monkeypatch):
+    texts = [f"film {number}" for number in range(NUM_SENTENCES + 5)]
+    sst = types.SimpleNamespace(train=types.SimpleNamespace(texts=texts))
+    monkeypatch.setattr(inputs.text, "sst2", lambda folder: sst)
+    found = inputs.files(WORKLOADS["embed"], None, Path("encoder"), tmp_path)
+    lines = Path(found["sentences"]).read_text(encoding="utf-8").split("\n")
+    assert lines == texts[:NUM_SENTENCES] and found["pretrained"] == "encoder"
 
 
 def test_the_peak_of_memory_counts_what_does_not_stay():
