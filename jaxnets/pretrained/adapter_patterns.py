@@ -90,7 +90,11 @@ class _Parser:
         self.repeats = repeats
 
         def ends(name: str, starts: int) -> int:
-            return functools.reduce(lambda found, part: part(name, found), parts, starts)
+            for part in parts:
+                if not starts:  # most names fail at one of the first characters
+                    break
+                starts = part(name, starts)
+            return starts
 
         return ends
 
