@@ -252,10 +252,10 @@ class Sentiment(SentenceProblem):
         # Shares of all sentences, [seeds, true class, predicted class], to counts.
         self.confusion = (test["confusion"].mean(axis=0) * len(self.sentences.test)).round(3)
         calibration_error = jn.metrics.expected_calibration_error(test["calibration"])
-        details = {}
+        details: dict[str, Any] = {} if self.network is None else {"model": "pretrained"}
         if self.frozen is not None:
             summary = self._summary(states)
-            details = {"network_parameters": summary.total, "trained_share": summary.share}
+            details |= {"network_parameters": summary.total, "trained_share": summary.share}
         return Measured(
             "test accuracy",
             np.array(test["accuracy"]),

@@ -478,13 +478,14 @@ def test_a_run_that_is_killed_ends_bitwise_as_one_that_was_not(
     num_kills, tmp_path, optimized_processes
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = json.loads(call(*KILLED, "--out", whole).stdout.splitlines()[-1])
+    options = (*KILLED, "--steps", 150 * num_kills)  # enough for all kills to come in time
+    expected = json.loads(call(*options, "--out", whole).stdout.splitlines()[-1])
     moments = random.Random(0)
     for index in range(num_kills):
         known = latest_step(killed / "checkpoints")
         resume = ("--resume",) if (killed / "config.json").exists() else ()
         process = subprocess.Popen(
-            command(*KILLED, "--out", killed, *resume),
+            command(*options, "--out", killed, *resume),
             cwd=ROOT,
             env=environment(),
             stderr=subprocess.DEVNULL,
@@ -497,7 +498,7 @@ def test_a_run_that_is_killed_ends_bitwise_as_one_that_was_not(
         assert process.poll() is None, "the run ended before it was killed"
         process.kill()
         process.communicate()
-    result = json.loads(call(*KILLED, "--out", killed, "--resume").stdout.splitlines()[-1])
+    result = json.loads(call(*options, "--out", killed, "--resume").stdout.splitlines()[-1])
     assert result["parameters_sha256"] == expected["parameters_sha256"]
     assert result["values"] == expected["values"]
     logs = [(folder / "metrics.jsonl").read_bytes() for folder in (whole, killed)]
