@@ -271,6 +271,7 @@ def test_an_adapter_is_fine_tuned(reviews, encoder, tmp_path):
 @pytest.mark.slow
 def test_a_pretrained_encoder_is_fine_tuned(reviews, encoder, tmp_path):
     result = judge(tmp_path / "run", pretrained=encoder[0], executor="jit")
+    assert result["model"] == "pretrained"
     assert result["vocabulary"] == 12
     assert TextProcessor.from_folder(tmp_path / "run").vocabulary_size == 12
 
