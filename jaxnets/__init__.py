@@ -11,7 +11,7 @@ state, history = jn.fit(step, state, batches, num_steps=1_000)
 
 import lazy_loader
 
+__version__ = "0.1.0"  # first: with EAGER_IMPORT set, the next line imports all modules
+
 # The stub `__init__.pyi` lists the names. A module is imported when one of its names is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-__version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """Imports between the packages of the library, read from the sources, and at run time."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -100,9 +101,14 @@ def test_the_init_files_define_nothing():
     assert offenders == []
 
 
-def run(code):
+def run(code, **variables):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
 
 
@@ -149,6 +155,11 @@ def test_names_are_loaded_when_used_without_heavy_packages_and_changes_of_config
 
 def test_modules_do_not_shadow_the_functions_of_the_same_names():
     assert ast.literal_eval(run(MODULES_FIRST)) == [True, True, True]
+
+
+def test_the_variable_of_the_lazy_loader_imports_everything_at_once():
+    code = f"import jaxnets as jn, sys; print('jaxnets.models.gan' in sys.modules); {SHADOWED}"
+    assert run(code, EAGER_IMPORT="1").split("\n") == ["True", "[True, True, True]"]
 
 
 def test_every_exported_name_exists_and_is_documented():

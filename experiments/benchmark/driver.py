@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import select
@@ -74,7 +73,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "experiments.benchmark.worker"),
-                    json.dumps(dataclasses.asdict(settings)),
+                    settings.as_json(),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -44,6 +45,12 @@ class Settings:
     labels: str = ""
     pretrained: str = ""
     sentences: str = ""
+
+    def as_json(self) -> str:
+        """Return the settings that are not the defaults, which an older worker knows by itself."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        chosen = dataclasses.asdict(self).items()
+        return json.dumps({name: value for name, value in chosen if value != defaults[name]})
 
     @property
     def workload(self) -> Workload:

@@ -233,11 +233,14 @@ def test_another_checkout_runs_its_own_code(tmp_path):
     folder.mkdir(parents=True)
     for package in (folder, folder.parent):
         (package / "__init__.py").touch()
-    answer = "print(json.dumps({'own': line.strip()}), flush=True)"
+    answer = "print(json.dumps([line.strip(), json.loads(sys.argv[1])]), flush=True)"
     (folder / "worker.py").write_text(f"import json, sys\nfor line in sys.stdin: {answer}")
     settings = Settings("side", "", "mlp", threads=1, platform="cpu", tiny=True)
     worker = driver.Worker(settings, tmp_path / "log", folder=tmp_path)
-    assert worker.ask("prepare") == {"own": '{"command": "prepare"}'}
+    received, known = worker.ask("prepare")
+    assert received == '{"command": "prepare"}'
+    # Without those that are the defaults: the other code may not know them.
+    assert known == {"module": "side", "variant": "", "name": "mlp", "threads": 1, "tiny": True}
     worker.close()
 
 
