@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 import jaxnets as jn
-from experiments.harness import process
+from experiments.harness import process, processes
 from experiments.harness.run_folder import RunError
 
 
@@ -69,10 +69,14 @@ def errors_without_traceback(*, if_stopped: str = "run it again") -> Iterator[No
     try:
         yield
     except Stopped as stopped:
+        processes.leave()
         process.leave(str(stopped), process.STOPPED)
     except KeyboardInterrupt as interrupt:
         process.leave(f"stopped by {str(interrupt) or 'SIGINT'}; {if_stopped}", process.STOPPED)
-    except (RunError, ValueError, OSError, jn.NonFiniteError, jn.CheckpointError) as error:
+    except (
+        *(RunError, ValueError, OSError),
+        *(jn.NonFiniteError, jn.CheckpointError, jn.DistributedError),
+    ) as error:
         fail(str(error))
 
 
@@ -90,5 +94,6 @@ def print_result(run: Callable[[], Any]) -> None:
 
 
 def fail(message: str) -> None:
-    """Print an error and exit with code 2."""
+    """Print an error and exit with code 2; other processes of the run stop too."""
+    processes.leave(f"error: {message}")
     process.leave(f"error: {message}", 2)

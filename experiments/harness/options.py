@@ -25,6 +25,8 @@ class Options:
     """Seed of the first network; the others count up from it."""
     executor: Literal["scan", "jit", "pmap", "sharded"] = "scan"
     """scan runs many steps per dispatch; pmap and sharded use several devices."""
+    processes: int = 1
+    """Processes on this machine that train together (sharded); each has its own devices."""
     steps_per_dispatch: int = 50
     """Steps per dispatch of the scan executor."""
     batch_size: int = 128

@@ -18,6 +18,8 @@ from experiments.harness.run_folder import RunFolder
 #: Training batches for the batch norms of averaged parameters. Of a momentum of 0.9 they leave a
 #: weight of 0.005 to the statistics of the last parameters.
 _RECALIBRATION_BATCHES = 50
+#: Of the sharded executor: [seeds, batch, ...].
+_BATCH_SPEC = jax.sharding.PartitionSpec(None, jn.DATA_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,9 @@ class Problem(abc.ABC):
         source = jn.data.member_batches([self.member_source(int(seed)) for seed in self.seeds])
         if options.executor == "scan":
             return jn.data.chunked(source, options.steps_per_dispatch)
-        # pmap and sharded transfer each batch from the host and split it over the devices.
+        if options.executor == "sharded":
+            return jn.data.sharded_batches(source, jn.data_mesh(), batch_spec=_BATCH_SPEC)
+        # pmap transfers each batch from the host and splits it over the devices.
         return jn.data.prefetch(source) if options.executor == "jit" else source
 
     def train_step(self) -> jn.StepFn:
@@ -181,8 +185,7 @@ class Problem(abc.ABC):
         if self.options.executor == "pmap":
             return jn.pmap_step(step, batch_axis=1, donate=True)
         if self.options.executor == "sharded":
-            spec = jax.sharding.PartitionSpec(None, jn.DATA_AXIS)
-            return jn.sharded_step(step, jn.data_mesh(), batch_spec=spec, donate=True)
+            return jn.sharded_step(step, jn.data_mesh(), batch_spec=_BATCH_SPEC, donate=True)
         return jn.jit_step(step, donate=True)
 
     def eval_step(

@@ -72,6 +72,14 @@ def signals_that_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def reserve_stdout() -> None:
+    """From now on only Python prints on standard output; its descriptor is standard error."""
+    sys.stdout.flush()
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    sys.stdout = open(os.dup(1), "w", encoding=encoding, errors=errors)  # noqa: SIM115
+    os.dup2(2, 1)
+
+
 def leave(line: str, code: int) -> NoReturn:
     """Print a line on standard error and exit, with that code even if the terminal is gone.
 

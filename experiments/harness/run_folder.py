@@ -3,6 +3,7 @@
 config.json     experiment, code, data, and every option with its value
 metrics.jsonl   one row per logged step
 checkpoints/    training states; a resumed run starts from the latest
+process_N.log   what process N of --processes printed; process 0 prints for all
 *.png           figures
 report.html     everything on one page
 result.json     written last: its presence marks a finished run
@@ -29,7 +30,7 @@ from jaxnets.storage import FolderInUseError, lock_folder, read_json, write_json
 #: Options that do not affect the result; a run may be resumed with other values.
 NOT_PART_OF_THE_RUN = (
     *("out", "resume", "data", "checkpoint_every", "keep_freed_memory", "tensorboard", "workers"),
-    *("other_code", "on_non_finite"),
+    *("other_code", "on_non_finite", "processes"),
 )
 _REMEDY = "remove the folder, or choose another with --out"
 
@@ -161,7 +162,7 @@ class RunFolder:
         if config is not None and self._begun():
             self._compare("data (sha256)", config["data"], data)
             if self._has("result.json"):
-                return self._result(experiment, kind)
+                return self.result(experiment, kind)
             code = config["code"]
         now = dict(code_version())
         if not code or code[-1] != now:
@@ -187,7 +188,20 @@ class RunFolder:
         """Write a JSON file atomically, with a digest."""
         write_json(self.path / name, content)
 
-    def _result(self, experiment: str, kind: type[Any]) -> dict[str, Any]:
+    def is_finished(self) -> bool:
+        """Return whether the run has a result."""
+        return self._has("result.json")
+
+    def result(self, experiment: str, kind: type[Any]) -> dict[str, Any]:
+        """Read the result of a finished run.
+
+        Args:
+            experiment: name.
+            kind: type of the result, a `TypedDict`.
+
+        Raises:
+            ValueError: `result.json` is damaged or not that of this experiment.
+        """
         document = read_json(
             self.path / "result.json",
             what="the result of a run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -14,11 +15,11 @@ import jax
 import numpy as np
 
 import jaxnets as jn
-from experiments.harness import command_line, process, registry
-from experiments.harness.identity import content_sha256
+from experiments.harness import command_line, process, processes, registry
+from experiments.harness.identity import code_version, content_sha256
 from experiments.harness.options import Options, check
 from experiments.harness.problem import Measured, Problem
-from experiments.harness.run_folder import RunFolder, environment
+from experiments.harness.run_folder import RunFolder, environment, to_json
 from experiments.pictures import event_pictures
 from jaxnets.tools.comparison import show_number
 from jaxnets.tools.results import Result, diverged, make_result
@@ -50,7 +51,7 @@ def main(name: str, make_problem: Callable[[Any], Problem], recipes: Mapping[str
         result = run(name, options, make_problem)
     if process.is_command():
         process.ignore_signals()
-    if not sys.stdout.isatty():
+    if jax.process_index() == 0 and not sys.stdout.isatty():
         print(json.dumps(result))
 
 
@@ -67,26 +68,42 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
     """
     check(options)
     folder = RunFolder(options.out)
-    with folder.locked():
-        folder.check(name, options, resume=options.resume, other_code=options.other_code)
+    is_first = processes.join(options)
+    with folder.locked() if is_first else contextlib.nullcontext():
+        if is_first:
+            folder.check(name, options, resume=options.resume, other_code=options.other_code)
+            processes.start_others(options, folder.path)
         problem = make_problem(options)
         digest = None if problem.dataset is None else content_sha256(problem.dataset)
-        finished = folder.open(name, options, data=digest, kind=Result)
-        if finished is None:
+        processes.agree("the code", dict(code_version()))
+        processes.agree("the configuration", _described(options))
+        processes.agree("the data (sha256)", digest)
+        finished = folder.open(name, options, data=digest, kind=Result) if is_first else None
+        processes.agree("the run folder")
+        if finished is None and not folder.is_finished():
             return _finish(name, problem, folder)
-    print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
-    return finished
+        if is_first:
+            print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        return finished or folder.result(name, Result)
+
+
+def _described(options: Options) -> dict[str, Any]:
+    """Return the options in which the processes of a run must not differ."""
+    own = ("data", "keep_freed_memory", "processes")
+    return {name: value for name, value in to_json(options).items() if name not in own}
 
 
 def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
     """Train from the latest checkpoint on, evaluate, and write the result."""
     options = problem.options
-    states, history = jn.resume(folder.checkpoints, problem.create_states())
+    is_first = jax.process_index() == 0
+    states = processes.on_all(problem.create_states())
+    states, history = jn.resume(folder.checkpoints, states)
     log: Any = jn.jsonl_writer(folder.metrics)
     writers = [log]
     events: Any = None
     image_hooks: list[jn.Hook] = []
-    if options.tensorboard:
+    if options.tensorboard and is_first:
         events = jn.tensorboard_writer(folder.path / "tensorboard")
         writers.append(events)
         image_hooks = [
@@ -97,6 +114,10 @@ def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
     states, history = _train(problem, folder, states, history, writers, image_hooks)
     if history.interrupted:
         raise command_line.Stopped(f"stopped by {history.stopped}; continue with --resume")
+    states = processes.own(states)
+    if not is_first:
+        processes.agree("the result")
+        return folder.result(name, Result)
     # If nothing was left to train, no writer was started; the log may have been cut or removed.
     log.start(history, problem.num_steps)
     log.close()
@@ -115,6 +136,7 @@ def _finish(name: str, problem: Problem, folder: RunFolder) -> dict[str, Any]:
     result["wall_seconds"] = round(time.perf_counter() - started, 2)
     page = jn.write_report(folder.path, result)
     folder.write("result.json", result)
+    processes.agree("the result")
     print(f"{describe(measured)}; see {page}", file=sys.stderr)
     return result
 
@@ -129,18 +151,19 @@ def _train(
 ) -> tuple[jn.TrainState, jn.History]:
     """Run the remaining stages in order, with one history."""
     options = problem.options
-    hooks = [
-        jn.every(
-            options.eval_every or problem.steps_per_epoch,
-            jn.validation(
-                problem.eval_step(),
-                problem.eval_batches,
-                prefix=problem.eval_name,
-                evaluated=problem.evaluated,
-            ),
+    is_first = jax.process_index() == 0
+    validation = jn.every(
+        options.eval_every or problem.steps_per_epoch,
+        jn.validation(
+            problem.eval_step(),
+            problem.eval_batches,
+            prefix=problem.eval_name,
+            evaluated=problem.evaluated,
         ),
-        *problem.hooks(folder),
-        *image_hooks,
+    )
+    drawing = [*problem.hooks(folder), *image_hooks] if is_first else []
+    hooks = [
+        *map(processes.OnOwnCopy, [validation, *drawing]),
         jn.Checkpointing(
             folder.checkpoints,
             every=options.checkpoint_every or problem.steps_per_epoch,
@@ -149,10 +172,14 @@ def _train(
     ]
     compile_seconds = 0.0
     for stage, last_step in enumerate(problem.stages):
-        message = problem.prepare(folder, stage, states)
-        if message:
-            print(message, file=sys.stderr)
-        if last_step <= int(states.step.max()):
+        if not is_first:
+            processes.agree("the preparation of a stage")  # reads what process 0 has prepared
+        message = problem.prepare(folder, stage, processes.own(states))
+        if is_first:
+            processes.agree("the preparation of a stage")
+            if message:
+                print(message, file=sys.stderr)
+        if last_step <= int(np.max(states.step)):
             continue  # finished before the run was resumed
         states, history = jn.fit(
             problem.executor(),

@@ -5,6 +5,13 @@ from jaxnets.distributed.processes import (
     agree_to_stop,
     check_agreement,
     init_distributed,
+    leave,
 )
 
-__all__ = ["DistributedError", "agree_to_stop", "check_agreement", "init_distributed"]
+__all__ = [
+    "DistributedError",
+    "agree_to_stop",
+    "check_agreement",
+    "init_distributed",
+    "leave",
+]

@@ -25,6 +25,8 @@ _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _LONGEST_VALUE = 200  # characters of a value in a message
 
 _peer: Peer | None = None
+_hub: Hub | None = None  # of process 0
+_silence_seconds = 0.0
 
 
 class DistributedError(RuntimeError):
@@ -71,7 +73,7 @@ def init_distributed(
         ValueError: only some of the three are known, or one cannot be.
         RuntimeError: JAX was used already, or this was called before.
     """
-    global _peer
+    global _peer, _hub, _silence_seconds
     if _peer is not None:
         raise RuntimeError("init_distributed was called already; call it once, at the start")
     address, count, process, local_devices = _settings(
@@ -126,9 +128,9 @@ def init_distributed(
             initialization_timeout=int(timeout_seconds) + 1,
             coordinator_bind_address=f"{host}:{port + 1}" if is_local(host) else None,
         )
-    _peer = peer
+    _peer, _hub, _silence_seconds = peer, hub, silence_seconds
     # After JAX's own, so that it runs first: the others hear of the end before JAX waits for it.
-    atexit.register(_leave, hub, silence_seconds)
+    atexit.register(_leave_at_exit)
     if verbose:
         local, devices = jax.local_device_count(), jax.device_count()
         print(
@@ -182,6 +184,24 @@ def agree_to_stop(reason: str | None) -> str | None:
         `init_distributed` it is `reason`.
     """
     return reason if _peer is None else _peer.agree_to_stop(reason)
+
+
+def leave(error: str | None = None) -> None:
+    """Leave the run before `os._exit`, which skips what Python does at its exit.
+
+    The others go on to their own ends, and process 0 waits for them; after an error they stop, with
+    its text. Does nothing without `init_distributed`, and at a second call.
+
+    Args:
+        error: why this process fails.
+    """
+    global _peer, _hub
+    peer, hub = _peer, _hub
+    _peer = _hub = None
+    if peer is not None:
+        peer.leave(error)
+    if hub is not None:
+        hub.join(timeout=_silence_seconds)
 
 
 @contextlib.contextmanager
@@ -267,13 +287,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def _leave(hub: Hub | None, seconds: float) -> None:
-    """Say goodbye at the exit of the interpreter; process 0 goes last, for the sake of the hub."""
+def _leave_at_exit() -> None:
+    """Leave the run at the exit of the interpreter."""
     error = getattr(sys, "last_value", None)
-    assert _peer is not None
-    _peer.leave(None if error is None else f"{type(error).__name__}: {str(error)[:_LONGEST_VALUE]}")
-    if hub is not None:
-        hub.join(timeout=seconds)
+    leave(None if error is None else f"{type(error).__name__}: {str(error)[:_LONGEST_VALUE]}")
     if error is not None:
         # The others end now, and JAX would wait for them and then abort.
         for stream in (sys.stdout, sys.stderr):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.checks import check_source
 from jaxnets.core import DATA_AXIS, Batch, BatchSource
-from jaxnets.data.batches.rows import part_of
+from jaxnets.data.batches.rows import check_divisible, part_of
 from jaxnets.data.batches.wrapping import AroundSource
 
 
@@ -32,6 +32,13 @@ class ShardedBatches(AroundSource):
     axis: int
     own_part: tuple[int, int]
 
+    @property
+    def num_shards(self) -> int:
+        """Parts of the rows, of all devices."""
+        names: Any = self.sharding.spec[self.axis]
+        names = (names,) if isinstance(names, str) else names
+        return math.prod(self.sharding.mesh.shape[name] for name in names)
+
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate from `first_step`: arrays of the whole batch on the mesh."""
         for batch in self.source(first_step):
@@ -39,6 +46,7 @@ class ShardedBatches(AroundSource):
 
     def _place(self, own: np.ndarray) -> jax.Array:
         index, count = self.own_part
+        check_divisible(own.shape[self.axis] * count, self.num_shards)
         first = index * own.shape[self.axis]
         shape = list(own.shape)
         shape[self.axis] *= count
