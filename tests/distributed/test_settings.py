@@ -1,5 +1,7 @@
 """How a process learns which one it is, and what it does alone."""
 
+import types
+
 import jax.numpy as jnp
 import pytest
 
@@ -8,6 +10,7 @@ from jaxnets.distributed import (
     agree_to_stop,
     check_agreement,
     init_distributed,
+    leave,
     processes,
 )
 
@@ -75,6 +78,15 @@ def test_values_are_compared_by_what_differs(monkeypatch):
     message = str(raised.value)
     assert 'differs: process 2 has {"array": "another", "more": [1]}, process 0 has' in message
     assert "float32[2] of sha256 " in message and "unchanged" not in message
+
+
+def test_a_run_is_left_once(monkeypatch):
+    left = []
+    leave()  # of no run
+    monkeypatch.setattr(processes, "_peer", types.SimpleNamespace(leave=left.append))
+    leave("no data")
+    leave()
+    assert left == ["no data"]
 
 
 def test_a_value_that_is_no_json_is_refused(monkeypatch):

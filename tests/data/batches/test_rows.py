@@ -96,6 +96,13 @@ def test_a_source_of_several_steps_needs_parts_of_its_own():
 
 
 @pytest.mark.four_devices
+def test_rows_that_the_devices_cannot_share_are_named():
+    batches = sharded_batches(index_batches(23, 6, seed=1), jax.make_mesh((4,), ("data",)))
+    with pytest.raises(ValueError, match="batch size 6 is not divisible into 4 parts"):
+        next(batches(0))
+
+
+@pytest.mark.four_devices
 def test_sharded_batches_are_on_the_mesh():
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     source, _ = SOURCES["chunked"]

@@ -82,6 +82,19 @@ def test_what_was_printed_into_a_pipe_before_a_signal_is_not_lost(number, tmp_pa
     assert done.stderr == f"stopped by {number.name}; run it again\n"
 
 
+def test_libraries_print_beside_the_result(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import os\n"
+        "from experiments.harness import process\n"
+        "print('before')\n"
+        "process.reserve_stdout()\n"
+        "os.write(1, b'a library')\n"
+        "print('the result')\n"
+    )
+    done = run("program", path=tmp_path)
+    assert (done.stdout, done.stderr) == ("before\nthe result\n", "a library")
+
+
 def test_a_signal_that_the_process_ignores_stays_ignored(tmp_path):
     signals_in_an_import(tmp_path, signal.SIGHUP)
     assert run("experiments.digits", path=tmp_path, before="trap '' HUP;").returncode == 5

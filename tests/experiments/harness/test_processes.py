@@ -1,0 +1,144 @@
+"""A run of several processes: what starts, joins and ends them."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import tiny
+
+import jaxnets as jn
+from experiments import digits, sentences
+from experiments.classification import ImageClassification
+from experiments.harness import process, processes
+from experiments.harness.run_folder import RunError
+from experiments.harness.training import run
+
+ROOT = Path(__file__).parents[3]
+#: Steps that take as long as their checkpoints, so that a signal comes before the last one.
+RUN = ("--model=perceptron", "--optimizer=nesterov", "--batch-size=24", "--steps=60")
+EXECUTED = ("--executor=sharded", "--log-every=2", "--eval-every=20")
+
+
+@pytest.mark.parametrize("executor", ["scan", "jit", "pmap"])
+def test_several_processes_need_an_executor_that_splits_batches(tmp_path, executor):
+    with pytest.raises(RunError, match=f"--processes 2 needs --executor sharded, .* {executor} is"):
+        tiny(tmp_path, executor=executor, processes=2)
+
+
+def test_several_processes_need_a_command(tmp_path):
+    with pytest.raises(RunError, match=r"--processes 2 needs a command, python -m experiments"):
+        tiny(tmp_path, executor="sharded", processes=2)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_process_that_ends_before_it_is_connected_ends_the_run(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(process, "leave", lambda line, code: left.append((line, code)))
+    monkeypatch.setattr(processes, "_LOST_SECONDS", 0.0)
+    log = tmp_path / "process_1.log"
+    for program in ("raise SystemExit('no data\\n')", "pass"):
+        with log.open("wb") as output:
+            child = subprocess.Popen([sys.executable, "-c", program], stderr=output)
+        processes._watch(1, child, log)
+    assert left == [(f"error: process 1 ended with code 1: no data; see {log}", 2)]
+
+
+def test_a_process_ends_with_the_first_one(monkeypatch):
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    read, write = os.pipe()
+    os.close(write)  # as when the first one is killed
+    processes._end_with(read)
+    os.close(read)
+    assert codes == [3]
+
+
+def test_a_hook_on_its_own_copy_has_the_methods_of_the_hook():
+    class Hook:
+        def __init__(self):
+            self.watches = ("loss",)
+
+        def __call__(self, step, state, metrics):
+            return {"value": step}
+
+    hook = processes.OnOwnCopy(Hook())
+    assert hook(3, {"a": np.ones(1)}, {}) == {"value": 3} and hook.watches == ("loss",)
+    assert not hasattr(hook, "commit")
+
+
+def test_batches_of_sentences_do_not_depend_on_a_few_devices(monkeypatch):
+    sizes = {}
+    for count in (1, 2, 8, 3):
+        monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+        sizes[count] = sentences._multiple()
+    assert sizes == {1: 8, 2: 8, 8: 8, 3: 24}
+
+
+def start(folder, *options):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    out = f"--out={folder / 'run'}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.digits", *RUN, *EXECUTED, out, *options],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rows(folder, name="run"):
+    path = folder / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_go_on_as_three_to_the_curve_of_one(tmp_path):
+    two = start(tmp_path, "--processes=2", "--checkpoint-every=1")
+    deadline = time.monotonic() + 300
+    while not rows(tmp_path):
+        assert two.poll() is None and time.monotonic() < deadline, two.communicate()
+        time.sleep(0.02)
+    two.send_signal(signal.SIGTERM)
+    printed, messages = two.communicate(timeout=300)
+    assert (two.returncode, printed) == (3, ""), messages
+    assert "\nstopped by SIGTERM (process 0) at step " in messages
+    assert "Traceback" not in messages and "process 1 of 2" not in messages
+    assert "process 1 of 2" in (tmp_path / "run" / "process_1.log").read_text()
+    assert 2 <= rows(tmp_path)[-1]["step"] < 60
+
+    three = start(tmp_path, "--processes=3", "--resume")
+    printed, messages = three.communicate(timeout=300)
+    assert three.returncode == 0, messages
+    result = json.loads(printed)  # the only line
+
+    config = dataclasses.replace(
+        digits.RECIPES["perceptron"],
+        optimizer="nesterov",
+        batch_size=24,
+        steps=60,
+        executor="jit",
+        log_every=2,
+        eval_every=20,
+        out=tmp_path / "alone",
+    )
+    problem = ImageClassification(config, jn.data.digits())
+    expected = run("digits", config, lambda config: problem)
+    assert result["value"] == pytest.approx(expected["value"], abs=1 / 360)
+    losses, alone = ([row["loss"] for row in rows(tmp_path, name)] for name in ("run", "alone"))
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
