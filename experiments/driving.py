@@ -22,8 +22,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from experiments.harness.problem import Measured, Problem, member
 from experiments.harness.run_folder import RunError, RunFolder
 from experiments.pictures import driving_pictures
 from jaxnets.data import driving
+from jaxnets.data.batches.sources import IndexBatches
 from jaxnets.data.files import cache_folder
 from jaxnets.tools.pictures import figures
 
@@ -95,6 +96,35 @@ class Config(Options):
     """Maximum change of brightness, as a fraction."""
     workers: int = 0
     """Processes that simulate the cars; 0 uses this process."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowBatches:
+    """Batches of windows of recordings.
+
+    Attributes:
+        order: of the windows.
+        pool: decisions of each window, [windows, window].
+        arrays: {name: array [decisions, ...]}; None: the batches are {"indices": decisions}.
+    """
+
+    endless: ClassVar[bool] = True
+
+    order: IndexBatches
+    pool: np.ndarray
+    arrays: Mapping[str, np.ndarray] | None
+
+    def __call__(self, first_step: int) -> Iterator[jn.Batch]:
+        for batch in self.order(first_step):
+            rows = self.pool[batch["indices"]]  # [batch, window]
+            if self.arrays is None:
+                yield {"indices": rows}
+            else:
+                yield {name: array[rows] for name, array in self.arrays.items()}
+
+    def part(self, index: int, count: int) -> WindowBatches:
+        """Return the source of one of `count` equal parts of every batch."""
+        return dataclasses.replace(self, order=self.order.part(index, count))
 
 
 class Driving(Problem):
@@ -176,16 +206,8 @@ class Driving(Problem):
     def member_source(self, seed: int) -> jn.BatchSource:
         config, pool = self.config, self.pools[seed]
         order = jn.data.index_batches(len(pool), config.batch_size // config.window, seed=seed)
-
-        def source(first_step: int) -> Iterator[jn.Batch]:
-            for batch in order(first_step):
-                rows = pool[batch["indices"]]  # [batch, window]
-                if config.executor == "scan":  # the frames are on the device: transfer indices only
-                    yield {"indices": rows}
-                else:
-                    yield {name: array[rows] for name, array in self.resident.items()}
-
-        return source
+        # The frames of the scan executor are on the device: transfer indices only.
+        return WindowBatches(order, pool, None if config.executor == "scan" else self.resident)
 
     def driver(self, states: jn.TrainState, index: int) -> NetworkDriver:
         """Return one network of the population as a driver."""

@@ -73,7 +73,11 @@ def run(name: str, options: Options, make_problem: Callable[[Any], Problem]) -> 
         if is_first:
             folder.check(name, options, resume=options.resume, other_code=options.other_code)
             processes.start_others(options, folder.path)
+        else:
+            processes.agree("the data are there")  # process 0 downloads or records them
         problem = make_problem(options)
+        if is_first:
+            processes.agree("the data are there")
         digest = None if problem.dataset is None else content_sha256(problem.dataset)
         processes.agree("the code", dict(code_version()))
         processes.agree("the configuration", _described(options))

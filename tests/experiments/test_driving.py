@@ -1,6 +1,7 @@
 """The driving experiment with tiny networks and short drives."""
 
 import dataclasses
+import itertools
 import shutil
 
 import jax
@@ -52,6 +53,18 @@ def data(tmp_path_factory):
 def finished(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "run"
     return out, run_driving(out, data)
+
+
+def test_the_parts_of_a_batch_of_windows_are_together_the_batch():
+    arrays = {"speeds": np.arange(20.0), "frames": np.arange(40).reshape(20, 2)}
+    pool = driving.windows(np.arange(20), 3)
+    for held in (None, arrays):
+        source = experiment.WindowBatches(jn.data.index_batches(len(pool), 4, seed=0), pool, held)
+        parts = [source.part(index, 2)(3) for index in range(2)]
+        for batch, *halves in itertools.islice(zip(source(3), *parts, strict=False), 6):
+            assert batch.keys() == ({"indices"} if held is None else arrays.keys())
+            for name, array in batch.items():
+                np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), array)
 
 
 def test_frames_of_weight_zero_do_not_count_in_the_batch_norms_of_the_encoder():

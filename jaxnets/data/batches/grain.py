@@ -11,6 +11,7 @@ import numpy as np
 from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
 from jaxnets.data.arrays import check_seed
+from jaxnets.data.batches.rows import WHOLE, Rows
 
 
 class RandomAccessSource(Protocol):
@@ -26,14 +27,18 @@ class GrainBatches:
     """Batches of a Grain dataset; see `grain_batches`.
 
     Attributes:
-        dataset: an endless `grain.MapDataset` whose element s is the batch of step s.
+        examples: an endless `grain.MapDataset` of examples, in the order of the steps.
+        batch_size: examples per batch.
         num_threads: threads that read ahead; 0 reads on demand.
+        rows: of every batch that are made.
     """
 
     endless: ClassVar[bool] = True
 
-    dataset: Any
+    examples: Any
+    batch_size: int
     num_threads: int
+    rows: Rows = WHOLE
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
         """Iterate endlessly from `first_step`; earlier batches are not read."""
@@ -43,7 +48,34 @@ class GrainBatches:
         options = grain.ReadOptions(
             num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads
         )
-        return iter(self.dataset[first_step:].to_iter_dataset(options))
+        examples, rows = self.examples, self.rows.of(self.batch_size)
+        if self.rows != WHOLE:
+            examples = grain.MapDataset.source(_OwnRows(examples, self.batch_size, rows))
+        batches = examples.batch(rows.stop - rows.start)
+        return iter(batches[first_step:].to_iter_dataset(options))
+
+    def part(self, index: int, count: int) -> GrainBatches:
+        """Return the source of one of `count` equal parts of every batch, as `sharded_batches`.
+
+        Only the examples of these rows are read.
+        """
+        return dataclasses.replace(self, rows=self.rows.part(index, count, self.batch_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnRows:
+    """The examples of some rows of every batch, one after the other."""
+
+    examples: Any
+    batch_size: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size * (self.rows.stop - self.rows.start)
+
+    def __getitem__(self, index: int) -> Any:
+        step, row = divmod(index, self.rows.stop - self.rows.start)
+        return self.examples[step * self.batch_size + self.rows.start + row]
 
 
 def grain_batches(
@@ -95,4 +127,4 @@ def grain_batches(
     dataset = grain.MapDataset.source(source).shuffle(seed=order_seed)
     if transform is not None:
         dataset = dataset.random_map(transform, seed=transform_seed)
-    return GrainBatches(dataset.repeat().batch(batch_size), num_threads)
+    return GrainBatches(dataset.repeat(), batch_size, num_threads)

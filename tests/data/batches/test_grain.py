@@ -69,6 +69,27 @@ def test_every_epoch_has_every_example_once_in_its_own_order():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_the_parts_of_a_batch_read_their_own_rows_and_are_together_the_batch(num_threads):
+    whole = take(grain_batches(Counting(), 4, seed=4, transform=add_noise), 2, 5)
+    examples = [Counting(), Counting()]
+    for index, each in enumerate(examples):
+        source = grain_batches(each, 4, seed=4, transform=add_noise, num_threads=num_threads)
+        parts = take(source.part(index, 2), 2, 5)
+        for batch, part in zip(whole, parts, strict=True):
+            for name, array in batch.items():
+                rows = array[2 * index : 2 * index + 2]
+                np.testing.assert_array_equal(part[name], rows, strict=True)
+    if not num_threads:  # threads read ahead
+        rows = np.concatenate([batch["labels"].reshape(2, 2) for batch in whole], axis=1)
+        assert [each.read for each in examples] == rows.tolist()
+
+
+def test_a_part_of_a_batch_has_equal_rows():
+    with pytest.raises(ValueError, match="batch size 4 is not divisible into 3 parts"):
+        grain_batches(Counting(), 4, seed=0).part(0, 3)
+
+
 def test_a_seed_is_not_its_neighbor_one_epoch_later():
     orders = [labels(take(grain_batches(Counting(), 10, seed=seed), 0, 3)) for seed in range(3)]
     assert len({tuple(epoch[0]) for epoch in orders for epoch in zip(epoch, strict=True)}) == 9

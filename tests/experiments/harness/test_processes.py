@@ -82,7 +82,7 @@ def test_batches_of_sentences_do_not_depend_on_a_few_devices(monkeypatch):
     assert sizes == {1: 8, 2: 8, 8: 8, 3: 24}
 
 
-def start(folder, *options):
+def start(folder, *options, before=(), **variables):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -90,15 +90,18 @@ def start(folder, *options):
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
     }
     out = f"--out={folder / 'run'}"
+    command = [sys.executable, "-m", "experiments.digits", *RUN, *EXECUTED, out, *options]
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.digits", *RUN, *EXECUTED, out, *options],
+        [*before, *command],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -107,14 +110,19 @@ def rows(folder, name="run"):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.parametrize("name", ["slurm.sh", "ssh.sh"])
+def test_the_scripts_of_clusters_are_shell(name):
+    subprocess.run(["bash", "-n", str(ROOT / "experiments" / "cluster" / name)], check=True)
+
+
 @pytest.mark.slow
-def test_two_processes_that_are_stopped_go_on_as_three_to_the_curve_of_one(tmp_path):
+def test_two_processes_that_are_stopped_go_on_as_a_list_of_three_to_the_curve_of_one(tmp_path):
     two = start(tmp_path, "--processes=2", "--checkpoint-every=1")
     deadline = time.monotonic() + 300
     while not rows(tmp_path):
         assert two.poll() is None and time.monotonic() < deadline, two.communicate()
         time.sleep(0.02)
-    two.send_signal(signal.SIGTERM)
+    os.killpg(two.pid, signal.SIGTERM)
     printed, messages = two.communicate(timeout=300)
     assert (two.returncode, printed) == (3, ""), messages
     assert "\nstopped by SIGTERM (process 0) at step " in messages
@@ -122,10 +130,20 @@ def test_two_processes_that_are_stopped_go_on_as_three_to_the_curve_of_one(tmp_p
     assert "process 1 of 2" in (tmp_path / "run" / "process_1.log").read_text()
     assert 2 <= rows(tmp_path)[-1]["step"] < 60
 
-    three = start(tmp_path, "--processes=3", "--resume")
+    stand_in = tmp_path / "ssh"  # on this machine: option, host, command
+    stand_in.write_text('#!/bin/sh\nexec sh -c "$3"\n')
+    stand_in.chmod(0o755)
+    script = [str(ROOT / "experiments" / "cluster" / "ssh.sh"), "localhost,localhost,localhost"]
+    port = str(processes._free_port())
+    three = start(tmp_path, "--resume", before=script, SSH=str(stand_in), PORT=port)
     printed, messages = three.communicate(timeout=300)
-    assert three.returncode == 0, messages
+    assert three.returncode == 0 and messages.count("1 of 3 cpu devices") == 3, messages
     result = json.loads(printed)  # the only line
+
+    again = start(tmp_path, "--processes=2")
+    printed, messages = again.communicate(timeout=300)
+    assert again.returncode == 0 and "is finished; nothing to do" in messages, messages
+    assert json.loads(printed) == result
 
     config = dataclasses.replace(
         digits.RECIPES["perceptron"],
