@@ -1,7 +1,7 @@
-"""A training of one of several processes: `process_run.py FOLDER NUM_STEPS KIND [PAUSE]`.
+"""Trainings of one of several processes: `process_run.py JOBS`.
 
-KIND is a name of `NETWORKS` or "all". The processes are told about each other by the environment.
-Each run resumes from the checkpoints in FOLDER/KIND, and prints a line of JSON.
+JOBS is JSON, a list of the arguments of `run`. The processes are told about each other by the
+environment. Each job resumes from the checkpoints in its folder, and prints a line of JSON.
 """
 
 import json
@@ -46,8 +46,9 @@ NETWORKS = {
     "gan": lambda: (jn.gan.dcgan((8, 8, 1), latent_size=4, width=2), None, IMAGES),
     "transformer": transformer,
 }
-#: How the batches come to the devices.
-LAYOUTS = ("whole", "own", "fsdp", "scan")
+#: Families, and how the batches come to the devices.
+CASES = [(kind, "own") for kind in NETWORKS]
+CASES += [("feedforward", layout) for layout in ("whole", "fsdp", "scan")]
 
 
 def updates_of(module, objective):
@@ -77,10 +78,13 @@ def digest(state, mesh):
     return jn.parameters_sha256(whole((state.params, state.model_state)))
 
 
-def run(folder, num_steps, kind, layout, pause):
+def run(folder, num_steps, kind="feedforward", layout="own", pause=0.0, own_data=False):
     """Return the losses and a digest of the state, after a resume from `folder`."""
+    folder = Path(folder)
     module, objective, shapes = NETWORKS[kind]()
     updates, data = updates_of(module, objective), data_of(shapes)
+    if own_data:
+        data["inputs"] += jax.process_index()
     example = jnp.zeros((1, 4)) if kind == "gan" else data["inputs"][:1]
     key = jax.random.key(0)
     variables = jax.jit(module.init)({"params": key, "latent": key}, example)
@@ -119,18 +123,22 @@ def run(folder, num_steps, kind, layout, pause):
         "stopped": history.stopped,
         "restored": restored,
         "digest": digest(state, mesh),
+        "evaluated": evaluate(objective, state, data, mesh) if kind == "feedforward" else None,
     }
 
 
-def main(folder: Path, num_steps: int, kind: str, pause: float = 0.0) -> None:
+def evaluate(objective, state, data, mesh):
+    """Return the metrics of examples whose number is no multiple of anything."""
+    some = {name: array[:61] for name, array in data.items()}
+    batches = jn.data.sharded_batches(jn.data.sequential_batches(some, SIZE), mesh)
+    return jn.evaluate(jn.jit_step(jn.make_eval_step(objective)), state, batches)
+
+
+def main(jobs):
     jn.init_distributed(timeout_seconds=60, silence_seconds=10, verbose=False)
-    results = {}
-    for name in NETWORKS if kind == "all" else [kind]:
-        for layout in LAYOUTS if name == "feedforward" and kind == "all" else ["own"]:
-            where = folder / f"{name}-{layout}"
-            results[where.name] = run(where, num_steps, name, layout, pause)
-    print(json.dumps(results))
+    for job in jobs:
+        print(json.dumps(run(**job)), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(float, sys.argv[4:]))
+    main(json.loads(sys.argv[1]))

@@ -28,7 +28,7 @@ from jaxnets import distributed
 _PARENT = "EXPERIMENTS_PROCESS_0"
 #: For process 0, which may fail in the same way, to say so.
 _FIRST_SECONDS = 1.0
-#: For the connections of a process that has died to end process 0, if it had any.
+#: For the loss of a process to end process 0 by their connection, if they had one.
 _LOST_SECONDS = 5.0
 
 _is_first = True
@@ -86,7 +86,7 @@ def start_others(options: Options, folder: Path) -> None:
         return
     if not process.is_command():
         raise RunError(f"--processes {count} needs a command, python -m experiments.NAME")
-    address = f"localhost:{_free_port()}"
+    address, connected = f"localhost:{_free_port()}", threading.Event()
     read, _ = os.pipe()  # the other end stays open as long as this process lives
     for index in range(1, count):
         log = folder / f"process_{index}.log"
@@ -100,10 +100,12 @@ def start_others(options: Options, folder: Path) -> None:
                 pass_fds=(read,),
                 start_new_session=True,
             )
-        threading.Thread(target=_watch, args=(index, child, log), daemon=True).start()
+        watch = (index, child, log, connected)
+        threading.Thread(target=_watch, args=watch, daemon=True).start()
     os.close(read)
     os.environ.update(_environment(address, count, 0))
     jn.init_distributed()
+    connected.set()
     _join_stdout()
 
 
@@ -194,11 +196,15 @@ def _join_stdout() -> None:
         process.reserve_stdout()
 
 
-def _watch(index: int, child: subprocess.Popen[bytes], log: Path) -> None:
-    """End this process if another one ends with an error before they are connected."""
+def _watch(
+    index: int, child: subprocess.Popen[bytes], log: Path, connected: threading.Event
+) -> None:
+    """End this process if another one ends with an error before all are connected.
+
+    Later it is a lost process, as on any host.
+    """
     code = child.wait()
-    if code:
-        time.sleep(_LOST_SECONDS)
+    if code and not connected.wait(_LOST_SECONDS):
         lines = log.read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "nothing printed")
         process.leave(f"error: process {index} ended with code {code}: {last}; see {log}", 2)

@@ -1,7 +1,9 @@
 """Runs of one, two and four real processes: equal curves, one checkpoint, one end."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from process_run import CASES
 
 pytestmark = pytest.mark.slow
 
@@ -30,22 +33,34 @@ def free_port():
             return port
 
 
-def start(count, folder, num_steps, kind, pause=0.0):
-    port = free_port()
+def job(folder, num_steps=12, **arguments):
+    return {"folder": str(folder), "num_steps": num_steps, **arguments}
+
+
+def cases(folder):
+    return [job(folder / f"{k}-{how}", kind=k, layout=how) for k, how in CASES]
+
+
+def endless(folder):
+    return job(folder, 10_000, pause=0.02)
+
+
+def start(count, jobs, programs):
+    """Start processes that run the jobs one after the other."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(SCRIPT.parents[1]),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": str(count),
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # a line for each program of the cache would fill the pipes
     }
-    command = [sys.executable, str(SCRIPT), str(folder), str(num_steps), kind, str(pause)]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, str(SCRIPT), json.dumps(jobs)],
             env={**environment, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -55,118 +70,153 @@ def start(count, folder, num_steps, kind, pause=0.0):
     ]
 
 
-def finish(processes, code=0):
-    """Return what the processes printed, (result, messages) each; Gloo prints too."""
+def finish(processes, codes=(0,)):
+    """Return what the processes printed, (results of the jobs, messages) each; Gloo prints too."""
     outputs = [process.communicate(timeout=900) for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [code] * len(processes), outputs
-    lines = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
-    return [
-        (json.loads(*out) if out else None, err)
-        for out, (_, err) in zip(lines, outputs, strict=True)
-    ]
+    assert all(process.returncode in codes for process in processes), outputs
+    return [(results_of(out), err) for out, err in outputs]
 
 
-def wait_for_rows(folder, count, processes):
+def results_of(printed):
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def wait_for_rows(folder, processes):
     """Wait until a run has written some rows."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     log = folder / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < count:
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
+            process.communicate() for process in processes if process.poll() is not None
+        ]
         time.sleep(0.05)
 
 
+def finish_without(process, processes):
+    """Return what the others printed after one was lost, its results, and how long they took."""
+    try:
+        began = time.monotonic()
+        outputs = finish([each for each in processes if each is not process], codes=(3,))
+        seconds = time.monotonic() - began
+    finally:
+        process.kill()
+        printed, _ = process.communicate()
+    return outputs, results_of(printed), seconds
+
+
+# Starting a process takes longer than what it trains, so each does several jobs.
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What one and two processes know at the end of all networks."""
-    folder = tmp_path_factory.mktemp("all")
-    return {n: finish(start(n, folder / f"of_{n}", 12, "all")) for n in (1, 2)}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
 
-def test_two_processes_give_the_curves_of_one(results):
-    [(alone, _)], [(first, _), (second, _)] = results[1], results[2]
-    assert first == second and first.keys() == alone.keys()
-    for name, result in first.items():
-        losses, expected = result["losses"], alone[name]["losses"]
-        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=name)
+@pytest.fixture(scope="module")
+def one(folder):
+    """All cases in one process, and a run of 8 steps."""
+    jobs = [*cases(folder / "of_1"), job(folder / "by_1", 8)]
+    [(results, _)] = finish(start(1, jobs, folder / "programs"))
+    return results
+
+
+@dataclasses.dataclass
+class Two:
+    """What two processes did: the jobs of `one`, and more until one of them hung."""
+
+    results: list[dict]
+    resumed: dict
+    stopped: dict
+    hung: int
+    messages: str
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def two(one, folder):
+    shutil.copytree(folder / "by_1", folder / "by_1_and_2")
+    more = [job(folder / "by_1_and_2"), endless(folder / "stopped"), endless(folder / "hung")]
+    jobs = [*cases(folder / "of_2"), job(folder / "by_2", 8), *more]
+    processes = start(2, jobs, folder / "programs")
+    wait_for_rows(folder / "stopped", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    wait_for_rows(folder / "hung", processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    [(results, messages)], others, seconds = finish_without(processes[1], processes)
+    assert results == others
+    *results, resumed, stopped = results
+    return Two(results, resumed, stopped, processes[1].pid, messages, seconds)
+
+
+@pytest.fixture(scope="module")
+def later(two, folder):
+    """What one and two new processes make of the folders; the two have other data at the end."""
+    for count in (1, 2):
+        shutil.copytree(folder / "by_2", folder / f"by_2_and_{count}")
+    jobs = [job(folder / "by_2_and_1"), job(folder / "stopped", two.stopped["step"] + 4)]
+    alone = start(1, jobs, folder / "programs")
+    jobs = [job(folder / "by_2_and_2"), job(folder / "others", layout="whole", own_data=True)]
+    pair = start(2, jobs, folder / "programs")
+    return finish(alone), finish(pair, codes=(1, 3))
+
+
+def test_two_processes_give_the_curves_of_one(one, two):
+    for case, alone, result in zip(CASES, one, two.results, strict=False):
+        expected = alone["losses"]
+        np.testing.assert_allclose(result["losses"], expected, rtol=1e-5, err_msg=str(case))
         assert result["step"] == 12 and not np.allclose(expected[0], expected[-1], rtol=1e-3)
 
 
-def test_four_processes_give_the_curve_of_one(results, tmp_path):
-    four = [result for result, _ in finish(start(4, tmp_path / "run", 12, "feedforward"))]
-    assert four == [four[0]] * 4
-    expected = results[1][0][0]["feedforward-own"]["losses"]
-    np.testing.assert_allclose(four[0]["feedforward-own"]["losses"], expected, rtol=1e-5)
+def test_examples_that_do_not_fill_a_batch_are_evaluated_once(one, two):
+    evaluated = 0
+    for alone, result in zip(one, two.results, strict=True):
+        for name, value in (alone["evaluated"] or {}).items():
+            np.testing.assert_allclose(result["evaluated"][name], value, rtol=1e-5, err_msg=name)
+            evaluated += 1
+    assert evaluated
 
 
-@pytest.mark.parametrize(("count", "later"), [(2, 1), (1, 2), (2, 2)])
-def test_a_checkpoint_is_for_any_number_of_processes(results, tmp_path, count, later):
-    saved = finish(start(count, tmp_path / "run", 8, "feedforward"))[0][0]["feedforward-own"]
-    resumed = finish(start(later, tmp_path / "run", 12, "feedforward"))[0][0]["feedforward-own"]
-    assert resumed["restored"] == saved["digest"]
-    expected = results[later][0][0]["feedforward-own"]
-    np.testing.assert_allclose(resumed["losses"], expected["losses"], rtol=1e-5)
-    if count == later:
-        assert resumed["digest"] == expected["digest"]
-
-
-def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
-    processes = start(2, tmp_path / "run", 10_000, "feedforward", pause=0.02)
-    wait_for_rows(tmp_path / "run" / "feedforward-own", 2, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    (first, _), (second, _) = finish(processes)
+def test_a_checkpoint_is_for_any_number_of_processes(one, two, later):
+    ([([alone, _], _)], [([first], _), ([second], _)]) = later
     assert first == second
-    step = first["feedforward-own"]["step"]
-    assert first["feedforward-own"]["stopped"] == f"SIGTERM (process 1) at step {step}"
-    resumed = finish(start(1, tmp_path / "run", step + 4, "feedforward"))[0][0]
-    assert resumed["feedforward-own"]["step"] == step + 4
+    for saved, resumed, whole in [
+        (one[-1], two.resumed, two.results[0]),
+        (two.results[-1], alone, one[0]),
+        (two.results[-1], first, two.results[0]),
+    ]:
+        assert saved["step"] == 8 and resumed["restored"] == saved["digest"]
+        np.testing.assert_allclose(resumed["losses"], whole["losses"], rtol=1e-5)
+    assert first["digest"] == two.results[0]["digest"]
 
 
-@pytest.mark.parametrize(
-    ("number", "reason"),
-    [(signal.SIGKILL, "its connection closed"), (signal.SIGSTOP, "it has not answered for 10 s")],
-)
-def test_a_process_that_is_lost_stops_the_others(tmp_path, number, reason):
-    processes = start(2, tmp_path / "run", 10_000, "feedforward", pause=0.02)
-    try:
-        wait_for_rows(tmp_path / "run" / "feedforward-own", 2, processes)
-        processes[1].send_signal(number)
-        began = time.monotonic()
-        [(_, messages)] = finish(processes[:1], code=3)
-        assert time.monotonic() - began < 60
-        assert f"process 1 of 2 (pid {processes[1].pid} on " in messages and reason in messages
-    finally:
-        processes[1].kill()
-        processes[1].communicate()
+def test_a_signal_to_one_stops_all_at_the_same_step(two, later):
+    step = two.stopped["step"]
+    assert two.stopped["stopped"] == f"SIGTERM (process 1) at step {step}"
+    [([_, resumed], _)] = later[0]
+    assert resumed["restored"] == two.stopped["digest"] and resumed["step"] == step + 4
 
 
-def test_other_data_are_refused_before_the_first_step(tmp_path):
-    """Each process has inputs of its own."""
-    port = free_port()
-    program = (
-        "import sys, jax, jaxnets as jn, numpy as np, optax\n"
-        f"jn.init_distributed('localhost:{port}', 2, int(sys.argv[1]), timeout_seconds=60)\n"
-        "module = jn.MLP((4,), 2)\n"
-        "update = jn.Update(jn.classification(module), optax.sgd(0.1))\n"
-        "data = {'inputs': np.full((8, 3), float(sys.argv[1])), 'labels': np.zeros(8, int)}\n"
-        "variables = module.init(jax.random.key(0), np.zeros((1, 3)))\n"
-        "state = jn.create_train_state(variables, update, rng=jax.random.key(0))\n"
-        "step = jn.sharded_step(jn.make_train_step(update), jn.data_mesh())\n"
-        "jn.fit(step, state, jn.data.shuffled_batches(data, 4, seed=0), num_steps=2)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(index)],
-            env={**environment, "JAX_NUM_CPU_DEVICES": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    messages = [process.communicate(timeout=300)[1] for process in processes]
-    for message in messages:
+def test_a_process_that_hangs_stops_the_other(two):
+    assert f"process 1 of 2 (pid {two.hung} on " in two.messages
+    assert "it has not answered for 10 s" in two.messages and two.seconds < 60
+
+
+def test_other_data_are_refused_before_the_first_step(later):
+    for _, message in later[1]:
         assert "DistributedError: the first batch differs: process 1 has " in message
-        assert '"inputs": "float64[4, 3] of sha256' in message and '"labels"' not in message
-    assert all(process.returncode in (1, 3) for process in processes)
+        assert '"inputs": "float32[16, 8, 8, 1] of sha256' in message and '"labels"' not in message
+
+
+def test_four_processes_give_the_curve_of_one_and_notice_a_kill(one, folder):
+    jobs = [job(folder / "of_4"), endless(folder / "killed")]
+    processes = start(4, jobs, folder / "programs")
+    wait_for_rows(folder / "killed", processes)
+    processes[2].kill()
+    outputs, results, seconds = finish_without(processes[2], processes)
+    assert seconds < 60
+    for each, messages in outputs:
+        assert each == results
+        assert f"process 2 of 4 (pid {processes[2].pid} on " in messages
+        assert "its connection closed" in messages
+    [result] = results
+    np.testing.assert_allclose(result["losses"], one[0]["losses"], rtol=1e-5)

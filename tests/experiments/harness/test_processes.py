@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,12 +44,21 @@ def test_a_process_that_ends_before_it_is_connected_ends_the_run(tmp_path, monke
     left = []
     monkeypatch.setattr(process, "leave", lambda line, code: left.append((line, code)))
     monkeypatch.setattr(processes, "_LOST_SECONDS", 0.0)
-    log = tmp_path / "process_1.log"
-    for program in ("raise SystemExit('no data\\n')", "pass"):
+    log, connected = tmp_path / "process_1.log", threading.Event()
+
+    def end(program):
         with log.open("wb") as output:
             child = subprocess.Popen([sys.executable, "-c", program], stderr=output)
-        processes._watch(1, child, log)
-    assert left == [(f"error: process 1 ended with code 1: no data; see {log}", 2)]
+        processes._watch(1, child, log, connected)
+
+    end("pass")
+    assert left == []
+    end("raise SystemExit('no data\\n')")
+    line = f"error: process 1 ended with code 1: no data; see {log}"
+    assert left == [(line, 2)]
+    connected.set()  # a later loss is told by the connection
+    end("raise SystemExit('no data\\n')")
+    assert left == [(line, 2)]
 
 
 def test_a_process_ends_with_the_first_one(monkeypatch):
@@ -90,6 +100,7 @@ def start(folder, *options, before=(), **variables):
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # a line for each program of the cache would fill the pipes
         **variables,
     }
     out = f"--out={folder / 'run'}"
