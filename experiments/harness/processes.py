@@ -103,8 +103,8 @@ def start_others(options: Options, folder: Path) -> None:
         watch = (index, child, log, connected)
         threading.Thread(target=_watch, args=watch, daemon=True).start()
     os.close(read)
-    os.environ.update(_environment(address, count, 0))
-    jn.init_distributed()
+    os.environ["JAX_LOCAL_DEVICE_IDS"] = "0"
+    jn.init_distributed(address, count, 0)
     connected.set()
     _join_stdout()
 
