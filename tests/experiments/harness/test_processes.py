@@ -24,7 +24,7 @@ from experiments.harness.training import run
 
 ROOT = Path(__file__).parents[3]
 #: Steps that take as long as their checkpoints, so that a signal comes before the last one.
-RUN = ("--model=perceptron", "--optimizer=nesterov", "--batch-size=24", "--steps=60")
+RUN = ("--model=perceptron", "--optimizer=nesterov", "--batch-size=24", "--steps=120")
 EXECUTED = ("--executor=sharded", "--log-every=2", "--eval-every=20")
 
 
@@ -139,7 +139,7 @@ def test_two_processes_that_are_stopped_go_on_as_a_list_of_three_to_the_curve_of
     assert "\nstopped by SIGTERM (process 0) at step " in messages
     assert "Traceback" not in messages and "process 1 of 2" not in messages
     assert "process 1 of 2" in (tmp_path / "run" / "process_1.log").read_text()
-    assert 2 <= rows(tmp_path)[-1]["step"] < 60
+    assert 2 <= rows(tmp_path)[-1]["step"] < 120
 
     stand_in = tmp_path / "ssh"  # on this machine: option, host, command
     stand_in.write_text('#!/bin/sh\nexec sh -c "$3"\n')
@@ -160,7 +160,7 @@ def test_two_processes_that_are_stopped_go_on_as_a_list_of_three_to_the_curve_of
         digits.RECIPES["perceptron"],
         optimizer="nesterov",
         batch_size=24,
-        steps=60,
+        steps=120,
         executor="jit",
         log_every=2,
         eval_every=20,
