@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from jaxnets.core import Batch
 
@@ -151,6 +152,27 @@ def pad_arrays(arrays: Arrays, batch_size: int) -> Arrays:
         name: np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
         for name, array in arrays.items()
     }
+
+
+def as_int32(values: npt.ArrayLike) -> np.ndarray:
+    """Convert integers to int32.
+
+    Args:
+        values: integers [...] of any type.
+
+    Returns:
+        int32 [...]. Those that it cannot hold become the nearest ones that it can, so that they
+        stay out of range.
+
+    Example:
+        >>> as_int32(np.array([3, 2**32 + 3])).tolist()
+        [3, 2147483647]
+    """
+    array, limits = np.asarray(values), np.iinfo(np.int32)
+    if array.dtype.itemsize >= 4 and array.dtype != np.int32:
+        least = limits.min if array.dtype.kind == "i" else 0
+        array = np.clip(array, array.dtype.type(least), array.dtype.type(limits.max))
+    return array.astype(np.int32)
 
 
 def check_seed(seed: int) -> None:

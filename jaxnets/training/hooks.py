@@ -44,8 +44,7 @@ State = TypeVar("State")
 
 class _Every:
     def __init__(self, num_steps: int, hook: Hook) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; give 1 or more")
+        check_sizes(num_steps=num_steps)
         if hasattr(hook, "commit"):
             raise ValueError(f"{type(hook).__name__} counts steps itself; give it every=")
         self._num_steps = num_steps
@@ -300,10 +299,7 @@ class Checkpointing:
         keep_best: int = 1,
         on_signal: bool = True,
     ) -> None:
-        if min(every, keep, keep_best) < 1:
-            raise ValueError(
-                f"every={every}, keep={keep}, keep_best={keep_best}: give 1 or more for each"
-            )
+        check_sizes(every=every, keep=keep, keep_best=keep_best)
         self._directory = directory
         self._every, self._keep, self._keep_best = every, keep, keep_best
         if best is not None:

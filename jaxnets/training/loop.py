@@ -136,6 +136,8 @@ def fit(
     """
     check_source(batches)
     check_sizes(log_every=log_every)
+    if not isinstance(num_steps, int | np.integer):
+        raise ValueError(f"num_steps is {num_steps!r}; give an integer, the last step of the run")
     first, steps_before = current_step(state), np.asarray(state.step)
     writers = writers if jax.process_index() == 0 else ()
     history = History() if history is None else history

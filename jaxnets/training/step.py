@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnets.checks import check_key
+from jaxnets.checks import check_key, check_sizes
 from jaxnets.core import (
     Batch,
     Metrics,
@@ -242,7 +242,7 @@ def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int
         TrainStep, a function `(state, batch, *, axis_name=None) -> (state, metrics)`.
 
     Raises:
-        ValueError: there is no update, or `num_microbatches` is below 1.
+        ValueError: there is no update, or `num_microbatches` is no positive integer.
         TypeError: an update is something else, such as an objective.
 
     Example:
@@ -258,8 +258,7 @@ def make_train_step(updates: Update | Sequence[Update], *, num_microbatches: int
         >>> float(metrics["loss"].compute()), float(state.params["w"])
         (10.0, 1.0)
     """
-    if num_microbatches < 1:
-        raise ValueError(f"num_microbatches is {num_microbatches}; give 1 or more")
+    check_sizes(num_microbatches=num_microbatches)
     updates = _as_tuple(updates)
     if not updates:
         raise ValueError("updates is empty; give at least one Update(objective, optimizer)")

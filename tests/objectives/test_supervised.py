@@ -127,6 +127,8 @@ def test_a_batch_with_wrong_names_or_lengths_is_refused(logits):
         run(classification(Identity()), {"inputs": logits, "targets": LABELS})
     with pytest.raises(ValueError, match="differ in their number of examples"):
         run(classification(Identity()), {"inputs": logits, "labels": LABELS[:5]})
+    with pytest.raises(ValueError, match=r"\['labels'\] of the batch have no axis of examples"):
+        run(classification(Identity()), {"inputs": logits, "labels": LABELS[0]})
 
 
 def test_a_transform_draws_from_the_augmentation_stream(logits):

@@ -31,8 +31,12 @@ def test_every_calls_its_hook_at_multiples_also_after_a_resume():
     state, _ = fit(scanned_step, make_state(), Chunked(3), num_steps=6, hooks=[hook])
     fit(scanned_step, state, Chunked(3), num_steps=14, hooks=[hook])
     assert calls == [6, 9, 12]
-    with pytest.raises(ValueError, match="give 1 or more"):
-        every(0, hook)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_steps={wrong} must be a positive integer"):
+            every(wrong, hook)
+        for name in ("every", "keep", "keep_best"):
+            with pytest.raises(ValueError, match=rf"{name}={wrong} must be a positive integer"):
+                Checkpointing("unused", **{"every": 1, name: wrong})
     with pytest.raises(ValueError, match="Checkpointing counts steps itself"):
         every(2, Checkpointing("unused", every=1))
 

@@ -161,6 +161,9 @@ def test_batches_that_are_no_source_and_an_interval_of_no_steps_are_refused():
     for log_every in (0, -1):
         with pytest.raises(ValueError, match=f"log_every={log_every} must be a positive"):
             fit(train_step, make_state(), source, num_steps=1, log_every=log_every)
+    for num_steps in (1e4, 2.5, None):
+        with pytest.raises(ValueError, match=rf"num_steps is {num_steps}; give an integer"):
+            fit(train_step, make_state(), source, num_steps=num_steps)
 
 
 def test_a_source_may_return_a_list():

@@ -228,8 +228,9 @@ def test_updates_that_do_not_fit_are_refused_with_the_names():
         create_train_state({"kernel": 1}, updates, rng=jax.random.key(0))
     with pytest.raises(ValueError, match="at least one"):
         make_train_step([])
-    with pytest.raises(ValueError, match="num_microbatches is 0"):
-        make_train_step(updates, num_microbatches=0)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_microbatches={wrong} must be a positive"):
+            make_train_step(updates, num_microbatches=wrong)
 
 
 def test_a_batch_that_does_not_split_is_refused(batch):

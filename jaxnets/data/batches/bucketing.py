@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
-from jaxnets.data.arrays import Arrays, check_seed, random_order
+from jaxnets.data.arrays import Arrays, as_int32, check_seed, random_order
 from jaxnets.data.batches.rows import WHOLE, Rows
 from jaxnets.data.text.padding import check_sequence, pad_sequences, round_up
 from jaxnets.data.text.vocabulary import BEGIN, END, PAD
@@ -307,6 +307,9 @@ class _Examples:
 def _parse(pairs: Sequence[Example]) -> _Examples:
     if len(pairs) == 0:
         raise ValueError("pairs is empty; give at least one (token ids, target)")
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
+            raise ValueError(f"pair {index} is {pair!r}; give (token ids, target)")
     firsts, seconds = zip(*pairs, strict=True)
     sources = [check_sequence(ids, index) for index, ids in enumerate(firsts)]
     ranks = {np.ndim(second) for second in seconds}
@@ -318,7 +321,7 @@ def _parse(pairs: Sequence[Example]) -> _Examples:
             f"targets start with {seconds[0]!r} and have {sorted(ranks)} axes; give token ids "
             "[tokens] with every example, or an integer class with every example"
         )
-    return _Examples(sources, None, classes.astype(np.int32))
+    return _Examples(sources, None, as_int32(classes))
 
 
 def _check_target(ids: npt.ArrayLike, index: int) -> np.ndarray:

@@ -331,7 +331,8 @@ def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:
         first chunk starts at the first step, which need not be a multiple of num_steps.
 
     Raises:
-        ValueError: `num_steps` below 1; while iterating, a source that ends within a chunk.
+        ValueError: `num_steps` is no positive integer; while iterating, a source that ends within
+            a chunk.
         TypeError: `source` is no source, such as a list of batches.
 
     Example:
@@ -340,6 +341,5 @@ def chunked(source: BatchSource, num_steps: int) -> ChunkedBatches:
         ((3, 2), 3)
     """
     check_source(source)
-    if num_steps < 1:
-        raise ValueError(f"a chunk of {num_steps} steps is empty; give num_steps of 1 or more")
+    check_sizes(num_steps=num_steps)
     return ChunkedBatches(source, num_steps)

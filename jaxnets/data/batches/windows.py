@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from jaxnets.checks import check_first_step, check_sizes
 from jaxnets.core import Batch
-from jaxnets.data.arrays import check_seed
+from jaxnets.data.arrays import as_int32, check_seed
 from jaxnets.data.batches.rows import WHOLE, Rows
 
 
@@ -118,8 +118,8 @@ class SequentialWindows:
             new = (window == 0) | (position >= self.length - self.stride)
             index = np.where(inside, start + position, 0)
             yield {
-                "inputs": np.where(inside, self.tokens[index], 0).astype(np.int32),
-                "labels": np.where(inside, self.tokens[index + 1], 0).astype(np.int32),
+                "inputs": as_int32(np.where(inside, self.tokens[index], 0)),
+                "labels": as_int32(np.where(inside, self.tokens[index + 1], 0)),
                 "weights": (inside & new).astype(np.float32),
             }
 
@@ -253,5 +253,5 @@ def _check_tokens(tokens: npt.ArrayLike, length: int, *, rows: int = 1, **sizes:
 
 
 def _windows(text: np.ndarray, starts: np.ndarray, length: int) -> Batch:
-    rows = text[starts[:, None] + np.arange(length + 1)[None]].astype(np.int32)  # [batch, length+1]
+    rows = as_int32(text[starts[:, None] + np.arange(length + 1)[None]])  # [batch, length + 1]
     return {"inputs": rows[:, :-1], "labels": rows[:, 1:]}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from jaxnets.checks import check_sizes
 from jaxnets.core import at_least_int32
+from jaxnets.data.arrays import as_int32
 from jaxnets.data.text.vocabulary import PAD
 
 Lengths = TypeVar("Lengths", int, np.ndarray)
@@ -63,7 +64,7 @@ def pad_sequences(
     lengths = np.minimum(lengths, length).astype(np.int32)
     padded = np.full((len(arrays), length), pad, np.int32)
     for row, array in zip(padded, arrays, strict=True):
-        row[: len(array)] = array[:length]
+        row[: len(array)] = as_int32(array[:length])
     return padded, lengths
 
 

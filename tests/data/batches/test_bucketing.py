@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxnets.data import bucketed_batches, bucketed_pass, chunked, member_batches, pad_sequences
+from jaxnets.data import (
+    bucketed_batches,
+    bucketed_pass,
+    chunked,
+    member_batches,
+    pad_sequences,
+    sequential_windows,
+    token_windows,
+)
 
 
 def make_pairs(num_examples, seed=0):
@@ -93,6 +101,23 @@ def test_every_row_is_its_example_with_special_ids_and_padding():
                 assert batch[name][row].tolist() == ids + padding
             assert batch["lengths"][row] == len(source)
             assert batch["label_lengths"][row] == len(target) + 1
+
+
+@pytest.mark.parametrize("value", [np.int64(2**32 + 5), np.uint64(2**63 + 5), np.uint32(2**31)])
+def test_ids_that_int32_cannot_hold_stay_out_of_range(value):
+    greatest = 2**31 - 1
+    ids = np.array([5, value], value.dtype)
+    assert pad_sequences([ids])[0].tolist() == [[5, greatest]]
+    for target, label in ((value, greatest), (ids, 5)):
+        batch = next(bucketed_batches([(ids, target)], tokens_per_batch=9, seed=0)(0))
+        assert batch["inputs"][0, 1] == greatest and batch["labels"].flat[0] == label
+    assert np.max(batch["labels"]) == greatest
+    text = np.full(9, value)
+    for source in (
+        token_windows(text, batch_size=1, length=3, seed=0),
+        sequential_windows(text, batch_size=1, length=3),
+    ):
+        assert np.all(next(source(0))["inputs"] == greatest)
 
 
 def test_classes_stay_with_their_sequences():
@@ -262,6 +287,9 @@ GOOD = ([5, 6, 7], [8])
         ([([5], np.array([7, 2]))], {}, "give token ids above 2"),
         ([GOOD, ([5], 1)], {}, r"have \[0, 1\] axes"),
         ([([5], 1.0)], {}, "start with 1.0"),
+        ([GOOD, ([5], [8], 1)], {}, r"pair 1 is \(\[5\], \[8\], 1\); give \(token ids, target\)"),
+        ({"inputs": [[5]], "labels": [1]}, {}, "pair 0 is 'inputs'; give"),
+        ([5, 6], {}, "pair 0 is 5; give"),
         ([GOOD], {"tokens_per_batch": 3}, "padded to 4 tokens, more than tokens_per_batch=3"),
         ([GOOD], {"tokens_per_batch": 0}, "tokens_per_batch=0"),
         ([GOOD], {"num_buckets": 0}, "num_buckets=0"),
