@@ -131,7 +131,7 @@ def fit(
         DistributedError: the processes of a run have other numbers of steps, states or batches.
         ValueError: the source ends early, a call makes a different number of steps than a batch
             holds, `history` does not end at the step of `state`, a hook reads a value that no
-            earlier hook returns, or `log_every` is below 1.
+            earlier hook returns, `num_steps` is no integer, or `log_every` no positive one.
         TypeError: `batches` is no source, such as a list, or its batches are no dicts.
     """
     check_source(batches)
