@@ -23,7 +23,7 @@ from experiments.harness.command_line import errors_without_traceback
 from experiments.harness.run_folder import RunError
 from jaxnets.models.transformer import SentenceEncoder
 
-#: Rows of a batch are padded to these lengths at first, then to their doubles.
+#: The shortest length that rows of a batch are padded to.
 _SHORTEST = 16
 _DEFAULT_CLUSTERS = 8
 _MOST_NAMED = 40  # clusters that a legend lists; more would not fit on a screen
@@ -118,7 +118,8 @@ def embed(
     """Return a vector of length 1 for each text, so that their products are cosines.
 
     Texts of similar length share a batch. All batches of a length have the same number of rows, and
-    lengths double, so that few programs compile.
+    every second length is the double (16, 24, 32, 48, ...), so that few programs compile and few
+    tokens are padding.
 
     Args:
         network: a sentence encoder, see `load_encoder`.
@@ -132,14 +133,14 @@ def embed(
     lengths = np.array([len(ids) for ids in processor.encode_batch(texts, truncate=True)])
     buckets = [_SHORTEST]
     while buckets[-1] < lengths.max():
-        buckets.append(2 * buckets[-1])
+        buckets += [buckets[-1] * 3 // 2, buckets[-1] * 2]
     if processor.max_length is not None:
         buckets = [min(bucket, processor.max_length) for bucket in buckets]
     vectors: np.ndarray | None = None
     choices = np.searchsorted(buckets, lengths)
     for choice in np.unique(choices):
         rows = np.flatnonzero(choices == choice)
-        size = min(batch_size, len(rows))
+        size = -(-len(rows) // -(-len(rows) // batch_size))  # equal parts, of few repeated rows
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             padded = np.resize(part, size)  # repeats rows to fill the last batch
