@@ -67,7 +67,14 @@ def _wide_sum(x: jax.Array) -> jax.Array:
         rows = x.reshape(x.size // (neighbors * channels), neighbors * channels)
         return jnp.sum(jnp.sum(rows, axis=0).reshape(neighbors, channels), axis=0)
 
-    return platform_dependent(x, cpu=in_two_steps, default=_plain_sum)
+    def partitioned(x: jax.Array) -> jax.Array:
+        if _has_batch_innermost(x.shape):
+            return in_two_steps(x)
+        # [positions / neighbors, neighbors, channels]: merging the last two axes would gather an
+        # array whose channels are split over devices.
+        return jnp.sum(jnp.sum(x.reshape(-1, neighbors, x.shape[-1]), axis=0), axis=0)
+
+    return platform_dependent(x, cpu=in_two_steps, default=_plain_sum, partitioned=partitioned)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -94,7 +101,15 @@ def _wide_repeat(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         row = jnp.broadcast_to(vector[None], (neighbors, vector.size)).reshape(1, -1)
         return jnp.broadcast_to(row, (math.prod(shape) // row.size, row.size)).reshape(shape)
 
-    return platform_dependent(vector, cpu=in_two_steps, default=plain)
+    def partitioned(vector: jax.Array) -> jax.Array:
+        if _has_batch_innermost(shape):
+            return in_two_steps(vector)
+        rows = jnp.broadcast_to(vector[None], (neighbors, vector.size))
+        count = math.prod(shape) // rows.size
+        # [positions / neighbors, neighbors, channels], as for the sum
+        return jnp.broadcast_to(rows[None], (count, *rows.shape)).reshape(shape)
+
+    return platform_dependent(vector, cpu=in_two_steps, default=plain, partitioned=partitioned)
 
 
 def _has_batch_innermost(shape: tuple[int, ...]) -> bool:

@@ -225,7 +225,8 @@ def _transposing_pays(rows_and_channels: tuple[int, ...], features: int) -> bool
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if x.ndim == 2:
         return x @ kernel
-    return platform_dependent(x, kernel, cpu=_flatten_leading(jnp.matmul), default=jnp.matmul)
+    cpu = _flatten_leading(jnp.matmul)
+    return platform_dependent(x, kernel, cpu=cpu, default=jnp.matmul, partitioned=jnp.matmul)
 
 
 def _flatten_leading(
@@ -235,7 +236,8 @@ def _flatten_leading(
 
     For programs on CPU: there the gradient of a matmul with such axes copies both operands
     transposed. In a program for a mesh, flattening gathers an array that is sharded along an inner
-    axis, as the batch of [time, batch, features] in a recurrent network.
+    axis, as the batch of [time, batch, features] in a recurrent network: float32 is not flattened
+    there, and bfloat16 is, because its kernels are fast for matrices only.
     """
 
     def apply(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -258,7 +260,7 @@ def _few_features_matmul_jvp(
     # A JVP rule, so that forward mode works too. Reverse mode transposes it.
     (x, kernel), (dx, dkernel) = primals, tangents
     cpu = _flatten_leading(_matmul_by_transposed_kernel)
-    by_kernel = platform_dependent(x, dkernel, cpu=cpu, default=jnp.matmul)
+    by_kernel = platform_dependent(x, dkernel, cpu=cpu, default=jnp.matmul, partitioned=jnp.matmul)
     return _few_features_matmul(x, kernel), _matmul(dx, kernel) + by_kernel
 
 

@@ -76,7 +76,7 @@ def test_an_array_sharded_along_its_second_axis_stays_on_its_devices_elsewhere(
     name, on_cpu, monkeypatch
 ):
     monkeypatch.setattr(
-        module, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
+        module, "platform_dependent", lambda *arrays, cpu, default, **others: default(*arrays)
     )
     mesh = data_mesh(jax.devices("cpu")[:4])
     steps, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "data"), ()))

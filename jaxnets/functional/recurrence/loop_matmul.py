@@ -106,13 +106,26 @@ def kernel_gradient_over_time(rows: jax.Array, cotangents: jax.Array) -> jax.Arr
     Returns:
         [hidden, columns].
     """
-    rows, cotangents = (
-        x.reshape(-1, x.shape[-1]) for x in (rows, cotangents)
-    )  # [time * batch, ...]
-    columns = rows.T
-    if cotangents.shape[-1] % _ALIASED_FEATURES == 0 or rows.dtype == jnp.bfloat16:
-        columns = row_major(columns)
-    return _accumulating_matmul(columns, cotangents).astype(rows.dtype)
+
+    def flattened(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
+        rows, cotangents = (
+            x.reshape(-1, x.shape[-1]) for x in (rows, cotangents)
+        )  # [time * batch, ...]
+        columns = rows.T
+        if cotangents.shape[-1] % _ALIASED_FEATURES == 0 or rows.dtype == jnp.bfloat16:
+            columns = row_major(columns)
+        return _accumulating_matmul(columns, cotangents)
+
+    def contracted(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
+        # Flattening would gather a batch that is split over devices.
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        axes = (((0, 1), (0, 1)), ((), ()))
+        return lax.dot_general(rows, cotangents, axes, preferred_element_type=wide)
+
+    gradient = platform_dependent(
+        rows, cotangents, cpu=flattened, default=contracted, partitioned=contracted
+    )
+    return gradient.astype(rows.dtype)
 
 
 def _accumulating_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
