@@ -347,14 +347,16 @@ RECURRENT = Config(
 FINE_TUNED = Config(
     executor="jit",
     batch_size=32,
-    epochs=3,
+    epochs=4,
     learning_rate=1e-4,
     schedule="linear",
     warmup=0.1,
     weight_decay=0.01,
     clip=1.0,
+    average_decay=0.99,
     dropout=0.1,
     word_dropout=0.0,
+    label_smoothing=0.1,
     buckets=6,
 )
 RECIPES = {
@@ -373,7 +375,7 @@ RECIPES = {
         word_dropout=0.2,
     ),
     "pretrained": FINE_TUNED,
-    "lora": dataclasses.replace(FINE_TUNED, epochs=4, learning_rate=1e-3, lora_rank=4),
+    "lora": dataclasses.replace(FINE_TUNED, learning_rate=1e-3, lora_rank=4),
 }
 
 if __name__ == "__main__":
