@@ -86,7 +86,7 @@ def start_others(options: Options, folder: Path) -> None:
         return
     if not process.is_command():
         raise RunError(f"--processes {count} needs a command, python -m experiments.NAME")
-    address, connected = f"localhost:{_free_port()}", threading.Event()
+    address, connected = f"localhost:{free_port()}", threading.Event()
     read, _ = os.pipe()  # the other end stays open as long as this process lives
     for index in range(1, count):
         log = folder / f"process_{index}.log"
@@ -177,7 +177,7 @@ def _environment(address: str, count: int, index: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port that is free, like the next one, which JAX uses."""
     while True:
         with socket.socket() as first, socket.socket() as second:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,22 +14,11 @@ import numpy as np
 import pytest
 from process_run import CASES
 
+from experiments.harness.processes import free_port
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "process_run.py"
-
-
-def free_port():
-    """Return a port that is free, like the next one."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("localhost", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("localhost", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 def job(folder, num_steps=12, **arguments):

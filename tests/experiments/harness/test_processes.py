@@ -145,7 +145,7 @@ def test_two_processes_that_are_stopped_go_on_as_a_list_of_three_to_the_curve_of
     stand_in.write_text('#!/bin/sh\nexec sh -c "$3"\n')
     stand_in.chmod(0o755)
     script = [str(ROOT / "experiments" / "cluster" / "ssh.sh"), "localhost,localhost,localhost"]
-    port = str(processes._free_port())
+    port = str(processes.free_port())
     three = start(tmp_path, "--resume", before=script, SSH=str(stand_in), PORT=port)
     printed, messages = three.communicate(timeout=300)
     assert three.returncode == 0 and messages.count("1 of 3 cpu devices") == 3, messages
