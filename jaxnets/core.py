@@ -23,6 +23,8 @@ import optax
 #: Name of the mapped axis over which executors split a batch. Where an executor has bound it,
 #: batch normalization and the train step reduce over it.
 DATA_AXIS = "data"
+#: Further axes of a device mesh: parameters and batch split, features split, time split.
+FSDP_AXIS, TENSOR_AXIS, SEQUENCE_AXIS = "fsdp", "tensor", "sequence"
 
 #: Trainable arrays: a pytree, nested dicts in Linen.
 Params: TypeAlias = Any

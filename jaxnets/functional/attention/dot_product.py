@@ -15,6 +15,7 @@ from jax import lax
 from jaxnets.core import at_least_float32
 from jaxnets.functional.attention import cudnn
 from jaxnets.functional.attention.masks import LocalMask, causal_mask, window_mask
+from jaxnets.functional.attention.ring import ambient_mesh, ring_attention
 from jaxnets.functional.attention.scores import check_shapes, check_softcap, with_four_axes
 from jaxnets.functional.attention.unfused import unfused_attention
 
@@ -80,6 +81,13 @@ def dot_product_attention(
     a time: weights are materialized for that head only and recomputed in the backward pass.
     Otherwise the weights are the only residual of their size.
 
+    In a program traced inside `jax.set_mesh(mesh)`, where the mesh has an axis "sequence" of two or
+    more devices, and axes of type Auto, ring attention: no device holds keys, values or weights of
+    the whole sequence. That needs as many queries as keys, a number that the axis divides, no bias,
+    and a mask that is the same for all queries, such as one of lengths. Any other call, and one
+    inside `jax.shard_map`, is computed as above: XLA gathers the keys on every device, which is as
+    right but saves no memory.
+
     Reverse-mode differentiable any number of times; forward mode is not supported.
 
     Args:
@@ -111,7 +119,8 @@ def dot_product_attention(
 
     References:
         Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245
-        (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient).
+        (grouped queries); Dao et al. 2022, arXiv:2205.14135, appendix B.2 (the gradient);
+        Liu, Zaharia and Abbeel 2023, arXiv:2310.01889 (the ring).
     """
     local_mask, mask, bias = LocalMask(causal, window), with_four_axes(mask), with_four_axes(bias)
     check_shapes(query, key, value, mask, bias, local_mask)
@@ -135,6 +144,9 @@ def _attention(
     ) -> jax.Array:
         return unfused_attention(query, key, value, mask, bias, scale, local_mask, softcap)
 
+    mesh = ambient_mesh(query, key, mask, bias)  # a cached trace is only of its own mesh
+    if mesh is not None:
+        return ring_attention(query, key, value, mask, scale, local_mask, softcap, mesh)
     has_kernel = bias is None and softcap is None  # neither of which the kernel computes
     if not has_kernel or not cudnn.is_eligible(query, key, value):
         return unfused(query, key, value, mask)
