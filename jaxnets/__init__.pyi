@@ -83,6 +83,7 @@ from .models.recurrent import (
     SpeechRecognizer,
     TextClassifier,
 )
+from .models.sharding import sharding_rules
 from .models.transformer import (
     AudioTransformer,
     BlockConfig,
@@ -131,12 +132,9 @@ from .training.checkpoint import CheckpointError, parameters_sha256
 from .training.diagnostics import find_learning_rate, overfit_one_batch
 from .training.equivalence import check_equivalence
 from .training.executors import (
-    data_mesh,
-    fsdp_sharding,
     jit_step,
     pmap_step,
     population_step,
-    replicate,
     resident_steps,
     scan_steps,
     sharded_step,
@@ -155,6 +153,14 @@ from .training.optimizers import (
 )
 from .training.population import PopulationExecutor
 from .training.recalibration import recalibrate_batch_norm
+from .training.sharding import (
+    data_mesh,
+    describe_sharding,
+    device_mesh,
+    fsdp_sharding,
+    replicate,
+    state_sharding,
+)
 from .training.step import TrainStep, create_train_state, make_eval_step, make_train_step
 from .training.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
@@ -260,6 +266,8 @@ __all__ = [
     "dcgan",
     "decay_mask",
     "denoising",
+    "describe_sharding",
+    "device_mesh",
     "evaluate",
     "evaluate_sums",
     "every",
@@ -323,8 +331,10 @@ __all__ = [
     "scheduled",
     "sequence_to_sequence",
     "sharded_step",
+    "sharding_rules",
     "sparse_reconstruction",
     "squared_error",
+    "state_sharding",
     "summarize",
     "summarize_model",
     "tensorboard_writer",

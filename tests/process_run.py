@@ -26,29 +26,50 @@ def classifier(module, shapes):
     return module, jn.classification(module), {**shapes, "labels": (64,)}
 
 
-def autoencoder():
+def autoencoder(**fields):
     config = jn.EncoderDecoderConfig((8, 8, 1), features=(8,))
-    module = jn.VAE(config, latent_size=2, likelihood=jn.Gaussian())
+    module = jn.VAE(config, latent_size=2, likelihood=jn.Gaussian(), **fields)
     return module, jn.vae(module), IMAGES
 
 
-def transformer():
-    module = jn.TransformerLM(4, num_layers=1, max_length=6, config=BLOCK)
+def transformer(**fields):
+    module = jn.TransformerLM(4, num_layers=1, max_length=6, config=BLOCK, **fields)
     return module, jn.language_modeling(module), {"inputs": (64, 6), "labels": (64, 6)}
 
 
-#: family -> module, objective, shapes of the data
+def gan(**fields):
+    return jn.gan.dcgan((8, 8, 1), latent_size=4, width=2, **fields), None, IMAGES
+
+
+def feedforward(**fields):
+    module = jn.MLP((8,), 4, norm="batch", dropout_rate=0.1, **fields)
+    return classifier(module, IMAGES)
+
+
+def convolutional(**fields):
+    module = jn.ConvNet((4,), num_outputs=4, norm="batch", **fields)
+    return classifier(module, IMAGES)
+
+
+def recurrent(**fields):
+    return classifier(jn.SequenceClassifier(4, 4, **fields), {"inputs": (64, 6, 3)})
+
+
+#: family -> (fields, such as precision) -> module, objective, shapes of the data
 NETWORKS = {
-    "feedforward": lambda: classifier(jn.MLP((8,), 4, norm="batch", dropout_rate=0.1), IMAGES),
-    "convolutional": lambda: classifier(jn.ConvNet((4,), num_outputs=4, norm="batch"), IMAGES),
-    "recurrent": lambda: classifier(jn.SequenceClassifier(4, 4), {"inputs": (64, 6, 3)}),
+    "feedforward": feedforward,
+    "convolutional": convolutional,
+    "recurrent": recurrent,
     "autoencoder": autoencoder,
-    "gan": lambda: (jn.gan.dcgan((8, 8, 1), latent_size=4, width=2), None, IMAGES),
+    "gan": gan,
     "transformer": transformer,
 }
 #: Families, and how the batches come to the devices.
 CASES = [(kind, "own") for kind in NETWORKS]
 CASES += [("feedforward", layout) for layout in ("whole", "fsdp", "scan")]
+CASES += [("transformer", "rules")]
+#: Number of processes -> sizes of a mesh whose state is split by rules.
+RULES_MESH = {1: {}, 2: {"tensor": 2}, 4: {"fsdp": 2, "tensor": 2}}
 
 
 def updates_of(module, objective):
@@ -89,9 +110,14 @@ def run(folder, num_steps, kind="feedforward", layout="own", pause=0.0, own_data
     key = jax.random.key(0)
     variables = jax.jit(module.init)({"params": key, "latent": key}, example)
     state = jn.create_train_state(variables, updates, rng=key)
-    mesh, step = jn.data_mesh(), jn.make_train_step(updates)
+    step = jn.make_train_step(updates)
+    mesh = jn.data_mesh()
+    if layout == "rules":
+        mesh = jn.device_mesh(**{"data": 1, **RULES_MESH[jax.process_count()]})
     batches = jn.data.shuffled_batches(data, SIZE, seed=0)
     sharding = jn.fsdp_sharding(state, mesh, min_bytes=64) if layout == "fsdp" else None
+    if layout == "rules":
+        sharding = jn.state_sharding(state, mesh, jn.sharding_rules(kind))
     spec = None
     if layout == "scan":
         step, spec = jn.scan_steps(step), PartitionSpec(None, "data")

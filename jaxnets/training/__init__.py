@@ -9,12 +9,9 @@ from jaxnets.training.diagnostics import (
 )
 from jaxnets.training.equivalence import EquivalenceReport, check_equivalence
 from jaxnets.training.executors import (
-    data_mesh,
-    fsdp_sharding,
     jit_step,
     pmap_step,
     population_step,
-    replicate,
     resident_steps,
     scan_steps,
     sharded_step,
@@ -34,6 +31,16 @@ from jaxnets.training.optimizers import (
 )
 from jaxnets.training.population import PopulationExecutor
 from jaxnets.training.recalibration import recalibrate_batch_norm
+from jaxnets.training.sharding import (
+    ShardingRules,
+    ShardingSummary,
+    data_mesh,
+    describe_sharding,
+    device_mesh,
+    fsdp_sharding,
+    replicate,
+    state_sharding,
+)
 from jaxnets.training.step import TrainStep, create_train_state, make_eval_step, make_train_step
 from jaxnets.training.writers import jsonl_writer, tensorboard_writer, wandb_writer
 
@@ -52,6 +59,8 @@ __all__ = [
     "OverfitReport",
     "ParameterAverageState",
     "PopulationExecutor",
+    "ShardingRules",
+    "ShardingSummary",
     "StopTraining",
     "TrainStep",
     "averaged_parameters",
@@ -59,6 +68,8 @@ __all__ = [
     "create_train_state",
     "data_mesh",
     "decay_mask",
+    "describe_sharding",
+    "device_mesh",
     "evaluate",
     "evaluate_sums",
     "every",
@@ -83,6 +94,7 @@ __all__ = [
     "resume",
     "scan_steps",
     "sharded_step",
+    "state_sharding",
     "tensorboard_writer",
     "validation",
     "wandb_writer",

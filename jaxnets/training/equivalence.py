@@ -12,13 +12,12 @@ import numpy as np
 
 from jaxnets.core import Batch, Mean, StepFn, TrainState, tree_path
 from jaxnets.training.executors import (
-    data_mesh,
-    fsdp_sharding,
     jit_step,
     pmap_step,
     scan_steps,
     sharded_step,
 )
+from jaxnets.training.sharding import data_mesh, fsdp_sharding
 from jaxnets.training.step import TrainStep
 
 

@@ -18,8 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.core import (
     DATA_AXIS,
@@ -32,6 +31,15 @@ from jaxnets.core import (
     tree_path,
 )
 from jaxnets.training.held_arrays import split_arrays
+from jaxnets.training.sharding import (
+    batch_partition,
+    check_batch_partition,
+    data_mesh,
+    leading_part,
+    mesh_axes,
+    place,
+    replicate,
+)
 
 _Result = TypeVar("_Result")
 
@@ -355,45 +363,59 @@ def sharded_step(
     Args:
         step: computes with global batches; its `axis_name` stays None. Arrays that it holds, such
             as frozen parameters, keep their sharding on the mesh, or are replicated.
-        mesh: from `data_mesh`, or a mesh with more axes.
-        state_sharding: a sharding per leaf, as from `fsdp_sharding`; None replicates the state.
-        batch_spec: partition of the batch's arrays; None splits the leading axis over
-            `DATA_AXIS`. Give `PartitionSpec(None, DATA_AXIS)` for `scan_steps`.
+        mesh: from `data_mesh`, `device_mesh`, or one of your own.
+        state_sharding: a sharding per leaf, as from `state_sharding` or `fsdp_sharding`; None
+            replicates the state.
+        batch_spec: partition of the batch's arrays; None splits the leading axis over the mesh axes
+            "fsdp" and "data". Give `PartitionSpec(None, "data")` for `scan_steps`, and
+            `PartitionSpec(("fsdp", "data"), "sequence")` to split the time too. An array with fewer
+            axes takes the first entries.
         donate: as for `jit_step`.
 
     Returns:
         An executor on the same batches as that of `jit_step`.
 
     Raises:
-        ValueError: at the call, a size of the batch is not divisible by the devices of its axis, or
-            the state was placed with other shardings. A state that was not placed is placed here.
+        ValueError: `batch_spec` names "data" before "fsdp" on a mesh that splits features; at the
+            call, a size of the batch is not divisible by the devices of its axis, or the state was
+            placed with other shardings. A state that was not placed is placed here.
     """
-    spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
+    spec = batch_partition(mesh) if batch_spec is None else batch_spec
+    check_batch_partition(spec, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     state_sharding = replicated if state_sharding is None else state_sharding
     held, with_arrays = split_arrays(step)
     held = [array if _is_on(array, mesh) else replicate(array, mesh) for array in held]
-    compiled = jax.jit(
-        lambda held, state, batch: with_arrays(held)(state, batch),
-        in_shardings=(
-            [array.sharding for array in held],
-            state_sharding,
-            NamedSharding(mesh, spec),
-        ),
-        out_shardings=(state_sharding, replicated),
-        donate_argnums=(1,) if donate else (),
-    )
+
+    @functools.cache
+    def compiled(batch_axes: tuple[tuple[str, int], ...]) -> Any:
+        return jax.jit(
+            lambda held, state, batch: with_arrays(held)(state, batch),
+            in_shardings=(
+                [array.sharding for array in held],
+                state_sharding,
+                batch_sharding(batch_axes),
+            ),
+            out_shardings=(state_sharding, replicated),
+            donate_argnums=(1,) if donate else (),
+        )
+
+    @functools.cache
+    def batch_sharding(batch_axes: tuple[tuple[str, int], ...]) -> dict[str, NamedSharding]:
+        return {name: NamedSharding(mesh, leading_part(spec, ndim)) for name, ndim in batch_axes}
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        for array in jax.tree.leaves(dict(batch)):
+        for array in batch.values():
             for size, names in zip(array.shape, spec, strict=False):
-                names = (names,) if isinstance(names, str) else names or ()
-                _check_divisible(size, math.prod(mesh.shape[name] for name in names), "devices")
+                parts = math.prod(mesh.shape[name] for name in mesh_axes(names))
+                _check_divisible(size, parts, "devices")
+        batch_axes = tuple((name, array.ndim) for name, array in batch.items())
         if mesh.is_multi_process:
-            state = _spread(state, state_sharding)
-            batch = _spread(dict(batch), NamedSharding(mesh, spec))
+            state = place(state, state_sharding)
+            batch = place(dict(batch), batch_sharding(batch_axes))
         try:
-            return compiled(held, state, dict(batch))
+            with jax.set_mesh(mesh):
+                return compiled(batch_axes)(held, state, dict(batch))
         except ValueError as error:
             _check_placement(state, state_sharding, error)
             raise
@@ -416,90 +438,8 @@ def _check_placement(state: TrainState, state_sharding: Any, error: ValueError) 
             ) from error
 
 
-def _spread(tree: Any, shardings: Any) -> Any:
-    """Place what each process holds as a whole on the devices of all; other arrays stay.
-
-    A sharding may stand for a whole part of the tree.
-    """
-
-    def place(sharding: NamedSharding, array: Any) -> Any:
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            return array
-        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-            # JAX places random keys across processes in programs only.
-            return jax.jit(lambda key: key, out_shardings=sharding)(array)
-        whole = np.asarray(array)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    def place_all(sharding: NamedSharding, part: Any) -> Any:
-        return jax.tree.map(functools.partial(place, sharding), part)
-
-    return jax.tree.map(place_all, shardings, tree)
-
-
 def _is_on(array: Any, mesh: Mesh) -> bool:
     return isinstance(array, jax.Array) and array.devices() == set(mesh.devices.flat)
-
-
-# Meshes and shardings for `sharded_step`.
-
-
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh of devices with one axis, `DATA_AXIS`.
-
-    Args:
-        devices: by default all devices of all processes.
-
-    Returns:
-        A mesh whose axis has the type Auto: the compiler propagates shardings.
-    """
-    devices = list(devices) if devices is not None else jax.devices()
-    return jax.make_mesh(
-        (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
-    )
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Replicate every array of a tree over the devices of a mesh.
-
-    Args:
-        tree: pytree of arrays.
-        mesh: any mesh.
-
-    Returns:
-        The tree, replicated.
-    """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return _spread(tree, everywhere) if mesh.is_multi_process else jax.device_put(tree, everywhere)
-
-
-def fsdp_sharding(tree: Any, mesh: Mesh, *, min_bytes: int = 4 * 2**20) -> Any:
-    """Choose shardings that partition large arrays over the data axis (FSDP, ZeRO stage 3).
-
-    Args:
-        tree: a TrainState or any pytree of arrays or `jax.ShapeDtypeStruct`.
-        mesh: a mesh with the axis `DATA_AXIS`.
-        min_bytes: smaller arrays are replicated, because gathering them costs more than it saves.
-
-    Returns:
-        A tree of shardings: each large array is partitioned on its largest axis whose size is
-        divisible by the number of devices.
-
-    References:
-        Zhao et al., 2023, arXiv:2304.11277; the choice of the axis follows common practice.
-    """
-    num_devices = mesh.shape[DATA_AXIS]
-
-    def choose(leaf: Any) -> NamedSharding:
-        spec: list[str | None] = [None] * len(leaf.shape)
-        divisible = [axis for axis, size in enumerate(leaf.shape) if size % num_devices == 0]
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) and divisible:
-            num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-            if num_bytes >= min_bytes:
-                spec[max(divisible, key=lambda axis: leaf.shape[axis])] = DATA_AXIS
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(choose, tree)
 
 
 def _bounded(executor: Executor, devices: Iterable[jax.Device]) -> Executor:

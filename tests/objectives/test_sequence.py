@@ -21,7 +21,8 @@ from jaxnets.objectives.sequence import (
     sequence_to_sequence,
     with_carry,
 )
-from jaxnets.training.executors import data_mesh, jit_step, pmap_step, scan_steps, sharded_step
+from jaxnets.training.executors import jit_step, pmap_step, scan_steps, sharded_step
+from jaxnets.training.sharding import data_mesh
 from jaxnets.training.step import create_train_state, make_eval_step, make_train_step
 
 VOCABULARY, BATCH, TIME = 6, 4, 5

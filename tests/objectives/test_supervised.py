@@ -19,7 +19,6 @@ from jaxnets.models.feedforward import MLP
 from jaxnets.objectives.losses import absolute_error, cross_entropy, huber_loss, squared_error
 from jaxnets.objectives.supervised import classification, regression, with_batch_transform
 from jaxnets.training.executors import (
-    data_mesh,
     jit_step,
     pmap_step,
     population_step,
@@ -27,6 +26,7 @@ from jaxnets.training.executors import (
     sharded_step,
 )
 from jaxnets.training.loop import evaluate, evaluate_sums
+from jaxnets.training.sharding import data_mesh
 from jaxnets.training.step import create_train_state, make_train_step
 
 

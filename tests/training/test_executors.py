@@ -25,17 +25,15 @@ from jaxnets.models import feedforward
 from jaxnets.objectives.supervised import classification
 from jaxnets.training.equivalence import check_equivalence
 from jaxnets.training.executors import (
-    data_mesh,
-    fsdp_sharding,
     jit_step,
     pmap_step,
     population_step,
-    replicate,
     resident_steps,
     scan_steps,
     sharded_step,
 )
 from jaxnets.training.loop import fit
+from jaxnets.training.sharding import data_mesh, fsdp_sharding, replicate
 from jaxnets.training.step import create_train_state, make_eval_step, make_train_step
 
 DOUBLE = Precision(jnp.float64, jnp.float64, jnp.float64)

@@ -14,17 +14,15 @@ import jaxnets as jn
 from jaxnets.core import Mean, ObjectiveOutput, Update
 from jaxnets.training.equivalence import check_equivalence
 from jaxnets.training.executors import (
-    data_mesh,
-    fsdp_sharding,
     jit_step,
     population_step,
-    replicate,
     resident_steps,
     scan_steps,
     sharded_step,
 )
 from jaxnets.training.histograms import gradient_histograms
 from jaxnets.training.population import PopulationExecutor
+from jaxnets.training.sharding import data_mesh, fsdp_sharding, replicate
 from jaxnets.training.step import create_train_state, make_eval_step, make_train_step
 
 

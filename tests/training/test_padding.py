@@ -16,13 +16,13 @@ from jaxnets.core import Update, apply_module
 from jaxnets.data import pad_batch
 from jaxnets.models.feedforward import MLP
 from jaxnets.training.executors import (
-    data_mesh,
     jit_step,
     pmap_step,
     population_step,
     scan_steps,
     sharded_step,
 )
+from jaxnets.training.sharding import data_mesh
 from jaxnets.training.step import create_train_state, make_train_step
 
 RANDOM = np.random.default_rng(0)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.checks import check_source
-from jaxnets.core import DATA_AXIS, Batch, BatchSource
+from jaxnets.core import Batch, BatchSource
 from jaxnets.data.batches.rows import check_divisible, part_of
 from jaxnets.data.batches.wrapping import AroundSource
+from jaxnets.training.sharding import batch_partition, leading_part, mesh_axes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,8 +35,7 @@ class ShardedBatches(AroundSource):
     @property
     def num_shards(self) -> int:
         """Parts of the rows, of all devices."""
-        names: Any = self.sharding.spec[self.axis]
-        names = (names,) if isinstance(names, str) else names
+        names = mesh_axes(self.sharding.spec[self.axis])
         return math.prod(self.sharding.mesh.shape[name] for name in names)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
@@ -57,7 +56,8 @@ class ShardedBatches(AroundSource):
             local = slice(start - first, stop - first)
             return own[(*where[: self.axis], local, *where[self.axis + 1 :])]
 
-        return jax.make_array_from_callback(tuple(shape), self.sharding, rows)
+        mesh, spec = self.sharding.mesh, leading_part(self.sharding.spec, own.ndim)
+        return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec), rows)
 
 
 def sharded_batches(
@@ -100,7 +100,7 @@ def sharded_batches(
         True
     """
     check_source(source)
-    spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
+    spec = batch_partition(mesh) if batch_spec is None else batch_spec
     axis = next((axis for axis, names in enumerate(spec) if names), None)
     if axis is None:
         raise ValueError(f"batch_spec={spec} splits no axis; name the mesh axis of the rows in it")
@@ -131,9 +131,8 @@ def process_part(mesh: Mesh, *, batch_spec: PartitionSpec | None = None) -> tupl
         >>> process_part(jax.make_mesh((1,), ("data",)))
         (0, 1)
     """
-    spec = PartitionSpec(DATA_AXIS) if batch_spec is None else batch_spec
-    names: Any = next((names for names in spec if names), ())
-    names = (names,) if isinstance(names, str) else names
+    spec = batch_partition(mesh) if batch_spec is None else batch_spec
+    names = mesh_axes(next((names for names in spec if names), ()))
     shards = math.prod(mesh.shape[name] for name in names)
     rows = NamedSharding(mesh, PartitionSpec(names))
     places = rows.addressable_devices_indices_map((shards,)).values()
