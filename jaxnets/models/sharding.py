@@ -76,8 +76,9 @@ def sharding_rules(family: str) -> ShardingRules:
         ValueError: an unknown family.
 
     Example:
-        >>> sharding_rules("transformer")[0]
-        ('/output/kernel$', PartitionSpec('tensor', 'fsdp'))
+        >>> pattern, partition = sharding_rules("transformer")[0]
+        >>> pattern, tuple(partition)
+        ('/output/kernel$', ('tensor', 'fsdp'))
 
     References:
         Shoeybi et al. 2019, arXiv:1909.08053, section 3.

@@ -111,8 +111,8 @@ def batch_partition(mesh: Mesh) -> PartitionSpec:
         ValueError: it has neither.
 
     Example:
-        >>> batch_partition(device_mesh(devices=jax.devices()[:1]))
-        PartitionSpec(('fsdp', 'data'),)
+        >>> tuple(batch_partition(device_mesh(devices=jax.devices()[:1])))
+        (('fsdp', 'data'),)
     """
     names = tuple(name for name in (FSDP_AXIS, DATA_AXIS) if name in mesh.shape)
     if not names:
@@ -271,8 +271,8 @@ def state_sharding(state: TrainState, mesh: Mesh, rules: ShardingRules) -> Train
         >>> state = create_train_state({"params": params}, update, rng=jax.random.key(0))
         >>> rules = [("kernel$", PartitionSpec("fsdp", "tensor")), ("bias$", PartitionSpec())]
         >>> mesh = device_mesh(devices=jax.devices()[:1])
-        >>> state_sharding(state, mesh, rules).params["dense"]["kernel"].spec
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(state_sharding(state, mesh, rules).params["dense"]["kernel"].spec)
+        ('fsdp', 'tensor')
 
     References:
         Shoeybi et al. 2019, arXiv:1909.08053, section 3 (tensor parallelism); Zhao et al. 2023,
