@@ -3,6 +3,7 @@
 With `JAX_PLATFORMS=cuda,cpu` the tests run on a GPU; tests that need several devices are skipped.
 """
 
+import gc
 import os
 import pathlib
 import signal
@@ -14,6 +15,9 @@ import pytest
 
 # The background job of a shell ignores SIGINT, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tracing makes many objects that live long; collecting them again and again takes 5% of the tests.
+gc.set_threshold(200_000, 20, 100)
 
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # XLA compiling small programs takes most of the tests' time; see `optimized_processes`.
