@@ -1,4 +1,4 @@
-"""Curves of every family on one device and on meshes of eight: `python sharded_run.py STEPS`.
+"""Curves of every family on one device and on meshes of eight: `python sharded_run.py STEPS [FAMILY ...]`.
 
 Prints {family: {mesh: {precision: largest relative difference of a loss}}} as JSON.
 """
@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from process_run import NETWORKS, SIZE, data_of, updates_of
 
 import jaxnets as jn
 
 DOUBLE = jn.Precision(jnp.float64, jnp.float64, jnp.float64)
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}, {"fsdp": 8}]
+SEQUENCE_MESHES = [{"fsdp": 2, "sequence": 2, "tensor": 2}]  # for the family with a time axis
 
 
 def curve(run, state, batches, num_steps):
@@ -54,10 +56,11 @@ def differences(name, num_steps, *, adam):
     expected = curve(jn.jit_step(step), state, batches, num_steps)
     assert np.all(np.isfinite(expected)) and np.all(expected[0] != expected[-1])
     found = {}
-    for sizes in MESHES:
+    for sizes in MESHES + (SEQUENCE_MESHES if name == "transformer" else []):
         mesh = jn.device_mesh(**{"data": 1, **sizes})
         sharding = jn.state_sharding(state, mesh, jn.sharding_rules(name))
-        run = jn.sharded_step(step, mesh, sharding)
+        spec = PartitionSpec(("fsdp", "data"), "sequence") if "sequence" in sizes else None
+        run = jn.sharded_step(step, mesh, sharding, batch_spec=spec)
         losses = curve(run, jax.device_put(state, sharding), batches, num_steps)
         label = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         found[label] = float(np.max(np.abs(losses - expected) / np.abs(expected)))
@@ -67,7 +70,7 @@ def differences(name, num_steps, *, adam):
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     steps, result = int(sys.argv[1]), {}
-    for family in NETWORKS:
+    for family in sys.argv[2:] or NETWORKS:
         with jax.enable_x64(False):
             single = differences(family, steps, adam=False)
         with jax.enable_x64(True):
