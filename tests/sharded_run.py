@@ -1,4 +1,4 @@
-"""Curves of every family on one device and on meshes of eight: `python sharded_run.py STEPS [FAMILY ...]`.
+"""Curves of every family on meshes of eight devices: `sharded_run.py STEPS [FAMILY ...]`.
 
 Prints {family: {mesh: {precision: largest relative difference of a loss}}} as JSON.
 """

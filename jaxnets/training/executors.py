@@ -388,34 +388,35 @@ def sharded_step(
     held = [array if _is_on(array, mesh) else replicate(array, mesh) for array in held]
 
     @functools.cache
-    def compiled(batch_axes: tuple[tuple[str, int], ...]) -> Any:
+    def compiled(structure: Any, axes: tuple[int, ...]) -> Any:
         return jax.jit(
             lambda held, state, batch: with_arrays(held)(state, batch),
             in_shardings=(
                 [array.sharding for array in held],
                 state_sharding,
-                batch_sharding(batch_axes),
+                batch_sharding(structure, axes),
             ),
             out_shardings=(state_sharding, replicated),
             donate_argnums=(1,) if donate else (),
         )
 
     @functools.cache
-    def batch_sharding(batch_axes: tuple[tuple[str, int], ...]) -> dict[str, NamedSharding]:
-        return {name: NamedSharding(mesh, leading_part(spec, ndim)) for name, ndim in batch_axes}
+    def batch_sharding(structure: Any, axes: tuple[int, ...]) -> Any:
+        return structure.unflatten(NamedSharding(mesh, leading_part(spec, n)) for n in axes)
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        for array in batch.values():
+        arrays, structure = jax.tree.flatten(dict(batch))
+        axes = tuple(array.ndim for array in arrays)
+        for array in arrays:
             for size, names in zip(array.shape, spec, strict=False):
                 parts = math.prod(mesh.shape[name] for name in mesh_axes(names))
                 _check_divisible(size, parts, "devices")
-        batch_axes = tuple((name, array.ndim) for name, array in batch.items())
         if mesh.is_multi_process:
             state = place(state, state_sharding)
-            batch = place(dict(batch), batch_sharding(batch_axes))
+            batch = place(dict(batch), batch_sharding(structure, axes))
         try:
             with jax.set_mesh(mesh):
-                return compiled(batch_axes)(held, state, dict(batch))
+                return compiled(structure, axes)(held, state, dict(batch))
         except ValueError as error:
             _check_placement(state, state_sharding, error)
             raise
