@@ -3,7 +3,7 @@
 The keys and values travel round the ring of devices, and every device folds each chunk that passes
 into an online softmax of its own queries. The backward pass is a second ring, which recomputes the
 weights; the gradients of keys and values travel with them. A device holds its own chunk, the one
-that arrives, and the weights of its queries for one chunk of keys.
+that arrives, and the weights of its queries for one block of keys.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ from jaxnets.functional.lowering.platforms import sizes_are_known
 # In this order: with "data" first XLA exchanges rows of products whose columns are over "tensor".
 _BATCH_AXES = (FSDP_AXIS, DATA_AXIS)
 
+# A chunk that this number divides is folded in blocks of so many keys, others at once.
+_BLOCK_KEYS = 512
+
 #: Keys, values and the mask of keys, or the gradients of the first two: what travels.
 _Chunk: TypeAlias = tuple[Any, ...]
+#: What keys are folded into: what stays on a device, and what travels with the keys.
+_Folded: TypeAlias = tuple[Any, Any]
 _Function: TypeAlias = Callable[..., Any]
 
 
@@ -114,44 +119,37 @@ class _Ring(NamedTuple):
         to = [(i, (i + distance) % self.size) for i in range(self.size)]
         return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE_AXIS, to), chunk)
 
-    def source(self, step: jax.Array | int) -> jax.Array:
-        """Return the number of the device whose keys are here after so many steps."""
-        return (lax.axis_index(SEQUENCE_AXIS) - step) % self.size
+    def start(self, time: int, step: jax.Array | int = 0) -> jax.Array:
+        """Return the position of the first of the `time` keys that are here after `step` steps."""
+        return (lax.axis_index(SEQUENCE_AXIS) - step) % self.size * time
 
     def if_visible(
-        self,
-        step: jax.Array | int,
-        time: int,
-        update: _Function,
-        folded: Any,
+        self, first_key: jax.Array, num_keys: int, time: int, update: _Function, folded: Any
     ) -> Any:
-        """Apply an update unless no query here sees any key of this step's chunk."""
+        """Apply an update unless none of the `time` queries here sees any of the keys."""
         causal, window = self.local_mask
-        later = self.source(step) - lax.axis_index(SEQUENCE_AXIS)  # in chunks
+        first = first_key - self.start(time)  # from the first query
         visible = []
         if causal:
-            visible.append(later <= 0)
+            visible.append(first < time)
         if window is not None:
-            visible.append(jnp.abs(later) * time - (time - 1) < window)
+            visible += [first - (time - 1) < window, -(first + num_keys - 1) < window]
         if not visible:
             return update(folded)
         # The branches contain no collective, so devices may differ in the one they take.
         return lax.cond(functools.reduce(jnp.logical_and, visible), update, lambda x: x, folded)
 
     def scores(
-        self, step: jax.Array | int, query: jax.Array, key: jax.Array, mask: jax.Array | None
+        self, first_key: jax.Array, query: jax.Array, key: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the scores of one chunk of keys without and with masks.
+        """Return the scores of a block of keys without and with masks.
 
         Returns:
             Two of [batch, heads, queries, keys]; the second is -infinity where a key is hidden.
         """
-        time = query.shape[1]
-        positions = jnp.arange(time)[None]  # [1, time]
-        own, keys = (
-            time * i + positions for i in (lax.axis_index(SEQUENCE_AXIS), self.source(step))
-        )
-        visible = combine_masks(mask, self.local_mask.mask(own, keys))
+        starts = ((query, self.start(query.shape[1])), (key, first_key))
+        positions = (start + jnp.arange(x.shape[1])[None] for x, start in starts)  # [1, time]
+        visible = combine_masks(mask, self.local_mask.mask(*positions))
         unmasked = scores(query, key, None, None, self.scale, self.softcap)
         return unmasked, unmasked if visible is None else jnp.where(visible, unmasked, -jnp.inf)
 
@@ -198,7 +196,7 @@ def ring_attention(
     """Compute `dot_product_attention` with the sequence split over the mesh axis "sequence".
 
     The batch is split over "fsdp" and "data" and the heads over "tensor", where the mesh has these
-    axes and their sizes divide. Chunks that a local mask hides are not computed, and with a causal
+    axes and their sizes divide. Blocks that a local mask hides are not computed, and with a causal
     window those out of reach are not sent. Reverse-mode differentiable any number of times, of
     which only the first saves memory.
 
@@ -260,21 +258,58 @@ ring_attention.defvjp(_forward, _backward)
 
 
 def _fold_ring(
-    ring: _Ring,
-    time: int,
-    chunk: _Chunk,
-    fold: Callable[[jax.Array | int, _Chunk, Any], Any],
-    initial: Any,
-) -> Any:
-    """Fold each chunk that passes, the own one first, into a value."""
+    ring: _Ring, keys: _Chunk, update: Callable[..., _Folded], initial: _Folded
+) -> _Folded:
+    """Fold all keys into arrays, block by block: the own chunk first, then each that arrives.
 
-    def step(i: jax.Array, carry: tuple[_Chunk, Any]) -> tuple[_Chunk, Any]:
+    Args:
+        ring: the devices.
+        keys: the own keys, values and mask.
+        update: function of the position of the first key of a block, its keys, values and mask,
+            and what they are folded into.
+        initial: the arrays that stay here, and those [batch, kv_heads, keys, dim] that travel
+            with the keys and are home at the end.
+    """
+    time = keys[0].shape[1]
+    size = _BLOCK_KEYS if time % _BLOCK_KEYS == 0 else time
+
+    def fold(step: jax.Array | int, chunk: _Chunk, folded: _Folded) -> _Folded:
+        key, value, mask = chunk
+
+        def fold_block(folded: _Folded, start: jax.Array) -> tuple[_Folded, None]:
+            def slice_keys(x: jax.Array, axis: int) -> jax.Array:
+                return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+            first_key = ring.start(time, step) + start
+            whole = mask is None or mask.shape[3] == 1
+            block = (
+                slice_keys(key, 1),
+                slice_keys(value, 1),
+                mask if whole else slice_keys(mask, 3),
+            )
+            stay, travel = folded
+            own = (stay, jax.tree.map(lambda x: slice_keys(x, 2), travel))
+            of_block = functools.partial(update, first_key, *block)
+            stay, own_travel = ring.if_visible(first_key, size, time, of_block, own)
+
+            def put(x: jax.Array, block: jax.Array) -> jax.Array:
+                return lax.dynamic_update_slice_in_dim(x, block, start, 2)
+
+            return (stay, jax.tree.map(put, travel, own_travel)), None
+
+        starts = jnp.arange(0, time, size, dtype=jnp.int32)
+        (stay, travel), _ = lax.scan(fold_block, folded, starts)
+        return stay, ring.pass_on(travel)
+
+    def step(i: jax.Array, carry: tuple[_Chunk, _Folded]) -> tuple[_Chunk, _Folded]:
         chunk, folded = carry
         return ring.pass_on(chunk), fold(i, chunk, folded)  # the two may overlap in time
 
-    last = ring.num_chunks(time) - 1
-    chunk, folded = lax.fori_loop(0, last, step, (chunk, initial))
-    return fold(last, chunk, folded)
+    num_chunks = ring.num_chunks(time)
+    chunk, folded = lax.fori_loop(0, num_chunks - 1, step, (keys, initial))
+    stay, travel = fold(num_chunks - 1, chunk, folded)
+    way_home = ring.size - num_chunks
+    return stay, ring.pass_on(travel, way_home) if way_home else travel
 
 
 def _forward_chunk(
@@ -283,27 +318,28 @@ def _forward_chunk(
     batch, time, heads, _ = query.shape
     wide = jnp.result_type(query, key, value, jnp.float32)
 
-    def fold(step: jax.Array | int, chunk: _Chunk, folded: _Chunk) -> _Chunk:
-        key, value, mask = chunk
-
-        def update(folded: _Chunk) -> _Chunk:
-            maximum, denominator, total = folded
-            logits = ring.scores(step, query, key, mask)[1].astype(wide)
-            new = jnp.maximum(maximum, jnp.max(logits, axis=-1, keepdims=True))
-            new = lax.stop_gradient(new)  # it cancels in the output
-            # A finite maximum, so that the exponentials of queries without a key are 0.
-            finite = jnp.where(new == -jnp.inf, 0, new)
-            weights, rescaled = exponentials(logits, finite), exponentials(maximum, finite)
-            average = weights_matmul_values(weights, value).astype(wide)
-            denominator = rescaled * denominator + jnp.sum(weights, axis=-1, keepdims=True)
-            return new, denominator, rescaled * total + average
-
-        return ring.if_visible(step, time, update, folded)
+    def update(
+        first_key: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        folded: _Folded,
+    ) -> _Folded:
+        (maximum, denominator, total), travel = folded
+        logits = ring.scores(first_key, query, key, mask)[1].astype(wide)
+        new = jnp.maximum(maximum, jnp.max(logits, axis=-1, keepdims=True))
+        new = lax.stop_gradient(new)  # it cancels in the output
+        # A finite maximum, so that the exponentials of queries without a key are 0.
+        finite = jnp.where(new == -jnp.inf, 0, new)
+        weights, rescaled = exponentials(logits, finite), exponentials(maximum, finite)
+        average = weights_matmul_values(weights, value).astype(wide)
+        denominator = rescaled * denominator + jnp.sum(weights, axis=-1, keepdims=True)
+        return (new, denominator, rescaled * total + average), travel
 
     statistic = jnp.zeros((batch, heads, time, 1), wide)
     total = jnp.zeros((batch, heads, time, value.shape[3]), wide)
-    initial = (statistic - jnp.inf, statistic, total)
-    maximum, denominator, total = _fold_ring(ring, time, (key, value, mask), fold, initial)
+    initial = ((statistic - jnp.inf, statistic, total), ())
+    (maximum, denominator, total), _ = _fold_ring(ring, (key, value, mask), update, initial)
     maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
     inverse = 1 / jnp.where(denominator == 0, 1, denominator)
     output = jnp.swapaxes((inverse * total).astype(value.dtype), 1, 2)
@@ -328,36 +364,34 @@ def _backward_chunk(
     subtracted = jnp.swapaxes(subtracted, 1, 2)[..., None]  # [batch, heads, queries, 1]
     rows, upstream = (group_heads(x, kv_heads) for x in (query, cotangent))
 
-    def fold(step: jax.Array | int, chunk: _Chunk, folded: Any) -> Any:
-        key, value, mask = chunk
-
-        def update(folded: Any) -> Any:
-            dquery, (dkey, dvalue) = folded
-            unmasked, logits = ring.scores(step, query, key, mask)
-            weights = inverse * exponentials(logits, maximum)  # [batch, heads, queries, keys]
-            values = heads_before_time(value, time)
-            products = batched_matmul(upstream, values, transpose_rhs=True).reshape(weights.shape)
-            dscores = weights * (products - subtracted)
-            if ring.softcap is not None:
-                dscores *= 1 - jnp.square(unmasked / ring.softcap)
-            grouped = (batch, kv_heads, -1, time)  # [batch, kv_heads, rows, keys]
-            weights = weights.astype(value.dtype).reshape(grouped)
-            dscores = (ring.scale * dscores).astype(query.dtype).reshape(grouped)
-            own = batched_matmul(dscores, heads_before_time(key, time))
-            dquery += own.reshape(dquery.shape).astype(wide)
-            dkey += contract_queries(dscores, rows, keys_axis=2).astype(wide)
-            dvalue += contract_queries(weights, upstream, keys_axis=2).astype(wide)
-            return dquery, (dkey, dvalue)
-
-        dquery, of_chunk = ring.if_visible(step, time, update, folded)
-        return dquery, ring.pass_on(of_chunk)
+    def update(
+        first_key: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        folded: _Folded,
+    ) -> _Folded:
+        dquery, (dkey, dvalue) = folded
+        unmasked, logits = ring.scores(first_key, query, key, mask)
+        weights = inverse * exponentials(logits, maximum)  # [batch, heads, queries, keys]
+        values = heads_before_time(value, time)
+        products = batched_matmul(upstream, values, transpose_rhs=True).reshape(weights.shape)
+        dscores = weights * (products - subtracted)
+        if ring.softcap is not None:
+            dscores *= 1 - jnp.square(unmasked / ring.softcap)
+        grouped = (batch, kv_heads, -1, key.shape[1])  # [batch, kv_heads, rows, keys]
+        weights = weights.astype(value.dtype).reshape(grouped)
+        dscores = (ring.scale * dscores).astype(query.dtype).reshape(grouped)
+        own = batched_matmul(dscores, heads_before_time(key, time))
+        dquery += own.reshape(dquery.shape).astype(wide)
+        dkey += contract_queries(dscores, rows, keys_axis=2).astype(wide)
+        dvalue += contract_queries(weights, upstream, keys_axis=2).astype(wide)
+        return dquery, (dkey, dvalue)
 
     dquery = jnp.zeros((batch, heads, time, head_dim), wide)
-    of_chunk = [jnp.zeros((batch, kv_heads, time, x.shape[3]), wide) for x in (key, value)]
-    initial = (dquery, tuple(of_chunk))
-    dquery, of_chunk = _fold_ring(ring, time, (key, value, mask), fold, initial)
-    way_home = ring.size - ring.num_chunks(time)
-    dkey, dvalue = ring.pass_on(of_chunk, way_home) if way_home else of_chunk
+    of_keys = [jnp.zeros((batch, kv_heads, time, x.shape[3]), wide) for x in (key, value)]
+    initial = (dquery, tuple(of_keys))
+    dquery, (dkey, dvalue) = _fold_ring(ring, (key, value, mask), update, initial)
     gradients = ((dquery, query), (dkey, key), (dvalue, value))
     dquery, dkey, dvalue = (jnp.swapaxes(d, 1, 2).astype(x.dtype) for d, x in gradients)
     return dquery, dkey, dvalue

@@ -86,6 +86,19 @@ def test_values_and_gradients_are_those_of_one_device(name, enable_x64):
         assert all((np.asarray(x[empty]) == 0).all() for x in found)
 
 
+@pytest.mark.parametrize(
+    "options", [{"causal": True, "window": 6, "softcap": 0.7}, {"mask": [3, 0], "window": 5}]
+)
+def test_chunks_are_folded_in_blocks(options, enable_x64, monkeypatch, forget_traces):
+    monkeypatch.setattr(ring, "_BLOCK_KEYS", 2)
+    forget_traces()
+    options = {k: key_padding(x) if k == "mask" else x for k, x in options.items()}
+    expected = jax.jit(value_and_gradients(reference_attention, **options))(*operands(2))
+    with jax.set_mesh(mesh_of("sequence")):
+        found = jax.jit(value_and_gradients(dot_product_attention, **options))(*operands(2))
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_second_derivatives_and_vmap_are_those_of_one_device(enable_x64):
     query, key, value, _ = operands(2, batch=(2, BATCH))
     mask = key_padding([0, 13])
@@ -188,8 +201,8 @@ def test_no_device_holds_the_whole_sequence():
         run = value_and_gradients(dot_product_attention, causal=True)
         program = jax.jit(run, in_shardings=split, out_shardings=split).lower(*shapes).compile()
     text = program.as_text()
-    assert re.search(rf"f32\[2,4,{time // 4},{time // 4}\]", text)
-    assert not re.search(rf"\[(\d+,)*{time}(,\d+)*\]", text)
+    assert re.search(rf"f32\[2,4,{time // 4},512\]", text)
+    assert not re.search(rf"\[(\d+,)*({time}(,\d+)*|{time // 4},{time // 4})\]", text)
     assert "all-gather" not in text and "all-to-all" not in text
 
 
