@@ -123,6 +123,7 @@ from .objectives.reconstruction import (
     sparse_reconstruction,
 )
 from .objectives.sequence import ctc, language_modeling, sequence_to_sequence, with_carry
+from .tools.memory_fit import fit_memory
 from .tools.report import write_report
 from .tools.results import write_result
 from .tools.saliency import input_gradient, visual_backprop
@@ -276,6 +277,7 @@ __all__ = [
     "feedforward",
     "find_learning_rate",
     "fit",
+    "fit_memory",
     "frechet_distance",
     "freeze",
     "fsdp_sharding",

@@ -1,21 +1,23 @@
-"""The commands of `python -m jaxnets`: doctor, summary, compare, report, inspect, convert."""
+"""The commands of `python -m jaxnets`: doctor, summary, fit-memory, compare, report, ..."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from jaxnets.models import registry
 from jaxnets.pretrained import inspect, load, save
-from jaxnets.tools import comparison, doctor, summary
+from jaxnets.tools import comparison, doctor, memory_fit, summary
 from jaxnets.tools.report import write_report
 from jaxnets.training.optimizers import OPTIMIZERS
+from jaxnets.training.sharding import device_mesh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,23 +86,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parents=[as_json],
         allow_abbrev=False,
     )
-    summarize.add_argument("model", metavar="MODEL", help="name, see the list below")
-    summarize.add_argument(
-        "--input",
-        type=int,
-        nargs="+",
-        metavar="SIZE",
-        help="shape of one example",
-    )
-    summarize.add_argument("--batch", type=int, default=32, help="examples (default %(default)s)")
-    summarize.add_argument(
-        "--outputs", type=int, help="number of classes or tokens (default: the model's own)"
-    )
-    summarize.add_argument(
-        "--optimizer",
-        default="adamw",
-        help=f"{', '.join(OPTIMIZERS)} (default %(default)s)",
-    )
+    shared = [summarize, _fit_memory_command(commands, as_json)]
+    for command in shared:
+        command.add_argument("model", metavar="MODEL", help="name, see the list below")
+        command.add_argument(
+            "--input",
+            type=int,
+            nargs="+",
+            metavar="SIZE",
+            help="shape of one example",
+        )
+        command.add_argument("--batch", type=int, default=32, help="examples (default %(default)s)")
+        command.add_argument(
+            "--outputs", type=int, help="number of classes or tokens (default: the model's own)"
+        )
+        command.add_argument(
+            "--optimizer",
+            default="adamw",
+            help=f"{', '.join(OPTIMIZERS)} (default %(default)s)",
+        )
     summarize.add_argument(
         "--depth", type=int, default=1, help="levels of modules shown (default %(default)s)"
     )
@@ -129,6 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "convert":
             print(_convert(options.source, options.target, options.layout, options.architecture))
             return 0
+        if options.command == "fit-memory":
+            fitted = _fit_memory(options)
+            print(json.dumps(fitted.to_json()) if options.json else fitted)
+            return 0
         result = summary.summarize_model(
             options.model,
             input_shape=tuple(options.input) if options.input else None,
@@ -145,6 +153,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(result.table(depth=options.depth, shapes=options.shapes))
     return 0
+
+
+def _fit_memory_command(commands: Any, as_json: argparse.ArgumentParser) -> Any:
+    """Add the command and the options that it alone has."""
+    plan = "memory of a training step on each device of a mesh, and its collectives"
+    command = commands.add_parser(
+        "fit-memory",
+        help=plan,
+        description=f"{plan}; it compiles the step, and allocates nothing",
+        epilog=f"models: {', '.join(registry.MODELS)}",
+        parents=[as_json],
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices of the mesh; virtual CPU devices where there are fewer (default %(default)s)",
+    )
+    for axis, splits in (
+        ("fsdp", "batch and parameters"),
+        ("tensor", "features"),
+        ("sequence", "time"),
+    ):
+        command.add_argument(
+            f"--{axis}",
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"devices that split the {splits} (default %(default)s)",
+        )
+    command.add_argument(
+        "--gigabytes",
+        type=float,
+        metavar="GB",
+        help="memory of one device (10^9 bytes): search the largest batch that fits",
+    )
+    return command
+
+
+def _fit_memory(options: argparse.Namespace) -> memory_fit.MemoryFit:
+    if options.devices < 1:
+        raise ValueError(f"--devices is {options.devices}; give 1 or more")
+    if options.gigabytes is not None and not options.gigabytes > 0:
+        raise ValueError(f"--gigabytes is {options.gigabytes}; give a positive number")
+    if options.devices > 1:
+        with contextlib.suppress(RuntimeError):  # devices that are there already stay
+            jax.config.update("jax_num_cpu_devices", options.devices)
+    devices = jax.devices() if len(jax.devices()) >= options.devices else jax.devices("cpu")
+    if len(devices) < options.devices:
+        raise ValueError(
+            f"--devices is {options.devices} and this process has {len(devices)}; set "
+            f"JAX_NUM_CPU_DEVICES={options.devices} before it starts"
+        )
+    sizes = {axis: getattr(options, axis) for axis in ("fsdp", "tensor", "sequence")}
+    return memory_fit.fit_memory(
+        options.model,
+        device_mesh(**sizes, devices=devices[: options.devices]),
+        batch_size=options.batch,
+        input_shape=tuple(options.input) if options.input else None,
+        num_outputs=options.outputs,
+        optimizer=options.optimizer,
+        budget_bytes=None if options.gigabytes is None else round(options.gigabytes * 1e9),
+    )
 
 
 def _convert(

@@ -15,6 +15,7 @@ from jaxnets.core import (
     drawn_in_float32,
     known_values,
 )
+from jaxnets.functional.lowering.partitioning import split_rows, whole_vectors
 from jaxnets.layers.linear import Initializer
 
 
@@ -102,13 +103,15 @@ class Embedding(nn.Module):
         check_tokens(tokens, self.vocabulary_size)
         # Gathered in float32, because the gradient of a gather adds up in its dtype: in bfloat16 a
         # token that occurs 10,000 times would get a gradient of 256.
-        table = at_least_float32(self.embedding)
+        table = whole_vectors(at_least_float32(self.embedding))
         tokens = at_least_int32(jnp.asarray(tokens))
         outside = (tokens < 0) | (tokens >= self.vocabulary_size)
         vectors = table[jnp.where(outside, 0, tokens)].astype(self.precision.compute)
-        return jnp.where(outside[..., None], jnp.asarray(jnp.nan, vectors.dtype), vectors)
+        vectors = jnp.where(outside[..., None], jnp.asarray(jnp.nan, vectors.dtype), vectors)
+        return split_rows(vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Map [..., features] to logits [..., vocabulary_size], tied to the same table."""
         compute = self.precision.compute
-        return functional.transposed_linear(x.astype(compute), self.embedding.astype(compute))
+        table = self.embedding.astype(compute)
+        return split_rows(functional.transposed_linear(x.astype(compute), table))

@@ -16,6 +16,7 @@ from jaxnets import functional
 from jaxnets.core import Precision
 from jaxnets.functional.channels import along_channels
 from jaxnets.functional.int8 import cast_kernel
+from jaxnets.functional.lowering.partitioning import split_rows
 from jaxnets.layers.parameters import parameter
 
 Initializer: TypeAlias = Callable[..., jax.Array]
@@ -59,7 +60,7 @@ class Dense(nn.Module):
                 self, "bias", self.bias_init, (self.features,), policy.parameter, inputs=x.shape
             )
             y = y + along_channels(bias.astype(policy.compute), y)
-        return y
+        return split_rows(y)
 
 
 class Convolution(nn.Module):
@@ -127,4 +128,4 @@ class Convolution(nn.Module):
                 self, "bias", self.bias_init, (self.features,), policy.parameter, inputs=x.shape
             )
             y = y + along_channels(bias.astype(policy.compute), y)
-        return y
+        return split_rows(y)

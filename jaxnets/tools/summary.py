@@ -276,8 +276,8 @@ def summarize_model(
         >>> summarize_model("lenet5").num_parameters
         61706
     """
-    model = _look_up(MODELS, name, "model")
-    make_optimizer = _look_up(OPTIMIZERS, optimizer, "optimizer")
+    model = look_up(MODELS, name, "model")
+    make_optimizer = look_up(OPTIMIZERS, optimizer, "optimizer")
     input_shape = model.input_shape if input_shape is None else input_shape
     check_sizes(input_shape=input_shape, batch_size=batch_size)
     module, task = model.network(num_outputs), model.task
@@ -291,7 +291,17 @@ def summarize_model(
     )
 
 
-def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
+def look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """Return an entry of a table by its name.
+
+    Args:
+        table: by name.
+        name: of the entry.
+        what: the entries are, for the error.
+
+    Raises:
+        ValueError: an unknown name; lists those that are known.
+    """
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(table)}")
     return table[name]
@@ -350,15 +360,26 @@ def _program(
     function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = (), memory: bool
 ) -> Program:
     flops = count_flops(function, *arguments)
-    return Program(flops, _memory(function, *arguments, donate=donate) if memory else None)
+    if not memory:
+        return Program(flops)
+    return Program(flops, memory_of(jax.jit(function, donate_argnums=donate), *arguments)[1])
 
 
-def _memory(function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...]) -> Memory:
+def memory_of(function: Any, *arguments: Any) -> tuple[Any, Memory]:
+    """Compile a function for its memory on one device.
+
+    Args:
+        function: from `jax.jit`.
+        arguments: arrays or their shapes.
+
+    Returns:
+        The compiled function, and its memory.
+    """
     began = time.perf_counter()
-    compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    return Memory(
+    return compiled, Memory(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
