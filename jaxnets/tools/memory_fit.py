@@ -139,7 +139,7 @@ def fit_memory(
         >>> from jaxnets.training.sharding import device_mesh
         >>> fit = fit_memory("lenet5", device_mesh(devices=jax.devices()[:1]), batch_size=8)
         >>> fit.parameter_bytes, fit.optimizer_bytes, fit.collectives
-        (246824, 493656, {})
+        (246824, 493652, {})
     """
     model = look_up(MODELS, name, "model")
     make_optimizer = look_up(OPTIMIZERS, optimizer, "optimizer")
