@@ -1,6 +1,10 @@
 """Memory of a step on a mesh, and its collectives, against arrays and programs that are known."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +136,18 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     mesh = jn.data_mesh(jax.devices()[:4])
     with pytest.raises(ValueError, match=r"batch size 33 .* by the 4 parts .* such as 36"):
         fit_memory("lenet5", mesh, batch_size=33)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux' peak memory")
+def test_the_stated_memory_is_what_the_process_takes(optimized_processes):
+    script = Path(__file__).parents[1] / "memory_run.py"
+    done = subprocess.run(
+        [sys.executable, script, "vit_tiny16", "16"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 0.85 < found["stated"] / found["measured"] < 1.15
