@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_trees_near, mostly_slow
+from checks import assert_trees_near, mostly_exhaustive, slow_or_exhaustive
 from jax.sharding import Mesh, PartitionSpec
 from process_run import NETWORKS, SIZE, data_of, updates_of
 
@@ -47,7 +47,7 @@ def problem(name, optimizer=None):
 @pytest.mark.four_devices
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    mostly_slow(
+    mostly_exhaustive(
         itertools.product(NETWORKS, MESHES), zip(NETWORKS, itertools.cycle(MESHES), strict=False)
     ),
 )
@@ -66,7 +66,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device(name, sizes):
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(
+    mostly_exhaustive(
         MODELS, ["mlp", "mixer_s32", "resnet18", "recurrent_translator", "gemma3_1b", "t5_small"]
     ),
 )
@@ -224,12 +224,12 @@ def test_batches_are_placed_over_time_too_and_labels_over_rows_alone():
     assert metrics["sum"] == data["inputs"][:4].sum() + data["labels"][:4].sum()
 
 
-@pytest.mark.slow
-def test_fifty_steps_on_eight_devices_are_those_of_one(optimized_processes):
+@pytest.mark.parametrize("name", slow_or_exhaustive(NETWORKS, ["autoencoder", "transformer"]))
+def test_fifty_steps_on_eight_devices_are_those_of_one(name, optimized_processes):
     script = Path(__file__).parents[1] / "sharded_run.py"
     path = os.pathsep.join([str(script.parents[1]), str(script.parent)])
     done = subprocess.run(
-        [sys.executable, script, "50"],
+        [sys.executable, script, "50", name],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
