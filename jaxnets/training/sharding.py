@@ -60,8 +60,8 @@ def device_mesh(
     devices = list(devices) if devices is not None else jax.devices()
     sizes = {DATA_AXIS: data, FSDP_AXIS: fsdp, SEQUENCE_AXIS: sequence, TENSOR_AXIS: tensor}
     for name, size in sizes.items():
-        if size != -1 and size < 1:
-            raise ValueError(f"{name}={size} is no number of devices; give 1 or more, or -1 once")
+        if not isinstance(size, int) or (size != -1 and size < 1):
+            raise ValueError(f"{name}={size!r} is no number of devices; give 1 or more, or -1 once")
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ValueError(f"{' and '.join(open_axes)} are -1; leave one of them to be computed")
@@ -131,8 +131,14 @@ def check_batch_partition(spec: PartitionSpec, mesh: Mesh) -> None:
         mesh: the mesh.
 
     Raises:
-        ValueError: "data" stands before "fsdp" on a mesh whose "tensor" axis has several devices.
+        ValueError: an axis that the mesh lacks, or "data" stands before "fsdp" on a mesh whose
+            "tensor" axis has several devices.
     """
+    for name in itertools.chain.from_iterable(map(mesh_axes, spec)):
+        if name not in mesh.shape:
+            raise ValueError(
+                f"batch_spec names the axis {name!r}; the mesh has {', '.join(mesh.axis_names)}"
+            )
     if mesh.shape.get(TENSOR_AXIS, 1) == 1:
         return
     for names in map(mesh_axes, spec):
@@ -252,15 +258,17 @@ def state_sharding(state: TrainState, mesh: Mesh, rules: ShardingRules) -> Train
 
     Args:
         state: arrays, or their shapes, as from `jax.eval_shape`.
-        mesh: from `device_mesh`. Axes that it lacks count as axes of size 1.
+        mesh: from `device_mesh`. Of the four axes of `device_mesh` it may lack some.
         rules: from `sharding_rules`, or your own.
 
     Returns:
         A state of shardings, for `jax.device_put`, `sharded_step` and `checkpoint.restore`.
 
     Raises:
-        ValueError: no rule matches a parameter, which is named, or a partition has more entries
-            than the parameter has axes.
+        ValueError: no rule matches a parameter, which is named, a partition has more entries than
+            the parameter has axes, or a rule is no pair of a regular expression and a partition
+            over known axes.
+        TypeError: `state` is no `TrainState`.
 
     Example:
         >>> import optax
@@ -279,7 +287,11 @@ def state_sharding(state: TrainState, mesh: Mesh, rules: ShardingRules) -> Train
         arXiv:2304.11277 (fully sharded data parallelism).
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"state is a {type(state).__name__}; give a TrainState, as from create_train_state"
+        )
+    compiled = _checked_rules(rules, mesh)
     chosen: dict[tuple[str, tuple[int, ...]], NamedSharding] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         name = tree_path(path)
@@ -298,6 +310,29 @@ def state_sharding(state: TrainState, mesh: Mesh, rules: ShardingRules) -> Train
         params=jax.tree_util.tree_map_with_path(follow, state.params),
         opt_state=jax.tree_util.tree_map_with_path(follow, state.opt_state),
     )
+
+
+def _checked_rules(rules: ShardingRules, mesh: Mesh) -> list[tuple[re.Pattern[str], Any]]:
+    """Compile the patterns of rules that are well-formed."""
+    known = {DATA_AXIS, FSDP_AXIS, SEQUENCE_AXIS, TENSOR_AXIS, *mesh.axis_names}
+    checked = []
+    for rule in [rules] if isinstance(rules, (str, dict)) else rules:
+        if not isinstance(rule, tuple) or len(rule) != 2 or not isinstance(rule[1], PartitionSpec):
+            raise ValueError(
+                f"{rule!r} is no sharding rule; give a list of (pattern, PartitionSpec), as from "
+                "sharding_rules('transformer')"
+            )
+        for name in itertools.chain.from_iterable(map(mesh_axes, rule[1])):
+            if name not in known:
+                raise ValueError(
+                    f"the sharding rule {rule!r} names the axis {name!r}; the mesh has "
+                    f"{', '.join(mesh.axis_names)}"
+                )
+        try:
+            checked.append((re.compile(rule[0]), rule[1]))
+        except re.error as error:
+            raise ValueError(f"the sharding rule {rule!r} has no valid pattern: {error}") from error
+    return checked
 
 
 def _partition(

@@ -131,6 +131,16 @@ def test_a_parameter_without_a_rule_is_named():
         jn.state_sharding(state, mesh, [("kernel$", P())])
     with pytest.raises(ValueError, match=r"for dense/bias \[2\] is .* of 2 axes; give at most 1"):
         jn.state_sharding(state, mesh, [("", P("fsdp", "tensor"))])
+    for rules, message in {
+        "feedforward": "'feedforward' is no sharding rule; give a list",
+        (("(", P()),): "has no valid pattern: missing",
+        (("kernel$", ("fsdp", None)),): "is no sharding rule",
+        (("", P("model")),): "names the axis 'model'; the mesh has data, fsdp",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            jn.state_sharding(state, mesh, rules)
+    with pytest.raises(TypeError, match="state is a dict; give a TrainState"):
+        jn.state_sharding(params, mesh, [])
     with pytest.raises(ValueError, match="no sharding rules for 'llama'; give one of feedforward"):
         jn.sharding_rules("llama")
 
@@ -144,6 +154,8 @@ def test_sizes_of_a_mesh_are_computed_or_refused():
         "sequence": 1,
         "tensor": 1,
     }
+    with pytest.raises(ValueError, match="fsdp='2' is no number"):
+        jn.device_mesh(fsdp="2", devices=devices)
     with pytest.raises(ValueError, match="tensor=0 is no number of devices"):
         jn.device_mesh(tensor=0, devices=devices)
     with pytest.raises(ValueError, match="data and fsdp are -1; leave one"):
@@ -160,6 +172,8 @@ def test_rows_over_data_before_fsdp_are_refused_where_features_are_split():
     with pytest.raises(ValueError, match="name 'fsdp' before 'data'"):
         sharded_step(step, mesh, batch_spec=P(("data", "fsdp")))
     sharded_step(step, mesh, batch_spec=batch_partition(mesh))
+    with pytest.raises(ValueError, match="batch_spec names the axis 'rows'; the mesh has data"):
+        sharded_step(step, mesh, batch_spec=P("rows"))
     sharded_step(step, mesh_of({"data": 2, "fsdp": 2}), batch_spec=P(("data", "fsdp")))
     other = Mesh(np.array(jax.devices()[:4]).reshape(4), ("rows",))
     with pytest.raises(ValueError, match="the mesh has the axes rows"):
